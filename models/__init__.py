@@ -1,0 +1,1 @@
+"""What a model is: backbone, freezing, preprocess, engine, checkpoint. Imports neither `finetune` nor `service`."""

@@ -1,0 +1,245 @@
+"""The checkpoint folder: the only thing that passes from fine-tuning to serving. Needs no torch, and nothing in it is a pickle.
+
+A repository is `<root>/<name>/<version>/` with versions 1, 2, 3 …; a version is written whole or not at all and never again.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from models.errors import GraftError
+from models.preprocess import Preprocess
+
+FORMAT_VERSION = 1
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+GOLDEN_FILE = "golden.npz"
+OPENVINO_FILE = "backbone.xml"
+CARD_FILE = "README.md"
+NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}")
+
+Array = np.ndarray[Any, Any]
+
+
+class CheckpointError(GraftError):
+    """A checkpoint that cannot be read, is incomplete, or does not do what it did when it was saved."""
+
+
+@dataclass(frozen=True)
+class Golden:
+    """A few encoded images with the logits `float32 [N,C]` (before temperature) that the engine gave for them at save time."""
+
+    images: tuple[bytes, ...]
+    logits: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk, ready to serve: the head's arrays are read, the backbone is left to the engine."""
+
+    path: Path
+    name: str
+    version: int
+    architecture: str
+    label_names: tuple[str, ...]
+    preprocess: Preprocess
+    fingerprint: str
+    temperature: float
+    head_weight: npt.NDArray[np.float32]  # [C,F]
+    head_bias: npt.NDArray[np.float32]  # [C]
+    golden: Golden
+    metrics: Mapping[str, Any]
+    engine: Mapping[str, Any]
+    config: Mapping[str, Any]
+
+    @property
+    def openvino_path(self) -> Path:
+        return self.path / OPENVINO_FILE
+
+
+def fingerprint(architecture: str, tensors: Mapping[str, Array], preprocess: Preprocess, engine_artefact: str = "float") -> str:
+    """Hash a backbone: architecture, every tensor (parameters and buffers), preprocess, and the engine's artefact.
+
+    `engine_artefact` is "float" for the tensors themselves at any float precision, or the hash of a quantised backbone.
+    """
+    digest = hashlib.sha256()
+    described = {"architecture": architecture, "preprocess": preprocess.to_dict(), "engine": engine_artefact}
+    digest.update(json.dumps(described, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = np.ascontiguousarray(tensors[name])
+        digest.update(f"\n{name} {tensor.dtype} {tensor.shape} ".encode())
+        digest.update(tensor.tobytes())
+    return digest.hexdigest()
+
+
+def list_names(repository: Path) -> list[str]:
+    """The models of a repository that have at least one version."""
+    if not repository.is_dir():
+        return []
+    return sorted(path.name for path in repository.iterdir() if path.is_dir() and list_versions(repository, path.name))
+
+
+def list_versions(repository: Path, name: str) -> list[int]:
+    """A model's published versions, in order; temporary siblings of a write under way do not count."""
+    folder = repository / name
+    if not folder.is_dir():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal() and (path / CONFIG_FILE).is_file())
+
+
+def check_name(name: str) -> str:
+    """The name if it can be a folder and a part of a URL; raises GraftError with the rule otherwise."""
+    if not NAME_PATTERN.fullmatch(name):
+        raise GraftError(f"--name {name!r}: a model's name is 1 to 63 of a-z 0-9 _ . -, the first a letter or a digit")
+    return name
+
+
+def publish(
+    repository: Path,
+    name: str,
+    *,
+    state: Mapping[str, Array],
+    config: Mapping[str, Any],
+    golden: Golden,
+    write_engine: Callable[[Path], None],
+    card: Callable[[int], str],
+) -> Path:
+    """Write a checkpoint as the next version of `name` and return its folder.
+
+    `config` is the whole `config.json`; the hashes of the other files are added to its "graft" section. `write_engine` is given the
+    path of the IR to write, `card` the version to write about. All goes to a temporary sibling, is fsynced and then renamed.
+    Raises GraftError where the disk is full or not writable; nothing is left behind then.
+    """
+    check_name(name)
+    folder = repository / name
+    temporary = folder / f".tmp-{uuid.uuid4().hex}"
+    try:
+        temporary.mkdir(parents=True)
+        save_file(dict(state), temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+        _write_golden(temporary / GOLDEN_FILE, golden)
+        write_engine(temporary / OPENVINO_FILE)
+        graft = {**config["graft"], "files": {path.name: hash_file(path) for path in sorted(temporary.iterdir())}}
+        (temporary / CONFIG_FILE).write_text(json.dumps({**config, "graft": graft}, indent=2) + "\n")
+        version = (list_versions(repository, name) or [0])[-1] + 1
+        while True:
+            (temporary / CARD_FILE).write_text(card(version))
+            for path in (*temporary.iterdir(), temporary):
+                _fsync(path)
+            try:
+                # Renaming onto a folder with files in it fails, so a version published meanwhile by another run stays whole.
+                temporary.rename(folder / str(version))
+                break
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                version += 1
+        _fsync(folder)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise GraftError(f"the checkpoint could not be written to {folder}: {error}; nothing was published") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder / str(version)
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read and verify a version folder `<repository>/<name>/<version>`: format, hashes of its files, shapes of its head.
+
+    Raises CheckpointError with what is wrong. The golden images are not replayed here: that takes the engine.
+    """
+    try:
+        config = json.loads((path / CONFIG_FILE).read_text())
+        graft = config["graft"]
+        if graft["format_version"] != FORMAT_VERSION:
+            raise CheckpointError(f"{path}: format {graft['format_version']}, this Graft reads format {FORMAT_VERSION}")
+        for file_name, expected in graft["files"].items():
+            if "/" in file_name or hash_file(path / file_name) != expected:
+                raise CheckpointError(f"{path}: {file_name} is not the file that was published (its hash differs)")
+        with safe_open(path / WEIGHTS_FILE, framework="np") as tensors:
+            head_weight = tensors.get_tensor(f"{graft['head']}.weight")
+            head_bias = tensors.get_tensor(f"{graft['head']}.bias")
+        checkpoint = Checkpoint(
+            path=path,
+            name=path.parent.name,
+            version=int(path.name),
+            architecture=config["architecture"],
+            label_names=tuple(config["label_names"]),
+            preprocess=Preprocess.from_dict(graft["preprocess"]),
+            fingerprint=graft["fingerprint"],
+            temperature=float(graft["temperature"]),
+            head_weight=head_weight,
+            head_bias=head_bias,
+            golden=_read_golden(path / GOLDEN_FILE),
+            metrics=graft["metrics"],
+            engine=graft["engine"],
+            config=config,
+        )
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path}: not a checkpoint that can be read: {type(error).__name__}: {error}") from error
+    num_classes = len(checkpoint.label_names)
+    if head_weight.shape != (num_classes, config["num_features"]) or head_bias.shape != (num_classes,):
+        raise CheckpointError(f"{path}: the head is {head_weight.shape}, its labels are {num_classes}")
+    return checkpoint
+
+
+def logits(checkpoint: Checkpoint, features: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Features `[B,F]` → logits `[B,C]`, before temperature."""
+    return np.asarray(features @ checkpoint.head_weight.T + checkpoint.head_bias, np.float32)
+
+
+def check_golden(checkpoint: Checkpoint, computed: npt.NDArray[np.float32]) -> None:
+    """Raise CheckpointError unless `computed` (logits of the golden images, here and now) are those of save time.
+
+    Another CPU or precision moves logits a little (bf16 rounds at 2^-8), other labels, weights or preprocessing a lot: the largest
+    difference may be 5 % of the logits' spread.
+    """
+    expected = checkpoint.golden.logits
+    spread = float(np.ptp(expected)) or 1.0
+    drift = float(np.abs(expected - computed).max()) / spread
+    if not drift <= 0.05:
+        raise CheckpointError(
+            f"{checkpoint.path}: its golden images give other logits here than when it was saved ({drift:.0%} of their spread, "
+            "5% is allowed): its files, its labels or this machine's libraries do not fit; publish it again from the training run"
+        )
+
+
+def hash_file(path: Path) -> str:
+    """The SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_golden(path: Path, golden: Golden) -> None:
+    images = {f"image_{index}": np.frombuffer(image, np.uint8) for index, image in enumerate(golden.images)}
+    with path.open("wb") as file:
+        np.savez(file, logits=golden.logits, **images)  # type: ignore[arg-type]
+
+
+def _read_golden(path: Path) -> Golden:
+    with np.load(path, allow_pickle=False) as stored:
+        images = tuple(stored[f"image_{index}"].tobytes() for index in range(len(stored.files) - 1))
+        return Golden(images, stored["logits"])
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,344 @@
+"""What runs a backbone for inference, as fast as the hardware allows: OpenVINO on the CPU, torch on CUDA.
+
+One interface for the features of a probe and for the requests of the service: `uint8 [B,H,W,3]` in, `float32 [B,F]` out, mean
+and std inside, several batches in flight. Torch is imported by `TorchEngine` alone, so that a CPU deployment needs none.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import queue
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from models.errors import GraftError
+from models.preprocess import Pixels, Preprocess
+
+if TYPE_CHECKING:
+    import openvino as ov
+    import torch
+
+Features = npt.NDArray[np.float32]
+Precision = Literal["auto", "fp32", "bf16", "fp16", "int8"]
+
+_OPENVINO_PRECISION = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
+# What the search tries on the CPU. One image at a time fits the cache, larger batches amortise big weights.
+_BATCH_SIZES = (1, 4, 16)
+_SEARCH_SECONDS = 0.15
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What an engine chose, for logs, the model card and `GET /v1/models`; `images_per_second` is measured on noise."""
+
+    engine: str
+    device: str
+    precision: str
+    batch_size: int
+    num_streams: int
+    images_per_second: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.engine} on {self.device}, {self.precision}, batch {self.batch_size}, {self.num_streams} streams, "
+            f"{self.images_per_second:.0f} images/s"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Engine(Protocol):
+    """A backbone ready to run. `submit` may be called from any thread; results do not depend on what else is in flight."""
+
+    info: EngineInfo
+    num_features: int
+
+    @property
+    def num_slots(self) -> int:
+        """How many batches may be in flight before `submit` blocks."""
+
+    def submit(self, images: Pixels) -> Future[Features]:
+        """Start `uint8 [B,H,W,3]` → `float32 [B,F]`; blocks only while every slot is taken."""
+
+    def close(self) -> None:
+        """Wait for what is in flight and let go of the memory."""
+
+
+def run(engine: Engine, images: Pixels) -> Features:
+    """`uint8 [B,H,W,3]` → `float32 [B,F]`, waiting for the answer."""
+    return engine.submit(images).result()
+
+
+def cpu_name() -> str:
+    """The processor's own name, or the architecture where the system does not tell."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def num_cpus() -> int:
+    """The processors this process may use (a container's affinity counts, its quota does not)."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:
+        return os.cpu_count() or 1
+
+
+class OpenVINOEngine:
+    """A backbone saved as OpenVINO IR (input `u8 [?,H,W,3]`, output `f32 [?,F]`), run on the CPU.
+
+    The batch is static and short batches are padded, so an image's features are the same bits in whatever company it comes.
+    """
+
+    def __init__(
+        self,
+        model_path: Path,
+        preprocess: Preprocess,
+        *,
+        precision: Precision = "auto",
+        batch_size: int | None = None,
+        num_streams: int | None = None,
+    ) -> None:
+        """Raises GraftError where the IR cannot be read or the precision is not to be had on this CPU."""
+        # Imported here: the CUDA engine's users need not have it, and it costs 0.2 s.
+        import openvino as ov
+
+        self._core = ov.Core()
+        self._model_path = model_path
+        self._image_shape = (preprocess.height, preprocess.width, 3)
+        chosen = self._choose_precision(precision)
+        try:
+            batch_size, num_streams, images_per_second = self._search(chosen, batch_size, num_streams)
+            compiled = self._compile(chosen, batch_size, num_streams)
+        except RuntimeError as error:
+            raise GraftError(f"{model_path}: OpenVINO cannot load it: {str(error).strip().splitlines()[-1]}") from error
+        self.num_features = int(compiled.output(0).partial_shape[1].get_length())
+        self.info = EngineInfo(
+            f"openvino {ov.__version__.split('-')[0]}", cpu_name(), chosen, batch_size, num_streams, images_per_second
+        )
+        # One request more than streams keeps every stream busy while a result is copied out.
+        self._requests = [compiled.create_infer_request() for _ in range(num_streams + 1)]
+        self._idle: queue.SimpleQueue[ov.InferRequest] = queue.SimpleQueue()
+        for request in self._requests:
+            self._idle.put(request)
+
+    @property
+    def num_slots(self) -> int:
+        return len(self._requests)
+
+    def submit(self, images: Pixels) -> Future[Features]:
+        future: Future[Features] = Future()
+        features = np.empty((len(images), self.num_features), np.float32)
+        size = self.info.batch_size
+        starts = range(0, len(images), size)
+        pending = _Countdown(len(starts), future, features)
+        if not len(starts):
+            future.set_result(features)
+        for start in starts:
+            chunk = np.ascontiguousarray(images[start : start + size])
+            if len(chunk) < size:
+                chunk = np.concatenate([chunk, np.zeros((size - len(chunk), *self._image_shape), np.uint8)])
+            self._start(chunk, features[start : start + size], pending)
+        return future
+
+    def _start(self, chunk: Pixels, out: Features, pending: _Countdown) -> None:
+        request = self._idle.get()
+
+        def finished(error: Exception | None) -> None:
+            if error is None:
+                out[:] = request.get_output_tensor(0).data[: len(out)]
+            self._idle.put(request)
+            pending.finish_one(error)
+
+        import openvino as ov
+
+        try:
+            request.set_input_tensor(0, ov.Tensor(chunk, shared_memory=True))
+            # The callback holds `chunk`, whose memory the request reads until it ends.
+            request.set_callback(lambda _, chunk=chunk: finished(None), None)
+            request.start_async()
+        except RuntimeError as error:
+            finished(error)
+
+    def close(self) -> None:
+        for request in self._requests:
+            request.wait()
+
+    def _choose_precision(self, precision: Precision) -> str:
+        has_bf16 = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        if precision == "auto":
+            return "bf16" if has_bf16 else "fp32"
+        if precision not in ("fp32", "bf16") or (precision == "bf16" and not has_bf16):
+            allowed = "fp32, bf16" if has_bf16 else "fp32"
+            raise GraftError(f"--precision {precision}: {cpu_name()} runs {allowed} through OpenVINO; or leave it at auto")
+        return precision
+
+    def _compile(self, precision: str, batch_size: int, num_streams: int) -> ov.CompiledModel:
+        model = self._core.read_model(self._model_path)
+        model.reshape([batch_size, *self._image_shape])
+        return self._core.compile_model(
+            model,
+            "CPU",
+            {
+                "PERFORMANCE_HINT": "THROUGHPUT",
+                "NUM_STREAMS": str(num_streams),
+                "INFERENCE_PRECISION_HINT": _OPENVINO_PRECISION[precision],
+            },
+        )
+
+    def _search(self, precision: str, batch_size: int | None, num_streams: int | None) -> tuple[int, int, float]:
+        """Time one stream a core at a few batch sizes for `_SEARCH_SECONDS` each; the fastest by 5 % or the smallest wins."""
+        streams = num_streams or num_cpus()
+        best = (0, streams, 0.0)
+        for size in (batch_size,) if batch_size else _BATCH_SIZES:
+            speed = self._measure(self._compile(precision, size, streams), size, streams)
+            if speed > best[2] * 1.05:
+                best = (size, streams, speed)
+        return best
+
+    def _measure(self, compiled: ov.CompiledModel, batch_size: int, num_streams: int) -> float:
+        import openvino as ov
+
+        noise = np.random.default_rng(0).integers(0, 256, (batch_size, *self._image_shape), np.uint8)
+        requests = ov.AsyncInferQueue(compiled, num_streams + 1)
+        for _ in range(num_streams):
+            requests.start_async({0: noise})
+        requests.wait_all()
+        num_done, start = 0, time.perf_counter()
+        while time.perf_counter() - start < _SEARCH_SECONDS:
+            requests.start_async({0: noise})
+            num_done += batch_size
+        requests.wait_all()
+        return num_done / (time.perf_counter() - start)
+
+
+class _Countdown:
+    """Completes a future when the last chunk of its batch has come, or fails it with the first error."""
+
+    def __init__(self, num_chunks: int, future: Future[Features], features: Features) -> None:
+        self._left = num_chunks
+        self._future = future
+        self._features = features
+        self._error: Exception | None = None
+        self._lock = threading.Lock()
+
+    def finish_one(self, error: Exception | None) -> None:
+        with self._lock:
+            self._left -= 1
+            self._error = self._error or error
+            done = self._left == 0
+        if done and not self._future.cancelled():
+            if self._error is None:
+                self._future.set_result(self._features)
+            else:
+                self._future.set_exception(self._error)
+
+
+class TorchEngine:
+    """A backbone as an `nn.Module` (`[B,3,H,W]` → `[B,F]`), for CUDA: channels_last, half precision, copies on a side stream.
+
+    It runs on the CPU too, which is how it is tested where there is no GPU.
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        preprocess: Preprocess,
+        *,
+        device: str = "cuda",
+        precision: Precision = "auto",
+        batch_size: int | None = None,
+    ) -> None:
+        """Raises GraftError where the device cannot run the precision."""
+        import torch
+
+        self._torch = torch
+        self._device = torch.device(device)
+        chosen = self._choose_precision(precision)
+        self._dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[chosen]
+        self._module = module.eval().to(self._device, memory_format=torch.channels_last)
+        self._image_shape = (preprocess.height, preprocess.width, 3)
+        self._mean = torch.tensor(preprocess.mean, device=self._device).view(1, 3, 1, 1) * 255
+        self._std = torch.tensor(preprocess.std, device=self._device).view(1, 3, 1, 1) * 255
+        # Copies wait on this stream, not on the compute of the batch before.
+        self._copies = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        self._threads = ThreadPoolExecutor(self.num_slots, thread_name_prefix="torch-engine")
+        batch_size, images_per_second = self._search(batch_size)
+        name = torch.cuda.get_device_name(self._device) if self._copies else cpu_name()
+        self.info = EngineInfo(f"torch {torch.__version__}", name, chosen, batch_size, 1, images_per_second)
+
+    @property
+    def num_slots(self) -> int:
+        return 2
+
+    def submit(self, images: Pixels) -> Future[Features]:
+        return self._threads.submit(self._run, images)
+
+    def close(self) -> None:
+        self._threads.shutdown()
+
+    def _run(self, images: Pixels) -> Features:
+        size = self.info.batch_size
+        chunks = [self._forward(images[start : start + size]) for start in range(0, len(images), size)]
+        return np.concatenate(chunks) if chunks else np.empty((0, self.num_features), np.float32)
+
+    def _forward(self, images: Pixels) -> Features:
+        torch = self._torch
+        with torch.inference_mode():
+            batch = torch.from_numpy(np.ascontiguousarray(images))
+            if self._copies is not None:
+                with torch.cuda.stream(self._copies):
+                    batch = batch.pin_memory().to(self._device, non_blocking=True)
+                torch.cuda.current_stream(self._device).wait_stream(self._copies)
+                batch.record_stream(torch.cuda.current_stream(self._device))
+            normalized = (batch.permute(0, 3, 1, 2).float() - self._mean) / self._std
+            with torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not torch.float32):
+                features = self._module(normalized.contiguous(memory_format=torch.channels_last))
+            return np.asarray(features.float().cpu().numpy(), np.float32)
+
+    def _choose_precision(self, precision: Precision) -> str:
+        torch = self._torch
+        is_cuda = self._device.type == "cuda"
+        if precision == "auto":
+            if not is_cuda:
+                return "fp32"
+            return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        if precision == "int8" or (precision == "fp16" and not is_cuda):
+            raise GraftError(f"--precision {precision}: the torch engine on {self._device} runs fp32 and bf16; or leave it at auto")
+        return precision
+
+    def _search(self, batch_size: int | None) -> tuple[int, float]:
+        """Double the batch until a further doubling gains under 5 % or memory runs out."""
+        is_cuda = self._device.type == "cuda"
+        best = (0, 0.0)
+        for size in (batch_size,) if batch_size else ((16, 32, 64, 128, 256, 512) if is_cuda else (8,)):
+            noise = np.random.default_rng(0).integers(0, 256, (size, *self._image_shape), np.uint8)
+            try:
+                self.num_features = self._forward(noise).shape[1]
+                num_done, start = 0, time.perf_counter()
+                while time.perf_counter() - start < _SEARCH_SECONDS:
+                    self._forward(noise)
+                    num_done += size
+            except self._torch.cuda.OutOfMemoryError:
+                if not best[0]:
+                    raise
+                self._torch.cuda.empty_cache()
+                break
+            speed = num_done / (time.perf_counter() - start)
+            if speed < best[1] * 1.05:
+                break
+            best = (size, speed)
+        return best

@@ -1,0 +1,139 @@
+"""Which parts of a network stay as they were: freeze policy → `requires_grad`, BatchNorm mode, parameter groups, and the proof."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from models.errors import GraftError
+
+
+class FrozenDriftError(GraftError):
+    """A frozen parameter or buffer is not bit-equal to what it was before the run."""
+
+
+@dataclass(frozen=True)
+class Freezing:
+    """A network under a policy: the modules that stay as they are, by name as in `named_modules`.
+
+    A module counts with its own parameters and buffers only; its children stand in the list themselves.
+    """
+
+    policy: str
+    frozen_modules: frozenset[str]
+    digests: dict[str, str]
+
+    @property
+    def num_frozen_tensors(self) -> int:
+        return len(self.digests)
+
+
+def freeze(model: nn.Module, policy: str, classifier: str, prefix: str = "") -> Freezing:
+    """Set `requires_grad` by the policy, and remember every frozen tensor's digest for `prove_frozen`.
+
+    `backbone` freezes all but the module named `classifier`; `until:NAME` everything up to and including NAME, in the order of
+    `named_modules`; `none` nothing. `prefix` stands before NAME in the network ("backbone." round a user's own module).
+    Raises GraftError for another policy, or a NAME that is not there or that is the classifier.
+    """
+    names = [name for name, _ in model.named_modules()]
+    head = {name for name in names if name == classifier or name.startswith(f"{classifier}.")}
+    if policy == "none":
+        frozen = set()
+    elif policy == "backbone":
+        frozen = set(names) - head
+    elif policy.startswith("until:"):
+        frozen = set(_modules_until(model, policy.removeprefix("until:"), classifier, prefix)) - head
+    else:
+        raise GraftError(f"--freeze {policy}: the policies are backbone, until:NAME and none")
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            parameter.requires_grad_(name not in frozen)
+    digests = {name: _digest(tensor) for name, tensor in _frozen_tensors(model, frozen)}
+    return Freezing(policy, frozenset(frozen), digests)
+
+
+def set_train_mode(model: nn.Module, freezing: Freezing) -> None:
+    """`model.train()`, with frozen modules left in eval: their BatchNorm statistics stay, their dropout is off."""
+    model.train()
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        # An ancestor of something that trains keeps its mode: only its own tensors are frozen.
+        if all(prefix + child in freezing.frozen_modules for child, _ in module.named_modules() if child) and (
+            name in freezing.frozen_modules
+        ):
+            module.eval()
+
+
+def prove_frozen(model: nn.Module, freezing: Freezing) -> None:
+    """Raise FrozenDriftError unless every frozen parameter and buffer is bit-equal to what `freeze` saw."""
+    now = {name: _digest(tensor) for name, tensor in _frozen_tensors(model, freezing.frozen_modules)}
+    drifted = [name for name, digest in freezing.digests.items() if now.get(name) != digest]
+    if drifted:
+        shown = ", ".join(drifted[:8]) + (f" and {len(drifted) - 8} more" if len(drifted) > 8 else "")
+        raise FrozenDriftError(
+            f"--freeze {freezing.policy}: {len(drifted)} of {len(freezing.digests)} frozen tensors changed during the run: {shown}. "
+            "Nothing was published; a module that updates its own buffers or is stepped by hand is the usual cause"
+        )
+
+
+def parameter_groups(
+    model: nn.Module, classifier: str, *, head_lr: float, backbone_lr: float, weight_decay: float
+) -> list[dict[str, object]]:
+    """The trainable parameters only, for an optimizer: head and backbone at their own rates, no decay on biases and norms."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_head = name.startswith(f"{classifier}.")
+            groups.setdefault((is_head, parameter.ndim > 1), []).append(parameter)
+    return [
+        {
+            "name": f"{'head' if is_head else 'backbone'}{'' if decays else '_no_decay'}",
+            "params": parameters,
+            "lr": head_lr if is_head else backbone_lr,
+            "weight_decay": weight_decay if decays else 0.0,
+        }
+        for (is_head, decays), parameters in groups.items()
+    ]
+
+
+def stages(model: nn.Module, classifier: str, prefix: str = "") -> list[str]:
+    """Names worth offering for `until:NAME`: the top-level children, and the children of containers such as `blocks`."""
+    found = []
+    for name, child in model.get_submodule(prefix.rstrip(".")).named_children():
+        if prefix + name == classifier.split(".")[0] or next(child.parameters(), None) is None:
+            continue
+        if isinstance(child, nn.Sequential | nn.ModuleList) and name in ("blocks", "stages", "layers", "features"):
+            found += [f"{name}.{inner}" for inner, _ in child.named_children()]
+        else:
+            found.append(name)
+    return found
+
+
+def _modules_until(model: nn.Module, last: str, classifier: str, prefix: str) -> list[str]:
+    """Modules registered before the end of `last`'s subtree; the ancestors of `last` count, for tensors of their own."""
+    names = [name for name, _ in model.named_modules()]
+    full = prefix + last
+    if not last or full not in names:
+        offered = ", ".join(stages(model, classifier, prefix))
+        raise GraftError(f"--freeze until:{last}: there is no module {last!r}; its stages are {offered}")
+    if full == classifier or full.startswith(f"{classifier}."):
+        raise GraftError(f"--freeze until:{last}: {last!r} is the classifier, which always trains; say --freeze backbone")
+    subtree = [name for name in names if name == full or name.startswith(f"{full}.")]
+    return names[: names.index(subtree[-1]) + 1]
+
+
+def _frozen_tensors(model: nn.Module, frozen: set[str] | frozenset[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, module in model.named_modules():
+        if name in frozen:
+            prefix = f"{name}." if name else ""
+            for kind in (module.named_parameters(recurse=False), module.named_buffers(recurse=False)):
+                yield from ((prefix + tensor_name, tensor) for tensor_name, tensor in kind)
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(raw.tobytes()).hexdigest()
