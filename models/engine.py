@@ -97,6 +97,13 @@ def num_cpus() -> int:
         return os.cpu_count() or 1
 
 
+def supports_bf16() -> bool:
+    """Whether the CPU computes in bf16 by itself (AVX-512 BF16 or AMX), as OpenVINO sees it."""
+    import openvino as ov
+
+    return "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
 class OpenVINOEngine:
     """A backbone saved as OpenVINO IR (input `u8 [?,H,W,3]`, output `f32 [?,F]`), run on the CPU.
 
@@ -111,8 +118,11 @@ class OpenVINOEngine:
         precision: Precision = "auto",
         batch_size: int | None = None,
         num_streams: int | None = None,
+        images_per_second: float | None = None,
     ) -> None:
-        """Raises GraftError where the IR cannot be read or the precision is not to be had on this CPU."""
+        """What is given of batch, streams and speed (all three: as recorded on this machine) is not searched for.
+
+        Raises GraftError where the IR cannot be read or the precision is not to be had on this CPU."""
         # Imported here: the CUDA engine's users need not have it, and it costs 0.2 s.
         import openvino as ov
 
@@ -121,14 +131,13 @@ class OpenVINOEngine:
         self._image_shape = (preprocess.height, preprocess.width, 3)
         chosen = self._choose_precision(precision)
         try:
-            batch_size, num_streams, images_per_second = self._search(chosen, batch_size, num_streams)
+            if not (batch_size and num_streams and images_per_second):
+                batch_size, num_streams, images_per_second = self._search(chosen, batch_size, num_streams)
             compiled = self._compile(chosen, batch_size, num_streams)
         except RuntimeError as error:
             raise GraftError(f"{model_path}: OpenVINO cannot load it: {str(error).strip().splitlines()[-1]}") from error
         self.num_features = int(compiled.output(0).partial_shape[1].get_length())
-        self.info = EngineInfo(
-            f"openvino {ov.__version__.split('-')[0]}", cpu_name(), chosen, batch_size, num_streams, images_per_second
-        )
+        self.info = EngineInfo(f"openvino {ov.__version__.split('-')[0]}", cpu_name(), chosen, batch_size, num_streams, images_per_second)
         # One request more than streams keeps every stream busy while a result is copied out.
         self._requests = [compiled.create_infer_request() for _ in range(num_streams + 1)]
         self._idle: queue.SimpleQueue[ov.InferRequest] = queue.SimpleQueue()
@@ -148,7 +157,8 @@ class OpenVINOEngine:
         if not len(starts):
             future.set_result(features)
         for start in starts:
-            chunk = np.ascontiguousarray(images[start : start + size])
+            # Writeable because OpenVINO shares no other memory, and what Pillow decodes is not: such chunks are copied.
+            chunk = np.require(images[start : start + size], np.uint8, ["C", "W"])
             if len(chunk) < size:
                 chunk = np.concatenate([chunk, np.zeros((size - len(chunk), *self._image_shape), np.uint8)])
             self._start(chunk, features[start : start + size], pending)
@@ -170,7 +180,8 @@ class OpenVINOEngine:
             # The callback holds `chunk`, whose memory the request reads until it ends.
             request.set_callback(lambda _, chunk=chunk: finished(None), None)
             request.start_async()
-        except RuntimeError as error:
+        # Whatever it raises, the request goes back: a lost one is a slot less, and the last one lost would block `submit` for ever.
+        except Exception as error:
             finished(error)
 
     def close(self) -> None:
@@ -178,7 +189,7 @@ class OpenVINOEngine:
             request.wait()
 
     def _choose_precision(self, precision: Precision) -> str:
-        has_bf16 = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        has_bf16 = supports_bf16()
         if precision == "auto":
             return "bf16" if has_bf16 else "fp32"
         if precision not in ("fp32", "bf16") or (precision == "bf16" and not has_bf16):
@@ -269,12 +280,12 @@ class TorchEngine:
         self._device = torch.device(device)
         chosen = self._choose_precision(precision)
         self._dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[chosen]
-        self._module = module.eval().to(self._device, memory_format=torch.channels_last)
+        self._module = module.eval().to(self._device).to(memory_format=torch.channels_last)
         self._image_shape = (preprocess.height, preprocess.width, 3)
         self._mean = torch.tensor(preprocess.mean, device=self._device).view(1, 3, 1, 1) * 255
         self._std = torch.tensor(preprocess.std, device=self._device).view(1, 3, 1, 1) * 255
         # Copies wait on this stream, not on the compute of the batch before.
-        self._copies = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        self._copies = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._threads = ThreadPoolExecutor(self.num_slots, thread_name_prefix="torch-engine")
         batch_size, images_per_second = self._search(batch_size)
         name = torch.cuda.get_device_name(self._device) if self._copies else cpu_name()
@@ -298,7 +309,7 @@ class TorchEngine:
     def _forward(self, images: Pixels) -> Features:
         torch = self._torch
         with torch.inference_mode():
-            batch = torch.from_numpy(np.ascontiguousarray(images))
+            batch = torch.from_numpy(np.require(images, np.uint8, ["C", "W"]))
             if self._copies is not None:
                 with torch.cuda.stream(self._copies):
                     batch = batch.pin_memory().to(self._device, non_blocking=True)

@@ -56,9 +56,16 @@ def freeze(model: nn.Module, policy: str, classifier: str, prefix: str = "") -> 
     return Freezing(policy, frozenset(frozen), digests)
 
 
-def set_train_mode(model: nn.Module, freezing: Freezing) -> None:
-    """`model.train()`, with frozen modules left in eval: their BatchNorm statistics stay, their dropout is off."""
+def set_train_mode(model: nn.Module, freezing: Freezing, *, update_batch_norm: bool) -> None:
+    """`model.train()`, with frozen modules left in eval: their BatchNorm statistics stay, their dropout is off.
+
+    Without `update_batch_norm` every other BatchNorm keeps its statistics too, and only its weight and bias train.
+    """
     model.train()
+    if not update_batch_norm:
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
         # An ancestor of something that trains keeps its mode: only its own tensors are frozen.

@@ -15,7 +15,7 @@ from typing import Any, Literal, Self
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from models.errors import GraftError
 
@@ -55,6 +55,10 @@ class ImageError(GraftError):
     """The bytes are not an image that can be decoded; the message says why."""
 
 
+class ImageTooLargeError(ImageError):
+    """The header names more pixels than the limit."""
+
+
 @dataclass(frozen=True)
 class View:
     """A crop for augmentation: centre and size as fractions of the plain evaluation crop's side, and a mirror flag."""
@@ -89,8 +93,8 @@ class Preprocess:
         if not data:
             raise ImageError("the file is empty")
         try:
-            image, orientation = self._decode(data, max_pixels)
-            return self._crop(image, orientation, view)
+            image, size, orientation = self._decode(data, max_pixels)
+            return self._crop(image, size, orientation, view)
         except ImageError:
             raise
         # Pillow's plugins meet hostile bytes with nearly any exception (struct.error, KeyError, OverflowError, MemoryError …).
@@ -104,22 +108,29 @@ class Preprocess:
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
         return cls(**{**fields, "mean": tuple(fields["mean"]), "std": tuple(fields["std"])})
 
-    def _decode(self, data: bytes, max_pixels: int) -> tuple[Image.Image, int]:
+    def _decode(self, data: bytes, max_pixels: int) -> tuple[Image.Image, tuple[float, float], int]:
+        """The raw picture, its exact width and height in its own pixels, and its EXIF orientation."""
         if data[:3] == b"\xff\xd8\xff":
             decoded = self._decode_jpeg(data, max_pixels)
             if decoded is not None:
                 return decoded
         try:
             image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
-        except Image.UnidentifiedImageError:
+        except UnidentifiedImageError:
             raise ImageError(f"not an image (it starts with {data[:12]!r}); readable are {', '.join(FORMATS)}") from None
+        except Image.DecompressionBombError:
+            # Pillow's own check, at twice its limit and before ours.
+            raise ImageError(
+                f"the image is too large: it claims over {2 * MAX_PIXELS / 1e6:.0f} megapixels, "
+                f"the limit is {max_pixels / 1e6:.0f}; make it smaller first"
+            ) from None
         _check_pixels(image.width, image.height, max_pixels)
         image.load()
         # Asked after load(): Pillow's TIFF reader turns the pixels itself, and then drops the tag.
         orientation = image.getexif().get(_EXIF_ORIENTATION_TAG, 1)
-        return _to_rgb(image), orientation if orientation in _UPRIGHT else 1
+        return _to_rgb(image), image.size, orientation if orientation in _UPRIGHT else 1
 
-    def _decode_jpeg(self, data: bytes, max_pixels: int) -> tuple[Image.Image, int] | None:
+    def _decode_jpeg(self, data: bytes, max_pixels: int) -> tuple[Image.Image, tuple[float, float], int] | None:
         """The fast path; None where Pillow must decide (CMYK, or a file that libjpeg only reads with warnings)."""
         try:
             height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
@@ -134,17 +145,17 @@ class Preprocess:
         gap = REDUCING_GAP * max(target_width / crop_width, target_height / crop_height)
         try:
             # min_factor 2: the odd eighths that libjpeg offers between 1 and 1/2 are slower than decoding it all.
-            pixels = simplejpeg.decode_jpeg(
-                data, "RGB", min_height=int(height * gap), min_width=int(width * gap), min_factor=2
-            )
+            pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=int(height * gap), min_width=int(width * gap), min_factor=2)
         except ValueError:
             return None
-        return Image.fromarray(pixels), orientation
+        # libjpeg scales by eighths and rounds up: at a quarter, 1201 columns become 301, the last of which shows one of four.
+        scale = round(8 * max(pixels.shape[:2]) / max(height, width)) / 8
+        return Image.fromarray(pixels), (width * scale, height * scale), orientation
 
     def _target_size(self, orientation: int) -> tuple[int, int]:
         return (self.height, self.width) if orientation >= 5 else (self.width, self.height)
 
-    def _crop_size(self, width: int, height: int, orientation: int) -> tuple[float, float]:
+    def _crop_size(self, width: float, height: float, orientation: int) -> tuple[float, float]:
         """Width and height of the evaluation crop in raw (not yet upright) pixels."""
         if self.crop_mode == "squash":
             return width * self.crop_fraction, height * self.crop_fraction
@@ -152,22 +163,21 @@ class Preprocess:
         pixels_per_target = self.crop_fraction * min(width / target_width, height / target_height)
         return target_width * pixels_per_target, target_height * pixels_per_target
 
-    def _crop(self, image: Image.Image, orientation: int, view: View | None) -> Pixels:
-        crop_width, crop_height = self._crop_size(image.width, image.height, orientation)
-        center_x, center_y = image.width / 2, image.height / 2
+    def _crop(self, image: Image.Image, size: tuple[float, float], orientation: int, view: View | None) -> Pixels:
+        width, height = size
+        crop_width, crop_height = self._crop_size(width, height, orientation)
+        center_x, center_y = width / 2, height / 2
         if view is not None:
             center_x += view.center_x * crop_width
             center_y += view.center_y * crop_height
-            crop_width = min(crop_width * view.scale, image.width)
-            crop_height = min(crop_height * view.scale, image.height)
-            center_x = min(max(center_x, crop_width / 2), image.width - crop_width / 2)
-            center_y = min(max(center_y, crop_height / 2), image.height - crop_height / 2)
+            crop_width = min(crop_width * view.scale, width)
+            crop_height = min(crop_height * view.scale, height)
+            center_x = min(max(center_x, crop_width / 2), width - crop_width / 2)
+            center_y = min(max(center_y, crop_height / 2), height - crop_height / 2)
         left, top = max(center_x - crop_width / 2, 0.0), max(center_y - crop_height / 2, 0.0)
-        box = (left, top, min(left + crop_width, image.width), min(top + crop_height, image.height))
+        box = (left, top, min(left + crop_width, width), min(top + crop_height, height))
         # Resizing straight from the crop box leaves out the pixels that a crop after the resize would throw away.
-        crop = image.resize(
-            self._target_size(orientation), _RESAMPLING[self.interpolation], box=box, reducing_gap=REDUCING_GAP
-        )
+        crop = image.resize(self._target_size(orientation), _RESAMPLING[self.interpolation], box=box, reducing_gap=REDUCING_GAP)
         if orientation in _UPRIGHT:
             crop = crop.transpose(_UPRIGHT[orientation])
         if view is not None and view.mirror:
@@ -177,7 +187,7 @@ class Preprocess:
 
 def _check_pixels(width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
-        raise ImageError(
+        raise ImageTooLargeError(
             f"the image is too large: {width}x{height} is {width * height / 1e6:.0f} megapixels, "
             f"the limit is {max_pixels / 1e6:.0f}; make it smaller first"
         )

@@ -1,0 +1,1 @@
+"""A folder of images → a checkpoint. Imports `models`, never `service`."""

@@ -1,0 +1,65 @@
+"""The model card of a checkpoint: data, metrics, how to call it."""
+
+from __future__ import annotations
+
+from finetune.result import Result
+
+_RANDOM_WARNING = (
+    "> **No pretrained weights.** This backbone started from random values (`--no-pretrained`); do not expect it to be good.\n\n"
+)
+
+
+def write_card(result: Result, version: int) -> str:
+    """Markdown with the front matter that model hubs read."""
+    options, backbone, splits = result.options, result.backbone, result.splits
+    results = "\n".join(
+        f"| {split} | {metrics.accuracy:.4f} | {metrics.balanced_accuracy:.4f} | {metrics.macro_f1:.4f} | {metrics.loss:.4f} "
+        f"| {metrics.confusion.sum():,} |"
+        for split, metrics in result.metrics.items()
+    )
+    shown = result.metrics.get("test", result.metrics["val"])
+    per_class = "\n".join(
+        f"| {name} | {shown.precision[label]:.3f} | {shown.recall[label]:.3f} | {shown.f1[label]:.3f} | {shown.support[label]:,} |"
+        for label, name in enumerate(splits.label_names)
+    )
+    sizes = ", ".join(f"{len(samples):,} {split}" for split, samples in splits.named())
+    license_line = f"license: {backbone.license}\n" if backbone.license else ""
+    return f"""---
+library_name: timm
+pipeline_tag: image-classification
+{license_line}---
+# {options.model_name}, version {version}
+
+{"" if backbone.is_pretrained else _RANDOM_WARNING}An image classifier of {len(splits.label_names)} classes, made by Graft.
+
+| | |
+|---|---|
+| backbone | `{backbone.name}` |
+| pretrained weights | {backbone.weights} |
+| licence of the weights | {backbone.license or "not known; ask whoever made them"} |
+| frozen | `--freeze {options.freeze}` |
+| data | `{options.data}`: {sizes} |
+| input | {backbone.preprocess.width}x{backbone.preprocess.height}, {backbone.preprocess.interpolation} |
+| engine at save time | {result.engine} |
+| probe alone | val accuracy {result.probe_metrics.accuracy:.4f} |
+
+## Results
+
+| split | accuracy | balanced accuracy | macro F1 | log loss | images |
+|---|---|---|---|---|---|
+{results}
+
+| class | precision | recall | F1 | images |
+|---|---|---|---|---|
+{per_class}
+
+## Use it
+
+```
+curl -F images=@photo.jpg 'http://localhost:3000/predict?model={options.model_name}'
+```
+
+```python
+model = timm.create_model("local-dir:{options.repository}/{options.model_name}/{version}", pretrained=True)
+```
+"""

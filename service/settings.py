@@ -1,0 +1,89 @@
+"""Every limit and choice of the service, once: environment variable, default, check and what it is for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from annotated_types import Ge, Gt
+from pydantic import Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from models.engine import Precision, num_cpus
+from models.errors import GraftError
+
+PositiveInt = Annotated[int, Ge(1)]
+PositiveSeconds = Annotated[float, Gt(0)]
+NonNegativeSeconds = Annotated[float, Ge(0)]
+
+_PROJECT_DIR = Path(__file__).resolve().parent.parent
+
+
+def _default_checkpoints_dir() -> Path:
+    """`checkpoints/` of the current folder, else the one beside the code, which is where a Bento has it."""
+    here = Path("checkpoints")
+    return here if here.is_dir() else _PROJECT_DIR / "checkpoints"
+
+
+class Settings(BaseSettings):
+    """Read from the environment: `GRAFT_` and the field's name in capitals, except where an alias is given."""
+
+    model_config = SettingsConfigDict(env_prefix="GRAFT_", frozen=True)
+
+    checkpoints: Path = Field(
+        default_factory=_default_checkpoints_dir,
+        validation_alias="CHECKPOINTS",
+        description="The repository: <checkpoints>/<name>/<version>/. The newest version of every model is served.",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="What runs the backbones; auto takes CUDA where there is a device and torch, else the CPU."
+    )
+    precision: Precision | None = Field(
+        default=None, description="Precision of the engines; by default what each checkpoint recorded, where this device can."
+    )
+    max_body_bytes: PositiveInt = Field(default=32 * 2**20, description="Largest request body; more is answered 413.")
+    max_buffered_bytes: PositiveInt = Field(
+        default=512 * 2**20, description="Bodies of all requests together that are held in memory; more is answered 429."
+    )
+    max_images: PositiveInt = Field(default=64, description="Most images in one request; more is answered 413.")
+    max_pixels: PositiveInt = Field(
+        default=50_000_000, description="Most pixels of one image, read from its header before anything is decoded."
+    )
+    max_queue_images: PositiveInt = Field(default=1024, description="Images accepted at once per backbone; more is answered 429.")
+    deadline_seconds: PositiveSeconds = Field(
+        default=10.0, description="Time from a complete request to its answer; what cannot make it is answered 429 at once."
+    )
+    body_seconds: PositiveSeconds = Field(default=30.0, description="Time in which a request's body must have arrived; else 408.")
+    decode_threads: PositiveInt = Field(default_factory=num_cpus, description="Threads that decode images.")
+    tracing: bool = Field(
+        default=False, description="OpenTelemetry spans for every request, sent where BentoML's `tracing` configuration says."
+    )
+    drain_seconds: NonNegativeSeconds = Field(
+        default=1.0, description="Time between SIGTERM, when /readyz turns to 503, and the end of accepting connections."
+    )
+    shutdown_seconds: PositiveSeconds = Field(default=30.0, description="The process ends at the latest this long after SIGTERM.")
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.max_images > self.max_queue_images:
+            raise ValueError(
+                f"GRAFT_MAX_IMAGES={self.max_images} is more than GRAFT_MAX_QUEUE_IMAGES={self.max_queue_images}: "
+                "such a request could never be accepted"
+            )
+        return self
+
+
+def load_settings() -> Settings:
+    """The settings from the environment; raises GraftError with the variable, its value and what is allowed."""
+    try:
+        return Settings()
+    except ValidationError as error:
+        raise GraftError("; ".join(_describe(one["loc"], one["input"], one["msg"]) for one in error.errors())) from None
+
+
+def _describe(location: tuple[int | str, ...], value: object, message: str) -> str:
+    if not location:
+        return message
+    name = str(location[0])
+    variable = name if name == "CHECKPOINTS" else f"GRAFT_{name.upper()}"
+    return f"{variable}={value}: {message}"

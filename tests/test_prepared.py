@@ -1,0 +1,189 @@
+"""A prepared backbone is made once, kept by what shapes it, whole or not at all, and used without torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+from models.backbone import build_backbone
+from models.checkpoint import fingerprint
+from models.engine import OpenVINOEngine, run
+from models.errors import GraftError
+from models.prepared import PreparedBackbone, build_engine, prepare_backbone, read_prepared, write_prepared
+
+PREPARE = """
+import sys, time
+from pathlib import Path
+from models.prepared import prepare_backbone
+prepared = prepare_backbone({name!r}, weights={weights}, pretrained=True, image_size={image_size}, cache_dir=Path({cache_dir!r}), scratch_dir=Path({scratch_dir!r}))
+print(prepared.folder)
+print(prepared.fingerprint)
+print("torch" in sys.modules)
+"""
+
+
+def prepare(name: str, cache_dir: Path | None, scratch_dir: Path, **options: Any) -> PreparedBackbone:
+    arguments: dict[str, Any] = {"weights": None, "pretrained": True, "image_size": None, **options}
+    return prepare_backbone(name, cache_dir=cache_dir, scratch_dir=scratch_dir, **arguments)
+
+
+def write_weights(path: Path, seed: int) -> Path:
+    torch.manual_seed(seed)
+    torch.save(timm.create_model("test_resnet").state_dict(), path)
+    return path
+
+
+def test_it_says_what_was_prepared(prepared: PreparedBackbone, cache_dir: Path) -> None:
+    assert prepared.folder.parent == cache_dir / "backbones"
+    assert (prepared.name, prepared.classifier, prepared.num_features) == ("tf_efficientnet_lite0", "classifier", 1280)
+    assert (prepared.is_pretrained, prepared.license) == (True, "apache-2.0")
+    assert prepared.config["architecture"] == "tf_efficientnet_lite0"
+    tensors = prepared.read_tensors()
+    assert len(tensors) == 294
+    assert not any(name.startswith("classifier") for name in tensors)
+    assert prepared.fingerprint == fingerprint("tf_efficientnet_lite0", tensors, prepared.preprocess)
+    assert prepared.fingerprint == build_fingerprint()
+    assert sorted(path.name for path in prepared.folder.iterdir()) == ["backbone.bin", "backbone.xml", "config.json", "model.safetensors"]
+
+
+def build_fingerprint() -> str:
+    """Of the network as built, not as stored."""
+    from models.backbone import backbone_tensors
+
+    backbone = build_backbone("tf_efficientnet_lite0", num_classes=9, seed=4)
+    return fingerprint("tf_efficientnet_lite0", backbone_tensors(backbone), backbone.preprocess)
+
+
+def test_a_second_time_it_comes_from_the_cache_without_torch(
+    prepared: PreparedBackbone, cache_dir: Path, run_python: Any, tmp_path: Path
+) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in prepared.folder.iterdir()}
+    program = PREPARE.format(
+        name="tf_efficientnet_lite0", weights=None, image_size=None, cache_dir=str(cache_dir), scratch_dir=str(tmp_path)
+    )
+    done = run_python(program)
+    assert done.stdout.split() == [str(prepared.folder), prepared.fingerprint, "False"], done.stderr
+    assert {path.name: path.stat().st_mtime_ns for path in prepared.folder.iterdir()} == before
+    assert read_prepared(prepared.folder) == prepared
+
+
+def test_the_content_of_a_weights_file_decides_and_not_its_name(tmp_path: Path) -> None:
+    cache, weights = tmp_path / "cache", tmp_path / "weights.pth"
+    first = prepare("test_resnet", cache, tmp_path, weights=write_weights(weights, 1))
+    second = prepare("test_resnet", cache, tmp_path, weights=write_weights(weights, 2))
+    again = prepare("test_resnet", cache, tmp_path, weights=write_weights(tmp_path / "other.pth", 1))
+    assert first.folder != second.folder
+    assert first.fingerprint != second.fingerprint
+    assert again == first
+    assert len(list((cache / "backbones").iterdir())) == 2
+
+
+def test_the_input_size_decides(tmp_path: Path) -> None:
+    cache, weights = tmp_path / "cache", write_weights(tmp_path / "weights.pth", 1)
+    own = prepare("test_resnet", cache, tmp_path, weights=weights)
+    smaller = prepare("test_resnet", cache, tmp_path, weights=weights, image_size=64)
+    assert own.folder != smaller.folder
+    assert own.fingerprint != smaller.fingerprint
+    engine = build_engine(smaller.folder, smaller.preprocess, smaller.config, device="cpu", precision="fp32", batch_size=1, num_streams=1)
+    assert run(engine, np.zeros((1, 64, 64, 3), np.uint8)).shape == (1, smaller.num_features)
+    engine.close()
+
+
+def test_processes_that_prepare_at_once_agree_and_leave_one_folder(run_forked: Any, tmp_path: Path) -> None:
+    weights = write_weights(tmp_path / "weights.pth", 1)
+    program = PREPARE.format(
+        name="test_resnet",
+        weights=f"Path({str(weights)!r})",
+        image_size=None,
+        cache_dir=str(tmp_path / "cache"),
+        scratch_dir=str(tmp_path / "scratch"),
+    )
+    results = run_forked([(program, {"HF_HUB_OFFLINE": "1"})] * 2)
+    assert [code for code, _ in results] == [0, 0], results
+    answers = {tuple(output.split()[-3:-1]) for _, output in results}
+    assert len(answers) == 1
+    folder = Path(answers.pop()[0])
+    assert list((tmp_path / "cache" / "backbones").iterdir()) == [folder]
+    assert read_prepared(folder).num_features > 0
+
+
+def test_random_weights_are_not_kept(tmp_path: Path) -> None:
+    prepared = prepare("test_resnet", tmp_path / "cache", tmp_path / "scratch", pretrained=False)
+    assert prepared.folder == tmp_path / "scratch" / "backbone"
+    assert not prepared.is_pretrained
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_users_own_network_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ownnet.py").write_text(
+        "from torch import nn\ndef build(): return nn.Sequential(nn.Conv2d(3, 4, 9, stride=8), nn.AdaptiveAvgPool2d(1), nn.Flatten())\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    prepared = prepare("ownnet:build", tmp_path / "cache", tmp_path / "scratch", image_size=48)
+    del sys.modules["ownnet"]
+    assert prepared.folder == tmp_path / "scratch" / "backbone"
+    assert (prepared.num_features, prepared.classifier, prepared.config["architecture"]) == (4, "head", "ownnet:build")
+    assert not (tmp_path / "cache").exists()
+    engine = OpenVINOEngine(prepared.openvino_path, prepared.preprocess, precision="fp32", batch_size=1, num_streams=1)
+    assert run(engine, np.zeros((2, 48, 48, 3), np.uint8)).shape == (2, 4)
+    engine.close()
+
+
+def test_without_a_cache_folder_nothing_is_kept(tmp_path: Path) -> None:
+    weights = write_weights(tmp_path / "weights.pth", 1)
+    assert prepare("test_resnet", None, tmp_path / "scratch", weights=weights).folder == tmp_path / "scratch" / "backbone"
+
+
+def test_a_weights_file_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(GraftError, match=r"gone\.pth: there is no such weights file"):
+        prepare("test_resnet", tmp_path / "cache", tmp_path, weights=tmp_path / "gone.pth")
+
+
+def test_a_cache_that_cannot_be_written_is_an_error_in_words(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file where a folder should be")
+    with pytest.raises(GraftError, match="the converted backbone could not be written to .*cache"):
+        prepare("test_resnet", tmp_path / "cache", tmp_path, weights=write_weights(tmp_path / "weights.pth", 1))
+
+
+def test_a_conversion_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
+    class Unconvertible(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return torch.linalg.eigvals(images.mean(dim=1)).real
+
+    backbone = build_backbone("test_resnet", num_classes=2, pretrained=False, image_size=32)
+    backbone = dataclasses.replace(backbone, model=wrap(Unconvertible()), classifier="head")
+    with pytest.raises(GraftError, match=f"OpenVINO cannot convert {backbone.name}: "):
+        write_prepared(backbone, tmp_path / "backbones" / "broken")
+    assert list((tmp_path / "backbones").iterdir()) == []
+
+
+def wrap(module: torch.nn.Module) -> torch.nn.Module:
+    from models.backbone import CustomNetwork
+
+    return CustomNetwork(module, 32)
+
+
+def test_what_another_run_wrote_meanwhile_is_as_good(tmp_path: Path) -> None:
+    backbone = build_backbone("test_resnet", num_classes=2, pretrained=False, image_size=64)
+    first = write_prepared(backbone, tmp_path / "here")
+    second = write_prepared(backbone, tmp_path / "here")
+    assert first == second
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+    assert json.loads((tmp_path / "here" / "config.json").read_text())["fingerprint"] == first.fingerprint
+
+
+def test_preparing_leaves_the_network_in_the_mode_it_was_in(tmp_path: Path) -> None:
+    backbone = build_backbone("test_resnet", num_classes=2, pretrained=False, image_size=64)
+    backbone.model.train()
+    before = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
+    write_prepared(backbone, tmp_path / "here")
+    assert backbone.model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.model.state_dict().items())
