@@ -92,7 +92,8 @@ class Options(BaseSettings):
     name: Annotated[str | None, Field(description="the model's name in the repository; else made from the data's")] = None
     output: Annotated[Path, Field(description="folder of run folders: metrics, TensorBoard logs, config.yaml, splits.csv")] = Path("runs")
     repository: Annotated[Path, Field(description="where the checkpoint is published, as <name>/<version>")] = Path("checkpoints")
-    cache_dir: Annotated[Path, Field(description="converted backbones are kept here between runs")] = _default_cache_dir()
+    cache_dir: Annotated[Path, Field(description="converted backbones and features are kept here between runs")] = _default_cache_dir()
+    cache_gb: Annotated[float, Field(ge=0, description="features used longest ago are removed above this many gigabytes")] = 20.0
     cache: Annotated[bool, Field(description="--no-cache computes everything anew")] = True
 
     @classmethod

@@ -172,17 +172,17 @@ def _image_files(folder: Path) -> list[Path]:
 def _load_csv(path: Path) -> tuple[_Labelled, _FixedSplits]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
+            reader = csv.DictReader(file)
+            # Blank lines are skipped and quoted ones may be broken, so a row's line is the reader's to say.
+            rows = [(reader.line_num, row) for row in reader]
+            columns = reader.fieldnames or ()
     except (OSError, csv.Error, UnicodeDecodeError) as error:
         raise GraftError(f"--data {path}: not a CSV that can be read: {error}") from error
-    columns = set(rows[0]) if rows else set()
-    if not {"path", "label"} <= columns:
-        raise GraftError(
-            f"--data {path}: it needs the columns path,label and perhaps split; it has {', '.join(map(str, columns)) or 'none'}"
-        )
+    if not {"path", "label"} <= set(columns):
+        raise GraftError(f"--data {path}: it needs the columns path,label and perhaps split; it has {', '.join(columns) or 'none'}")
     labelled: _Labelled = []
     splits: list[SplitName] = []
-    for number, row in enumerate(rows, start=2):
+    for number, row in rows:
         if not row["path"] or not row["label"]:
             raise GraftError(f"--data {path}: line {number} has no {'path' if not row['path'] else 'label'}")
         labelled.append((row["path"], row["label"], path.parent / row["path"]))
@@ -236,7 +236,7 @@ def _open_torchvision(factory: Any, name: str, root: Path, arguments: dict[str, 
         return factory(root=str(root), download=True, **arguments)
     except (OSError, RuntimeError) as error:
         raise GraftError(
-            f"--data torchvision:{name}: it is not under --data-root {root} and could not be downloaded ({error}); "
+            f"--data torchvision:{name}: it is not under --data-root {root} and could not be downloaded ({' '.join(str(error).split())}); "
             f"run it once where there is a network, and copy that folder here"
         ) from error
 

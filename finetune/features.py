@@ -1,4 +1,4 @@
-"""Images → backbone features through the engine, decoding and computing at the same time, once."""
+"""Images → backbone features through the engine, decoding and computing at the same time, and only what the cache does not hold."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from finetune.cache import FeatureCache, digest_image
 from finetune.data import Sample
 from finetune.progress import progress_bar
 from models.engine import Engine, Features
 from models.preprocess import ImageError, Pixels, Preprocess
+
+# Rows are written to the cache in groups of this many; what a killed run loses.
+_GROUP = 32
 
 
 @dataclass(frozen=True)
@@ -23,59 +27,97 @@ class ExtractedFeatures:
     unreadable: dict[str, str]
 
 
+@dataclass(frozen=True)
+class _Decoded:
+    """A sample's digest, and its crop unless the cache holds its features."""
+
+    digest: bytes
+    pixels: Pixels | None
+
+
 def extract_features(
-    samples: Sequence[Sample], preprocess: Preprocess, engine: Engine, *, num_workers: int, description: str
+    samples: Sequence[Sample],
+    preprocess: Preprocess,
+    engine: Engine,
+    *,
+    num_workers: int,
+    description: str,
+    cache: FeatureCache | None = None,
 ) -> ExtractedFeatures:
-    """Decode in `num_workers` threads, feed the engine its best batch, and keep both busy; memory holds a few batches only."""
+    """Decode in `num_workers` threads, feed the engine its best batch, and keep both busy.
+
+    Memory holds the features and a few batches, whatever the number of images.
+    """
     features = np.empty((len(samples), engine.num_features), np.float32)
     unreadable: dict[str, str] = {}
-    num_done = 0
-    in_flight: deque[tuple[Future[Features], int]] = deque()
+    size = engine.info.batch_size
+    in_flight: deque[tuple[Future[Features], list[int], list[bytes]]] = deque()
+    unwritten: list[tuple[bytes, int]] = []
+    batch: list[tuple[int, _Decoded]] = []
+    row = 0
+
+    def submit() -> None:
+        nonlocal batch
+        images = np.stack([decoded.pixels for _, decoded in batch if decoded.pixels is not None])
+        in_flight.append((engine.submit(images), [at for at, _ in batch], [decoded.digest for _, decoded in batch]))
+        batch = []
 
     def collect() -> None:
-        nonlocal num_done
-        future, size = in_flight.popleft()
-        features[num_done : num_done + size] = future.result()
-        num_done += size
+        future, rows, digests = in_flight.popleft()
+        features[rows] = future.result()
+        unwritten.extend(zip(digests, rows, strict=True))
+        if len(unwritten) >= _GROUP:
+            write()
+
+    def write() -> None:
+        if cache is not None and unwritten:
+            cache.write([digest for digest, _ in unwritten], features[[at for _, at in unwritten]])
+        unwritten.clear()
 
     with progress_bar(description, len(samples)) as advance:
-        batch: list[Pixels] = []
-        for sample, pixels in decode_all(samples, preprocess, num_workers, ahead=4 * engine.info.batch_size):
+        for sample, decoded in _decode_all(samples, preprocess, num_workers, 4 * size + num_workers, cache):
             advance(1)
-            if isinstance(pixels, ImageError):
-                unreadable[sample.key] = str(pixels)
+            if isinstance(decoded, ImageError):
+                unreadable[sample.key] = str(decoded)
                 continue
-            batch.append(pixels)
-            if len(batch) == engine.info.batch_size:
-                in_flight.append((engine.submit(np.stack(batch)), len(batch)))
-                batch = []
+            if decoded.pixels is not None:
+                batch.append((row, decoded))
+            elif cache is None or not cache.read(decoded.digest, features[row]):
+                # Damaged on disk since it was indexed: computed again.
+                batch.append((row, _Decoded(decoded.digest, preprocess(sample.read()))))
+            row += 1
+            if len(batch) == size:
+                submit()
             while len(in_flight) > engine.num_slots:
                 collect()
         if batch:
-            in_flight.append((engine.submit(np.stack(batch)), len(batch)))
+            submit()
         while in_flight:
             collect()
-    return ExtractedFeatures(features[:num_done], unreadable)
+        write()
+    return ExtractedFeatures(features[:row], unreadable)
 
 
-def decode_all(
-    samples: Sequence[Sample], preprocess: Preprocess, num_workers: int, ahead: int
-) -> Iterator[tuple[Sample, Pixels | ImageError]]:
-    """Each sample with its crop, or with the reason why there is none, in order; at most `ahead` + workers are decoded early."""
+def _decode_all(
+    samples: Sequence[Sample], preprocess: Preprocess, num_workers: int, ahead: int, cache: FeatureCache | None
+) -> Iterator[tuple[Sample, _Decoded | ImageError]]:
+    """Each sample, in order, with its crop or why there is none; at most `ahead` are decoded before they are asked for."""
 
-    def decode(sample: Sample) -> Pixels | ImageError:
+    def decode(sample: Sample) -> _Decoded | ImageError:
         try:
-            return preprocess(sample.read())
+            data = sample.read()
+            digest = digest_image(data)
+            return _Decoded(digest, None if cache is not None and digest in cache else preprocess(data))
         except ImageError as error:
             return error
         except OSError as error:
             return ImageError(f"the file cannot be read: {error.strerror or error}")
 
     with ThreadPoolExecutor(num_workers, thread_name_prefix="decode") as pool:
-        window: deque[tuple[Sample, Future[Pixels | ImageError]]] = deque()
+        window: deque[tuple[Sample, Future[_Decoded | ImageError]]] = deque()
         for sample in samples:
             window.append((sample, pool.submit(decode, sample)))
-            if len(window) > ahead + num_workers:
+            if len(window) > ahead:
                 first, future = window.popleft()
                 yield first, future.result()
         while window:

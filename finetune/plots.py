@@ -13,6 +13,7 @@ from finetune.evaluate import Metrics
 from models.preprocess import Pixels
 
 _INK, _FAINT = "#1f2933", "#9aa5b1"
+_DPI = 110
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,9 @@ def draw_mistakes(mistakes: Sequence[Mistake]) -> Picture:
 
 def _to_picture(figure: Figure) -> Picture:
     canvas = FigureCanvasAgg(figure)
-    figure.set_dpi(110)
+    figure.set_dpi(_DPI)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    # Said again: by itself savefig takes the resolution that the figure was made with, and then the size below is another.
+    figure.savefig(buffer, format="png", dpi=_DPI)
     width, height = canvas.get_width_height()
     return Picture(buffer.getvalue(), height, width)

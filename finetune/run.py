@@ -7,6 +7,7 @@ python finetune/run.py --data photos/ --freeze until:layer3      train what come
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import logging
@@ -27,6 +28,7 @@ if __name__ == "__main__":
 
 import numpy as np
 
+from finetune.cache import FeatureCache, trim
 from finetune.card import write_card
 from finetune.config import Options, parse_options
 from finetune.data import Sample, SplitName, Splits, load_splits
@@ -40,7 +42,7 @@ from finetune.result import Head, Result
 from models.checkpoint import FORMAT_VERSION, Golden, publish
 from models.engine import Engine, Features
 from models.errors import GraftError
-from models.prepared import PreparedBackbone, build_engine, prepare_backbone
+from models.prepared import PreparedBackbone, prepare_backbone
 
 logger = logging.getLogger("graft.run")
 
@@ -99,7 +101,7 @@ def _fit(options: Options, splits: Splits, monitor: Monitor, scratch: Path) -> R
         engine.close()
         backbone, head, best_epoch = _train(options, splits, probe, monitor, scratch)
         engine = _open_engine(backbone, options)
-        splits, features = _extract(splits, backbone, engine, options, only=("val", "test"))
+        splits, features = _extract(splits, backbone, engine, options, only=("val", "test"), is_kept=False)
     at.append(time.perf_counter())
     logits = {split: features[split] @ head.weight.T + head.bias for split in features if split != "train"}
     if best_epoch is not None:
@@ -161,28 +163,49 @@ def _prepare(options: Options, scratch: Path) -> PreparedBackbone:
         cache_dir=options.cache_dir if options.cache else None,
         scratch_dir=scratch,
     )
+    backbone.check_freeze(options.freeze)
     logger.info("backbone %s, weights: %s", backbone.name, backbone.weights)
     return backbone
 
 
 def _open_engine(backbone: PreparedBackbone, options: Options) -> Engine:
-    engine = build_engine(backbone.folder, backbone.preprocess, backbone.config, device=options.device, precision=options.precision)
+    engine = backbone.open_engine(options.device, options.precision)
     logger.info("engine: %s", engine.info)
     return engine
 
 
 def _extract(
-    splits: Splits, backbone: PreparedBackbone, engine: Engine, options: Options, only: Sequence[SplitName] = ("train", "val", "test")
+    splits: Splits,
+    backbone: PreparedBackbone,
+    engine: Engine,
+    options: Options,
+    *,
+    only: Sequence[SplitName] = ("train", "val", "test"),
+    is_kept: bool = True,
 ) -> tuple[Splits, dict[SplitName, Features]]:
     """Features of each split, and the splits less their unreadable images, which are named."""
     features: dict[SplitName, Features] = {}
     unreadable: dict[str, str] = {}
-    for split, samples in splits.named():
-        if split in only:
-            description = f"features of {split}"
-            extracted = extract_features(samples, backbone.preprocess, engine, num_workers=options.workers, description=description)
-            features[split] = extracted.features
-            unreadable |= extracted.unreadable
+    with contextlib.ExitStack() as stack:
+        cache = None
+        if options.cache and is_kept:
+            cache = stack.enter_context(FeatureCache(options.cache_dir, backbone.fingerprint, engine.info, engine.num_features))
+        for split, samples in splits.named():
+            if split in only:
+                extracted = extract_features(
+                    samples,
+                    backbone.preprocess,
+                    engine,
+                    num_workers=options.workers,
+                    description=f"features of {split}",
+                    cache=cache,
+                )
+                features[split] = extracted.features
+                unreadable |= extracted.unreadable
+        if cache is not None:
+            logger.info("features: %d from the cache, %d computed", cache.num_hits, cache.num_misses)
+    if options.cache:
+        trim(options.cache_dir, int(options.cache_gb * 1e9))
     if unreadable:
         shown = "\n".join(f"  {key}: {reason}" for key, reason in list(unreadable.items())[:10])
         more = f"\n  and {len(unreadable) - 10} more" if len(unreadable) > 10 else ""

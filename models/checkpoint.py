@@ -191,7 +191,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             engine=graft["engine"],
             config=config,
         )
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path}: not a checkpoint that can be read: {type(error).__name__}: {error}") from error

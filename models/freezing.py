@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from models.errors import GraftError
+from models.freeze_policy import resolve_policy
 
 
 class FrozenDriftError(GraftError):
@@ -33,27 +34,22 @@ class Freezing:
 
 
 def freeze(model: nn.Module, policy: str, classifier: str, prefix: str = "") -> Freezing:
-    """Set `requires_grad` by the policy, and remember every frozen tensor's digest for `prove_frozen`.
+    """Set `requires_grad` by the policy (see `resolve_policy`), and remember every frozen tensor's digest for `prove_frozen`.
 
-    `backbone` freezes all but the module named `classifier`; `until:NAME` everything up to and including NAME, in the order of
-    `named_modules`; `none` nothing. `prefix` stands before NAME in the network ("backbone." round a user's own module).
-    Raises GraftError for another policy, or a NAME that is not there or that is the classifier.
+    Raises GraftError for a policy that does not fit the network.
     """
-    names = [name for name, _ in model.named_modules()]
-    head = {name for name in names if name == classifier or name.startswith(f"{classifier}.")}
-    if policy == "none":
-        frozen = set()
-    elif policy == "backbone":
-        frozen = set(names) - head
-    elif policy.startswith("until:"):
-        frozen = set(_modules_until(model, policy.removeprefix("until:"), classifier, prefix)) - head
-    else:
-        raise GraftError(f"--freeze {policy}: the policies are backbone, until:NAME and none")
+    frozen = resolve_policy(
+        policy,
+        [name for name, _ in model.named_modules()],
+        classifier=classifier,
+        prefix=prefix,
+        stages=stages(model, classifier, prefix),
+    )
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
             parameter.requires_grad_(name not in frozen)
     digests = {name: _digest(tensor) for name, tensor in _frozen_tensors(model, frozen)}
-    return Freezing(policy, frozenset(frozen), digests)
+    return Freezing(policy, frozen, digests)
 
 
 def set_train_mode(model: nn.Module, freezing: Freezing, *, update_batch_norm: bool) -> None:
@@ -120,20 +116,7 @@ def stages(model: nn.Module, classifier: str, prefix: str = "") -> list[str]:
     return found
 
 
-def _modules_until(model: nn.Module, last: str, classifier: str, prefix: str) -> list[str]:
-    """Modules registered before the end of `last`'s subtree; the ancestors of `last` count, for tensors of their own."""
-    names = [name for name, _ in model.named_modules()]
-    full = prefix + last
-    if not last or full not in names:
-        offered = ", ".join(stages(model, classifier, prefix))
-        raise GraftError(f"--freeze until:{last}: there is no module {last!r}; its stages are {offered}")
-    if full == classifier or full.startswith(f"{classifier}."):
-        raise GraftError(f"--freeze until:{last}: {last!r} is the classifier, which always trains; say --freeze backbone")
-    subtree = [name for name in names if name == full or name.startswith(f"{full}.")]
-    return names[: names.index(subtree[-1]) + 1]
-
-
-def _frozen_tensors(model: nn.Module, frozen: set[str] | frozenset[str]) -> Iterator[tuple[str, torch.Tensor]]:
+def _frozen_tensors(model: nn.Module, frozen: frozenset[str]) -> Iterator[tuple[str, torch.Tensor]]:
     for name, module in model.named_modules():
         if name in frozen:
             prefix = f"{name}." if name else ""

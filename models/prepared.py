@@ -6,6 +6,7 @@ file names of a checkpoint, which is a prepared backbone with a head.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -21,8 +22,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from safetensors.numpy import load_file, save_file
 
 from models.checkpoint import CONFIG_FILE, OPENVINO_FILE, WEIGHTS_FILE, Array, fingerprint, hash_file
-from models.engine import Engine, OpenVINOEngine, Precision, TorchEngine
+from models.engine import Engine, OpenVINOEngine, Precision, TorchEngine, cpu_name, num_cpus
 from models.errors import GraftError
+from models.freeze_policy import resolve_policy
 from models.preprocess import Preprocess
 
 if TYPE_CHECKING:
@@ -36,7 +38,10 @@ _FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class PreparedBackbone:
-    """`config` is timm's model-folder config without labels; `license` is the weights'."""
+    """`config` is timm's model-folder config without labels; `license` is the weights'.
+
+    `module_names` are the network's, in order, with `module_prefix` before a user's own; `stages` those worth freezing until.
+    """
 
     folder: Path
     name: str
@@ -48,6 +53,30 @@ class PreparedBackbone:
     license: str | None
     fingerprint: str
     config: Mapping[str, Any]
+    module_names: tuple[str, ...]
+    module_prefix: str
+    stages: tuple[str, ...]
+
+    def check_freeze(self, policy: str) -> None:
+        """Raise GraftError where `policy` does not fit this network."""
+        resolve_policy(policy, self.module_names, classifier=self.classifier, prefix=self.module_prefix, stages=self.stages)
+
+    def open_engine(self, device: Device, precision: Precision) -> Engine:
+        """The engine for this backbone; batch, streams and speed are searched for once on a machine and then remembered beside it."""
+        path = self.folder / f"engine-{precision}.json"
+        found: dict[str, Any] = {}
+        is_cpu = resolve_device(device) == "cpu"
+        with contextlib.suppress(OSError, ValueError):
+            recorded = json.loads(path.read_text())
+            if is_cpu and recorded["device"] == cpu_name() and recorded["num_cpus"] == num_cpus():
+                found = {name: recorded[name] for name in ("batch_size", "num_streams", "images_per_second")}
+        engine = build_engine(self.folder, self.preprocess, self.config, device=device, precision=precision, **found)
+        if is_cpu and not found:
+            temporary = path.with_name(f".tmp-{uuid.uuid4().hex}")
+            with contextlib.suppress(OSError):
+                temporary.write_text(json.dumps({**engine.info.to_dict(), "num_cpus": num_cpus()}))
+                temporary.replace(path)
+        return engine
 
     def read_tensors(self) -> dict[str, Array]:
         """Every parameter and buffer but the head's."""
@@ -78,6 +107,7 @@ def prepare_backbone(
 def write_prepared(backbone: Backbone, folder: Path) -> PreparedBackbone:
     """Convert and write `backbone` to `folder`, whole or not at all; what another run wrote there meanwhile is as good."""
     from models.backbone import backbone_tensors, export_openvino, timm_config
+    from models.freezing import stages
 
     tensors = backbone_tensors(backbone)
     config = timm_config(backbone)
@@ -91,6 +121,9 @@ def write_prepared(backbone: Backbone, folder: Path) -> PreparedBackbone:
         "is_pretrained": backbone.is_pretrained,
         "license": backbone.license,
         "config": config,
+        "module_names": [name for name, _ in backbone.model.named_modules()],
+        "module_prefix": backbone.module_prefix,
+        "stages": stages(backbone.model, backbone.classifier, backbone.module_prefix),
         "fingerprint": fingerprint(config["architecture"], tensors, backbone.preprocess),
     }
     temporary = folder.with_name(f".tmp-{uuid.uuid4().hex}")
@@ -115,7 +148,13 @@ def read_prepared(folder: Path) -> PreparedBackbone:
     """What `write_prepared` wrote."""
     stored = json.loads((folder / CONFIG_FILE).read_text())
     assert stored.pop("format_version") == _FORMAT_VERSION
-    return PreparedBackbone(folder=folder, **{**stored, "preprocess": Preprocess.from_dict(stored["preprocess"])})
+    return PreparedBackbone(
+        folder=folder,
+        preprocess=Preprocess.from_dict(stored.pop("preprocess")),
+        module_names=tuple(stored.pop("module_names")),
+        stages=tuple(stored.pop("stages")),
+        **stored,
+    )
 
 
 def build_engine(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import pickletools
 import shutil
 import signal
 import subprocess
@@ -156,7 +154,7 @@ def test_plain_timm_loads_it_and_gives_the_golden_logits(published: Path) -> Non
     model = timm.create_model(f"local-dir:{published}", pretrained=True).eval()
     checkpoint = load_checkpoint(published)
     data_config = timm.data.resolve_model_data_config(model)
-    assert (data_config["input_size"], data_config["crop_pct"], data_config["mean"]) == ((3, 224, 224), 0.875, (0.5, 0.5, 0.5))
+    assert (list(data_config["input_size"]), data_config["crop_pct"], list(data_config["mean"])) == ([3, 224, 224], 0.875, [0.5] * 3)
     crops = np.stack([checkpoint.preprocess(image) for image in checkpoint.golden.images])
     images = (torch.from_numpy(crops).permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5
     with torch.inference_mode():
@@ -167,9 +165,11 @@ def test_plain_timm_loads_it_and_gives_the_golden_logits(published: Path) -> Non
 def test_nothing_in_it_is_a_pickle(published: Path) -> None:
     with np.load(published / "golden.npz", allow_pickle=False) as golden:
         assert all(golden[name].dtype != object for name in golden.files)
-    for path in published.iterdir():
-        with pytest.raises(Exception, match=r"."):
-            pickletools.dis(path.read_bytes(), out=open(os.devnull, "w"))  # noqa: SIM115, PTH123
+        arrays = [golden.zip.read(f"{name}.npy") for name in golden.files]
+    for content in [*arrays, *(path.read_bytes() for path in published.iterdir())]:
+        # A pickle starts with a protocol and ends with a stop; torch.save writes a zip archive with a data.pkl.
+        assert not (content[:1] == b"\x80" and content.rstrip().endswith(b"."))
+        assert b"data.pkl" not in content
 
 
 def test_versions_count_up_and_leave_the_older_ones_alone(published: Path, copied: Path) -> None:
@@ -222,7 +222,9 @@ def test_two_processes_that_publish_at_once_make_two_versions(tmp_path: Path) ->
 def test_a_full_disk_leaves_nothing_behind_and_says_so(num_weights: int, tmp_path: Path) -> None:
     # No file may grow beyond 50,000 bytes: the weights do not fit, or the IR does not.
     limit = (
-        "import resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
+        "import resource, signal\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
         "during = lambda path: path.with_suffix('.bin').write_bytes(b'1' * 60_000)"
     )
     done = publish_small(tmp_path, limit, f", num_weights={num_weights}")
@@ -327,7 +329,7 @@ def test_a_head_whose_rows_were_swapped_is_refused_by_its_golden_images(publishe
         check_golden(checkpoint, computed[:, [1, 2, 0]])
 
 
-@pytest.mark.parametrize("spoil", [lambda computed: computed * np.nan, lambda computed: computed + 0.1 * np.ptp(computed)])
+@pytest.mark.parametrize("spoil", [lambda computed: computed * np.nan, lambda computed: computed + 0.1 * np.ptp(computed) * np.eye(3)])
 def test_logits_that_drifted_are_refused_and_rounding_is_not(published: Path, engine: OpenVINOEngine, spoil: Any) -> None:
     checkpoint, computed = replay(published, engine)
     with pytest.raises(CheckpointError, match="golden images"):
@@ -368,7 +370,7 @@ def test_names_that_fit_a_folder_and_a_url_are_taken(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["", "..", ".hidden", "a/b", "A", "with space", "ä", "x" * 64, "-x", "a\n"])
 def test_other_names_are_refused_with_the_rule(name: str) -> None:
-    with pytest.raises(GraftError, match="--name .*: a model's name is 1 to 63 of"):
+    with pytest.raises(GraftError, match=r"--name .*: a model's name is 1 to 63 of"):
         check_name(name)
 
 

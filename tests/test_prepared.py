@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,22 @@ import numpy as np
 import pytest
 import timm
 import torch
+from torch import nn
 
-from models.backbone import build_backbone
+from models.backbone import Backbone, CustomNetwork, backbone_tensors, build_backbone
 from models.checkpoint import fingerprint
 from models.engine import OpenVINOEngine, run
 from models.errors import GraftError
 from models.prepared import PreparedBackbone, build_engine, prepare_backbone, read_prepared, write_prepared
+from models.preprocess import Preprocess
 
 PREPARE = """
 import sys, time
 from pathlib import Path
 from models.prepared import prepare_backbone
-prepared = prepare_backbone({name!r}, weights={weights}, pretrained=True, image_size={image_size}, cache_dir=Path({cache_dir!r}), scratch_dir=Path({scratch_dir!r}))
+prepared = prepare_backbone(
+    {name!r}, weights={weights}, pretrained=True, image_size=None, cache_dir=Path({cache_dir!r}), scratch_dir=Path({scratch_dir!r})
+)
 print(prepared.folder)
 print(prepared.fingerprint)
 print("torch" in sys.modules)
@@ -33,6 +38,21 @@ print("torch" in sys.modules)
 def prepare(name: str, cache_dir: Path | None, scratch_dir: Path, **options: Any) -> PreparedBackbone:
     arguments: dict[str, Any] = {"weights": None, "pretrained": True, "image_size": None, **options}
     return prepare_backbone(name, cache_dir=cache_dir, scratch_dir=scratch_dir, **arguments)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreparedBackbone, Path, Path]:
+    """A small network prepared from a weights file: itself, its cache folder and the file."""
+    folder = tmp_path_factory.mktemp("small")
+    weights = write_weights(folder / "weights.pth", 1)
+    return prepare("test_resnet", folder / "cache", folder, weights=weights), folder / "cache", weights
+
+
+def tiny_backbone() -> Backbone:
+    """A network that converts in no time, with BatchNorm."""
+    torch.manual_seed(0)
+    trunk = nn.Sequential(nn.Conv2d(3, 4, 9, stride=8), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return Backbone("own:tiny", CustomNetwork(trunk, 4), "head", Preprocess(height=48, width=48), "none", None, "backbone.")
 
 
 def write_weights(path: Path, seed: int) -> Path:
@@ -56,8 +76,6 @@ def test_it_says_what_was_prepared(prepared: PreparedBackbone, cache_dir: Path) 
 
 def build_fingerprint() -> str:
     """Of the network as built, not as stored."""
-    from models.backbone import backbone_tensors
-
     backbone = build_backbone("tf_efficientnet_lite0", num_classes=9, seed=4)
     return fingerprint("tf_efficientnet_lite0", backbone_tensors(backbone), backbone.preprocess)
 
@@ -66,32 +84,28 @@ def test_a_second_time_it_comes_from_the_cache_without_torch(
     prepared: PreparedBackbone, cache_dir: Path, run_python: Any, tmp_path: Path
 ) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in prepared.folder.iterdir()}
-    program = PREPARE.format(
-        name="tf_efficientnet_lite0", weights=None, image_size=None, cache_dir=str(cache_dir), scratch_dir=str(tmp_path)
-    )
+    program = PREPARE.format(name="tf_efficientnet_lite0", weights=None, cache_dir=str(cache_dir), scratch_dir=str(tmp_path))
     done = run_python(program)
     assert done.stdout.split() == [str(prepared.folder), prepared.fingerprint, "False"], done.stderr
     assert {path.name: path.stat().st_mtime_ns for path in prepared.folder.iterdir()} == before
     assert read_prepared(prepared.folder) == prepared
 
 
-def test_the_content_of_a_weights_file_decides_and_not_its_name(tmp_path: Path) -> None:
-    cache, weights = tmp_path / "cache", tmp_path / "weights.pth"
-    first = prepare("test_resnet", cache, tmp_path, weights=write_weights(weights, 1))
-    second = prepare("test_resnet", cache, tmp_path, weights=write_weights(weights, 2))
-    again = prepare("test_resnet", cache, tmp_path, weights=write_weights(tmp_path / "other.pth", 1))
-    assert first.folder != second.folder
-    assert first.fingerprint != second.fingerprint
-    assert again == first
-    assert len(list((cache / "backbones").iterdir())) == 2
+def test_the_content_of_a_weights_file_decides_and_not_its_name(small: tuple[PreparedBackbone, Path, Path], tmp_path: Path) -> None:
+    prepared, cache, weights = small
+    renamed = Path(shutil.copy(weights, tmp_path / "renamed.pth"))
+    assert prepare("test_resnet", cache, tmp_path, weights=renamed) == prepared
+    rewritten = prepare("test_resnet", cache, tmp_path, weights=write_weights(renamed, 2))
+    assert rewritten.folder != prepared.folder
+    assert rewritten.fingerprint != prepared.fingerprint
+    assert not np.array_equal(rewritten.read_tensors()["conv1.0.weight"], prepared.read_tensors()["conv1.0.weight"])
 
 
-def test_the_input_size_decides(tmp_path: Path) -> None:
-    cache, weights = tmp_path / "cache", write_weights(tmp_path / "weights.pth", 1)
-    own = prepare("test_resnet", cache, tmp_path, weights=weights)
+def test_the_input_size_decides(small: tuple[PreparedBackbone, Path, Path], tmp_path: Path) -> None:
+    prepared, cache, weights = small
     smaller = prepare("test_resnet", cache, tmp_path, weights=weights, image_size=64)
-    assert own.folder != smaller.folder
-    assert own.fingerprint != smaller.fingerprint
+    assert smaller.folder != prepared.folder
+    assert smaller.fingerprint != prepared.fingerprint
     engine = build_engine(smaller.folder, smaller.preprocess, smaller.config, device="cpu", precision="fp32", batch_size=1, num_streams=1)
     assert run(engine, np.zeros((1, 64, 64, 3), np.uint8)).shape == (1, smaller.num_features)
     engine.close()
@@ -102,7 +116,6 @@ def test_processes_that_prepare_at_once_agree_and_leave_one_folder(run_forked: A
     program = PREPARE.format(
         name="test_resnet",
         weights=f"Path({str(weights)!r})",
-        image_size=None,
         cache_dir=str(tmp_path / "cache"),
         scratch_dir=str(tmp_path / "scratch"),
     )
@@ -137,8 +150,8 @@ def test_a_users_own_network_is_not_kept(tmp_path: Path, monkeypatch: pytest.Mon
     engine.close()
 
 
-def test_without_a_cache_folder_nothing_is_kept(tmp_path: Path) -> None:
-    weights = write_weights(tmp_path / "weights.pth", 1)
+def test_without_a_cache_folder_nothing_is_kept(small: tuple[PreparedBackbone, Path, Path], tmp_path: Path) -> None:
+    _, _, weights = small
     assert prepare("test_resnet", None, tmp_path / "scratch", weights=weights).folder == tmp_path / "scratch" / "backbone"
 
 
@@ -149,30 +162,23 @@ def test_a_weights_file_that_is_not_there_is_an_error(tmp_path: Path) -> None:
 
 def test_a_cache_that_cannot_be_written_is_an_error_in_words(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file where a folder should be")
-    with pytest.raises(GraftError, match="the converted backbone could not be written to .*cache"):
-        prepare("test_resnet", tmp_path / "cache", tmp_path, weights=write_weights(tmp_path / "weights.pth", 1))
+    with pytest.raises(GraftError, match=r"the converted backbone could not be written to .*cache"):
+        write_prepared(tiny_backbone(), tmp_path / "cache" / "backbones" / "tiny")
 
 
 def test_a_conversion_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
-    class Unconvertible(torch.nn.Module):
+    class Unconvertible(nn.Module):
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return torch.linalg.eigvals(images.mean(dim=1)).real
 
-    backbone = build_backbone("test_resnet", num_classes=2, pretrained=False, image_size=32)
-    backbone = dataclasses.replace(backbone, model=wrap(Unconvertible()), classifier="head")
-    with pytest.raises(GraftError, match=f"OpenVINO cannot convert {backbone.name}: "):
+    backbone = dataclasses.replace(tiny_backbone(), model=CustomNetwork(Unconvertible(), 48))
+    with pytest.raises(GraftError, match=r"OpenVINO cannot convert own:tiny: ."):
         write_prepared(backbone, tmp_path / "backbones" / "broken")
     assert list((tmp_path / "backbones").iterdir()) == []
 
 
-def wrap(module: torch.nn.Module) -> torch.nn.Module:
-    from models.backbone import CustomNetwork
-
-    return CustomNetwork(module, 32)
-
-
 def test_what_another_run_wrote_meanwhile_is_as_good(tmp_path: Path) -> None:
-    backbone = build_backbone("test_resnet", num_classes=2, pretrained=False, image_size=64)
+    backbone = tiny_backbone()
     first = write_prepared(backbone, tmp_path / "here")
     second = write_prepared(backbone, tmp_path / "here")
     assert first == second
@@ -181,7 +187,7 @@ def test_what_another_run_wrote_meanwhile_is_as_good(tmp_path: Path) -> None:
 
 
 def test_preparing_leaves_the_network_in_the_mode_it_was_in(tmp_path: Path) -> None:
-    backbone = build_backbone("test_resnet", num_classes=2, pretrained=False, image_size=64)
+    backbone = tiny_backbone()
     backbone.model.train()
     before = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
     write_prepared(backbone, tmp_path / "here")

@@ -186,7 +186,7 @@ def test_unreadable_images_are_named_and_left_out(finetune: Finetune, tmp_path: 
         (["--nothing"], ["--nothing"]),
         (["--data", "torchvision:Nope"], ["torchvision:Nope", "FashionMNIST"]),
         (["--weights", "gone.pth", "--backbone", "resnet18"], ["gone.pth", "no such weights file"]),
-        (["--device", "cuda"], ["--device cuda"]),
+        (["--device", "cuda"], ["cuda was asked for", "cpu"]),
         (["--precision", "int8"], ["--precision int8"]),
     ],
 )

@@ -1,0 +1,202 @@
+"""Options come from flags, then the file, then the defaults; nothing else, and what is wrong is named by its flag."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from finetune.config import Options, parse_options
+from models.errors import GraftError
+
+
+def parse(arguments: str) -> Options:
+    return parse_options(arguments.split())
+
+
+def write_config(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_without_flags_the_defaults_hold() -> None:
+    options = parse_options([])
+    assert options == Options()
+    assert (options.data, options.backbone, options.freeze, options.model_name) == ("digits", "tf_efficientnet_lite0", "backbone", "digits")
+    assert (options.output, options.repository) == (Path("runs"), Path("checkpoints"))
+
+
+def test_flags_of_every_kind_are_read() -> None:
+    options = parse(
+        "--data photos/ --data-root d --val-fraction 0.3 --strict --backbone resnet18 --weights w.pth --no-pretrained --image-size 96 "
+        "--freeze until:layer3 --epochs 7 --batch-size 16 --lr 0.01 --backbone-lr 1e-5 --weight-decay 0 --batch-norm update "
+        "--augment flip --device cpu --precision fp32 --workers 3 --seed 9 --name cats --output o --repository r --cache-dir c "
+        "--no-cache"
+    )
+    assert options.model_dump() == {
+        "data": "photos/",
+        "data_root": Path("d"),
+        "val_fraction": 0.3,
+        "strict": True,
+        "backbone": "resnet18",
+        "weights": Path("w.pth"),
+        "pretrained": False,
+        "image_size": 96,
+        "freeze": "until:layer3",
+        "epochs": 7,
+        "batch_size": 16,
+        "lr": 0.01,
+        "backbone_lr": 1e-5,
+        "weight_decay": 0,
+        "batch_norm": "update",
+        "augment": "flip",
+        "device": "cpu",
+        "precision": "fp32",
+        "workers": 3,
+        "seed": 9,
+        "name": "cats",
+        "output": Path("o"),
+        "repository": Path("r"),
+        "cache_dir": Path("c"),
+        "cache": False,
+    }
+    assert parse_options(["--no-strict", "--pretrained"]) == Options(strict=False, pretrained=True)
+    assert parse_options(["--lr=0.5"]).lr == 0.5
+
+
+def test_a_runs_config_reads_back_as_the_same_options(tmp_path: Path) -> None:
+    options = parse("--data photos/ --freeze until:layer3 --lr 0.01 --no-pretrained --image-size 96 --seed 3 --name cats")
+    path = write_config(tmp_path / "config.yaml", options.to_yaml())
+    again = parse_options(["--config", str(path)])
+    assert again.model_dump() == options.model_dump()
+    assert "config" not in yaml.safe_load(path.read_text())
+    assert again.to_yaml() == options.to_yaml()
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:
+    path = write_config(tmp_path / "config.yaml", "lr: 0.5\nepochs: 9\nstrict: true\n")
+    options = parse_options(["--epochs", "2", f"--config={path}", "--no-strict"])
+    assert (options.lr, options.epochs, options.strict, options.seed) == (0.5, 2, False, 0)
+
+
+def test_an_empty_config_changes_nothing_or_is_refused_in_words(tmp_path: Path) -> None:
+    with pytest.raises(GraftError, match="it must hold one `option: value` a line"):
+        parse_options(["--config", str(write_config(tmp_path / "config.yaml", ""))])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lernrate: 0.5\nlr: 1\n", "unknown options lernrate; known are .*data.*, lr, "),
+        ("- lr\n", "it must hold one `option: value` a line"),
+        ("lr: [", "while parsing"),
+        ("lr: fast\n", "^--lr fast: "),
+        ("epochs: 0\n", "^--epochs 0: "),
+        ("name: Not A Name\n", "^--name 'Not A Name': a model's name is"),
+        ("freeze: [a]\n", "^--freeze .*string"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_named(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(GraftError, match=message):
+        parse_options(["--config", str(write_config(tmp_path / "config.yaml", text))])
+
+
+def test_a_config_that_is_not_there_or_no_text_is_named(tmp_path: Path) -> None:
+    with pytest.raises(GraftError, match=r"--config .*gone\.yaml: .*No such file"):
+        parse_options(["--config", str(tmp_path / "gone.yaml")])
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(GraftError, match=r"--config .*binary\.yaml"):
+        parse_options(["--config", str(tmp_path / "binary.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--val-fraction 0", "--val-fraction 0: .*greater than 0"),
+        ("--val-fraction 1", "--val-fraction 1: .*less than 1"),
+        ("--val-fraction half", "--val-fraction half: .*number"),
+        ("--epochs 0", "--epochs 0: .*greater than or equal to 1"),
+        ("--epochs 1.5", "--epochs 1.5: .*integer"),
+        ("--batch-size -1", "--batch-size -1: "),
+        ("--lr 0", "--lr 0: "),
+        ("--lr nan", "--lr nan: "),
+        ("--weight-decay -0.1", "--weight-decay -0.1: "),
+        ("--image-size 16", "--image-size 16: .*32"),
+        ("--workers 0", "--workers 0: "),
+        ("--device tpu", "--device tpu: .*'auto', 'cpu' or 'cuda'"),
+        ("--precision fp64", "--precision fp64: .*'auto', 'fp32'"),
+        ("--augment heavy", "--augment heavy: .*'none', 'light' or 'flip'"),
+        ("--name Cats", "--name 'Cats': a model's name is"),
+        ("--name ..", r"--name '\.\.': a model's name is"),
+    ],
+)
+def test_a_bad_value_is_named_by_its_flag(arguments: str, message: str) -> None:
+    with pytest.raises(GraftError, match=f"^{message}"):
+        parse(arguments)
+
+
+def test_every_bad_value_is_told_at_once() -> None:
+    with pytest.raises(GraftError) as caught:
+        parse("--epochs 0 --lr -1 --device tpu")
+    assert [line.split()[0] for line in str(caught.value).splitlines()] == ["--epochs", "--lr", "--device"]
+
+
+@pytest.mark.parametrize("arguments", [["--lernrate", "1"], ["--epoch", "3"], ["photos/"], ["--data"]])
+def test_unknown_flags_and_missing_values_end_the_run_with_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """As GraftError, which main turns into code 2, or by argparse itself."""
+    with pytest.raises((GraftError, SystemExit)) as caught:
+        parse_options(arguments)
+    assert isinstance(caught.value, GraftError) or caught.value.code == 2
+    assert arguments[0].lstrip("-") in f"{caught.value} {capsys.readouterr().err}"
+
+
+def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse_options(["--help"])
+    assert caught.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for name, field in Options.model_fields.items():
+        assert f"--{name.replace('_', '-')}" in shown
+        assert field.description
+        assert field.description.split(",")[0].split(";")[0][:30] in shown
+
+
+def test_the_shells_variables_do_not_become_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in Options.model_fields:
+        monkeypatch.setenv(name, "7")
+        monkeypatch.setenv(name.upper(), "7")
+    (tmp_path / ".env").write_text("NAME=leak\nSEED=7\n")
+    monkeypatch.chdir(tmp_path)
+    assert parse_options([]) == Options()
+    assert (Options().seed, Options().name, Options().data) == (0, None, "digits")
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        ("digits", "digits"),
+        ("photos/", "photos"),
+        ("/somewhere/My Photos (2024)", "my-photos--2024"),
+        ("torchvision:OxfordIIITPet", "oxfordiiitpet"),
+        ("lists/birds.csv", "birds"),
+        ("photos.v2", "photos-v2"),
+        ("Vögel", "v-gel"),
+        ("***", "model"),
+        ("x" * 80, "x" * 63),
+    ],
+)
+def test_the_models_name_is_made_from_the_data(data: str, name: str) -> None:
+    assert Options(data=data).model_name == name
+
+
+def test_the_folder_here_gives_its_own_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "birds").mkdir()
+    monkeypatch.chdir(tmp_path / "birds")
+    assert Options(data=".").model_name == "birds"
+    assert Options(data=".", name="other").model_name == "other"
+
+
+def test_the_cache_is_where_the_system_keeps_caches(run_python: object) -> None:
+    program = "from finetune.config import Options; print(Options().cache_dir)"
+    assert run_python(program, XDG_CACHE_HOME="/somewhere").stdout == "/somewhere/graft\n"  # type: ignore[operator]

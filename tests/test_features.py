@@ -1,0 +1,101 @@
+"""Features come in the order of the samples, once each, and what cannot be read is named and left out."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from finetune.data import EncodedImage, Sample
+from finetune.features import decode_all, extract_features
+from models.engine import OpenVINOEngine, run
+from models.prepared import PreparedBackbone
+from models.preprocess import ImageError, Preprocess
+from tests.drawn import draw_shape
+
+
+def sample(index: int, data: bytes | None = None) -> Sample:
+    kind = ("JPEG", "PNG")[index % 2]
+    return Sample(f"image {index}", 0, EncodedImage(draw_shape("circle", index, kind) if data is None else data))
+
+
+@pytest.mark.parametrize("num_workers", [1, 4])
+@pytest.mark.parametrize("count", [0, 1, 4, 11])
+def test_features_keep_the_order_of_the_samples(prepared: PreparedBackbone, engine: OpenVINOEngine, count: int, num_workers: int) -> None:
+    samples = [sample(index) for index in range(count)]
+    extracted = extract_features(samples, prepared.preprocess, engine, num_workers=num_workers, description="test")
+    assert extracted.unreadable == {}
+    assert extracted.features.shape == (count, engine.num_features)
+    for index in range(count):
+        assert np.array_equal(extracted.features[index], run(engine, prepared.preprocess(samples[index].read())[None])[0])
+
+
+def test_unreadable_samples_are_named_and_left_out(prepared: PreparedBackbone, engine: OpenVINOEngine) -> None:
+    samples = [sample(index) for index in range(9)]
+    samples[0] = sample(0, b"")
+    samples[4] = sample(4, b"some text")
+    samples[8] = sample(8, draw_shape("cross", 1, "PNG")[:200])
+    extracted = extract_features(samples, prepared.preprocess, engine, num_workers=3, description="test")
+    assert list(extracted.unreadable) == ["image 0", "image 4", "image 8"]
+    assert "empty" in extracted.unreadable["image 0"]
+    assert "not an image" in extracted.unreadable["image 4"]
+    assert "cannot be decoded" in extracted.unreadable["image 8"]
+    kept = [index for index in range(9) if index not in (0, 4, 8)]
+    expected = run(engine, np.stack([prepared.preprocess(samples[index].read()) for index in kept]))
+    assert np.array_equal(extracted.features, expected)
+
+
+def test_nothing_readable_gives_no_features(prepared: PreparedBackbone, engine: OpenVINOEngine) -> None:
+    extracted = extract_features([sample(0, b"x"), sample(1, b"y")], prepared.preprocess, engine, num_workers=2, description="test")
+    assert extracted.features.shape == (0, engine.num_features)
+    assert len(extracted.unreadable) == 2
+
+
+def test_a_file_that_goes_away_after_it_was_listed_is_unreadable(
+    prepared: PreparedBackbone, engine: OpenVINOEngine, tmp_path: Path
+) -> None:
+    paths = [tmp_path / f"{index}.jpg" for index in range(3)]
+    for index, path in enumerate(paths):
+        path.write_bytes(draw_shape("square", index))
+    samples = [Sample(str(path), 0, path) for path in paths]
+    paths[1].unlink()
+    paths[2].unlink()
+    paths[2].mkdir()
+    extracted = extract_features(samples, prepared.preprocess, engine, num_workers=2, description="test")
+    assert extracted.features.shape[0] == 1
+    assert extracted.unreadable == {
+        str(paths[1]): "the file cannot be read: No such file or directory",
+        str(paths[2]): "the file cannot be read: Is a directory",
+    }
+
+
+def test_decoding_runs_ahead_only_so_far() -> None:
+    """Memory holds a few batches of a data set of any size."""
+    lock = threading.Lock()
+    num_read = 0
+
+    class Counted:
+        def read_bytes(self) -> bytes:
+            nonlocal num_read
+            with lock:
+                num_read += 1
+            return b"not an image"
+
+    samples = [Sample(str(index), 0, Counted()) for index in range(200)]  # type: ignore[arg-type]
+    decoded = decode_all(samples, Preprocess(), 2, ahead=5)
+    for num_taken, (taken, pixels) in enumerate(decoded, start=1):
+        assert taken.key == str(num_taken - 1)
+        assert isinstance(pixels, ImageError)
+        assert num_read <= num_taken + 5 + 2
+    assert num_read == 200
+
+
+def test_what_is_no_image_error_is_not_hidden() -> None:
+    class Broken:
+        def read_bytes(self) -> bytes:
+            raise ZeroDivisionError("a bug")
+
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        list(decode_all([Sample("x", 0, Broken())], Preprocess(), 1, ahead=1))  # type: ignore[arg-type]
