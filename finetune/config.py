@@ -84,6 +84,15 @@ class Options(BaseSettings):
         Field(description="light: shifted and scaled crops. flip: mirrored too (not for digits or letters). none: the plain crop"),
     ] = "light"
 
+    views: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="augmented views of each training image that are computed once and learnt from, by the probe too; 1: the plain "
+            "crop (and for training past the probe, as many as there are epochs, four at most)",
+        ),
+    ] = 1
+
     device: Annotated[Literal["auto", "cpu", "cuda"], Field(description="where to train and compute features")] = "auto"
     precision: Annotated[Precision, Field(description="of the engine; auto: bf16 where the hardware has it, else fp32")] = "auto"
     workers: Annotated[int, Field(ge=1, description="threads that decode images")] = num_cpus()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from finetune.cache import FeatureCache, digest_image
 from finetune.data import Sample
 from finetune.progress import progress_bar
 from models.engine import Engine, Features
-from models.preprocess import ImageError, Pixels, Preprocess
+from models.preprocess import ImageError, Pixels, Preprocess, View
 
 # Rows are written to the cache in groups of this many; what a killed run loses.
 _GROUP = 32
@@ -27,11 +28,18 @@ class ExtractedFeatures:
     unreadable: dict[str, str]
 
 
+class SupportsRows(Protocol):
+    """What rows of features can be assigned to."""
+
+    def __setitem__(self, rows: Any, values: Features, /) -> None: ...
+
+
 @dataclass(frozen=True)
 class _Decoded:
     """A sample's digest, and its crop unless the cache holds its features."""
 
     digest: bytes
+    view: View | None
     pixels: Pixels | None
 
 
@@ -43,12 +51,16 @@ def extract_features(
     num_workers: int,
     description: str,
     cache: FeatureCache | None = None,
+    draw: Callable[[int], View | None] = lambda index: None,
+    out: SupportsRows | None = None,
 ) -> ExtractedFeatures:
     """Decode in `num_workers` threads, feed the engine its best batch, and keep both busy.
 
-    Memory holds the features and a few batches, whatever the number of images.
+    `draw` gives the augmented view of the image at an index. Memory holds the features and a few batches, whatever the number of
+    images; with `out` not even the features: rows are assigned to it, and an array without columns is returned.
     """
-    features = np.empty((len(samples), engine.num_features), np.float32)
+    features = np.empty((len(samples), engine.num_features if out is None else 0), np.float32)
+    rows_out: SupportsRows = features if out is None else out
     unreadable: dict[str, str] = {}
     size = engine.info.batch_size
     in_flight: deque[tuple[Future[Features], list[int], list[bytes]]] = deque()
@@ -64,7 +76,7 @@ def extract_features(
 
     def collect() -> None:
         future, rows, digests = in_flight.popleft()
-        features[rows] = future.result()
+        rows_out[rows] = future.result()
         unwritten.extend(zip(digests, rows, strict=True))
         if len(unwritten) >= _GROUP:
             write()
@@ -75,7 +87,7 @@ def extract_features(
         unwritten.clear()
 
     with progress_bar(description, len(samples)) as advance:
-        for sample, decoded in _decode_all(samples, preprocess, num_workers, 4 * size + num_workers, cache):
+        for sample, decoded in _decode_all(samples, preprocess, num_workers, 4 * size + num_workers, cache, draw):
             advance(1)
             if isinstance(decoded, ImageError):
                 unreadable[sample.key] = str(decoded)
@@ -84,7 +96,7 @@ def extract_features(
                 batch.append((row, decoded))
             elif cache is None or not cache.read(decoded.digest, features[row]):
                 # Damaged on disk since it was indexed: computed again.
-                batch.append((row, _Decoded(decoded.digest, preprocess(sample.read()))))
+                batch.append((row, _Decoded(decoded.digest, decoded.view, preprocess(sample.read(), view=decoded.view))))
             row += 1
             if len(batch) == size:
                 submit()
@@ -99,15 +111,20 @@ def extract_features(
 
 
 def _decode_all(
-    samples: Sequence[Sample], preprocess: Preprocess, num_workers: int, ahead: int, cache: FeatureCache | None
+    samples: Sequence[Sample],
+    preprocess: Preprocess,
+    num_workers: int,
+    ahead: int,
+    cache: FeatureCache | None,
+    draw: Callable[[int], View | None],
 ) -> Iterator[tuple[Sample, _Decoded | ImageError]]:
     """Each sample, in order, with its crop or why there is none; at most `ahead` are decoded before they are asked for."""
 
-    def decode(sample: Sample) -> _Decoded | ImageError:
+    def decode(sample: Sample, index: int) -> _Decoded | ImageError:
         try:
-            data = sample.read()
-            digest = digest_image(data)
-            return _Decoded(digest, None if cache is not None and digest in cache else preprocess(data))
+            data, view = sample.read(), draw(index)
+            digest = digest_image(data, view)
+            return _Decoded(digest, view, None if cache is not None and digest in cache else preprocess(data, view=view))
         except ImageError as error:
             return error
         except OSError as error:
@@ -115,8 +132,8 @@ def _decode_all(
 
     with ThreadPoolExecutor(num_workers, thread_name_prefix="decode") as pool:
         window: deque[tuple[Sample, Future[_Decoded | ImageError]]] = deque()
-        for sample in samples:
-            window.append((sample, pool.submit(decode, sample)))
+        for index, sample in enumerate(samples):
+            window.append((sample, pool.submit(decode, sample, index)))
             if len(window) > ahead:
                 first, future = window.popleft()
                 yield first, future.result()

@@ -43,21 +43,26 @@ class Probe:
         return np.asarray(features @ self.weight.T + self.bias, np.float32)
 
 
-def solve_probe(features: Features, labels: Labels, num_classes: int, *, seed: int, l2_path: tuple[float, ...] = L2_PATH) -> Probe:
-    """Fit `features` `float32 [N,F]` to `labels` `[N]`: choose L2 by cross-validated log loss, then refit on all of them."""
-    mean, scale = _standardisation(features)
-    inputs = np.empty((len(features), features.shape[1] + 1), np.float32)
-    np.divide(features - mean, scale, out=inputs[:, :-1])
-    inputs[:, -1] = 1  # the bias
+def solve_probe(
+    features: Features, labels: Labels, num_classes: int, *, seed: int, num_views: int = 1, l2_path: tuple[float, ...] = L2_PATH
+) -> Probe:
+    """Fit `features` `float32 [N,F]` to `labels` `[N]`: choose L2 by cross-validated log loss, then refit on all of them.
+
+    With `num_views` V, `features` are `[V·N,F]`: all images in their first, plain view, then all in their second, and so on. An
+    image's views are never on both sides of a fold, and only plain views are predicted.
+    """
+    assert len(features) == num_views * len(labels)
+    scaling = _Scaling.of(features)
     folds = assign_folds(labels, NUM_FOLDS, seed)
     num_folds = int(folds.max()) + 1
-    in_training = np.stack([folds != fold for fold in range(num_folds)]).astype(np.float32)
-    solution = np.zeros((num_folds, inputs.shape[1], num_classes), np.float32)
+    in_training = np.tile(np.stack([folds != fold for fold in range(num_folds)]).astype(np.float32), num_views)
+    all_labels, plain = np.tile(labels, num_views), features[: len(labels)]
+    solution = np.zeros((num_folds, features.shape[1] + 1, num_classes), np.float32)
     best_loss, best = np.inf, (l2_path[0], solution, np.zeros((len(labels), num_classes), np.float32))
     num_worse = 0
     for l2 in l2_path:
-        solution = _minimise(inputs, labels, in_training, l2, solution)
-        held_out = _held_out_logits(inputs, solution, folds)
+        solution = _minimise(features, all_labels, in_training, l2, scaling, solution)
+        held_out = _held_out_logits(plain, scaling, solution, folds)
         loss = log_loss(held_out, labels)
         if loss < best_loss:
             best_loss, best, num_worse = loss, (l2, solution, held_out), 0
@@ -66,11 +71,10 @@ def solve_probe(features: Features, labels: Labels, num_classes: int, *, seed: i
             if num_worse == 2:
                 break
     l2, solution, held_out = best
-    everything = np.ones((1, len(labels)), np.float32)
-    final = _minimise(inputs, labels, everything, l2, solution.mean(axis=0, keepdims=True))[0]
-    weight = (final[:-1] / scale[:, None]).T
-    bias = final[-1] - weight @ mean
-    return Probe(np.ascontiguousarray(weight), bias.astype(np.float32), l2, held_out, fit_temperature(held_out, labels))
+    everything = np.ones((1, len(all_labels)), np.float32)
+    start = solution.mean(axis=0, keepdims=True)
+    weight, bias = scaling.fold_in(_minimise(features, all_labels, everything, l2, scaling, start)[0])
+    return Probe(np.ascontiguousarray(weight.T), bias, l2, held_out, fit_temperature(held_out, labels))
 
 
 def assign_folds(labels: Labels, num_folds: int, seed: int) -> npt.NDArray[np.int64]:
@@ -116,21 +120,37 @@ def log_loss(logits: Floats, labels: Labels) -> float:
     return float((np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(len(labels)), labels]).mean())
 
 
-def _standardisation(features: Features) -> tuple[Floats, Floats]:
-    mean = features.mean(axis=0)
-    scale = features.std(axis=0)
-    # A feature that hardly varies would be blown up to noise.
-    return mean, np.maximum(scale, max(float(scale.mean()) * 1e-2, 1e-12)).astype(np.float32)
+@dataclass(frozen=True)
+class _Scaling:
+    """Features are standardised inside the products, (X - mean) / scale · W = X · (W / scale) - …, so that no copy of them is made."""
+
+    mean: Floats
+    scale: Floats
+
+    @classmethod
+    def of(cls, features: Features) -> _Scaling:
+        mean = features.mean(axis=0, dtype=np.float64)
+        square = np.einsum("nf,nf->f", features, features, dtype=np.float64) / len(features)
+        scale = np.sqrt(np.maximum(square - mean**2, 0))
+        # A feature that hardly varies would be blown up to noise; one that varies by float32's rounding alone has no say at all.
+        floored = np.maximum(scale, float(scale.mean()) * 1e-2)
+        return cls(mean.astype(np.float32), np.where(scale <= 1e-5 * np.abs(mean), np.inf, floored).astype(np.float32))
+
+    def fold_in(self, solution: Floats) -> tuple[Floats, Floats]:
+        """Weights `[…,F,C]` and biases `[…,C]` for features as they are, from a solution `[…,F+1,C]` for standardised ones."""
+        weight = solution[..., :-1, :] / self.scale[:, None]
+        return weight, solution[..., -1, :] - np.einsum("f,...fc->...c", self.mean, weight)
 
 
-def _held_out_logits(inputs: Floats, solution: Floats, folds: npt.NDArray[np.int64]) -> Floats:
-    logits = np.empty((len(inputs), solution.shape[2]), np.float32)
-    for fold, weights in enumerate(solution):
-        logits[folds == fold] = inputs[folds == fold] @ weights
+def _held_out_logits(features: Features, scaling: _Scaling, solution: Floats, folds: npt.NDArray[np.int64]) -> Floats:
+    weights, biases = scaling.fold_in(solution)
+    logits = np.empty((len(features), solution.shape[2]), np.float32)
+    for fold in range(len(solution)):
+        logits[folds == fold] = features[folds == fold] @ weights[fold] + biases[fold]
     return logits
 
 
-def _minimise(inputs: Floats, labels: Labels, in_training: Floats, l2: float, start: Floats) -> Floats:
+def _minimise(features: Features, labels: Labels, in_training: Floats, l2: float, scaling: _Scaling, start: Floats) -> Floats:
     """L-BFGS on K problems at once: `in_training` `[K,N]` says which samples each sees; solutions are `[K,F+1,C]`."""
     num_problems, size, num_classes = start.shape
     shares = in_training / in_training.sum(axis=1, keepdims=True)
@@ -138,8 +158,10 @@ def _minimise(inputs: Floats, labels: Labels, in_training: Floats, l2: float, st
 
     def evaluate(points: Floats) -> tuple[Floats, Floats]:
         """Losses `[K]` and gradients `[K,D]` of flat points `[K,D]`."""
-        weights = points.reshape(num_problems, size, num_classes)
-        logits = (inputs @ weights.transpose(1, 0, 2).reshape(size, -1)).reshape(len(labels), num_problems, num_classes)
+        unknowns = points.reshape(num_problems, size, num_classes)
+        weights, biases = scaling.fold_in(unknowns)
+        logits = (features @ weights.transpose(1, 0, 2).reshape(size - 1, -1)).reshape(len(labels), num_problems, num_classes)
+        logits += biases
         logits -= logits.max(axis=2, keepdims=True)
         chosen = logits[rows, :, labels]
         np.exp(logits, out=logits)
@@ -147,9 +169,12 @@ def _minimise(inputs: Floats, labels: Labels, in_training: Floats, l2: float, st
         losses = ((np.log(sums) - chosen) * shares.T).sum(axis=0)
         logits *= (shares.T / sums)[:, :, None]
         logits[rows, :, labels] -= shares.T
-        gradients = (inputs.T @ logits.reshape(len(labels), -1)).reshape(size, num_problems, num_classes).transpose(1, 0, 2).copy()
-        gradients[:, :-1] += l2 * weights[:, :-1]
-        losses = losses + 0.5 * l2 * np.square(weights[:, :-1]).sum(axis=(1, 2))
+        residual = logits.sum(axis=0)
+        products = (features.T @ logits.reshape(len(labels), -1)).reshape(size - 1, num_problems, num_classes).transpose(1, 0, 2)
+        gradients = np.empty_like(unknowns)
+        gradients[:, :-1] = (products - scaling.mean[:, None] * residual[:, None]) / scaling.scale[:, None] + l2 * unknowns[:, :-1]
+        gradients[:, -1] = residual
+        losses = losses + 0.5 * l2 * np.square(unknowns[:, :-1]).sum(axis=(1, 2))
         return losses, gradients.reshape(num_problems, -1)
 
     points = start.reshape(num_problems, -1).copy()

@@ -8,6 +8,7 @@ python finetune/run.py --data photos/ --freeze until:layer3      train what come
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import json
 import logging
@@ -36,9 +37,10 @@ from finetune.evaluate import evaluate
 from finetune.features import extract_features
 from finetune.monitor import Monitor
 from finetune.plots import Mistake, draw_confusion, draw_mistakes
-from finetune.probe import Labels, Probe, fit_temperature, softmax, solve_probe
+from finetune.probe import Labels, Probe, fit_temperature, log_loss, softmax, solve_probe
 from finetune.progress import ConsoleHandler
 from finetune.result import Head, Result
+from finetune.views import Augment, draw_view
 from models.checkpoint import FORMAT_VERSION, Golden, publish
 from models.engine import Engine, Features
 from models.errors import GraftError
@@ -92,7 +94,7 @@ def _fit(options: Options, splits: Splits, monitor: Monitor, scratch: Path) -> R
     splits, features = _extract(splits, backbone, engine, options)
     at.append(time.perf_counter())
     labels = {split: _labels(samples) for split, samples in splits.named()}
-    probe = solve_probe(features["train"], labels["train"], len(splits.label_names), seed=options.seed)
+    probe = _solve(features["train"], labels["train"], len(splits.label_names), options)
     at.append(time.perf_counter())
     probe_metrics = evaluate(probe.logits(features["val"]), labels["val"])
     logger.info("probe: val accuracy %.4f, in %.1f s (L2 %.0e)", probe_metrics.accuracy, at[2] - at[1], probe.l2)
@@ -191,17 +193,24 @@ def _extract(
         if options.cache and is_kept:
             cache = stack.enter_context(FeatureCache(options.cache_dir, backbone.fingerprint, engine.info, engine.num_features))
         for split, samples in splits.named():
-            if split in only:
+            if split not in only:
+                continue
+            num_views = options.views if split == "train" and options.augment != "none" else 1
+            views = []
+            for view in range(num_views):
+                augment: Augment = options.augment if view else "none"
                 extracted = extract_features(
                     samples,
                     backbone.preprocess,
                     engine,
                     num_workers=options.workers,
-                    description=f"features of {split}",
+                    description=f"features of {split}" + (f", view {view + 1} of {num_views}" if num_views > 1 else ""),
                     cache=cache,
+                    draw=functools.partial(draw_view, augment, options.seed, view),
                 )
-                features[split] = extracted.features
+                views.append(extracted.features)
                 unreadable |= extracted.unreadable
+            features[split] = views[0] if num_views == 1 else np.concatenate(views)
         if cache is not None:
             logger.info("features: %d from the cache, %d computed", cache.num_hits, cache.num_misses)
     if options.cache:
@@ -214,6 +223,20 @@ def _extract(
             raise GraftError(f"{message}\n(--strict stops here; without it they are left out)")
         logger.warning("%s\n(left out; --strict makes them an error)", message)
     return splits.without(unreadable), features
+
+
+def _solve(features: Features, labels: Labels, num_classes: int, options: Options) -> Probe:
+    """The probe on all views of the training images, or on the plain ones alone where cross-validation finds that as good."""
+    num_views = len(features) // max(1, len(labels))
+    plain = solve_probe(features[: len(labels)], labels, num_classes, seed=options.seed)
+    if num_views == 1:
+        return plain
+    augmented = solve_probe(features, labels, num_classes, seed=options.seed, num_views=num_views)
+    losses = [log_loss(probe.out_of_fold_logits, labels) for probe in (plain, augmented)]
+    helps = losses[1] < losses[0]
+    verdict = "they help" if helps else "they do not help, and the plain crop alone is used"
+    logger.info("%d views: out-of-fold log loss %.4f, without %.4f: %s", num_views, losses[1], losses[0], verdict)
+    return augmented if helps else plain
 
 
 def _labels(samples: Sequence[Sample]) -> Labels:
@@ -235,7 +258,7 @@ def _train(options: Options, splits: Splits, probe: Probe, monitor: Monitor, scr
         image_size=options.image_size,
         seed=options.seed,
     )
-    best_epoch = train(backbone, splits, probe, options, monitor)
+    best_epoch = train(backbone, splits, probe, options, monitor, scratch)
     backbone.model.cpu()
     weight, bias = (tensor.detach().numpy().copy() for tensor in (backbone.head.weight, backbone.head.bias))
     return write_prepared(backbone, scratch / "trained"), Head(weight, bias, probe.temperature), best_epoch

@@ -197,27 +197,22 @@ def state_arrays(model: nn.Module) -> dict[str, np.ndarray[Any, Any]]:
     return {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in model.state_dict().items()}
 
 
-def export_openvino(backbone: Backbone, path: Path) -> None:
-    """Write the feature extractor as OpenVINO IR (`path` .xml, weights beside it as .bin): `u8 [?,H,W,3]` → `f32 [?,F]`.
+def export_openvino(module: nn.Module, name: str, preprocess: Preprocess, path: Path) -> None:
+    """Write `module` (`[B,3,H,W]` → `[B,F]`) as OpenVINO IR (`path` .xml, weights beside it as .bin): `u8 [?,H,W,3]` → `f32 [?,F]`.
 
-    Mean and std are folded into the graph. Raises GraftError where OpenVINO cannot convert the network.
+    Mean and std are folded into the graph. Raises GraftError, with `name`, where OpenVINO cannot convert the network.
     """
     import openvino as ov
 
-    preprocess = backbone.preprocess
     shape = [3, preprocess.height, preprocess.width]
-    extractor = FeatureExtractor(backbone.model)
-    was_training = backbone.model.training
-    extractor.eval()
+    module.eval()
     try:
         with warnings.catch_warnings(), torch.no_grad():
             # torch.jit.trace is what OpenVINO converts through; its deprecation is OpenVINO's to answer.
             warnings.simplefilter("ignore")
-            model = ov.convert_model(extractor, example_input=torch.zeros(1, *shape), input=[-1, *shape])
+            model = ov.convert_model(module, example_input=torch.zeros(1, *shape), input=[-1, *shape])
     except Exception as error:  # OpenVINO's frontend raises its own kinds, and whatever tracing the user's code raises
-        raise GraftError(f"OpenVINO cannot convert {backbone.name}: {str(error).strip().splitlines()[0]}") from error
-    finally:
-        backbone.model.train(was_training)
+        raise GraftError(f"OpenVINO cannot convert {name}: {str(error).strip().splitlines()[0]}") from error
     steps = ov.preprocess.PrePostProcessor(model)
     steps.input().tensor().set_element_type(ov.Type.u8).set_layout(ov.Layout("NHWC"))
     steps.input().preprocess().convert_element_type(ov.Type.f32).mean([255 * value for value in preprocess.mean]).scale(

@@ -106,7 +106,7 @@ def prepare_backbone(
 
 def write_prepared(backbone: Backbone, folder: Path) -> PreparedBackbone:
     """Convert and write `backbone` to `folder`, whole or not at all; what another run wrote there meanwhile is as good."""
-    from models.backbone import backbone_tensors, export_openvino, timm_config
+    from models.backbone import FeatureExtractor, backbone_tensors, export_openvino, timm_config
     from models.freezing import stages
 
     tensors = backbone_tensors(backbone)
@@ -130,7 +130,7 @@ def write_prepared(backbone: Backbone, folder: Path) -> PreparedBackbone:
     try:
         temporary.mkdir(parents=True)
         save_file(tensors, temporary / WEIGHTS_FILE)
-        export_openvino(backbone, temporary / OPENVINO_FILE)
+        export_openvino(FeatureExtractor(backbone.model), backbone.name, backbone.preprocess, temporary / OPENVINO_FILE)
         (temporary / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n")
         try:
             temporary.rename(folder)

@@ -170,6 +170,21 @@ def test_weights_that_do_not_fit_are_refused_with_every_kind_of_key(resnet_weigh
     ]
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop("bn1.bias"), r"missing \(1\): bn1\.bias$"),
+        (lambda tensors: tensors.update(more=torch.zeros(1)), r"extra \(1\): more$"),
+        (lambda tensors: tensors.update({"bn1.bias": torch.zeros(7)}), r"misshaped \(1\): bn1\.bias \[7\] instead of \[\d+\]$"),
+    ],
+)
+def test_a_single_key_that_does_not_fit_is_enough(change: Callable[[Any], Any], message: str, tmp_path: Path) -> None:
+    tensors = dict(timm.create_model("test_resnet").state_dict())
+    change(tensors)
+    with pytest.raises(WeightsError, match=rf"do not fit this network\n  {message}"):
+        build_backbone("test_resnet", num_classes=2, weights=save(tensors, tmp_path / "odd.pth"))
+
+
 def test_weights_of_another_network_are_refused(resnet_weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
     path = save(resnet_weights, tmp_path / "resnet18.safetensors")
     with pytest.raises(
@@ -187,6 +202,7 @@ class Code:
         return (os.mkdir, (str(self.path),))
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("write", [lambda thing, path: torch.save(thing, path), lambda thing, path: path.write_bytes(pickle.dumps(thing))])
 def test_a_pickle_with_code_in_it_is_refused_and_not_run(write: Callable[[Any, Path], Any], tmp_path: Path) -> None:
     path = tmp_path / "evil.pth"

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from finetune.data import EncodedImage, Sample
-from finetune.features import decode_all, extract_features
-from models.engine import OpenVINOEngine, run
+from finetune.features import extract_features
+from models.engine import Features, OpenVINOEngine, run
 from models.prepared import PreparedBackbone
-from models.preprocess import ImageError, Preprocess
+from models.preprocess import Pixels
 from tests.drawn import draw_shape
 
 
@@ -71,31 +72,45 @@ def test_a_file_that_goes_away_after_it_was_listed_is_unreadable(
     }
 
 
-def test_decoding_runs_ahead_only_so_far() -> None:
-    """Memory holds a few batches of a data set of any size."""
-    lock = threading.Lock()
-    num_read = 0
+class Watched:
+    """The engine, with a note at each batch of how many images were read by then."""
 
-    class Counted:
-        def read_bytes(self) -> bytes:
-            nonlocal num_read
-            with lock:
-                num_read += 1
-            return b"not an image"
+    def __init__(self, engine: OpenVINOEngine) -> None:
+        self._engine = engine
+        self.info, self.num_features, self.num_slots = engine.info, engine.num_features, engine.num_slots
+        self.num_read = 0
+        self.num_submitted = 0
+        self.most_ahead = 0
+        self._lock = threading.Lock()
 
-    samples = [Sample(str(index), 0, Counted()) for index in range(200)]  # type: ignore[arg-type]
-    decoded = decode_all(samples, Preprocess(), 2, ahead=5)
-    for num_taken, (taken, pixels) in enumerate(decoded, start=1):
-        assert taken.key == str(num_taken - 1)
-        assert isinstance(pixels, ImageError)
-        assert num_read <= num_taken + 5 + 2
-    assert num_read == 200
+    def read_bytes(self) -> bytes:
+        with self._lock:
+            self.num_read += 1
+        return draw_shape("circle", 0, "PNG", (16, 16))
+
+    def submit(self, images: Pixels) -> Future[Features]:
+        self.most_ahead = max(self.most_ahead, self.num_read - self.num_submitted)
+        self.num_submitted += len(images)
+        return self._engine.submit(images)
+
+    def close(self) -> None:
+        raise AssertionError("the engine is the caller's to close")
 
 
-def test_what_is_no_image_error_is_not_hidden() -> None:
+def test_decoding_runs_ahead_only_a_few_batches(prepared: PreparedBackbone, engine: OpenVINOEngine) -> None:
+    """So that memory holds a data set of any size."""
+    watched = Watched(engine)
+    samples = [Sample(str(index), 0, watched) for index in range(80)]  # type: ignore[arg-type]
+    extract_features(samples, prepared.preprocess, watched, num_workers=2, description="test")
+    assert (watched.num_read, watched.num_submitted) == (80, 80)
+    assert watched.most_ahead <= 6 * engine.info.batch_size + 2
+
+
+def test_what_is_no_image_error_is_not_hidden(prepared: PreparedBackbone, engine: OpenVINOEngine) -> None:
     class Broken:
         def read_bytes(self) -> bytes:
             raise ZeroDivisionError("a bug")
 
+    samples = [sample(0), Sample("x", 0, Broken())]  # type: ignore[arg-type]
     with pytest.raises(ZeroDivisionError, match="a bug"):
-        list(decode_all([Sample("x", 0, Broken())], Preprocess(), 1, ahead=1))  # type: ignore[arg-type]
+        extract_features(samples, prepared.preprocess, engine, num_workers=1, description="test")

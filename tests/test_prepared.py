@@ -71,7 +71,7 @@ def test_it_says_what_was_prepared(prepared: PreparedBackbone, cache_dir: Path) 
     assert not any(name.startswith("classifier") for name in tensors)
     assert prepared.fingerprint == fingerprint("tf_efficientnet_lite0", tensors, prepared.preprocess)
     assert prepared.fingerprint == build_fingerprint()
-    assert sorted(path.name for path in prepared.folder.iterdir()) == ["backbone.bin", "backbone.xml", "config.json", "model.safetensors"]
+    assert {"backbone.bin", "backbone.xml", "config.json", "model.safetensors"} <= {path.name for path in prepared.folder.iterdir()}
 
 
 def build_fingerprint() -> str:

@@ -381,6 +381,15 @@ def test_a_bomb_is_refused_from_its_header(kind: str) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak_before < 64 * 1024
 
 
+def test_a_text_bomb_in_a_png_is_an_image_error() -> None:
+    """Which Pillow meets with a ValueError, before or after the pixels."""
+    data = encode(picture(), "PNG")
+    text = chunk(b"zTXt", b"note\x00\x00" + zlib.compress(b"x" * 20_000_000))
+    for place in (33, len(data) - 12):
+        with pytest.raises(ImageError, match="cannot be decoded"):
+            PREPROCESS(data[:place] + text + data[place:])
+
+
 @pytest.mark.parametrize("kind", FORMATS)
 def test_the_limit_on_pixels_is_the_callers_to_lower(kind: str) -> None:
     data = encode(picture(100, 100), kind)

@@ -13,12 +13,14 @@ from sklearn.preprocessing import StandardScaler
 
 from finetune.probe import L2_PATH, Probe, assign_folds, fit_temperature, log_loss, softmax, solve_probe
 
+PATH = L2_PATH[1:6]
+
 
 def digits() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Noisy digits, so that the strength of regularisation matters: training and held-out features and labels."""
     features, labels = load_digits(return_X_y=True)
     noisy = (features + np.random.default_rng(0).normal(0, 6, features.shape)).astype(np.float32)
-    return noisy[:900], labels[:900], noisy[900:], labels[900:]
+    return noisy[:500], labels[:500], noisy[500:], labels[500:]
 
 
 def wide() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -48,7 +50,7 @@ def test_it_is_as_accurate_as_scikit_learns_best_on_the_same_path(data: object) 
     losses, scores = [], []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for l2 in L2_PATH[2:8]:
+        for l2 in PATH:
             held_out = np.empty((len(train_y), int(train_y.max()) + 1))
             for fold in range(5):
                 seen = folds != fold
@@ -58,8 +60,8 @@ def test_it_is_as_accurate_as_scikit_learns_best_on_the_same_path(data: object) 
             model = LogisticRegression(C=1 / (l2 * len(train_y)), max_iter=300).fit(scaler.transform(train_x), train_y)
             scores.append(model.score(scaler.transform(test_x), test_y))
     best = int(np.argmin(losses))
-    assert probe.l2 == L2_PATH[2:8][best]
-    assert accuracy(probe, test_x, test_y) > scores[best] - 0.003
+    assert probe.l2 == PATH[best]
+    assert accuracy(probe, test_x, test_y) > max(scores[best] - 0.003, 0.5)
     # The whole solution agrees, not only its accuracy: out-of-fold losses are within a percent.
     assert log_loss(probe.out_of_fold_logits, train_y) == pytest.approx(losses[best], rel=0.01)
 

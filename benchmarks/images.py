@@ -1,0 +1,165 @@
+"""The benchmark's images, made from packages of the registries, the same in every place: folders train/ and val/ of class folders.
+
+fashion-mnist   Debian's dataset-fashion-mnist: 28x28 grey photographs of clothes in 10 classes (MIT)
+emoji           Microsoft's Fluent Emoji in 3D, 256x256 in colour (npm @lobehub/fluent-emoji-3d, MIT), in the 9 groups that Unicode gives
+                them (npm unicode-emoji-json, MIT); one skin tone each, so that no picture is in both splits in another shade
+photos          500x334 JPEG windows onto the two photographs that scikit-learn ships: for speed only, their two classes are trivial
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import importlib.util
+import json
+import random
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+_FASHION_DIR = Path("/usr/share/datasets/fashion-mnist")
+_FASHION_CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot")
+_EMOJI_PACKAGE = "@lobehub/fluent-emoji-3d@1.1.0"
+_EMOJI_GROUPS_PACKAGE = "unicode-emoji-json@0.9.0"
+_PHOTO_SIZE = (500, 334)
+_PHOTO_QUALITY = 90
+
+_Bytes = npt.NDArray[np.uint8]
+
+
+def make_fashion_mnist(data_dir: Path, *, num_train: int, num_val: int) -> Path:
+    """The first images of the package's training set, and of its test set as val."""
+
+    def write(folder: Path) -> None:
+        for split, stem, count in (("train", "train", num_train), ("val", "t10k", num_val)):
+            images, labels = _read_fashion(stem)
+            for index in range(count):
+                path = folder / split / _FASHION_CLASSES[labels[index]] / f"{index:05d}.png"
+                _save(Image.fromarray(images[index]), path)
+
+    return _make(data_dir / f"fashion-mnist-{num_train}-{num_val}", write)
+
+
+def make_fashion_csvs(data_dir: Path, sizes: Sequence[int]) -> dict[int, Path]:
+    """For each size a CSV of that many images of the training set, one in five of them val."""
+
+    def write(folder: Path) -> None:
+        images, labels = _read_fashion("train")
+        for index in range(max(sizes)):
+            _save(Image.fromarray(images[index]), folder / "images" / f"{index:05d}.png")
+        for size in sizes:
+            with (folder / f"growth-{size}.csv").open("w", newline="") as file:
+                rows = csv.writer(file)
+                rows.writerow(("path", "label", "split"))
+                for index in range(size):
+                    rows.writerow((f"images/{index:05d}.png", _FASHION_CLASSES[labels[index]], "train" if index % 5 else "val"))
+
+    folder = _make(data_dir / f"fashion-mnist-growth-{'-'.join(map(str, sizes))}", write)
+    return {size: folder / f"growth-{size}.csv" for size in sizes}
+
+
+def make_emoji(data_dir: Path, *, limit: int | None = None) -> Path:
+    """Every emoji that both packages know, one in five in val by the hash of its name; at most `limit`, spread over the groups."""
+
+    def write(folder: Path) -> None:
+        with tempfile.TemporaryDirectory() as scratch:
+            pictures = _unpack(_EMOJI_PACKAGE, Path(scratch) / "pictures") / "assets"
+            groups = _unpack(_EMOJI_GROUPS_PACKAGE, Path(scratch) / "groups")
+            known = json.loads((groups / "data-by-emoji.json").read_text())
+            labelled = [
+                (pictures / f"{_code_points(emoji)}.webp", described["group"])
+                for emoji, described in known.items()
+                if (pictures / f"{_code_points(emoji)}.webp").is_file()
+            ]
+            step = 1 if limit is None else -(-len(labelled) // limit)
+            for path, group in labelled[::step]:
+                split = "train" if int(hashlib.sha256(path.stem.encode()).hexdigest(), 16) % 5 else "val"
+                label = group.lower().replace(" & ", "-").replace(" ", "-")
+                _save(_on_white(Image.open(path)), folder / split / label / f"{path.stem}.png")
+
+    return _make(data_dir / ("emoji" if limit is None else f"emoji-{limit}"), write)
+
+
+def make_photos(data_dir: Path, *, count: int) -> Path:
+    """`count` different windows, mirrored or not, onto scikit-learn's photographs; one in five is val."""
+
+    def write(folder: Path) -> None:
+        source = _sklearn_photo_dir()
+        photos = {name: Image.open(source / f"{name}.jpg") for name in ("china", "flower")}
+        windows = [
+            (name, left, top, mirror)
+            for name, photo in photos.items()
+            for left in range(photo.width - _PHOTO_SIZE[0])
+            for top in range(photo.height - _PHOTO_SIZE[1])
+            for mirror in (False, True)
+        ]
+        for index, (name, left, top, mirror) in enumerate(random.Random(0).sample(windows, count)):
+            window = photos[name].crop((left, top, left + _PHOTO_SIZE[0], top + _PHOTO_SIZE[1]))
+            window = window.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirror else window
+            _save(window, folder / ("train" if index % 5 else "val") / name / f"{index:05d}.jpg")
+
+    return _make(data_dir / f"photos-{count}", write)
+
+
+def _make(folder: Path, write: Callable[[Path], None]) -> Path:
+    """`folder`, written by `write` unless it is there; whole or not at all."""
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            write(Path(scratch) / "made")
+            (Path(scratch) / "made").rename(folder)
+    return folder
+
+
+def _save(image: Image.Image, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, quality=_PHOTO_QUALITY)
+
+
+def _read_fashion(stem: str) -> tuple[_Bytes, _Bytes]:
+    if not _FASHION_DIR.is_dir():
+        raise RuntimeError(f"{_FASHION_DIR} is not there; apt-get install dataset-fashion-mnist")
+    return _read_idx(f"{stem}-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28), _read_idx(f"{stem}-labels-idx1-ubyte.gz", 8)
+
+
+def _read_idx(name: str, num_header_bytes: int) -> _Bytes:
+    with gzip.open(_FASHION_DIR / name) as file:
+        return np.frombuffer(file.read(), np.uint8, offset=num_header_bytes)
+
+
+def _unpack(package: str, folder: Path) -> Path:
+    """An npm package's files, by npm's own client."""
+    if shutil.which("npm") is None:
+        raise RuntimeError(f"npm, which fetches {package}, is not installed; apt-get install npm")
+    folder.mkdir()
+    packed = subprocess.run(
+        ["npm", "pack", "--silent", "--pack-destination", str(folder), package], check=True, capture_output=True, text=True
+    )
+    with tarfile.open(folder / packed.stdout.split()[-1]) as archive:
+        archive.extractall(folder, filter="data")
+    return folder / "package"
+
+
+def _code_points(emoji: str) -> str:
+    return "-".join(f"{ord(character):04x}" for character in emoji)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Without transparency, which every loader treats in its own way."""
+    rgba = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba).convert("RGB")
+
+
+def _sklearn_photo_dir() -> Path:
+    spec = importlib.util.find_spec("sklearn")
+    if spec is None or spec.origin is None:
+        raise RuntimeError("scikit-learn, which ships the photographs, is not installed")
+    return Path(spec.origin).parent / "datasets" / "images"

@@ -1,0 +1,86 @@
+"""A whole process, measured: wall time, and the peak memory of it and all that it starts."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
+
+_SAMPLE_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A process that ended well."""
+
+    seconds: float
+    peak_bytes: int
+    output: str
+
+
+def run_process(command: Sequence[str | Path], cwd: Path) -> Finished:
+    """Run `command` to its end. Raises RuntimeError with the end of its output where it fails."""
+    # Nothing may look for weights on a hub: what is measured would then be the network.
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    with tempfile.TemporaryFile("w+") as out:
+        started = time.perf_counter()
+        process = subprocess.Popen([str(part) for part in command], cwd=cwd, env=environment, stdout=out, stderr=subprocess.STDOUT)
+        memory = _MemorySampler(process.pid)
+        memory.start()
+        code = process.wait()
+        seconds = time.perf_counter() - started
+        memory.stop()
+        out.seek(0)
+        output = out.read()
+    if code:
+        raise RuntimeError(f"{' '.join(map(str, command))} exited {code}:\n{output[-3000:]}")
+    return Finished(seconds, memory.peak_bytes, output)
+
+
+class _MemorySampler(threading.Thread):
+    """The highest of: the tree's proportional memory (shared pages counted once), sampled; the root's own high-water mark.
+
+    Not ru_maxrss: Linux hands a parent's size on to the child that it starts.
+    """
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(daemon=True)
+        self._root = psutil.Process(pid)
+        self._done = threading.Event()
+        self.peak_bytes = 0
+
+    def run(self) -> None:
+        while not self._done.wait(_SAMPLE_SECONDS):
+            try:
+                family = [self._root, *self._root.children(recursive=True)]
+            except psutil.NoSuchProcess:
+                return
+            self.peak_bytes = max(self.peak_bytes, sum(map(_memory_bytes, family)), _high_water_bytes(self._root.pid))
+
+    def stop(self) -> None:
+        self._done.set()
+        self.join()
+
+
+def _memory_bytes(process: psutil.Process) -> int:
+    try:
+        info = process.memory_full_info()
+        return int(getattr(info, "pss", info.rss))
+    # Gone between listing and asking.
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return 0
+
+
+def _high_water_bytes(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)

@@ -1,0 +1,202 @@
+"""What gradient epochs read: crops decoded anew in every epoch, or activations kept at the freeze boundary, computed once."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from finetune.config import Options
+from finetune.data import Sample, Splits
+from finetune.features import extract_features
+from finetune.views import Augment, draw_view
+from models.backbone import Backbone, export_openvino
+from models.boundary import FrozenPart, TrainablePart, cut
+from models.engine import Engine, Features, OpenVINOEngine, TorchEngine
+from models.freezing import Freezing
+from models.preprocess import Preprocess
+
+logger = logging.getLogger("graft.inputs")
+
+# Of augmented views kept at the boundary, when `--views` does not say: epochs beyond see the first ones again.
+_MAX_VIEWS = 4
+# Never more than this share of what is free where the activations go.
+_MAX_DISK_FRACTION = 0.5
+
+Batch = tuple[torch.Tensor, int]
+
+
+class Crops(Dataset[Batch]):
+    """Samples as `uint8 [H,W,3]` crops with their labels; each epoch draws views of its own, the same in every worker."""
+
+    def __init__(self, samples: Sequence[Sample], preprocess: Preprocess, *, augment: Augment = "none", seed: int = 0) -> None:
+        self._samples = samples
+        self._preprocess = preprocess
+        self._augment: Augment = augment
+        self._seed = seed
+        self.epoch = 1
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> Batch:
+        sample = self._samples[index]
+        view = draw_view(self._augment, self._seed, self.epoch, index)
+        return torch.from_numpy(self._preprocess(sample.read(), view=view).copy()), sample.label
+
+
+class Activations(Dataset[Batch]):
+    """Activations `bfloat16 [D]` with their labels, on disk; with several views, each epoch reads the next one."""
+
+    def __init__(self, views: Sequence[Bf16File], labels: Sequence[int]) -> None:
+        self._views = views
+        self._labels = labels
+        self.epoch = 1
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> Batch:
+        return self._views[(self.epoch - 1) % len(self._views)].read(index), self._labels[index]
+
+
+class Bf16File:
+    """An array `[N,D]` of bfloat16 in a memory-mapped file, written as float32, which numpy has no other word for."""
+
+    def __init__(self, path: Path, num_rows: int, size: int) -> None:
+        self._bits: npt.NDArray[np.uint16] = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint16, shape=(num_rows, size))
+
+    def __setitem__(self, rows: Any, values: Features) -> None:
+        bits = values.view(np.uint32)
+        # Round to nearest even, as the hardware does.
+        self._bits[rows] = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+    def read(self, row: int) -> torch.Tensor:
+        return torch.from_numpy(self._bits[row].view(np.int16).copy()).view(torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Data sets for training and validation, the network that takes them, and what makes a batch of them ready for it."""
+
+    train: Crops | Activations
+    val: Crops | Activations
+    network: nn.Module
+    prepare: Callable[[torch.Tensor], torch.Tensor]
+    num_workers: int
+
+    def close(self) -> None:
+        """Give the frozen modules their own forward back."""
+        if isinstance(self.network, TrainablePart):
+            self.network.close()
+
+
+def open_inputs(backbone: Backbone, freezing: Freezing, splits: Splits, options: Options, scratch: Path, device: torch.device) -> Inputs:
+    """Activations at the boundary where they can be kept, else crops; says which, and why."""
+    rest = _try_cut(backbone, freezing, splits, options)
+    if rest is not None:
+        num_views = 1 if options.augment == "none" else options.views if options.views > 1 else min(options.epochs, _MAX_VIEWS)
+        size = int(np.prod(rest.boundary_shape))
+        num_bytes = 2 * size * (len(splits.train) * num_views + len(splits.val))
+        free = shutil.disk_usage(scratch).free * _MAX_DISK_FRACTION
+        if num_bytes <= free:
+            return _keep_activations(backbone, rest, splits, options, scratch, num_views, size, device)
+        logger.warning(
+            "activations at %s would take %.1f GB, half of the free disk is %.1f GB: the frozen layers run anew in each epoch",
+            rest.boundary,
+            num_bytes / 1e9,
+            free / 1e9,
+        )
+    # On the CPU the backward pass of a depthwise convolution is five times slower in channels_last (torch 2.14, EfficientNet-Lite0).
+    memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    return Inputs(
+        Crops(splits.train, backbone.preprocess, augment=options.augment, seed=options.seed),
+        Crops(splits.val, backbone.preprocess),
+        backbone.model.to(memory_format=memory_format),
+        Normalise(backbone.preprocess, device, memory_format),
+        options.workers,
+    )
+
+
+class Normalise:
+    """`uint8 [B,H,W,3]` → `float32 [B,3,H,W]` with the backbone's mean and std, on the device and in its memory format."""
+
+    def __init__(self, preprocess: Preprocess, device: torch.device, memory_format: torch.memory_format) -> None:
+        self._memory_format = memory_format
+        self._mean = torch.tensor(preprocess.mean, device=device) * 255
+        self._std = torch.tensor(preprocess.std, device=device) * 255
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        return ((images.float() - self._mean) / self._std).permute(0, 3, 1, 2).contiguous(memory_format=self._memory_format)
+
+
+def _try_cut(backbone: Backbone, freezing: Freezing, splits: Splits, options: Options) -> TrainablePart | None:
+    if not options.cache or not freezing.frozen_modules:
+        return None
+    samples = splits.train[:2]
+    crops = torch.stack([torch.from_numpy(backbone.preprocess(sample.read()).copy()) for sample in samples])
+    images = Normalise(backbone.preprocess, torch.device("cpu"), torch.contiguous_format)(crops)
+    rest = cut(backbone.model, freezing, images)
+    if rest is None:
+        logger.warning("this network cannot be cut at its freeze boundary: the frozen layers run anew in each epoch")
+    return rest
+
+
+def _keep_activations(
+    backbone: Backbone,
+    rest: TrainablePart,
+    splits: Splits,
+    options: Options,
+    scratch: Path,
+    num_views: int,
+    size: int,
+    device: torch.device,
+) -> Inputs:
+    engine = _frozen_engine(backbone, rest.boundary, options, scratch, device)
+
+    def keep(samples: Sequence[Sample], name: str, view: int) -> Bf16File:
+        kept = Bf16File(scratch / f"{name}.npy", len(samples), size)
+        augment: Augment = options.augment if view else "none"
+        extract_features(
+            samples,
+            backbone.preprocess,
+            engine,
+            num_workers=options.workers,
+            description=f"activations of {name}",
+            out=kept,
+            draw=lambda index: draw_view(augment, options.seed, view, index),
+        )
+        return kept
+
+    # With one view it is the plain crop; with several they are all augmented, as they would be in epochs without the cache.
+    first = 0 if num_views == 1 else 1
+    views = [keep(splits.train, f"train-{view}", view) for view in range(first, first + num_views)]
+    val = keep(splits.val, "val", 0)
+    engine.close()
+    logger.info("kept activations at %s: %d values an image, %d views", rest.boundary, size, num_views)
+    rest.open()
+    return Inputs(
+        Activations(views, [sample.label for sample in splits.train]),
+        Activations([val], [sample.label for sample in splits.val]),
+        rest,
+        torch.Tensor.float,
+        0,
+    )
+
+
+def _frozen_engine(backbone: Backbone, boundary: str, options: Options, scratch: Path, device: torch.device) -> Engine:
+    frozen = FrozenPart(backbone.model, boundary)
+    if device.type == "cuda":
+        return TorchEngine(frozen, backbone.preprocess, precision=options.precision)
+    path = scratch / "frozen.xml"
+    export_openvino(frozen, backbone.name, backbone.preprocess, path)
+    return OpenVINOEngine(path, backbone.preprocess, precision=options.precision)
