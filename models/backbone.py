@@ -205,6 +205,7 @@ def export_openvino(module: nn.Module, name: str, preprocess: Preprocess, path: 
     import openvino as ov
 
     shape = [3, preprocess.height, preprocess.width]
+    modes = {part: part.training for part in module.modules()}
     module.eval()
     try:
         with warnings.catch_warnings(), torch.no_grad():
@@ -213,6 +214,9 @@ def export_openvino(module: nn.Module, name: str, preprocess: Preprocess, path: 
             model = ov.convert_model(module, example_input=torch.zeros(1, *shape), input=[-1, *shape])
     except Exception as error:  # OpenVINO's frontend raises its own kinds, and whatever tracing the user's code raises
         raise GraftError(f"OpenVINO cannot convert {name}: {str(error).strip().splitlines()[0]}") from error
+    finally:
+        for part, is_training in modes.items():
+            part.training = is_training
     steps = ov.preprocess.PrePostProcessor(model)
     steps.input().tensor().set_element_type(ov.Type.u8).set_layout(ov.Layout("NHWC"))
     steps.input().preprocess().convert_element_type(ov.Type.f32).mean([255 * value for value in preprocess.mean]).scale(

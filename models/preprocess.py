@@ -122,7 +122,7 @@ class Preprocess:
             # Pillow's own check, at twice its limit and before ours.
             raise ImageError(
                 f"the image is too large: it claims over {2 * MAX_PIXELS / 1e6:.0f} megapixels, "
-                f"the limit is {max_pixels / 1e6:.0f}; make it smaller first"
+                f"the limit is {max_pixels / 1e6:.1f}; make it smaller first"
             ) from None
         _check_pixels(image.width, image.height, max_pixels)
         image.load()
@@ -188,8 +188,8 @@ class Preprocess:
 def _check_pixels(width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise ImageTooLargeError(
-            f"the image is too large: {width}x{height} is {width * height / 1e6:.0f} megapixels, "
-            f"the limit is {max_pixels / 1e6:.0f}; make it smaller first"
+            f"the image is too large: {width}x{height} is {width * height / 1e6:.1f} megapixels, "
+            f"the limit is {max_pixels / 1e6:.1f}; make it smaller first"
         )
 
 

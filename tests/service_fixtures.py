@@ -25,7 +25,8 @@ from PIL import Image
 
 from models import checkpoint as checkpoints
 from models.checkpoint import Golden
-from models.engine import OpenVINOEngine, run
+from models.engine import run
+from models.prepared import prepare_backbone
 
 PROJECT_DIR = Path(__file__).resolve().parent.parent
 LABELS = ["red", "green", "blue"]
@@ -43,27 +44,24 @@ def draw_image(label: str, seed: int = 0, size: tuple[int, int] = (320, 240), ki
 
 def publish_colors(repository: Path, name: str = "colors") -> Path:
     """A checkpoint of the embedded backbone whose head tells the three colours apart, solved on its engine's features."""
-    from models import backbone as backbones
-
-    backbone = backbones.build_backbone("tf_efficientnet_lite0", num_classes=len(LABELS))
-    ir_dir = repository.parent / "ir"
-    ir_dir.mkdir(parents=True)
-    backbones.export_openvino(backbone, ir_dir / checkpoints.OPENVINO_FILE)
-    engine = OpenVINOEngine(ir_dir / checkpoints.OPENVINO_FILE, backbone.preprocess)
+    cache_dir = Path(os.environ["XDG_CACHE_HOME"]) / "graft"
+    backbone = prepare_backbone(
+        "tf_efficientnet_lite0", weights=None, pretrained=True, image_size=None, cache_dir=cache_dir, scratch_dir=repository.parent
+    )
+    engine = backbone.open_engine("cpu", "auto")
     images = [draw_image(label, seed) for seed in range(4) for label in LABELS]
     features = run(engine, np.stack([backbone.preprocess(image) for image in images]))
+    engine.close()
     means = features.reshape(4, len(LABELS), -1).mean(axis=0)
     # Nearest mean as a linear layer. What all classes share falls out of a softmax, and only makes rounding show.
     squares = (means**2).sum(axis=1)
     weight = (2 * (means - means.mean(axis=0)) / 100).astype(np.float32)
-    bias = ((squares.mean() - squares) / 100).astype(np.float32)
-    state = backbones.state_arrays(backbone.model)
-    state[f"{backbone.classifier}.weight"], state[f"{backbone.classifier}.bias"] = weight, bias
-    config = {**backbones.timm_config(backbone), "num_classes": len(LABELS), "label_names": LABELS}
-    tensors = backbones.backbone_tensors(backbone)
+    bias = (-(squares - squares.mean()) / 100).astype(np.float32)
+    head = {f"{backbone.classifier}.weight": weight, f"{backbone.classifier}.bias": bias}
+    config = {**backbone.config, "num_classes": len(LABELS), "label_names": LABELS}
     config["graft"] = {
         "format_version": checkpoints.FORMAT_VERSION,
-        "fingerprint": checkpoints.fingerprint(backbone.name, tensors, backbone.preprocess),
+        "fingerprint": backbone.fingerprint,
         "freeze": "backbone",
         "temperature": 1.5,
         "metrics": {"val": {"accuracy": 1.0}},
@@ -74,21 +72,19 @@ def publish_colors(repository: Path, name: str = "colors") -> Path:
         "weights": backbone.weights,
         "license": backbone.license,
     }
-    golden = Golden(tuple(images[:3]), features[:3] @ weight.T + bias)
 
     def copy_engine(path: Path) -> None:
         for suffix in (".xml", ".bin"):
-            shutil.copy((ir_dir / checkpoints.OPENVINO_FILE).with_suffix(suffix), path.with_suffix(suffix))
+            shutil.copy(backbone.openvino_path.with_suffix(suffix), path.with_suffix(suffix))
 
-    engine.close()
     return checkpoints.publish(
         repository,
         name,
-        state=state,
+        state={**backbone.read_tensors(), **head},
         config=config,
-        golden=golden,
+        golden=Golden(tuple(images[:3]), features[:3] @ weight.T + bias),
         write_engine=copy_engine,
-        card=lambda version: f"# {name}\n",
+        card=lambda version: f"# {name} {version}\n",
     )
 
 

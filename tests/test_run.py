@@ -24,12 +24,6 @@ ROOT = Path(__file__).parent.parent
 Finetune = Callable[..., subprocess.CompletedProcess[str]]
 
 
-@pytest.fixture(scope="module")
-def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shared by the runs of this file, so that the backbone is converted once."""
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
 def finetune(tmp_path: Path, cache_dir: Path) -> Finetune:
     def run(*arguments: object, cwd: Path | None = None, **options: object) -> subprocess.CompletedProcess[str]:

@@ -156,7 +156,7 @@ def test_no_readable_image_is_an_error(client: httpx.Client) -> None:
     assert "none of the 2 images" in message
     check_error(client.post("/predict", content=b"x", headers={"content-type": "image/jpeg"}), 400, "unreadable_image")
     too_large = draw_image("red", size=(1200, 1000))
-    message = check_error(client.post("/predict", files=files(too_large)), 400, "unreadable_image")
+    message = check_error(client.post("/predict", files=files(too_large)), 413, "image_too_large")
     assert "1200x1000" in message
 
 
