@@ -3,7 +3,7 @@
 python benchmarks/finetune.py --what peers --peer-python .venv-bench/bin/python       whole processes: seconds, memory, accuracy
 python benchmarks/finetune.py --what engine                                           extraction against the engine and the decoder alone
 python benchmarks/finetune.py --what growth                                           time and memory from 1k to 20k images
-python benchmarks/finetune.py --what peers --limit 100 --epochs 1 --repeats 1 --docs /tmp    a look at whether it runs, in minutes
+python benchmarks/finetune.py --what peers --limit 120 --epochs 1 --repeats 1 --docs DIR     a look at whether it runs, in minutes
 
 The peers are the extra "bench", best in an environment of their own:
 uv venv .venv-bench && VIRTUAL_ENV=.venv-bench uv pip install -c constraints.txt -r pyproject.toml --extra bench
@@ -86,7 +86,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=2, help="of the peers' data loaders")
     parser.add_argument("--limit", type=int, help="about so many images a set, to try the benchmark itself")
     parser.add_argument("--precision", help="of Graft's engine; else its own choice")
-    parser.add_argument("--resume", action="store_true", help="keep what an interrupted run has measured")
+    parser.add_argument("--resume", action="store_true", help="keep what an interrupted run, with the same options, has measured")
     return parser.parse_args()
 
 

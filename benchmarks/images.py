@@ -67,23 +67,23 @@ def make_fashion_csvs(data_dir: Path, sizes: Sequence[int]) -> dict[int, Path]:
 
 
 def make_emoji(data_dir: Path, *, limit: int | None = None) -> Path:
-    """Every emoji that both packages know, one in five in val by the hash of its name; at most `limit`, spread over the groups."""
+    """Every emoji that both packages know, one in five of each group in val, ordered by a hash of their names; about `limit` of them."""
 
     def write(folder: Path) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             pictures = _unpack(_EMOJI_PACKAGE, Path(scratch) / "pictures") / "assets"
             groups = _unpack(_EMOJI_GROUPS_PACKAGE, Path(scratch) / "groups")
             known = json.loads((groups / "data-by-emoji.json").read_text())
-            labelled = [
-                (pictures / f"{_code_points(emoji)}.webp", described["group"])
-                for emoji, described in known.items()
-                if (pictures / f"{_code_points(emoji)}.webp").is_file()
-            ]
-            step = 1 if limit is None else -(-len(labelled) // limit)
-            for path, group in labelled[::step]:
-                split = "train" if int(hashlib.sha256(path.stem.encode()).hexdigest(), 16) % 5 else "val"
-                label = group.lower().replace(" & ", "-").replace(" ", "-")
-                _save(_on_white(Image.open(path)), folder / split / label / f"{path.stem}.png")
+            members: dict[str, list[Path]] = {}
+            for emoji, described in known.items():
+                path = pictures / f"{_code_points(emoji)}.webp"
+                if path.is_file():
+                    members.setdefault(described["group"].lower().replace(" & ", "-"), []).append(path)
+            step = 1 if limit is None else -(-sum(map(len, members.values())) // limit)
+            for group, paths in members.items():
+                shuffled = sorted(paths, key=lambda path: hashlib.sha256(path.stem.encode()).digest())[::step]
+                for index, path in enumerate(shuffled):
+                    _save(_on_white(Image.open(path)), folder / ("train" if index % 5 else "val") / group / f"{path.stem}.png")
 
     return _make(data_dir / ("emoji" if limit is None else f"emoji-{limit}"), write)
 

@@ -65,7 +65,7 @@ def report_peers(measured: Sequence[Measurement], machine: Machine, docs_dir: Pa
         "the process tree's, shared pages counted once. Graft's first run has an empty cache, its second the first's.",
     ]
     for dataset in datasets:
-        rows = {method: _select(measured, dataset, method) for method in methods}
+        rows = {method: found for method in methods if (found := _select(measured, dataset, method))}
         reference = rows.get(_REFERENCE, [])
         lines += [
             "",
@@ -75,9 +75,9 @@ def report_peers(measured: Sequence[Measurement], machine: Machine, docs_dir: Pa
             "|---|---|---|---|---|---|",
         ]
         for method, found in rows.items():
-            ratio = f"{_median(found, _seconds) / _median(reference, _seconds):.1f}" if found and reference else ""
+            ratio = f"{_median(found, _seconds) / _median(reference, _seconds):.1f}" if reference else ""
             cells = (_spread(found, _seconds, ".1f"), ratio, _spread(found, _accuracy, ".4f"), _spread(found, _peak_mb, ".0f"))
-            lines += [f"| {method} | {' | '.join(cells)} | {len(found)} |"] if found else []
+            lines.append(f"| {method} | {' | '.join(cells)} | {len(found)} |")
     plot = docs_dir / "finetune-benchmark.png"
     draw_peers(measured, plot)
     lines += ["", f"![Seconds and accuracy of each]({plot.name})", "", machine.describe(with_peers=True)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import Field, ValidationError, field_validator
@@ -20,21 +20,16 @@ def _default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "graft"
 
 
-class Options(BaseSettings):
-    """Fine-tune a pretrained backbone on labelled images and publish a checkpoint for the service.
-
-    Without options it fits scikit-learn's handwritten digits on an embedded backbone, with no network.
-    """
+class SharedOptions(BaseSettings):
+    """What every program of this room is told about images, hardware and folders."""
 
     model_config = SettingsConfigDict(
         extra="forbid",
         frozen=True,
-        cli_prog_name="python finetune/run.py",
         cli_kebab_case=True,
         cli_implicit_flags=True,
         cli_hide_none_type=True,
         cli_avoid_json=True,
-        cli_use_class_docs_for_groups=True,
     )
 
     config: Annotated[Path | None, Field(exclude=True, description="YAML file of options, such as a run's config.yaml; flags win")] = None
@@ -50,57 +45,12 @@ class Options(BaseSettings):
     )
     val_fraction: Annotated[float, Field(gt=0, lt=1, description="share of each class set aside where the data has no val split")] = 0.2
     strict: Annotated[bool, Field(description="stop on an unreadable image instead of leaving it out")] = False
-
-    backbone: Annotated[
-        str, Field(description="a timm name (resnet18), or package.module:callable that returns an nn.Module, images to features")
-    ] = "tf_efficientnet_lite0"
-    weights: Annotated[
-        Path | None, Field(description="pretrained state_dict, .safetensors or .pth; else from a package or the Hugging Face hub")
-    ] = None
-    pretrained: Annotated[bool, Field(description="--no-pretrained starts from random weights, knowingly")] = True
     image_size: Annotated[int | None, Field(ge=32, le=1024, description="side of the input crop in pixels; else the backbone's own")] = None
-    freeze: Annotated[
-        str,
-        Field(
-            description="backbone: only the head trains, in seconds. until:NAME: all up to and including module NAME stays. "
-            "none: all of it trains"
-        ),
-    ] = "backbone"
-
-    epochs: Annotated[int, Field(ge=1, description="gradient epochs, where something besides the head trains")] = 5
-    batch_size: Annotated[int, Field(ge=1, description="images per gradient step")] = 32
-    lr: Annotated[float, Field(gt=0, description="peak learning rate of the head")] = 3e-4
-    backbone_lr: Annotated[float, Field(gt=0, description="peak learning rate of the backbone")] = 3e-5
-    weight_decay: Annotated[float, Field(ge=0, description="AdamW's, on weights but not on biases and norms")] = 0.05
-    batch_norm: Annotated[
-        Literal["keep", "update"],
-        Field(
-            description="statistics of BatchNorm layers that train: keep the pretrained ones, as the probe's head expects, or update them "
-            "(for images far from the pretraining's, with large batches)"
-        ),
-    ] = "keep"
-    augment: Annotated[
-        Literal["none", "light", "flip"],
-        Field(description="light: shifted and scaled crops. flip: mirrored too (not for digits or letters). none: the plain crop"),
-    ] = "light"
-
-    views: Annotated[
-        int,
-        Field(
-            ge=1,
-            description="augmented views of each training image that are computed once and learnt from, by the probe too; 1: the plain "
-            "crop (and for training past the probe, as many as there are epochs, four at most)",
-        ),
-    ] = 1
-
     device: Annotated[Literal["auto", "cpu", "cuda"], Field(description="where to train and compute features")] = "auto"
     precision: Annotated[Precision, Field(description="of the engine; auto: bf16 where the hardware has it, else fp32")] = "auto"
     workers: Annotated[int, Field(ge=1, description="threads that decode images")] = num_cpus()
     seed: Annotated[int, Field(ge=0, description="of the split, the head and the order of the images")] = 0
-
-    name: Annotated[str | None, Field(description="the model's name in the repository; else made from the data's")] = None
     output: Annotated[Path, Field(description="folder of run folders: metrics, TensorBoard logs, config.yaml, splits.csv")] = Path("runs")
-    repository: Annotated[Path, Field(description="where the checkpoint is published, as <name>/<version>")] = Path("checkpoints")
     cache_dir: Annotated[Path, Field(description="converted backbones and features are kept here between runs")] = _default_cache_dir()
     cache_gb: Annotated[float, Field(ge=0, description="features used longest ago are removed above this many gigabytes")] = 20.0
     cache: Annotated[bool, Field(description="--no-cache computes everything anew")] = True
@@ -117,6 +67,60 @@ class Options(BaseSettings):
         """Flags and the file only: a shell's NAME or DATA must not become an option."""
         return (init_settings,)
 
+    def to_yaml(self) -> str:
+        """The options as `--config` reads them back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+class Options(SharedOptions):
+    """Fine-tune a pretrained backbone on labelled images and publish a checkpoint for the service.
+
+    Without options it fits scikit-learn's handwritten digits on an embedded backbone, with no network.
+    """
+
+    model_config = SettingsConfigDict(cli_prog_name="python finetune/run.py")
+
+    backbone: Annotated[
+        str, Field(description="a timm name (resnet18), or package.module:callable that returns an nn.Module, images to features")
+    ] = "tf_efficientnet_lite0"
+    weights: Annotated[
+        Path | None, Field(description="pretrained state_dict, .safetensors or .pth; else from a package or the Hugging Face hub")
+    ] = None
+    pretrained: Annotated[bool, Field(description="--no-pretrained starts from random weights, knowingly")] = True
+    freeze: Annotated[
+        str,
+        Field(
+            description="backbone: only the head trains, in seconds. until:NAME: all up to and including module NAME stays. "
+            "none: all of it trains"
+        ),
+    ] = "backbone"
+    epochs: Annotated[int, Field(ge=1, description="gradient epochs, where something besides the head trains")] = 5
+    batch_size: Annotated[int, Field(ge=1, description="images per gradient step")] = 32
+    lr: Annotated[float, Field(gt=0, description="peak learning rate of the head")] = 3e-4
+    backbone_lr: Annotated[float, Field(gt=0, description="peak learning rate of the backbone")] = 3e-5
+    weight_decay: Annotated[float, Field(ge=0, description="AdamW's, on weights but not on biases and norms")] = 0.05
+    batch_norm: Annotated[
+        Literal["keep", "update"],
+        Field(
+            description="statistics of BatchNorm layers that train: keep the pretrained ones, as the probe's head expects, or update them "
+            "(for images far from the pretraining's, with large batches)"
+        ),
+    ] = "keep"
+    augment: Annotated[
+        Literal["none", "light", "flip"],
+        Field(description="light: shifted and scaled crops. flip: mirrored too (not for digits or letters). none: the plain crop"),
+    ] = "light"
+    views: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="augmented views of each training image that are computed once and learnt from, by the probe too; 1: the plain "
+            "crop (and for training past the probe, as many as there are epochs, four at most)",
+        ),
+    ] = 1
+    name: Annotated[str | None, Field(description="the model's name in the repository; else made from the data's")] = None
+    repository: Annotated[Path, Field(description="where the checkpoint is published, as <name>/<version>")] = Path("checkpoints")
+
     @field_validator("name")
     @classmethod
     def _name_fits_a_folder(cls, name: str | None) -> str | None:
@@ -125,43 +129,56 @@ class Options(BaseSettings):
     @property
     def model_name(self) -> str:
         """`name`, or one made from the data: its last part in lower case, other characters as `-`."""
-        if self.name is not None:
-            return self.name
-        last = self.data.rpartition(":")[2].rstrip("/")
-        stem = Path(last).resolve().stem if last.endswith(".csv") else Path(last).resolve().name
-        made = "".join(char if char.isascii() and char.isalnum() else "-" for char in stem.lower()).strip("-")
-        return check_name(made[:63] or "model")
-
-    def to_yaml(self) -> str:
-        """The options as `--config` reads them back."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return self.name or name_of_data(self.data)
 
 
-def parse_options(arguments: list[str]) -> Options:
-    """Options from flags, over those of `--config FILE` (the config.yaml of a run), over the defaults.
+class CompareOptions(SharedOptions):
+    """Compare pretrained backbones on your images: cross-validated accuracy of a probe against speed on this machine."""
+
+    model_config = SettingsConfigDict(cli_prog_name="python finetune/compare.py")
+
+    backbones: Annotated[
+        str,
+        Field(description="comma-separated timm names, or installed: all whose weights a package or the hub's local cache has"),
+    ] = "installed"
+
+
+def name_of_data(data: str) -> str:
+    """A model's name made from `--data`: its last part in lower case, other characters as `-`."""
+    last = data.rpartition(":")[2].rstrip("/")
+    stem = Path(last).resolve().stem if last.endswith(".csv") else Path(last).resolve().name
+    made = "".join(char if char.isascii() and char.isalnum() else "-" for char in stem.lower()).strip("-")
+    return check_name(made[:63] or "model")
+
+
+AnyOptions = TypeVar("AnyOptions", bound=SharedOptions)
+
+
+def parse_options(kind: type[AnyOptions], arguments: list[str]) -> AnyOptions:
+    """Options of a kind from flags, over those of `--config FILE` (the config.yaml of a run), over the defaults.
 
     Raises GraftError with every option that is wrong; `--help` prints and exits as usual.
     """
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config", type=Path)
     config_path = finder.parse_known_args(arguments)[0].config
-    from_file = {} if config_path is None else _read_config(config_path)
+    from_file = {} if config_path is None else _read_config(kind, config_path)
     try:
-        return CliApp.run(Options, cli_args=arguments, **from_file)
+        return CliApp.run(kind, cli_args=arguments, **from_file)
     except ValidationError as error:
         raise GraftError("\n".join(_describe(problem) for problem in error.errors())) from None
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_config(kind: type[SharedOptions], path: Path) -> dict[str, Any]:
     try:
         loaded = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise GraftError(f"--config {path}: {error}") from error
     if not isinstance(loaded, dict):
         raise GraftError(f"--config {path}: it must hold one `option: value` a line, as the config.yaml of a run does")
-    unknown = sorted(str(key) for key in loaded if key not in Options.model_fields)
+    unknown = sorted(str(key) for key in loaded if key not in kind.model_fields)
     if unknown:
-        raise GraftError(f"--config {path}: unknown options {', '.join(unknown)}; known are {', '.join(Options.model_fields)}")
+        raise GraftError(f"--config {path}: unknown options {', '.join(unknown)}; known are {', '.join(kind.model_fields)}")
     return loaded
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,11 +13,17 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from finetune.cache import FeatureCache, digest_image
-from finetune.data import Sample
-from finetune.progress import progress_bar
+from finetune.cache import FeatureCache, digest_image, trim
+from finetune.config import SharedOptions
+from finetune.data import Sample, SplitName, Splits
+from finetune.terminal import progress_bar
+from finetune.views import Augment, draw_view
 from models.engine import Engine, Features
+from models.errors import GraftError
+from models.prepared import PreparedBackbone
 from models.preprocess import ImageError, Pixels, Preprocess, View
+
+logger = logging.getLogger("graft.features")
 
 # Rows are written to the cache in groups of this many; what a killed run loses.
 _GROUP = 32
@@ -108,6 +117,66 @@ def extract_features(
             collect()
         write()
     return ExtractedFeatures(features[:row], unreadable)
+
+
+def open_engine(backbone: PreparedBackbone, options: SharedOptions) -> Engine:
+    """The backbone's engine as the options ask for it; what it chose is logged."""
+    engine = backbone.open_engine(options.device, options.precision)
+    logger.info("engine: %s", engine.info)
+    return engine
+
+
+def extract_splits(
+    splits: Splits,
+    backbone: PreparedBackbone,
+    engine: Engine,
+    options: SharedOptions,
+    *,
+    only: Sequence[SplitName] = ("train", "val", "test"),
+    num_views: int = 1,
+    augment: Augment = "none",
+    keep: bool = True,
+) -> tuple[Splits, dict[SplitName, Features]]:
+    """Features of each split in `only`, and the splits less their unreadable images, which are named.
+
+    With `num_views` V the training split has `[V·N,F]`: all plain crops, then V - 1 augmented views of all. `keep` allows the cache.
+    Raises GraftError on an unreadable image under `--strict`, or where one leaves a class empty.
+    """
+    features: dict[SplitName, Features] = {}
+    unreadable: dict[str, str] = {}
+    with contextlib.ExitStack() as stack:
+        cache = None
+        if options.cache and keep:
+            cache = stack.enter_context(FeatureCache(options.cache_dir, backbone.fingerprint, engine.info, engine.num_features))
+        for split, samples in splits.named():
+            if split not in only:
+                continue
+            views = []
+            for view in range(num_views if split == "train" else 1):
+                extracted = extract_features(
+                    samples,
+                    backbone.preprocess,
+                    engine,
+                    num_workers=options.workers,
+                    description=f"features of {split}" + (f", augmented view {view} of {num_views - 1}" if view else ""),
+                    cache=cache,
+                    draw=functools.partial(draw_view, augment if view else "none", options.seed, view),
+                )
+                views.append(extracted.features)
+                unreadable |= extracted.unreadable
+            features[split] = views[0] if len(views) == 1 else np.concatenate(views)
+        if cache is not None:
+            logger.info("features: %d from the cache, %d computed", cache.num_hits, cache.num_misses)
+    if options.cache:
+        trim(options.cache_dir, int(options.cache_gb * 1e9))
+    if unreadable:
+        shown = "\n".join(f"  {key}: {reason}" for key, reason in list(unreadable.items())[:10])
+        more = f"\n  and {len(unreadable) - 10} more" if len(unreadable) > 10 else ""
+        message = f"{len(unreadable)} unreadable images:\n{shown}{more}"
+        if options.strict:
+            raise GraftError(f"{message}\n(--strict stops here; without it they are left out)")
+        logger.warning("%s\n(left out; --strict makes them an error)", message)
+    return splits.without(unreadable), features
 
 
 def _decode_all(

@@ -7,8 +7,6 @@ python finetune/run.py --data photos/ --freeze until:layer3      train what come
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import importlib.metadata
 import json
 import logging
@@ -29,20 +27,18 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from finetune.cache import FeatureCache, trim
 from finetune.card import write_card
 from finetune.config import Options, parse_options
-from finetune.data import Sample, SplitName, Splits, load_splits
+from finetune.data import Sample, Splits, load_splits
 from finetune.evaluate import evaluate
-from finetune.features import extract_features
+from finetune.features import extract_splits, open_engine
 from finetune.monitor import Monitor
 from finetune.plots import Mistake, draw_confusion, draw_mistakes
 from finetune.probe import Labels, Probe, fit_temperature, log_loss, softmax, solve_probe
-from finetune.progress import ConsoleHandler
 from finetune.result import Head, Result
-from finetune.views import Augment, draw_view
+from finetune.terminal import run_program
 from models.checkpoint import FORMAT_VERSION, Golden, publish
-from models.engine import Engine, Features
+from models.engine import Features
 from models.errors import GraftError
 from models.prepared import PreparedBackbone, prepare_backbone
 
@@ -53,18 +49,8 @@ _NUM_MISTAKES = 12
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0; 2 with a message for what the user can mend; 130 on Ctrl-C."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[ConsoleHandler()])
-    logging.getLogger("graft").setLevel(logging.INFO)
-    try:
-        run(parse_options(list(sys.argv[1:] if arguments is None else arguments)))
-    except GraftError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; nothing was published", file=sys.stderr)
-        return 130
-    return 0
+    """The command line; gives the exit code."""
+    return run_program(lambda: run(parse_options(Options, list(sys.argv[1:] if arguments is None else arguments))))
 
 
 def run(options: Options) -> Path:
@@ -89,9 +75,10 @@ def run(options: Options) -> Path:
 def _fit(options: Options, splits: Splits, monitor: Monitor, scratch: Path) -> Result:
     """Features → probe → gradient epochs where something is unfrozen → metrics; `scratch` holds backbones that are not kept."""
     backbone = _prepare(options, scratch)
-    engine = _open_engine(backbone, options)
+    engine = open_engine(backbone, options)
     at = [time.perf_counter()]
-    splits, features = _extract(splits, backbone, engine, options)
+    num_views = 1 if options.augment == "none" else options.views
+    splits, features = extract_splits(splits, backbone, engine, options, num_views=num_views, augment=options.augment)
     at.append(time.perf_counter())
     labels = {split: _labels(samples) for split, samples in splits.named()}
     probe = _solve(features["train"], labels["train"], len(splits.label_names), options)
@@ -102,8 +89,8 @@ def _fit(options: Options, splits: Splits, monitor: Monitor, scratch: Path) -> R
     if options.freeze != "backbone":
         engine.close()
         backbone, head, best_epoch = _train(options, splits, probe, monitor, scratch)
-        engine = _open_engine(backbone, options)
-        splits, features = _extract(splits, backbone, engine, options, only=("val", "test"), is_kept=False)
+        engine = open_engine(backbone, options)
+        splits, features = extract_splits(splits, backbone, engine, options, only=("val", "test"), keep=False)
     at.append(time.perf_counter())
     logits = {split: features[split] @ head.weight.T + head.bias for split in features if split != "train"}
     if best_epoch is not None:
@@ -168,61 +155,6 @@ def _prepare(options: Options, scratch: Path) -> PreparedBackbone:
     backbone.check_freeze(options.freeze)
     logger.info("backbone %s, weights: %s", backbone.name, backbone.weights)
     return backbone
-
-
-def _open_engine(backbone: PreparedBackbone, options: Options) -> Engine:
-    engine = backbone.open_engine(options.device, options.precision)
-    logger.info("engine: %s", engine.info)
-    return engine
-
-
-def _extract(
-    splits: Splits,
-    backbone: PreparedBackbone,
-    engine: Engine,
-    options: Options,
-    *,
-    only: Sequence[SplitName] = ("train", "val", "test"),
-    is_kept: bool = True,
-) -> tuple[Splits, dict[SplitName, Features]]:
-    """Features of each split, and the splits less their unreadable images, which are named."""
-    features: dict[SplitName, Features] = {}
-    unreadable: dict[str, str] = {}
-    with contextlib.ExitStack() as stack:
-        cache = None
-        if options.cache and is_kept:
-            cache = stack.enter_context(FeatureCache(options.cache_dir, backbone.fingerprint, engine.info, engine.num_features))
-        for split, samples in splits.named():
-            if split not in only:
-                continue
-            num_views = options.views if split == "train" and options.augment != "none" else 1
-            views = []
-            for view in range(num_views):
-                augment: Augment = options.augment if view else "none"
-                extracted = extract_features(
-                    samples,
-                    backbone.preprocess,
-                    engine,
-                    num_workers=options.workers,
-                    description=f"features of {split}" + (f", view {view + 1} of {num_views}" if num_views > 1 else ""),
-                    cache=cache,
-                    draw=functools.partial(draw_view, augment, options.seed, view),
-                )
-                views.append(extracted.features)
-                unreadable |= extracted.unreadable
-            features[split] = views[0] if num_views == 1 else np.concatenate(views)
-        if cache is not None:
-            logger.info("features: %d from the cache, %d computed", cache.num_hits, cache.num_misses)
-    if options.cache:
-        trim(options.cache_dir, int(options.cache_gb * 1e9))
-    if unreadable:
-        shown = "\n".join(f"  {key}: {reason}" for key, reason in list(unreadable.items())[:10])
-        more = f"\n  and {len(unreadable) - 10} more" if len(unreadable) > 10 else ""
-        message = f"{len(unreadable)} unreadable images:\n{shown}{more}"
-        if options.strict:
-            raise GraftError(f"{message}\n(--strict stops here; without it they are left out)")
-        logger.warning("%s\n(left out; --strict makes them an error)", message)
-    return splits.without(unreadable), features
 
 
 def _solve(features: Features, labels: Labels, num_classes: int, options: Options) -> Probe:

@@ -19,7 +19,7 @@ from finetune.evaluate import Metrics, evaluate
 from finetune.inputs import Batch, Inputs, open_inputs
 from finetune.monitor import Monitor
 from finetune.probe import Probe
-from finetune.progress import progress_bar
+from finetune.terminal import progress_bar
 from models.backbone import Backbone
 from models.engine import supports_bf16
 from models.errors import GraftError

@@ -142,6 +142,13 @@ def build_backbone(
     return Backbone(name, model, classifier, preprocess, source, None if is_own_file else cfg.get("license"))
 
 
+def installed_backbones() -> list[str]:
+    """Backbones whose weights are on this machine: those of packages, and timm's in the hub's local cache."""
+    names = [name for name, (package, _) in WEIGHT_PACKAGES.items() if importlib.util.find_spec(package) is not None]
+    cached = Path(hub_constants.HF_HUB_CACHE).glob("models--timm--*")
+    return names + sorted(name for path in cached if timm.is_model(name := path.name.removeprefix("models--timm--")))
+
+
 def build_from_config(config: Mapping[str, Any], state_dict: Mapping[str, torch.Tensor]) -> nn.Module:
     """The network of a checkpoint's or prepared backbone's config, all but the classifier loaded strictly: for the engine on CUDA.
 

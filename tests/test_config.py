@@ -12,7 +12,7 @@ from models.errors import GraftError
 
 
 def parse(arguments: str) -> Options:
-    return parse_options(arguments.split())
+    return parse_options(Options, arguments.split())
 
 
 def write_config(path: Path, text: str) -> Path:
@@ -21,7 +21,7 @@ def write_config(path: Path, text: str) -> Path:
 
 
 def test_without_flags_the_defaults_hold() -> None:
-    options = parse_options([])
+    options = parse_options(Options, [])
     assert options == Options()
     assert (options.data, options.backbone, options.freeze, options.model_name) == ("digits", "tf_efficientnet_lite0", "backbone", "digits")
     assert (options.output, options.repository) == (Path("runs"), Path("checkpoints"))
@@ -63,14 +63,14 @@ def test_flags_of_every_kind_are_read() -> None:
     }
     dumped = options.model_dump()
     assert {name: dumped[name] for name in expected} == expected
-    assert parse_options(["--no-strict", "--pretrained"]) == Options(strict=False, pretrained=True)
-    assert parse_options(["--lr=0.5"]).lr == 0.5
+    assert parse_options(Options, ["--no-strict", "--pretrained"]) == Options(strict=False, pretrained=True)
+    assert parse_options(Options, ["--lr=0.5"]).lr == 0.5
 
 
 def test_a_runs_config_reads_back_as_the_same_options(tmp_path: Path) -> None:
     options = parse("--data photos/ --freeze until:layer3 --lr 0.01 --no-pretrained --image-size 96 --seed 3 --name cats")
     path = write_config(tmp_path / "config.yaml", options.to_yaml())
-    again = parse_options(["--config", str(path)])
+    again = parse_options(Options, ["--config", str(path)])
     assert again.model_dump() == options.model_dump()
     assert "config" not in yaml.safe_load(path.read_text())
     assert again.to_yaml() == options.to_yaml()
@@ -78,13 +78,13 @@ def test_a_runs_config_reads_back_as_the_same_options(tmp_path: Path) -> None:
 
 def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:
     path = write_config(tmp_path / "config.yaml", "lr: 0.5\nepochs: 9\nstrict: true\n")
-    options = parse_options(["--epochs", "2", f"--config={path}", "--no-strict"])
+    options = parse_options(Options, ["--epochs", "2", f"--config={path}", "--no-strict"])
     assert (options.lr, options.epochs, options.strict, options.seed) == (0.5, 2, False, 0)
 
 
 def test_an_empty_config_changes_nothing_or_is_refused_in_words(tmp_path: Path) -> None:
     with pytest.raises(GraftError, match="it must hold one `option: value` a line"):
-        parse_options(["--config", str(write_config(tmp_path / "config.yaml", ""))])
+        parse_options(Options, ["--config", str(write_config(tmp_path / "config.yaml", ""))])
 
 
 @pytest.mark.parametrize(
@@ -101,15 +101,15 @@ def test_an_empty_config_changes_nothing_or_is_refused_in_words(tmp_path: Path) 
 )
 def test_what_is_wrong_in_a_file_is_named(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(GraftError, match=message):
-        parse_options(["--config", str(write_config(tmp_path / "config.yaml", text))])
+        parse_options(Options, ["--config", str(write_config(tmp_path / "config.yaml", text))])
 
 
 def test_a_config_that_is_not_there_or_no_text_is_named(tmp_path: Path) -> None:
     with pytest.raises(GraftError, match=r"--config .*gone\.yaml: .*No such file"):
-        parse_options(["--config", str(tmp_path / "gone.yaml")])
+        parse_options(Options, ["--config", str(tmp_path / "gone.yaml")])
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(GraftError, match=r"--config .*binary\.yaml"):
-        parse_options(["--config", str(tmp_path / "binary.yaml")])
+        parse_options(Options, ["--config", str(tmp_path / "binary.yaml")])
 
 
 @pytest.mark.parametrize(
@@ -148,14 +148,14 @@ def test_every_bad_value_is_told_at_once() -> None:
 def test_unknown_flags_and_missing_values_end_the_run_with_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """As GraftError, which main turns into code 2, or by argparse itself."""
     with pytest.raises((GraftError, SystemExit)) as caught:
-        parse_options(arguments)
+        parse_options(Options, arguments)
     assert isinstance(caught.value, GraftError) or caught.value.code == 2
     assert arguments[0].lstrip("-") in f"{caught.value} {capsys.readouterr().err}"
 
 
 def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        parse_options(["--help"])
+        parse_options(Options, ["--help"])
     assert caught.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
     for name, field in Options.model_fields.items():
@@ -170,7 +170,7 @@ def test_the_shells_variables_do_not_become_options(monkeypatch: pytest.MonkeyPa
         monkeypatch.setenv(name.upper(), "7")
     (tmp_path / ".env").write_text("NAME=leak\nSEED=7\n")
     monkeypatch.chdir(tmp_path)
-    assert parse_options([]) == Options()
+    assert parse_options(Options, []) == Options()
     assert (Options().seed, Options().name, Options().data) == (0, None, "digits")
 
 

@@ -1,4 +1,4 @@
-"""What a run says while it works: log lines, and progress bars with images/s and time left where the output is a terminal."""
+"""What a program says while it works and how it ends: log lines, progress bars where the output is a terminal, exit codes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
+
+from models.errors import GraftError
 
 _console = Console(stderr=True)
 
@@ -25,6 +27,21 @@ class ConsoleHandler(logging.Handler):
 class _Speed(ProgressColumn):
     def render(self, task: Task) -> Text:
         return Text("" if task.speed is None else f"{task.speed:.0f} images/s", style="progress.data.speed")
+
+
+def run_program(work: Callable[[], object]) -> int:
+    """Do the work and give the exit code: 0; 2 with a message for what the user can mend; 130 on Ctrl-C."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[ConsoleHandler()])
+    logging.getLogger("graft").setLevel(logging.INFO)
+    try:
+        work()
+    except GraftError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; nothing was published", file=sys.stderr)
+        return 130
+    return 0
 
 
 @contextmanager

@@ -1,0 +1,143 @@
+"""Which backbone suits your images: cross-validated accuracy of a probe against images/s on this machine, one pass each.
+
+python finetune/compare.py --data photos/                                    all whose weights are here
+python finetune/compare.py --data photos/ --backbones resnet18,vit_tiny_patch16_224
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+# Run as a file, Python would look for modules in finetune/; the project's root and the user's own folder are what is meant.
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    sys.path.append(str(Path.cwd()))
+
+import numpy as np
+
+from finetune.config import CompareOptions, name_of_data, parse_options
+from finetune.data import Splits, load_splits
+from finetune.features import extract_splits, open_engine
+from finetune.plots import Candidate, draw_comparison
+from finetune.probe import solve_probe
+from finetune.terminal import run_program
+from models.errors import GraftError
+from models.prepared import prepare_backbone
+
+logger = logging.getLogger("graft.compare")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; gives the exit code."""
+    return run_program(lambda: compare(parse_options(CompareOptions, list(sys.argv[1:] if arguments is None else arguments))))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Candidates in order of accuracy, and the one to take."""
+
+    candidates: tuple[Candidate, ...]
+    recommended: Candidate
+
+
+def compare(options: CompareOptions) -> Comparison:
+    """Print a table and a recommendation, and write a plot. Backbones that cannot be had are named and left out.
+
+    Raises GraftError where none is left.
+    """
+    splits = load_splits(options.data, data_root=options.data_root, val_fraction=options.val_fraction, seed=options.seed)
+    candidates = []
+    for name in _names(options):
+        try:
+            candidates.append(_measure(name, splits, options))
+        except GraftError as error:
+            logger.warning("left out: %s", str(error).splitlines()[0])
+    if not candidates:
+        raise GraftError("--backbones: none of them could be measured; the lines above say why")
+    candidates.sort(key=lambda candidate: -candidate.accuracy)
+    comparison = Comparison(tuple(candidates), recommend(candidates))
+    path = options.output / f"compare-{name_of_data(options.data)}.png"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(draw_comparison(candidates, comparison.recommended).png)
+    except OSError as error:
+        raise GraftError(f"--output {options.output}: {error.strerror}") from error
+    _print(comparison, options, path)
+    return comparison
+
+
+def recommend(candidates: Sequence[Candidate]) -> Candidate:
+    """The fastest of those whose interval reaches up to the best one's accuracy: more accuracy is not proven, more speed is."""
+    best = max(candidates, key=lambda candidate: candidate.accuracy)
+    good = [candidate for candidate in candidates if candidate.high >= best.accuracy]
+    return max(good, key=lambda candidate: candidate.images_per_second)
+
+
+def wilson_interval(num_right: int, num_images: int) -> tuple[float, float]:
+    """The 95 % interval of a share (Wilson, JASA 22, 1927)."""
+    z = 1.959964
+    share, inverse = num_right / num_images, z * z / num_images
+    center = (share + inverse / 2) / (1 + inverse)
+    half = z * math.sqrt(share * (1 - share) / num_images + inverse / (4 * num_images)) / (1 + inverse)
+    return max(0.0, center - half), min(1.0, center + half)
+
+
+def _names(options: CompareOptions) -> list[str]:
+    if options.backbones != "installed":
+        return [name.strip() for name in options.backbones.split(",") if name.strip()]
+    from models.backbone import installed_backbones
+
+    names = installed_backbones()
+    if not names:
+        raise GraftError("--backbones installed: no package and no cache of the hub has weights here; name some where there is a network")
+    return names
+
+
+def _measure(name: str, splits: Splits, options: CompareOptions) -> Candidate:
+    with tempfile.TemporaryDirectory(prefix="graft-") as scratch:
+        backbone = prepare_backbone(
+            name,
+            weights=None,
+            pretrained=True,
+            image_size=options.image_size,
+            cache_dir=options.cache_dir if options.cache else None,
+            scratch_dir=Path(scratch),
+        )
+        logger.info("backbone %s, weights: %s", backbone.name, backbone.weights)
+        engine = open_engine(backbone, options)
+        splits, features = extract_splits(splits, backbone, engine, options, only=("train",))
+        engine.close()
+    labels = np.array([sample.label for sample in splits.train], np.int64)
+    probe = solve_probe(features["train"], labels, len(splits.label_names), seed=options.seed)
+    num_right = int((probe.out_of_fold_logits.argmax(axis=1) == labels).sum())
+    low, high = wilson_interval(num_right, len(labels))
+    return Candidate(name, num_right / len(labels), low, high, engine.info.images_per_second, engine.info.precision)
+
+
+def _print(comparison: Comparison, options: CompareOptions, path: Path) -> None:
+    width = max(len("backbone"), *(len(candidate.name) for candidate in comparison.candidates))
+    print(f"\n{'backbone':<{width}}  accuracy   95% interval      images/s  precision")
+    for candidate in comparison.candidates:
+        mark = "  <- recommended" if candidate is comparison.recommended else ""
+        interval = f"{candidate.low:.4f} to {candidate.high:.4f}"
+        speed = f"{candidate.images_per_second:>8.0f}"
+        print(f"{candidate.name:<{width}}  {candidate.accuracy:.4f}     {interval}  {speed}  {candidate.precision}{mark}")
+    print(
+        f"""
+Accuracy is cross-validated on the training images; the recommended backbone is the fastest that may be as accurate as the best.
+
+  plot  {path}
+
+Next:
+  python finetune/run.py --data {options.data} --backbone {comparison.recommended.name}"""
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
