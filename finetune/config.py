@@ -96,8 +96,8 @@ class Options(SharedOptions):
     ] = "backbone"
     epochs: Annotated[int, Field(ge=1, description="gradient epochs, where something besides the head trains")] = 5
     batch_size: Annotated[int, Field(ge=1, description="images per gradient step")] = 32
-    lr: Annotated[float, Field(gt=0, description="peak learning rate of the head")] = 3e-4
-    backbone_lr: Annotated[float, Field(gt=0, description="peak learning rate of the backbone")] = 3e-5
+    lr: Annotated[float, Field(gt=0, description="peak learning rate of the head")] = 1e-3
+    backbone_lr: Annotated[float, Field(gt=0, description="peak learning rate of the backbone")] = 5e-4
     weight_decay: Annotated[float, Field(ge=0, description="AdamW's, on weights but not on biases and norms")] = 0.05
     batch_norm: Annotated[
         Literal["keep", "update"],

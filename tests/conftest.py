@@ -41,13 +41,14 @@ for _name in ("HF_ENDPOINT", "HF_TOKEN", "HUGGINGFACE_HUB_CACHE", "HF_HUB_CACHE"
 PROJECT_DIR = Path(__file__).resolve().parent.parent
 
 _FORKER = """
-import json, os, sys, traceback
+import json, os, signal, sys, traceback
 import torch, torchvision
 for line in sys.stdin:
     pids = []
     for job in json.loads(line):
         pid = os.fork()
         if pid == 0:
+            signal.alarm(60)  # nothing here may take so long; its end is then -14
             os.environ.update(job["env"])
             output = os.open(job["output"], os.O_WRONLY | os.O_CREAT)
             os.dup2(output, 1)
