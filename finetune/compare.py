@@ -23,12 +23,11 @@ import numpy as np
 
 from finetune.config import CompareOptions, name_of_data, parse_options
 from finetune.data import Splits, load_splits
-from finetune.features import extract_splits, open_engine
+from finetune.features import extract_splits, open_engine, prepare
 from finetune.plots import Candidate, draw_comparison
 from finetune.probe import solve_probe
 from finetune.terminal import run_program
 from models.errors import GraftError
-from models.prepared import prepare_backbone
 
 logger = logging.getLogger("graft.compare")
 
@@ -101,15 +100,7 @@ def _names(options: CompareOptions) -> list[str]:
 
 def _measure(name: str, splits: Splits, options: CompareOptions) -> Candidate:
     with tempfile.TemporaryDirectory(prefix="graft-") as scratch:
-        backbone = prepare_backbone(
-            name,
-            weights=None,
-            pretrained=True,
-            image_size=options.image_size,
-            cache_dir=options.cache_dir if options.cache else None,
-            scratch_dir=Path(scratch),
-        )
-        logger.info("backbone %s, weights: %s", backbone.name, backbone.weights)
+        backbone = prepare(name, splits.train, options, Path(scratch), weights=None, pretrained=True)
         engine = open_engine(backbone, options)
         splits, features = extract_splits(splits, backbone, engine, options, only=("train",))
         engine.close()

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,8 +21,9 @@ from finetune.terminal import progress_bar
 from finetune.views import Augment, draw_view
 from models.engine import Engine, Features
 from models.errors import GraftError
-from models.prepared import PreparedBackbone
+from models.prepared import PreparedBackbone, prepare_backbone
 from models.preprocess import ImageError, Pixels, Preprocess, View
+from models.quantise import NUM_CALIBRATION_IMAGES, find_quantised, quantise
 
 logger = logging.getLogger("graft.features")
 
@@ -117,6 +119,25 @@ def extract_features(
             collect()
         write()
     return ExtractedFeatures(features[:row], unreadable)
+
+
+def prepare(name: str, samples: Sequence[Sample], options: SharedOptions, scratch: Path, **weights: Any) -> PreparedBackbone:
+    """The pretrained backbone as the options ask for it, in int8 calibrated on `samples`; `weights` as `prepare_backbone` takes them."""
+    cache_dir = options.cache_dir if options.cache else None
+    backbone = prepare_backbone(name, image_size=options.image_size, cache_dir=cache_dir, scratch_dir=scratch, **weights)
+    logger.info("backbone %s, weights: %s", backbone.name, backbone.weights)
+    if options.precision != "int8":
+        return backbone
+    quantised = find_quantised(backbone)
+    if quantised is None:
+        chosen = [samples[index] for index in np.linspace(0, len(samples) - 1, NUM_CALIBRATION_IMAGES).astype(int)]
+        decoded = _decode_all(chosen, backbone.preprocess, options.workers, options.workers, None, lambda index: None)
+        crops = [item.pixels for _, item in decoded if not isinstance(item, ImageError) and item.pixels is not None]
+        if not crops:
+            raise GraftError(f"--precision int8: none of {len(chosen)} training images can be read to calibrate on")
+        quantised = quantise(backbone, np.stack(crops))
+        logger.info("quantised to int8 on %d training images", len(crops))
+    return quantised
 
 
 def open_engine(backbone: PreparedBackbone, options: SharedOptions) -> Engine:

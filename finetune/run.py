@@ -31,7 +31,7 @@ from finetune.card import write_card
 from finetune.config import Options, parse_options
 from finetune.data import Sample, Splits, load_splits
 from finetune.evaluate import evaluate
-from finetune.features import extract_splits, open_engine
+from finetune.features import extract_splits, open_engine, prepare
 from finetune.monitor import Monitor
 from finetune.plots import Mistake, draw_confusion, draw_mistakes
 from finetune.probe import Labels, Probe, fit_temperature, log_loss, softmax, solve_probe
@@ -40,7 +40,7 @@ from finetune.terminal import run_program
 from models.checkpoint import FORMAT_VERSION, Golden, publish
 from models.engine import Features
 from models.errors import GraftError
-from models.prepared import PreparedBackbone, prepare_backbone
+from models.prepared import PreparedBackbone
 
 logger = logging.getLogger("graft.run")
 
@@ -74,7 +74,8 @@ def run(options: Options) -> Path:
 
 def _fit(options: Options, splits: Splits, monitor: Monitor, scratch: Path) -> Result:
     """Features → probe → gradient epochs where something is unfrozen → metrics; `scratch` holds backbones that are not kept."""
-    backbone = _prepare(options, scratch)
+    backbone = prepare(options.backbone, splits.train, options, scratch, weights=options.weights, pretrained=options.pretrained)
+    backbone.check_freeze(options.freeze)
     engine = open_engine(backbone, options)
     at = [time.perf_counter()]
     num_views = 1 if options.augment == "none" else options.views
@@ -141,20 +142,6 @@ def _write(path: Path, text: str) -> None:
         path.write_text(text)
     except OSError as error:
         raise GraftError(f"{path}: it cannot be written: {error.strerror}") from error
-
-
-def _prepare(options: Options, scratch: Path) -> PreparedBackbone:
-    backbone = prepare_backbone(
-        options.backbone,
-        weights=options.weights,
-        pretrained=options.pretrained,
-        image_size=options.image_size,
-        cache_dir=options.cache_dir if options.cache else None,
-        scratch_dir=scratch,
-    )
-    backbone.check_freeze(options.freeze)
-    logger.info("backbone %s, weights: %s", backbone.name, backbone.weights)
-    return backbone
 
 
 def _solve(features: Features, labels: Labels, num_classes: int, options: Options) -> Probe:

@@ -65,6 +65,8 @@ def train(backbone: Backbone, splits: Splits, probe: Probe, options: Options, mo
 
     best = _validate(model, val_batches, inputs)
     best_epoch, best_state = 0, _copy_state(backbone.model)
+    monitor.scalar("epoch/val_loss", best.loss, 0)
+    monitor.scalar("epoch/val_accuracy", best.accuracy, 0)
     logger.info("epoch 0, the probe's head: val loss %.3f, val accuracy %.4f", best.loss, best.accuracy)
     step = 0
     for epoch in range(1, options.epochs + 1):

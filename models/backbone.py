@@ -10,6 +10,7 @@ import difflib
 import importlib
 import importlib.util
 import logging
+import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -419,7 +420,12 @@ def _call_builder(name: str) -> nn.Module:
         build: Callable[[], Any] = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
         raise GraftError(f"--backbone {name}: {error}; package.module:callable must be importable from the current folder") from error
-    module = build()
+    try:
+        module = build()
+    # The user's own code: whatever it raises is theirs to read, with the place it came from.
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise GraftError(f"--backbone {name}: it raised {type(error).__name__}: {error} ({place.filename}:{place.lineno})") from error
     if not isinstance(module, nn.Module):
         raise GraftError(f"--backbone {name}: it returned {type(module).__name__}, not an nn.Module")
     return module

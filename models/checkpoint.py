@@ -5,12 +5,14 @@ A repository is `<root>/<name>/<version>/` with versions 1, 2, 3 …; a version 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -31,6 +33,7 @@ CONFIG_FILE = "config.json"
 GOLDEN_FILE = "golden.npz"
 OPENVINO_FILE = "backbone.xml"
 CARD_FILE = "README.md"
+_ABANDONED_SECONDS = 3600
 _VERSION_PATTERN = re.compile(r"[1-9][0-9]{0,8}")
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}")
 
@@ -131,6 +134,7 @@ def publish(
     temporary = folder / f".tmp-{uuid.uuid4().hex}"
     try:
         temporary.mkdir(parents=True)
+        _remove_abandoned(folder)
         save_file(dict(state), temporary / WEIGHTS_FILE, metadata={"format": "pt"})
         _write_golden(temporary / GOLDEN_FILE, golden)
         write_engine(temporary / OPENVINO_FILE)
@@ -238,6 +242,14 @@ def _read_golden(path: Path) -> Golden:
     with np.load(path, allow_pickle=False) as stored:
         images = tuple(stored[f"image_{index}"].tobytes() for index in range(len(stored.files) - 1))
         return Golden(images, stored["logits"])
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """What writes that were killed left behind; a write under way takes seconds."""
+    for path in folder.glob(".tmp-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _fsync(path: Path) -> None:

@@ -104,6 +104,10 @@ def supports_bf16() -> bool:
     return "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
+def _is_quantised(model: ov.Model) -> bool:
+    return any(operation.get_type_name() == "FakeQuantize" for operation in model.get_ops())
+
+
 class OpenVINOEngine:
     """A backbone saved as OpenVINO IR (input `u8 [?,H,W,3]`, output `f32 [?,F]`), run on the CPU.
 
@@ -190,6 +194,10 @@ class OpenVINOEngine:
 
     def _choose_precision(self, precision: Precision) -> str:
         has_bf16 = supports_bf16()
+        if precision == "int8":
+            if not _is_quantised(self._core.read_model(self._model_path)):
+                raise GraftError(f"--precision int8: {self._model_path} is not quantised")
+            return "int8"
         if precision == "auto":
             return "bf16" if has_bf16 else "fp32"
         if precision not in ("fp32", "bf16") or (precision == "bf16" and not has_bf16):
@@ -206,7 +214,10 @@ class OpenVINOEngine:
             {
                 "PERFORMANCE_HINT": "THROUGHPUT",
                 "NUM_STREAMS": str(num_streams),
-                "INFERENCE_PRECISION_HINT": _OPENVINO_PRECISION[precision],
+                # In a quantised network it is what the layers left in floating point run in.
+                "INFERENCE_PRECISION_HINT": _OPENVINO_PRECISION[
+                    precision if precision != "int8" else "bf16" if supports_bf16() else "fp32"
+                ],
             },
         )
 

@@ -17,7 +17,9 @@ import pytest
 import torch
 import yaml
 
-from models.checkpoint import list_versions, load_checkpoint
+from models.checkpoint import check_golden, list_versions, load_checkpoint, logits
+from models.engine import run
+from models.prepared import build_engine
 from tests.drawn import draw_shape, write_class_folders
 
 ROOT = Path(__file__).parent.parent
@@ -72,6 +74,15 @@ def test_defaults_fit_the_digits(finetune: Finetune, tmp_path: Path) -> None:
     assert "curl" in done.stdout
 
 
+def test_digits_gain_from_training_past_the_probe(finetune: Finetune, tmp_path: Path) -> None:
+    done = finetune("--freeze", "until:blocks.4", "--epochs", 5)
+    assert done.returncode == 0, done.stderr
+    metrics = read_metrics(tmp_path)
+    assert metrics["val"]["accuracy"] >= 0.97
+    assert metrics["val"]["accuracy"] > metrics["probe"]["accuracy"]
+    assert f"(probe {metrics['probe']['accuracy']:.4f})" in done.stdout
+
+
 def test_run_leaves_what_the_next_one_needs(finetune: Finetune, tmp_path: Path, shapes: Path) -> None:
     assert finetune("--data", shapes).returncode == 0
     run_dir = only_run(tmp_path)
@@ -113,6 +124,21 @@ def test_gradient_epochs_start_from_the_probe_and_leave_the_frozen_part(finetune
     assert any(not np.array_equal(before[name], after[name]) for name in before if name not in frozen)
 
 
+def test_int8_is_quantised_once_and_served_as_it_was_solved(finetune: Finetune, tmp_path: Path, shapes: Path) -> None:
+    for name in ("int8", "again"):
+        done = finetune("--data", shapes, "--precision", "int8", "--name", name)
+        assert done.returncode == 0, done.stderr
+    assert "quantised to int8" not in done.stderr
+    first, second = (load_checkpoint(tmp_path / "checkpoints" / name / "1") for name in ("int8", "again"))
+    assert first.engine["precision"] == "int8"
+    assert first.fingerprint == second.fingerprint
+    assert finetune("--data", shapes, "--name", "float").returncode == 0
+    assert load_checkpoint(tmp_path / "checkpoints" / "float" / "1").fingerprint != first.fingerprint
+    engine = build_engine(first.path, first.preprocess, first.config, device="cpu", precision="int8")
+    check_golden(first, logits(first, run(engine, np.stack([first.preprocess(image) for image in first.golden.images]))))
+    engine.close()
+
+
 def test_own_module_by_its_name(finetune: Finetune, tmp_path: Path, shapes: Path) -> None:
     package = tmp_path / "mine"
     package.mkdir()
@@ -127,6 +153,12 @@ def test_own_module_by_its_name(finetune: Finetune, tmp_path: Path, shapes: Path
     checkpoint = load_checkpoint(tmp_path / "checkpoints" / "mine" / "1")
     assert checkpoint.architecture == "mine.net:build"
     assert checkpoint.head_weight.shape == (3, 128)
+
+
+def test_own_module_that_raises_is_named(finetune: Finetune, tmp_path: Path, shapes: Path) -> None:
+    (tmp_path / "broken_net.py").write_text("def build():\n    raise KeyError('no such layer')\n")
+    done = finetune("--data", shapes, "--backbone", "broken_net:build")
+    assert_refused(done, "--backbone broken_net:build", "KeyError", "broken_net.py:2")
 
 
 def test_weights_file_written_by_timm(finetune: Finetune, tmp_path: Path, shapes: Path) -> None:
@@ -181,7 +213,8 @@ def test_unreadable_images_are_named_and_left_out(finetune: Finetune, tmp_path: 
         (["--data", "torchvision:Nope"], ["torchvision:Nope", "FashionMNIST"]),
         (["--weights", "gone.pth", "--backbone", "resnet18"], ["gone.pth", "no such weights file"]),
         (["--device", "cuda"], ["cuda was asked for", "cpu"]),
-        (["--precision", "int8"], ["--precision int8"]),
+        (["--precision", "int8", "--freeze", "none"], ["--precision int8", "--freeze backbone"]),
+        (["--precision", "fp16"], ["--precision fp16", "bf16"]),
     ],
 )
 def test_wrong_option_is_answered_with_the_way_out(finetune: Finetune, shapes: Path, arguments: list[str], parts: list[str]) -> None:
