@@ -177,7 +177,14 @@ def build_engine(
 
         model = build_from_config(config, read_state_dict(folder / WEIGHTS_FILE))
         return TorchEngine(FeatureExtractor(model), preprocess, precision=precision, batch_size=batch_size)
-    return OpenVINOEngine(folder / OPENVINO_FILE, preprocess, precision=precision, batch_size=batch_size, num_streams=num_streams)
+    return OpenVINOEngine(
+        folder / OPENVINO_FILE,
+        preprocess,
+        precision=precision,
+        batch_size=batch_size,
+        num_streams=num_streams,
+        images_per_second=images_per_second,
+    )
 
 
 def resolve_device(asked: Device) -> Literal["cpu", "cuda"]:

@@ -193,3 +193,12 @@ def test_preparing_leaves_the_network_in_the_mode_it_was_in(tmp_path: Path) -> N
     write_prepared(backbone, tmp_path / "here")
     assert backbone.model.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.model.state_dict().items())
+
+
+def test_the_search_for_batch_and_streams_is_remembered(prepared: PreparedBackbone) -> None:
+    first = prepared.open_engine("cpu", "fp32")
+    first.close()
+    again = prepared.open_engine("cpu", "fp32")
+    again.close()
+    # The speed is measured, so two searches would not agree on it to the last digit.
+    assert again.info == first.info
