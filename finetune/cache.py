@@ -7,6 +7,7 @@ run killed at any moment leaves at worst rows without a key, which nobody reads.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -58,10 +59,13 @@ class FeatureCache:
         self._readers: list[int] = []
         self._writers: tuple[int, int] | None = None
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            os.utime(self.folder)  # what `trim` calls recently used
-            for keys_path in sorted(self.folder.glob("*.keys")):
-                self._index(keys_path)
+            # Another run may trim the folder at any moment, even while it is made: what it takes away is computed anew.
+            with contextlib.suppress(FileExistsError):
+                self.folder.mkdir(parents=True)
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(self.folder)  # what `trim` calls recently used
+                for keys_path in sorted(self.folder.glob("*.keys")):
+                    self._index(keys_path)
         except OSError as error:
             raise GraftError(f"--cache-dir {cache_dir}: {error.strerror}: {error.filename}; name another, or say --no-cache") from error
 
@@ -111,8 +115,6 @@ class FeatureCache:
 
     def _index(self, keys_path: Path) -> None:
         rows_path = keys_path.with_suffix(".rows")
-        if not rows_path.exists():
-            return
         keys = keys_path.read_bytes()
         num_rows = min(len(keys) // DIGEST_SIZE, rows_path.stat().st_size // self._record_size)
         segment = len(self._readers)
@@ -122,14 +124,18 @@ class FeatureCache:
 
 def trim(cache_dir: Path, max_bytes: int) -> None:
     """Remove the feature folders used longest ago until the rest fits; a run that reads one meanwhile keeps its open files."""
-    folders = [path for path in (cache_dir / "features").glob("*") if path.is_dir()]
-    sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in folders}
-    total = sum(sizes.values())
-    for path in sorted(folders, key=lambda path: path.stat().st_mtime):
+    found: list[tuple[float, int, Path]] = []
+    for path in (cache_dir / "features").glob("*"):
+        # Another run may trim at the same time: what it removed first takes no room.
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            num_bytes = sum(file.stat().st_size for file in path.iterdir())
+            found.append((path.stat().st_mtime, num_bytes, path))
+    total = sum(num_bytes for _, num_bytes, _ in found)
+    for _, num_bytes, path in sorted(found):
         if total <= max_bytes:
             break
         shutil.rmtree(path, ignore_errors=True)
-        total -= sizes[path]
+        total -= num_bytes
 
 
 def _write_all(descriptor: int, data: bytes) -> None:

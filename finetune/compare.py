@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -84,7 +85,8 @@ def wilson_interval(num_right: int, num_images: int) -> tuple[float, float]:
     share, inverse = num_right / num_images, z * z / num_images
     center = (share + inverse / 2) / (1 + inverse)
     half = z * math.sqrt(share * (1 - share) / num_images + inverse / (4 * num_images)) / (1 + inverse)
-    return max(0.0, center - half), min(1.0, center + half)
+    # The share lies within, but for rounding: 24 of 24 would end at 0.9999999999999999.
+    return max(0.0, min(center - half, share)), min(1.0, max(center + half, share))
 
 
 def _names(options: CompareOptions) -> list[str]:
@@ -126,7 +128,7 @@ Accuracy is cross-validated on the training images; the recommended backbone is 
   plot  {path}
 
 Next:
-  python finetune/run.py --data {options.data} --backbone {comparison.recommended.name}"""
+  python finetune/run.py --data {shlex.quote(options.data)} --backbone {comparison.recommended.name}"""
     )
 
 

@@ -36,8 +36,9 @@ class SharedOptions(BaseSettings):
     data: Annotated[
         str,
         Field(
+            min_length=1,
             description="where the images are: a folder with train/ and val/ (and perhaps test/), a folder of class folders, a CSV with "
-            "path,label[,split], torchvision:NAME (such as torchvision:OxfordIIITPet), or digits"
+            "path,label[,split], torchvision:NAME (such as torchvision:OxfordIIITPet), or digits",
         ),
     ] = "digits"
     data_root: Annotated[Path, Field(description="where torchvision:NAME keeps its files, and looks for them without a network")] = Path(
@@ -52,7 +53,7 @@ class SharedOptions(BaseSettings):
         Field(description="of the engine; auto: bf16 where the hardware has it, else fp32. int8 (CPU): faster still, at some cost"),
     ] = "auto"
     workers: Annotated[int, Field(ge=1, description="threads that decode images")] = num_cpus()
-    seed: Annotated[int, Field(ge=0, description="of the split, the head and the order of the images")] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32, description="of the split, the head and the order of the images")] = 0
     output: Annotated[Path, Field(description="folder of run folders: metrics, TensorBoard logs, config.yaml, splits.csv")] = Path("runs")
     cache_dir: Annotated[Path, Field(description="converted backbones and features are kept here between runs")] = _default_cache_dir()
     cache_gb: Annotated[float, Field(ge=0, description="features used longest ago are removed above this many gigabytes")] = 20.0
@@ -99,9 +100,9 @@ class Options(SharedOptions):
     ] = "backbone"
     epochs: Annotated[int, Field(ge=1, description="gradient epochs, where something besides the head trains")] = 5
     batch_size: Annotated[int, Field(ge=1, description="images per gradient step")] = 32
-    lr: Annotated[float, Field(gt=0, description="peak learning rate of the head")] = 1e-3
-    backbone_lr: Annotated[float, Field(gt=0, description="peak learning rate of the backbone")] = 5e-4
-    weight_decay: Annotated[float, Field(ge=0, description="AdamW's, on weights but not on biases and norms")] = 0.05
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False, description="peak learning rate of the head")] = 1e-3
+    backbone_lr: Annotated[float, Field(gt=0, allow_inf_nan=False, description="peak learning rate of the backbone")] = 5e-4
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False, description="AdamW's, on weights but not on biases and norms")] = 0.05
     batch_norm: Annotated[
         Literal["keep", "update"],
         Field(
@@ -157,7 +158,9 @@ def name_of_data(data: str) -> str:
     last = data.rpartition(":")[2].rstrip("/")
     stem = Path(last).resolve().stem if last.endswith(".csv") else Path(last).resolve().name
     made = "".join(char if char.isascii() and char.isalnum() else "-" for char in stem.lower()).strip("-")
-    return check_name(made[:63] or "model")
+    if not made:
+        raise GraftError(f"--data {data}: no name can be made from it with a-z and 0-9; say --name")
+    return check_name(made[:63])
 
 
 AnyOptions = TypeVar("AnyOptions", bound=SharedOptions)

@@ -99,7 +99,9 @@ class Splits:
             rows = csv.writer(file)
             rows.writerow(("path", "label", "split"))
             for split, samples in self.named():
-                rows.writerows((sample.key, self.label_names[sample.label], split) for sample in samples)
+                for sample in samples:
+                    path_in_csv = sample.image.resolve() if isinstance(sample.image, Path) else sample.key
+                    rows.writerow((path_in_csv, self.label_names[sample.label], split))
 
 
 def load_splits(data: str, *, data_root: Path, val_fraction: float, seed: int) -> Splits:
@@ -110,7 +112,11 @@ def load_splits(data: str, *, data_root: Path, val_fraction: float, seed: int) -
         labelled, fixed = _load_torchvision(data.partition(":")[2], data_root)
     else:
         path = Path(data).expanduser()
-        if not path.exists():
+        try:
+            is_there = path.exists()
+        except (OSError, ValueError) as error:
+            raise GraftError(f"--data {data[:80]}: it cannot be looked up: {error}") from error
+        if not is_there:
             raise GraftError(f"--data {data}: there is no such file or folder; or say digits, or torchvision:NAME")
         labelled, fixed = _load_csv(path) if path.is_file() else _load_folder(path)
     return _to_splits(data, labelled, fixed, val_fraction, seed)
@@ -157,6 +163,9 @@ def _load_class_folders(root: Path, folders: list[Path]) -> _Labelled:
             f"--data {root}: no class folders in it; put the images of each class in a folder named after the class "
             "(photos/cat/1.jpg, photos/dog/2.jpg), or in train/ and val/ with class folders each"
         )
+    for folder in folders:
+        if not folder.name.isprintable() or any("\ud800" <= char <= "\udfff" for char in folder.name):
+            raise GraftError(f"--data {root}: the class folder {folder.name!r} has a name that is no printable text; rename it")
     return [(str(path), folder.name, path) for folder in folders for path in _image_files(folder)]
 
 

@@ -185,6 +185,7 @@ def extract_splits(
                 )
                 views.append(extracted.features)
                 unreadable |= extracted.unreadable
+            _check_finite(views, backbone)
             features[split] = views[0] if len(views) == 1 else np.concatenate(views)
         if cache is not None:
             logger.info("features: %d from the cache, %d computed", cache.num_hits, cache.num_misses)
@@ -193,11 +194,19 @@ def extract_splits(
     if unreadable:
         shown = "\n".join(f"  {key}: {reason}" for key, reason in list(unreadable.items())[:10])
         more = f"\n  and {len(unreadable) - 10} more" if len(unreadable) > 10 else ""
-        message = f"{len(unreadable)} unreadable images:\n{shown}{more}"
+        message = f"{len(unreadable)} unreadable image{'' if len(unreadable) == 1 else 's'}:\n{shown}{more}"
         if options.strict:
             raise GraftError(f"{message}\n(--strict stops here; without it they are left out)")
         logger.warning("%s\n(left out; --strict makes them an error)", message)
     return splits.without(unreadable), features
+
+
+def _check_finite(views: Sequence[Features], backbone: PreparedBackbone) -> None:
+    num_broken = sum(int((~np.isfinite(view.sum(axis=1))).sum()) for view in views)
+    if num_broken:
+        raise GraftError(
+            f"--backbone {backbone.name}: its features are NaN or infinite for {num_broken} images; its weights or its code are broken"
+        )
 
 
 def _decode_all(
@@ -219,6 +228,8 @@ def _decode_all(
             return error
         except OSError as error:
             return ImageError(f"the file cannot be read: {error.strerror or error}")
+        except ValueError as error:  # a NUL in a path
+            return ImageError(f"the file cannot be read: {error}")
 
     with ThreadPoolExecutor(num_workers, thread_name_prefix="decode") as pool:
         window: deque[tuple[Sample, Future[_Decoded | ImageError]]] = deque()

@@ -22,6 +22,7 @@ from finetune.views import Augment, draw_view
 from models.backbone import Backbone, export_openvino
 from models.boundary import FrozenPart, TrainablePart, cut
 from models.engine import Engine, Features, OpenVINOEngine, TorchEngine
+from models.errors import GraftError
 from models.freezing import Freezing
 from models.preprocess import Preprocess
 
@@ -166,7 +167,7 @@ def _keep_activations(
     def keep(samples: Sequence[Sample], name: str, view: int) -> Bf16File:
         kept = Bf16File(scratch / f"{name}.npy", len(samples), size)
         augment: Augment = options.augment if view else "none"
-        extract_features(
+        unreadable = extract_features(
             samples,
             backbone.preprocess,
             engine,
@@ -174,7 +175,10 @@ def _keep_activations(
             description=f"activations of {name}",
             out=kept,
             draw=lambda index: draw_view(augment, options.seed, view, index),
-        )
+        ).unreadable
+        # They could be read for the probe. Left out here, they would shift the rows behind them against the labels.
+        for key, reason in unreadable.items():
+            raise GraftError(f"{key}: {reason}; it could be read when the run began, so run again")
         return kept
 
     # With one view it is the plain crop; with several they are all augmented, as they would be in epochs without the cache.

@@ -59,6 +59,15 @@ def run(options: Options) -> Path:
     splits = load_splits(options.data, data_root=options.data_root, val_fraction=options.val_fraction, seed=options.seed)
     _log_splits(options, splits)
     run_dir = _make_run_dir(options)
+    try:
+        return _run_in(run_dir, options, splits, started)
+    except GraftError:
+        # A run that came to nothing would only be in the way, in TensorBoard too.
+        shutil.rmtree(run_dir, ignore_errors=True)
+        raise
+
+
+def _run_in(run_dir: Path, options: Options, splits: Splits, started: float) -> Path:
     monitor = Monitor(run_dir)
     with tempfile.TemporaryDirectory(prefix="graft-") as scratch:
         result = _fit(options, splits, monitor, Path(scratch))
@@ -274,8 +283,14 @@ def _say_what_next(result: Result, run_dir: Path, checkpoint: Path, example: Pat
     options, val = result.options, result.metrics["val"]
     beside = "" if result.best_epoch is None else f" (probe {result.probe_metrics.accuracy:.4f})"
     test = f", test {result.metrics['test'].accuracy:.4f}" if "test" in result.metrics else ""
-    setting = "" if options.repository == Path("checkpoints") else f"CHECKPOINTS={shlex.quote(str(options.repository))} "
-    image = shlex.quote(f"images=@{example}")
+    repository = options.repository.resolve()
+    is_default = repository == Path(__file__).resolve().parent.parent / "checkpoints"
+    setting = "" if is_default else f"CHECKPOINTS={shlex.quote(str(repository))} "
+    # Within double quotes, curl's -F takes `;` and `,` for what they are.
+    escaped = str(example).replace("\\", "\\\\").replace('"', '\\"')
+    image = shlex.quote(f'images=@"{escaped}"' if any(char in escaped for char in ';,"\\') else f"images=@{escaped}")
+    home = Path(__file__).resolve().parent.parent
+    make = "make serve" if Path.cwd() == home else f"make -C {shlex.quote(str(home))} serve"
     averages = f"balanced {val.balanced_accuracy:.4f}, macro F1 {val.macro_f1:.4f}"
     print(
         f"""
@@ -285,8 +300,8 @@ val accuracy {val.accuracy:.4f}{beside}{test}, {averages}; {result.seconds["tota
   metrics      {run_dir / "metrics.json"}
   TensorBoard  {run_dir}   (make tensorboard)
 
-Next, in one terminal and in another:
-  {setting}make serve
+Next, in one terminal (again, if it serves already) and in another:
+  {setting}{make}
   curl -F {image} 'http://localhost:3000/predict?model={options.model_name}'"""
     )
 

@@ -106,6 +106,8 @@ def train(backbone: Backbone, splits: Splits, probe: Probe, options: Options, mo
         if (metrics.accuracy, -metrics.loss) > (best.accuracy, -best.loss):
             best, best_epoch, best_state = metrics, epoch, _copy_state(backbone.model)
     inputs.close()
+    if best_epoch == 0:
+        logger.info("no epoch validated better than the probe: the probe is kept")
     backbone.model.load_state_dict(best_state)
     backbone.model.eval()
     prove_frozen(backbone.model, freezing)

@@ -10,6 +10,7 @@ import difflib
 import importlib
 import importlib.util
 import logging
+import pickle
 import traceback
 import warnings
 from collections.abc import Callable, Mapping
@@ -404,9 +405,9 @@ def _build_custom(name: str, num_classes: int, weights: Path | None, image_size:
     with torch.inference_mode():
         try:
             features = module(torch.zeros(2, 3, preprocess.height, preprocess.width))
-        except RuntimeError as error:
+        except Exception as error:  # the user's own code again
             raise GraftError(f"--backbone {name}: it fails on images [2, 3, {preprocess.height}, {preprocess.width}]: {error}") from error
-    if not isinstance(features, torch.Tensor) or features.ndim != 2:
+    if not isinstance(features, torch.Tensor) or features.ndim != 2 or not features.shape[1]:
         got = f"a tensor of shape {list(features.shape)}" if isinstance(features, torch.Tensor) else type(features).__name__
         raise GraftError(f"--backbone {name}: it must give features [B, F] for images [B, 3, H, W], not {got}")
     model = CustomNetwork(module, features.shape[1])
@@ -420,10 +421,13 @@ def _call_builder(name: str) -> nn.Module:
         build: Callable[[], Any] = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
         raise GraftError(f"--backbone {name}: {error}; package.module:callable must be importable from the current folder") from error
+    # The user's own code: whatever it raises is theirs to read.
+    except (Exception, SystemExit) as error:
+        raise GraftError(f"--backbone {name}: importing it raised {type(error).__name__}: {error}") from error
     try:
         module = build()
     # The user's own code: whatever it raises is theirs to read, with the place it came from.
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         raise GraftError(f"--backbone {name}: it raised {type(error).__name__}: {error} ({place.filename}:{place.lineno})") from error
     if not isinstance(module, nn.Module):
@@ -436,9 +440,16 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise WeightsError(f"{path}: there is no such weights file") from None
+    except pickle.UnpicklingError:
+        # torch's own words recommend to switch the check off.
+        raise WeightsError(
+            f"{path}: not a state_dict file that can be read without running code from it; save model.state_dict(), or safetensors"
+        ) from None
     # weights_only refuses code with UnpicklingError; a file of another kind comes out as one of the others.
     except Exception as error:
         kind = "safetensors" if isinstance(error, SafetensorError) else "state_dict"

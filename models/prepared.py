@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from models.checkpoint import CONFIG_FILE, OPENVINO_FILE, WEIGHTS_FILE, Array, fingerprint, hash_file
+from models.checkpoint import CONFIG_FILE, OPENVINO_FILE, WEIGHTS_FILE, Array, CheckpointError, fingerprint, hash_file
 from models.engine import Engine, OpenVINOEngine, Precision, TorchEngine, cpu_name, num_cpus
 from models.errors import GraftError
 from models.freeze_policy import resolve_policy
@@ -66,10 +67,12 @@ class PreparedBackbone:
         path = self.folder / f"engine-{precision}.json"
         found: dict[str, Any] = {}
         is_cpu = resolve_device(device) == "cpu"
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             recorded = json.loads(path.read_text())
-            if is_cpu and recorded["device"] == cpu_name() and recorded["num_cpus"] == num_cpus():
-                found = {name: recorded[name] for name in ("batch_size", "num_streams", "images_per_second")}
+            names = ("batch_size", "num_streams", "images_per_second")
+            is_same = recorded["device"] == cpu_name() and recorded["num_cpus"] == num_cpus()
+            if is_cpu and is_same and all(1 <= recorded[name] <= 1e6 for name in names):
+                found = {name: recorded[name] for name in names}
         engine = build_engine(self.folder, self.preprocess, self.config, device=device, precision=precision, **found)
         if is_cpu and not found:
             temporary = path.with_name(f".tmp-{uuid.uuid4().hex}")
@@ -99,9 +102,7 @@ def prepare_backbone(
     if cache_dir is None or key is None:
         return _build(name, weights, pretrained, image_size, scratch_dir / "backbone")
     folder = cache_dir / "backbones" / key
-    if (folder / CONFIG_FILE).is_file():
-        return read_prepared(folder)
-    return _build(name, weights, pretrained, image_size, folder)
+    return read_kept(folder) or _build(name, weights, pretrained, image_size, folder)
 
 
 def write_prepared(backbone: Backbone, folder: Path) -> PreparedBackbone:
@@ -124,30 +125,38 @@ def write_prepared(backbone: Backbone, folder: Path) -> PreparedBackbone:
         "module_names": [name for name, _ in backbone.model.named_modules()],
         "module_prefix": backbone.module_prefix,
         "stages": stages(backbone.model, backbone.classifier, backbone.module_prefix),
-        "fingerprint": fingerprint(config["architecture"], tensors, backbone.preprocess),
     }
     temporary = folder.with_name(f".tmp-{uuid.uuid4().hex}")
     try:
         temporary.mkdir(parents=True)
         save_file(tensors, temporary / WEIGHTS_FILE)
         export_openvino(FeatureExtractor(backbone.model), backbone.name, backbone.preprocess, temporary / OPENVINO_FILE)
+        # The code of a user's own network shapes it as the tensors do, and shows in what it was converted to.
+        artefact = hash_openvino(temporary) if _is_own(backbone.name) else "float"
+        described["fingerprint"] = fingerprint(config["architecture"], tensors, backbone.preprocess, artefact)
+        described["files"] = _hash_files(temporary)
         (temporary / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n")
         try:
             temporary.rename(folder)
         except OSError:
             if not (folder / CONFIG_FILE).is_file():
                 raise
-    except OSError as error:
-        raise GraftError(f"the converted backbone could not be written to {folder}: {error}") from error
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, GraftError):
+            raise
+        raise GraftError(
+            f"the converted backbone could not be written to {folder}: {error}; name another --cache-dir, or say --no-cache"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return read_prepared(folder)
 
 
 def read_prepared(folder: Path) -> PreparedBackbone:
-    """What `write_prepared` wrote."""
+    """What `write_prepared` wrote; raises CheckpointError where a file is not what it was then."""
     stored = json.loads((folder / CONFIG_FILE).read_text())
-    assert stored.pop("format_version") == _FORMAT_VERSION
+    if stored.pop("format_version") != _FORMAT_VERSION or stored.pop("files") != _hash_files(folder):
+        raise CheckpointError(f"{folder}: its files are not those that were written")
     return PreparedBackbone(
         folder=folder,
         preprocess=Preprocess.from_dict(stored.pop("preprocess")),
@@ -155,6 +164,34 @@ def read_prepared(folder: Path) -> PreparedBackbone:
         stages=tuple(stored.pop("stages")),
         **stored,
     )
+
+
+def read_kept(folder: Path) -> PreparedBackbone | None:
+    """A prepared backbone from the cache; None where it is not there, or is damaged and was therefore removed."""
+    if not folder.exists():
+        return None
+    try:
+        return read_prepared(folder)
+    # A damaged JSON can be wrong in any of these ways; whatever it is, the backbone can be made again.
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        logger.warning("the kept backbone %s is damaged (%s): it is made again", folder, type(error).__name__)
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+
+
+def hash_openvino(folder: Path) -> str:
+    """The hashes of a folder's IR."""
+    path = folder / OPENVINO_FILE
+    return hash_file(path) + hash_file(path.with_suffix(".bin"))
+
+
+def _hash_files(folder: Path) -> dict[str, str]:
+    ir_path = folder / OPENVINO_FILE
+    return {path.name: hash_file(path) for path in (folder / WEIGHTS_FILE, ir_path, ir_path.with_suffix(".bin"))}
+
+
+def _is_own(name: str) -> bool:
+    return ":" in name and not name.startswith(("hf-hub:", "hf_hub:", "local-dir:"))
 
 
 def build_engine(
@@ -219,8 +256,7 @@ def _build(name: str, weights: Path | None, pretrained: bool, image_size: int | 
 
 def _cache_key(name: str, weights: Path | None, pretrained: bool, image_size: int | None) -> str | None:
     """A folder name that changes with everything that shapes the prepared backbone; None where that cannot be known."""
-    is_own_module = ":" in name
-    if is_own_module or (weights is None and not pretrained):
+    if _is_own(name) or name.startswith("local-dir:") or (weights is None and not pretrained):
         return None
     if weights is not None:
         if not weights.is_file():

@@ -16,7 +16,7 @@ from typing import Any
 
 from models.checkpoint import CONFIG_FILE, OPENVINO_FILE, WEIGHTS_FILE, fingerprint, hash_file
 from models.errors import GraftError
-from models.prepared import PreparedBackbone, read_prepared
+from models.prepared import PreparedBackbone, hash_openvino, read_kept, read_prepared
 from models.preprocess import Pixels
 
 # Images to calibrate on: more of them changed no figure (NNCF's own default is 300).
@@ -25,8 +25,7 @@ NUM_CALIBRATION_IMAGES = 100
 
 def find_quantised(backbone: PreparedBackbone) -> PreparedBackbone | None:
     """The quantised backbone kept beside `backbone`, if it was made before."""
-    folder = _folder(backbone)
-    return read_prepared(folder) if (folder / CONFIG_FILE).is_file() else None
+    return read_kept(_folder(backbone))
 
 
 def quantise(backbone: PreparedBackbone, images: Pixels) -> PreparedBackbone:
@@ -41,9 +40,9 @@ def quantise(backbone: PreparedBackbone, images: Pixels) -> PreparedBackbone:
         _write_quantised(backbone, images, temporary / OPENVINO_FILE)
         shutil.copyfile(backbone.folder / WEIGHTS_FILE, temporary / WEIGHTS_FILE)
         stored: dict[str, Any] = json.loads((backbone.folder / CONFIG_FILE).read_text())
-        artefact = hash_file(temporary / OPENVINO_FILE) + hash_file((temporary / OPENVINO_FILE).with_suffix(".bin"))
         architecture = stored["config"]["architecture"]
-        stored["fingerprint"] = fingerprint(architecture, backbone.read_tensors(), backbone.preprocess, artefact)
+        stored["fingerprint"] = fingerprint(architecture, backbone.read_tensors(), backbone.preprocess, hash_openvino(temporary))
+        stored["files"] = {name: hash_file(temporary / name) for name in stored["files"]}
         (temporary / CONFIG_FILE).write_text(json.dumps(stored, indent=2) + "\n")
         # Another run may have been faster: its artefact is the one that heads are solved on.
         with contextlib.suppress(OSError):

@@ -184,7 +184,6 @@ def test_the_shells_variables_do_not_become_options(monkeypatch: pytest.MonkeyPa
         ("lists/birds.csv", "birds"),
         ("photos.v2", "photos-v2"),
         ("Vögel", "v-gel"),
-        ("***", "model"),
         ("x" * 80, "x" * 63),
     ],
 )
@@ -202,3 +201,8 @@ def test_the_folder_here_gives_its_own_name(monkeypatch: pytest.MonkeyPatch, tmp
 def test_the_cache_is_where_the_system_keeps_caches(run_python: object) -> None:
     program = "from finetune.config import Options; print(Options().cache_dir)"
     assert run_python(program, XDG_CACHE_HOME="/somewhere").stdout == "/somewhere/graft\n"  # type: ignore[operator]
+
+
+def test_data_that_no_name_can_be_made_from_asks_for_one() -> None:
+    with pytest.raises(GraftError, match="say --name"):
+        _ = Options(data="Фото").model_name

@@ -202,3 +202,17 @@ def test_the_search_for_batch_and_streams_is_remembered(prepared: PreparedBackbo
     again.close()
     # The speed is measured, so two searches would not agree on it to the last digit.
     assert again.info == first.info
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "backbone.bin", "backbone.xml", "config.json"])
+def test_a_damaged_backbone_in_the_cache_is_made_again(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    weights = write_weights(tmp_path / "weights.pth", 1)
+    good = prepare("test_resnet", tmp_path / "cache", tmp_path, weights=weights)
+    damaged = bytearray((good.folder / name).read_bytes())
+    damaged[len(damaged) // 2] ^= 0xFF
+    (good.folder / name).write_bytes(damaged)
+    with caplog.at_level("WARNING"):
+        again = prepare("test_resnet", tmp_path / "cache", tmp_path, weights=weights)
+    assert "damaged" in caplog.text
+    assert again.fingerprint == good.fingerprint
+    assert read_prepared(again.folder) == again

@@ -161,6 +161,39 @@ def test_own_module_that_raises_is_named(finetune: Finetune, tmp_path: Path, sha
     assert_refused(done, "--backbone broken_net:build", "KeyError", "broken_net.py:2")
 
 
+def test_own_module_whose_code_changed_gets_features_of_its_own(finetune: Finetune, tmp_path: Path, shapes: Path) -> None:
+    for number, expression in enumerate(("images.mean((2, 3))", "images.mean((2, 3)) * 0 + 1")):
+        (tmp_path / "changing.py").write_text(
+            f"from torch import nn\nclass Net(nn.Module):\n    def forward(self, images):\n        return {expression}\nbuild = Net\n"
+        )
+        done = finetune("--data", shapes, "--backbone", "changing:build", "--name", f"changing{number}")
+        assert done.returncode == 0, done.stderr
+    first, second = (load_checkpoint(tmp_path / "checkpoints" / f"changing{number}" / "1") for number in (0, 1))
+    assert first.fingerprint != second.fingerprint
+    assert "0 from the cache" in done.stderr
+
+
+def test_features_that_are_no_numbers_stop_the_run(finetune: Finetune, tmp_path: Path, shapes: Path) -> None:
+    (tmp_path / "nan_net.py").write_text(
+        "from torch import nn\nclass Net(nn.Module):\n    def forward(self, images):\n"
+        "        return images.mean((2, 3)) * float('nan')\nbuild = Net\n"
+    )
+    assert_refused(finetune("--data", shapes, "--backbone", "nan_net:build"), "nan_net:build", "NaN or infinite")
+
+
+def test_splits_of_a_run_are_read_back_from_anywhere(finetune: Finetune, tmp_path: Path) -> None:
+    write_class_folders(tmp_path / "photos", 6)
+    assert finetune("--data", "photos").returncode == 0
+    again = finetune("--data", only_run(tmp_path) / "splits.csv", "--name", "again")
+    assert again.returncode == 0, again.stderr
+    assert "unreadable" not in again.stderr
+
+
+def test_a_run_that_fails_leaves_no_folder(finetune: Finetune, tmp_path: Path, shapes: Path) -> None:
+    assert finetune("--data", shapes, "--freeze", "until:layer9").returncode == 2
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
 def test_weights_file_written_by_timm(finetune: Finetune, tmp_path: Path, shapes: Path) -> None:
     import timm
 
