@@ -91,7 +91,10 @@ def wilson_interval(num_right: int, num_images: int) -> tuple[float, float]:
 
 def _names(options: CompareOptions) -> list[str]:
     if options.backbones != "installed":
-        return [name.strip() for name in options.backbones.split(",") if name.strip()]
+        names = [name.strip() for name in options.backbones.split(",") if name.strip()]
+        if not names:
+            raise GraftError(f"--backbones {options.backbones}: name one or more, with commas between")
+        return names
     from models.backbone import installed_backbones
 
     names = installed_backbones()

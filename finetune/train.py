@@ -103,7 +103,7 @@ def train(backbone: Backbone, splits: Splits, probe: Probe, options: Options, mo
         seconds = time.perf_counter() - started
         metrics = _validate(model, val_batches, inputs)
         _report_epoch(monitor, epoch, float(np.mean(losses)), metrics, num_images / seconds, waited / seconds)
-        if (metrics.accuracy, -metrics.loss) > (best.accuracy, -best.loss):
+        if math.isfinite(metrics.loss) and (metrics.accuracy, -metrics.loss) > (best.accuracy, -best.loss):
             best, best_epoch, best_state = metrics, epoch, _copy_state(backbone.model)
     inputs.close()
     if best_epoch == 0:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("graft.prepared")
 
 Device = Literal["auto", "cpu", "cuda"]
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
