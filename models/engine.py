@@ -144,13 +144,18 @@ class OpenVINOEngine:
         self.info = EngineInfo(f"openvino {ov.__version__.split('-')[0]}", cpu_name(), chosen, batch_size, num_streams, images_per_second)
         # One request more than streams keeps every stream busy while a result is copied out.
         self._requests = [compiled.create_infer_request() for _ in range(num_streams + 1)]
-        self._idle: queue.SimpleQueue[ov.InferRequest] = queue.SimpleQueue()
-        for request in self._requests:
-            self._idle.put(request)
+        self._outputs = [np.empty((batch_size, self.num_features), np.float32) for _ in self._requests]
+        for request, output in zip(self._requests, self._outputs, strict=True):
+            request.set_output_tensor(0, ov.Tensor(output, shared_memory=True))
+        # Slots go round as numbers: a callback that owned its request could be the last to let go of it, and a request that
+        # is destroyed on the stream it runs on waits for itself and ends the process (OpenVINO 2026.4).
+        self._idle: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for slot in range(self.num_slots):
+            self._idle.put(slot)
 
     @property
     def num_slots(self) -> int:
-        return len(self._requests)
+        return len(self._outputs)
 
     def submit(self, images: Pixels) -> Future[Features]:
         future: Future[Features] = Future()
@@ -169,31 +174,30 @@ class OpenVINOEngine:
         return future
 
     def _start(self, chunk: Pixels, out: Features, pending: _Countdown) -> None:
-        request = self._idle.get()
+        slot = self._idle.get()
+        idle, output = self._idle, self._outputs[slot]
 
         def finished(error: Exception | None) -> None:
             if error is None:
-                out[:] = request.get_output_tensor(0).data[: len(out)]
+                out[:] = output[: len(out)]
             pending.finish_one(error)
-            self._idle.put(request)
+            idle.put(slot)
 
         import openvino as ov
 
         try:
+            request = self._requests[slot]
             request.set_input_tensor(0, ov.Tensor(chunk, shared_memory=True))
             # The callback holds `chunk`, whose memory the request reads until it ends.
             request.set_callback(lambda _, chunk=chunk: finished(None), None)
             request.start_async()
-        # Whatever it raises, the request goes back: a lost one is a slot less, and the last one lost would block `submit` for ever.
+        # Whatever it raises, the slot goes back: a lost one is a slot less, and the last one lost would block `submit` for ever.
         except Exception as error:
             finished(error)
 
     def close(self) -> None:
-        # A request that comes back has ended its callback; without the callback nothing ties request and engine in a circle,
-        # and the memory goes here and not whenever the garbage collector runs.
-        for request in [self._idle.get() for _ in self._requests]:
-            request.wait()
-            request.set_callback(lambda *_: None, None)
+        for slot in [self._idle.get() for _ in self._requests]:
+            self._requests[slot].wait()
         self._requests = []
 
     def _choose_precision(self, precision: Precision) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -117,6 +118,15 @@ def test_close_waits_for_what_is_in_flight(prepared: PreparedBackbone, crops: Pi
     future = engine.submit(crops[:6])
     engine.close()
     assert future.result(timeout=5).shape == (6, 1280)
+
+
+def test_only_the_engine_owns_its_requests(engine: OpenVINOEngine, crops: Pixels) -> None:
+    """A callback that owned its request could drop it last, on the very thread that the request's destruction waits for: abort."""
+    futures = [engine.submit(crops[:6]) for _ in range(4)]
+    for request in engine._requests:
+        assert [owner for owner in gc.get_referrers(request) if owner is not engine._requests] == []
+    for future in futures:
+        future.result(timeout=30)
 
 
 def test_an_engine_says_what_it_chose(prepared: PreparedBackbone) -> None:
