@@ -147,8 +147,9 @@ class OpenVINOEngine:
         self._outputs = [np.empty((batch_size, self.num_features), np.float32) for _ in self._requests]
         for request, output in zip(self._requests, self._outputs, strict=True):
             request.set_output_tensor(0, ov.Tensor(output, shared_memory=True))
-        # Slots go round as numbers: a callback that owned its request could be the last to let go of it, and a request that
-        # is destroyed on the stream it runs on waits for itself and ends the process (OpenVINO 2026.4).
+        # A thread a request waits for it. Callbacks of OpenVINO's would run on its streams, which then wait for Python's lock, and
+        # a request that is let go of before its callback is (2026.4) ends in a deadlock or in the process's abort.
+        self._threads = ThreadPoolExecutor(self.num_slots, thread_name_prefix="openvino-engine")
         self._idle: queue.SimpleQueue[int] = queue.SimpleQueue()
         for slot in range(self.num_slots):
             self._idle.put(slot)
@@ -170,34 +171,27 @@ class OpenVINOEngine:
             chunk = np.require(images[start : start + size], np.uint8, ["C", "W"])
             if len(chunk) < size:
                 chunk = np.concatenate([chunk, np.zeros((size - len(chunk), *self._image_shape), np.uint8)])
-            self._start(chunk, features[start : start + size], pending)
+            self._threads.submit(self._run, self._idle.get(), chunk, features[start : start + size], pending)
         return future
 
-    def _start(self, chunk: Pixels, out: Features, pending: _Countdown) -> None:
-        slot = self._idle.get()
-        idle, output = self._idle, self._outputs[slot]
-
-        def finished(error: Exception | None) -> None:
-            if error is None:
-                out[:] = output[: len(out)]
-            pending.finish_one(error)
-            idle.put(slot)
-
+    def _run(self, slot: int, chunk: Pixels, out: Features, pending: _Countdown) -> None:
         import openvino as ov
 
         try:
             request = self._requests[slot]
             request.set_input_tensor(0, ov.Tensor(chunk, shared_memory=True))
-            # The callback holds `chunk`, whose memory the request reads until it ends.
-            request.set_callback(lambda _, chunk=chunk: finished(None), None)
             request.start_async()
-        # Whatever it raises, the slot goes back: a lost one is a slot less, and the last one lost would block `submit` for ever.
-        except Exception as error:
-            finished(error)
+            request.wait()
+            out[:] = self._outputs[slot][: len(out)]
+            error = None
+        # It is the future's to raise, and the slot goes back whatever it is: the last one lost would block `submit` for ever.
+        except Exception as raised:
+            error = raised
+        self._idle.put(slot)
+        pending.finish_one(error)
 
     def close(self) -> None:
-        for slot in [self._idle.get() for _ in self._requests]:
-            self._requests[slot].wait()
+        self._threads.shutdown()
         self._requests = []
 
     def _choose_precision(self, precision: Precision) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -17,6 +16,7 @@ from models.engine import Engine, OpenVINOEngine, TorchEngine, cpu_name, num_cpu
 from models.errors import GraftError
 from models.prepared import PreparedBackbone, build_engine, resolve_device
 from models.preprocess import Pixels
+from tests.conftest import RunPython
 
 
 @pytest.fixture(scope="module")
@@ -120,13 +120,33 @@ def test_close_waits_for_what_is_in_flight(prepared: PreparedBackbone, crops: Pi
     assert future.result(timeout=5).shape == (6, 1280)
 
 
-def test_only_the_engine_owns_its_requests(engine: OpenVINOEngine, crops: Pixels) -> None:
-    """A callback that owned its request could drop it last, on the very thread that the request's destruction waits for: abort."""
-    futures = [engine.submit(crops[:6]) for _ in range(4)]
-    for request in engine._requests:
-        assert [owner for owner in gc.get_referrers(request) if owner is not engine._requests] == []
-    for future in futures:
-        future.result(timeout=30)
+def test_engines_that_come_and_go_leave_the_process_alive(run_python: RunPython, tmp_path: Path) -> None:
+    """With callbacks on OpenVINO's own threads, about one close in 300 deadlocked or aborted the process."""
+    finished = run_python(_COME_AND_GO, str(tmp_path))
+    assert (finished.returncode, finished.stdout) == (0, "fine\n"), finished.stderr
+
+
+_COME_AND_GO = """
+import sys
+from pathlib import Path
+import numpy as np
+import openvino as ov
+from openvino import opset13
+from models.engine import OpenVINOEngine
+from models.preprocess import Preprocess
+
+images = opset13.parameter([-1, 8, 8, 3], np.uint8)
+means = opset13.reduce_mean(opset13.convert(images, np.float32), opset13.constant(np.array([1, 2])))
+path = Path(sys.argv[1]) / "means.xml"
+ov.save_model(ov.Model([means], [images]), path)
+noise = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8)
+for _ in range(100):
+    engine = OpenVINOEngine(path, Preprocess(8, 8), batch_size=1, num_streams=2, images_per_second=1.0)
+    futures = [engine.submit(noise) for _ in range(2)]
+    engine.close()
+    assert all(np.allclose(future.result(), noise.mean(axis=(1, 2)), atol=0.01) for future in futures)
+print("fine")
+"""
 
 
 def test_an_engine_says_what_it_chose(prepared: PreparedBackbone) -> None:
