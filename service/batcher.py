@@ -20,12 +20,15 @@ import numpy as np
 
 from models.engine import Engine, Features
 from models.preprocess import Pixels
+from service import metrics
 from service.errors import RequestError
 
 logger = logging.getLogger("bentoml.graft")
 
 # A request is refused where its predicted time is above this fraction of what it has: speed varies.
 _HEADROOM = 0.8
+# An image that waits: its crop, who wants its features, and since when.
+Waiting = tuple[Pixels, "asyncio.Future[Features]", float]
 # The share of one image in the running mean of the speed: it forgets in about 50 images.
 _WEIGHT_PER_IMAGE = 0.02
 
@@ -36,7 +39,7 @@ class Ticket:
     def __init__(self, batcher: Batcher, num_images: int, deadline: float) -> None:
         self.deadline = deadline
         self.num_left = num_images
-        self.waiting: deque[tuple[Pixels, asyncio.Future[Features]]] = deque()
+        self.waiting: deque[Waiting] = deque()
         self._batcher = batcher
 
     async def features(self, image: Pixels) -> Features:
@@ -53,8 +56,10 @@ class Ticket:
 class Batcher:
     """Gathers images of many requests into batches for one engine. Deadlines are times of `time.monotonic()`."""
 
-    def __init__(self, engine: Engine, *, max_images: int) -> None:
+    def __init__(self, engine: Engine, *, max_images: int, name: str = "") -> None:
+        """`name` is what the metrics call it."""
         self.engine = engine
+        self.name = name
         self._max_images = max_images
         self._batch_size = max(1, engine.info.batch_size)
         self._num_slots = engine.num_slots
@@ -88,6 +93,11 @@ class Batcher:
         self.num_admitted = total
         return ticket
 
+    @property
+    def images_per_second(self) -> float:
+        """What the queue reckons with: measured under load, else by the engine when it was loaded."""
+        return 1 / self._seconds_per_image
+
     def predict_seconds(self, num_images: int) -> float:
         """Time until `num_images` that come now are done: requests take turns, so each goes ahead with as many at most."""
         num_ahead = sum(min(ticket.num_left, num_images) for ticket in self._tickets)
@@ -103,6 +113,7 @@ class Batcher:
         self._check_drained()
         await self._drained.wait()
         await asyncio.to_thread(self.engine.close)
+        metrics.forget_backbone(self.name)
 
     def _refuse(self, seconds: float) -> None:
         retry_after = max(1, math.ceil(seconds))
@@ -115,7 +126,7 @@ class Batcher:
     async def _enqueue(self, ticket: Ticket, image: Pixels) -> Features:
         assert ticket in self._tickets, "features() of a ticket that was given back"
         future: asyncio.Future[Features] = asyncio.get_running_loop().create_future()
-        ticket.waiting.append((image, future))
+        ticket.waiting.append((image, future, time.monotonic()))
         if len(ticket.waiting) == 1:
             self._turns.append(ticket)
             self._dispatch()
@@ -128,7 +139,7 @@ class Batcher:
         self._tickets.discard(ticket)
         self.num_admitted -= ticket.num_left
         ticket.num_left = 0
-        for _, future in ticket.waiting:
+        for _, future, _ in ticket.waiting:
             future.cancel()
         self._check_drained()
 
@@ -136,31 +147,35 @@ class Batcher:
         while len(self._in_flight) < self._num_slots and (batch := self._take_batch()):
             self._start(batch)
 
-    def _take_batch(self) -> list[tuple[Pixels, asyncio.Future[Features]]]:
+    def _take_batch(self) -> list[Waiting]:
         """One image of each waiting request in turn, until the batch is full or nothing waits."""
-        batch: list[tuple[Pixels, asyncio.Future[Features]]] = []
+        batch: list[Waiting] = []
         now = time.monotonic()
         while self._turns and len(batch) < self._batch_size:
             ticket = self._turns.popleft()
             while ticket.waiting:
-                image, future = ticket.waiting.popleft()
+                image, future, since = ticket.waiting.popleft()
                 if future.done():
                     continue
                 if ticket.deadline <= now:
                     future.set_exception(deadline_exceeded())
                     continue
-                batch.append((image, future))
+                batch.append((image, future, since))
                 break
             if ticket.waiting:
                 self._turns.append(ticket)
         return batch
 
-    def _start(self, batch: list[tuple[Pixels, asyncio.Future[Features]]]) -> None:
+    def _start(self, batch: list[Waiting]) -> None:
         loop = asyncio.get_running_loop()
         batch_id, self._next_batch_id = self._next_batch_id, self._next_batch_id + 1
-        self._in_flight[batch_id] = time.monotonic()
-        futures = [future for _, future in batch]
-        images = np.stack([image for image, _ in batch])
+        now = self._in_flight[batch_id] = time.monotonic()
+        futures = [future for _, future, _ in batch]
+        images = np.stack([image for image, _, _ in batch])
+        metrics.BATCH_IMAGES.labels(self.name).observe(len(batch))
+        queue_seconds = metrics.QUEUE_SECONDS.labels(self.name)
+        for _, _, since in batch:
+            queue_seconds.observe(now - since)
         try:
             running = self.engine.submit(images)
         # Whatever an engine raises concerns this batch alone, and must not stop the queue.
@@ -170,7 +185,7 @@ class Batcher:
         running.add_done_callback(lambda done: loop.call_soon_threadsafe(self._finish, batch_id, futures, done))
 
     def _finish(self, batch_id: int, futures: list[asyncio.Future[Features]], done: Future[Features]) -> None:
-        del self._in_flight[batch_id]
+        metrics.ENGINE_SECONDS.labels(self.name).observe(time.monotonic() - self._in_flight.pop(batch_id))
         self._measure(len(futures))
         self._dispatch()
         error = RuntimeError("cancelled inside the engine") if done.cancelled() else done.exception()

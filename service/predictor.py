@@ -1,68 +1,88 @@
-"""Encoded images → predictions, without HTTP: decode in threads, the queue of the backbone, the head, calibrated scores."""
+"""Encoded images → scores, without HTTP: decode in threads, the queue of each backbone, every head, calibrated scores."""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from contextlib import ExitStack
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from opentelemetry import trace
 
 from models.checkpoint import logits
 from models.engine import Features
-from models.preprocess import ImageError
+from models.preprocess import ImageError, Pixels, Preprocess
+from service import metrics
 from service.batcher import Ticket, deadline_exceeded
-from service.repository import Model
+from service.repository import Backbone, Model
 from service.schemas import LabelScore, Prediction
 
 Scores = npt.NDArray[np.float32]
+# By fingerprint, the features that each backbone gives for one image.
+FeaturesByBackbone = dict[str, Features]
+_TRACER = trace.get_tracer("graft")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one model says: calibrated probabilities `[C]` for each image in order, or why that image could not be read."""
+
+    model: Model
+    results: tuple[Scores | ImageError, ...]
 
 
 class Predictor:
-    """Answers requests on models whose backbones it is given; owns the decode threads."""
+    """Answers requests on models whose backbones it is given; owns the decode threads and the feature cache."""
 
-    def __init__(self, *, decode_threads: int, max_pixels: int) -> None:
+    def __init__(self, *, decode_threads: int, max_pixels: int, cached_images: int = 0) -> None:
         self._threads = ThreadPoolExecutor(decode_threads, thread_name_prefix="decode")
         self._num_threads = decode_threads
         self._max_pixels = max_pixels
+        self._cache = FeatureCache(cached_images) if cached_images else None
 
-    async def predict(self, model: Model, images: Sequence[bytes], *, top_k: int, deadline: float) -> list[Prediction | ImageError]:
-        """One entry per image, in order; an image that cannot be read fails alone, as the ImageError in its place.
+    async def predict(self, models: Sequence[Model], images: Sequence[bytes | Pixels], *, deadline: float) -> list[Answer]:
+        """One answer per model: each image is decoded once, and runs once through each backbone. An image is an encoded file or
+        the crop itself, and one that cannot be read fails alone, as the ImageError in its place.
 
-        Raises RequestError where the queue is full, or the time of `deadline` (on `time.monotonic()`) has come.
+        Raises RequestError where a queue is full, or the time of `deadline` (on `time.monotonic()`) has come.
         """
-        with model.backbone.batcher.admit(len(images), deadline) as ticket:
+        backbones = {model.backbone.fingerprint: model.backbone for model in models}
+        with ExitStack() as stack, _TRACER.start_as_current_span("predict") as span:
+            span.set_attributes({"graft.models": [model.checkpoint.name for model in models], "graft.images": len(images)})
+            # Admitted before anything is awaited: a backbone cannot be closed between the choice of a model and its place in the queue.
+            tickets = {name: stack.enter_context(one.batcher.admit(len(images), deadline)) for name, one in backbones.items()}
             try:
                 async with asyncio.timeout(deadline - time.monotonic()):
-                    results = await self._features(model, ticket, images)
+                    features = await self._features(backbones, tickets, images)
             except TimeoutError:
                 raise deadline_exceeded() from None
-        readable = [result for result in results if not isinstance(result, ImageError)]
-        if not readable:
-            return [result for result in results if isinstance(result, ImageError)]
-        predictions = iter(top_predictions(scores(model, np.stack(readable)), model.checkpoint.label_names, top_k))
-        return [result if isinstance(result, ImageError) else next(predictions) for result in results]
+        return [_answer(model, features) for model in models]
 
     def close(self) -> None:
         """Let the decode threads end; nothing may be in flight."""
         self._threads.shutdown()
 
-    async def _features(self, model: Model, ticket: Ticket, images: Sequence[bytes]) -> list[Features | ImageError]:
-        """Features of each image, with no more under way than keeps decoders and engine busy: others get their turn."""
+    async def _features(
+        self, backbones: Mapping[str, Backbone], tickets: Mapping[str, Ticket], images: Sequence[bytes | Pixels]
+    ) -> list[FeaturesByBackbone | ImageError]:
+        """Features of each image, with no more under way than keeps decoders and engines busy: others get their turn."""
         if len(images) == 1:
-            return [await self._features_of_one(model, ticket, images[0])]
-        results: list[Features | ImageError] = [ImageError("not decoded")] * len(images)
+            return [await self._features_of_one(backbones, tickets, images[0])]
+        results: list[FeaturesByBackbone | ImageError] = [ImageError("not decoded")] * len(images)
         pending = iter(enumerate(images))
 
         async def work() -> None:
-            for index, data in pending:
-                results[index] = await self._features_of_one(model, ticket, data)
+            for index, image in pending:
+                results[index] = await self._features_of_one(backbones, tickets, image)
 
-        engine = model.backbone.engine
-        num_workers = min(len(images), self._num_threads + engine.num_slots * engine.info.batch_size)
+        engines = [backbone.engine for backbone in backbones.values()]
+        num_workers = min(len(images), self._num_threads + max(engine.num_slots * engine.info.batch_size for engine in engines))
         try:
             async with asyncio.TaskGroup() as group:
                 for _ in range(num_workers):
@@ -72,13 +92,74 @@ class Predictor:
             raise failed.exceptions[0] from None
         return results
 
-    async def _features_of_one(self, model: Model, ticket: Ticket, data: bytes) -> Features | ImageError:
-        decode = partial(model.backbone.preprocess, data, max_pixels=self._max_pixels)
-        try:
-            crop = await asyncio.get_running_loop().run_in_executor(self._threads, decode)
-        except ImageError as error:
-            return error
-        return await ticket.features(crop)
+    async def _features_of_one(
+        self, backbones: Mapping[str, Backbone], tickets: Mapping[str, Ticket], image: bytes | Pixels
+    ) -> FeaturesByBackbone | ImageError:
+        key = b""
+        if self._cache is not None and isinstance(image, bytes):
+            key = hashlib.blake2b(image, digest_size=16).digest()
+            if found := self._cache.find(backbones, key):
+                return found
+        crops: dict[Preprocess, Pixels] = {}
+        found = {}
+        for name, backbone in backbones.items():
+            try:
+                crop = crops.get(backbone.preprocess)
+                if crop is None:
+                    crop = crops[backbone.preprocess] = await self._crop(backbone.preprocess, image)
+            except ImageError as error:
+                return error
+            found[name] = await tickets[name].features(crop)
+        if key and self._cache is not None:
+            self._cache.add(key, found)
+        return found
+
+    async def _crop(self, preprocess: Preprocess, image: bytes | Pixels) -> Pixels:
+        if not isinstance(image, bytes):
+            wanted = (preprocess.height, preprocess.width, 3)
+            if image.shape != wanted:
+                raise ImageError(f"pixels are of shape {list(image.shape)}, this model takes {list(wanted)}")
+            return image
+        with _TRACER.start_as_current_span("decode"):
+            return await asyncio.get_running_loop().run_in_executor(self._threads, self._decode, preprocess, image)
+
+    def _decode(self, preprocess: Preprocess, image: bytes) -> Pixels:
+        with metrics.DECODE_SECONDS.time():
+            return preprocess(image, max_pixels=self._max_pixels)
+
+
+class FeatureCache:
+    """The features of the images asked about last, by their bytes: an image that comes again costs neither decode nor engine."""
+
+    def __init__(self, max_images: int) -> None:
+        self._max_images = max_images
+        self._entries: OrderedDict[tuple[str, bytes], Features] = OrderedDict()
+
+    def find(self, fingerprints: Mapping[str, object], key: bytes) -> FeaturesByBackbone | None:
+        """The features of every one of these backbones, or None where one is missing."""
+        found = {name: self._entries.get((name, key)) for name in fingerprints}
+        is_complete = all(features is not None for features in found.values())
+        metrics.CACHED_FEATURES.labels("yes" if is_complete else "no").inc()
+        if not is_complete:
+            return None
+        for name in found:
+            self._entries.move_to_end((name, key))
+        return {name: features for name, features in found.items() if features is not None}
+
+    def add(self, key: bytes, features: FeaturesByBackbone) -> None:
+        for name, row in features.items():
+            # A row of a batch would keep the whole batch alive.
+            self._entries[name, key] = row.copy()
+            self._entries.move_to_end((name, key))
+        while len(self._entries) > self._max_images:
+            self._entries.popitem(last=False)
+
+
+def _answer(model: Model, features: Sequence[FeaturesByBackbone | ImageError]) -> Answer:
+    fingerprint = model.backbone.fingerprint
+    readable = [one[fingerprint] for one in features if not isinstance(one, ImageError)]
+    rows = iter(scores(model, np.stack(readable))) if readable else iter(())
+    return Answer(model, tuple(one if isinstance(one, ImageError) else next(rows) for one in features))
 
 
 def scores(model: Model, features: Features) -> Scores:
@@ -88,12 +169,8 @@ def scores(model: Model, features: Features) -> Scores:
     return np.asarray(exponents / exponents.sum(axis=1, keepdims=True), np.float32)
 
 
-def top_predictions(probabilities: Scores, label_names: Sequence[str], top_k: int) -> list[Prediction]:
-    """Probabilities `[B,C]` → for each row its best label and the `top_k` best, ties in the order of the labels."""
-    order = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]
-    return [_prediction(row, columns, label_names) for row, columns in zip(probabilities, order, strict=True)]
-
-
-def _prediction(row: Scores, columns: npt.NDArray[np.intp], label_names: Sequence[str]) -> Prediction:
+def top_prediction(row: Scores, label_names: Sequence[str], top_k: int) -> Prediction:
+    """Probabilities `[C]` → the best label and the `top_k` best, ties in the order of the labels."""
+    columns = np.argsort(-row, kind="stable")[:top_k]
     top = [LabelScore(label=label_names[column], score=round(float(row[column]), 6)) for column in columns]
     return Prediction(label=top[0].label, score=top[0].score, top=top)

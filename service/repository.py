@@ -1,33 +1,43 @@
-"""Which checkpoints are loaded: the newest good version of every model, grouped by backbone.
+"""Which checkpoints are served: the versions that each model's rollout asks for, grouped by backbone, and swapped while running.
 
-Checkpoints with one fingerprint share an engine and a queue. Before a checkpoint serves, its golden images are replayed
-through the engine that will serve it; one that drifts or cannot be read is refused, with its reason, and the version before it
-is tried.
+Checkpoints with one fingerprint share an engine and a queue. Before a checkpoint serves, its golden images are replayed through
+the engine that will serve it; one that drifts or cannot be read is refused, with its reason, and what served before goes on. The
+folder is looked at every second: a request keeps the models that it started with, and an engine closes when its last one ends.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, cast
 
 import numpy as np
 
 from models import checkpoint as checkpoints
-from models.checkpoint import Checkpoint
+from models.checkpoint import Checkpoint, Golden
 from models.engine import Engine, EngineInfo, Precision, cpu_name, run
 from models.errors import GraftError
 from models.prepared import build_engine, resolve_device
 from models.preprocess import Preprocess
+from service import metrics
 from service.batcher import Batcher
+from service.errors import RequestError
+from service.rollout import ROLLOUT_FILE, Rollout, read_rollout, write_rollout
 from service.settings import Settings
 
 logger = logging.getLogger("bentoml.graft")
 
 Device = Literal["cpu", "cuda"]
+# Of a file or folder: what changes when somebody replaces it. None where it is not there.
+Stamp = tuple[int, int, int] | None
+# Of no file.
+_REFUSED: Stamp = (-1, -1, -1)
+_NO_GOLDEN = Golden((), np.empty((0, 0), np.float32))
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,7 @@ class Model:
 
     checkpoint: Checkpoint
     backbone: Backbone
+    stamp: Stamp = None
 
     @property
     def info(self) -> EngineInfo:
@@ -54,67 +65,253 @@ class Model:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A version that is not served, and why."""
+    """A version that is not served, or with no version a rollout, and why."""
 
     name: str
-    version: int
+    version: int | None
     reason: str
+    stamp: Stamp = None
 
 
 @dataclass(frozen=True)
-class Repository:
-    """What was loaded from the folder `root`."""
+class Served:
+    """Everything that is served under one name: its versions, and who gets which."""
 
-    root: Path
-    models: Mapping[str, Model]
-    refused: tuple[Refusal, ...]
+    name: str
+    versions: Mapping[int, Model]
+    latest: int
+    rollout: Rollout
+    rollout_stamp: Stamp = None
+
+    def choose(self, version: str = "") -> Model:
+        """The model for a number, a label, `latest`, or "" for the default and its canary. Raises RequestError where it is not served."""
+        model = self.versions.get(self.rollout.resolve(version, self.latest) or 0)
+        if model is None:
+            there = ", ".join([f"latest ({self.latest})", *self.rollout.labels, *map(str, sorted(self.versions))])
+            raise RequestError("no_such_version", f"model {self.name!r} has no version {version[:100]!r} here; there is {there}")
+        return model
+
+    @property
+    def default(self) -> Model:
+        """What answers when the canary does not."""
+        return self.choose(str(self.rollout.default))
+
+    @property
+    def shadow(self) -> Model | None:
+        return self.versions.get(self.rollout.shadow or 0)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What is served at one moment."""
+
+    models: Mapping[str, Served] = field(default_factory=dict)
+    refused: tuple[Refusal, ...] = ()
 
     @property
     def backbones(self) -> list[Backbone]:
-        return list({model.backbone.fingerprint: model.backbone for model in self.models.values()}.values())
+        found = {model.backbone.fingerprint: model.backbone for served in self.models.values() for model in served.versions.values()}
+        return list(found.values())
+
+    @property
+    def versions(self) -> set[tuple[str, int]]:
+        return {(name, version) for name, served in self.models.items() for version in served.versions}
+
+
+class Repository:
+    """The folder `root` as it is served now. Everything but the loading itself happens on one event loop."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.root = settings.checkpoints
+        self.current = Snapshot()
+        self._settings = settings
+        self._loading = asyncio.Lock()
+        self._changing = asyncio.Lock()
+        self._closing: set[asyncio.Task[None]] = set()
+
+    async def refresh(self, rollouts: Mapping[str, Rollout] | None = None) -> Snapshot:
+        """Serve what the folder holds now, and where given, these rollouts in place of their models' files.
+
+        Raises GraftError where the asked-for device is not there, or one of `rollouts` cannot be served; nothing has changed then.
+        Bad checkpoints and files are refused one by one.
+        """
+        async with self._loading:
+            before = self.current
+            after = await asyncio.to_thread(load_snapshot, self._settings, before, rollouts or {})
+            self.current = after
+            self._let_go(before, after)
+            return after
+
+    async def watch(self) -> None:
+        """Refresh for ever, every `poll_seconds`; whatever goes wrong is logged once, and tried again."""
+        last_error = ""
+        while True:
+            await asyncio.sleep(self._settings.poll_seconds)
+            try:
+                await self.refresh()
+                last_error = ""
+            # The one thing that must not happen here is that nobody looks any more.
+            except Exception as error:
+                if repr(error) != last_error:
+                    logger.exception("%s could not be looked through", self.root)
+                last_error = repr(error)
+
+    async def change_rollout(self, name: str, change: Callable[[Rollout], Rollout]) -> bool:
+        """Change a model's rollout; whether it could be written to the folder, so that it outlives the process.
+
+        Raises RequestError where there is no such model, or the rollout asks for what cannot be served; nothing has changed then.
+        """
+        if not checkpoints.NAME_PATTERN.fullmatch(name) or not checkpoints.list_versions(self.root, name):
+            raise RequestError("no_such_model", f"there is no model {name[:100]!r} in the repository")
+        async with self._changing:
+            served = self.current.models.get(name)
+            try:
+                rollout = change(served.rollout if served is not None else read_rollout(self.root / name))
+                await self.refresh({name: rollout})
+            except GraftError as error:
+                raise RequestError("bad_rollout", str(error)) from None
+            try:
+                await asyncio.to_thread(write_rollout, self.root / name, rollout)
+            except OSError as error:
+                logger.warning("the rollout of %s holds until this process ends: %s", name, error)
+                return False
+            return True
 
     async def close(self) -> None:
         """Finish what is in every queue and close the engines."""
-        for backbone in self.backbones:
-            await backbone.batcher.close()
+        async with self._loading:
+            self._let_go(self.current, Snapshot())
+            await asyncio.gather(*self._closing)
+
+    def _let_go(self, before: Snapshot, after: Snapshot) -> None:
+        kept = [backbone.engine for backbone in after.backbones]
+        for backbone in before.backbones:
+            if backbone.engine not in kept:
+                closing = asyncio.create_task(backbone.batcher.close())
+                self._closing.add(closing)
+                closing.add_done_callback(self._closing.discard)
+        for name, version in before.versions - after.versions:
+            logger.info("unloaded %s version %d", name, version)
+            metrics.forget(name, version)
 
 
-def load_repository(settings: Settings) -> Repository:
-    """Load the newest version of every model that passes its golden images. Takes seconds: not for the event loop.
+def load_snapshot(settings: Settings, before: Snapshot | None = None, rollouts: Mapping[str, Rollout] | None = None) -> Snapshot:
+    """What the folder holds now; what `before` has loaded or refused and has not changed is taken over.
 
-    Raises GraftError only where the asked-for device is not there; bad checkpoints are refused one by one.
+    Takes seconds where a backbone is new: not for the event loop. Raises GraftError where the asked-for device is not there, or one
+    of `rollouts` cannot be served.
     """
-    root = settings.checkpoints
-    device = resolve_device(settings.device)
-    backbones: dict[str, Backbone] = {}
-    models: dict[str, Model] = {}
-    refused: list[Refusal] = []
-    for name in checkpoints.list_names(root):
-        for version in reversed(checkpoints.list_versions(root, name)):
-            start = time.perf_counter()
-            try:
-                model = _load_model(root / name / str(version), backbones, device, settings)
-            # One checkpoint must not keep the others from being served, whatever its files make the libraries raise.
-            except Exception as error:
-                refused.append(_refuse(root, name, version, error))
-                continue
-            models[name] = model
-            logger.info("loaded %s version %d in %.1f s: %s", name, version, time.perf_counter() - start, model.info)
-            break
-    return Repository(root, models, tuple(refused))
+    loader = _Loader(settings, before or Snapshot())
+    models: dict[str, Served] = {}
+    for name in checkpoints.list_names(settings.checkpoints):
+        if checkpoints.NAME_PATTERN.fullmatch(name) and (served := loader.load(name, (rollouts or {}).get(name))):
+            models[name] = served
+    return Snapshot(models, tuple(loader.refused))
 
 
-def _load_model(path: Path, backbones: dict[str, Backbone], device: Device, settings: Settings) -> Model:
-    checkpoint = checkpoints.load_checkpoint(path)
-    backbone = backbones.get(checkpoint.fingerprint)
-    if backbone is None:
-        engine = _build_engine(checkpoint, device, settings.precision)
-        batcher = Batcher(engine, max_images=settings.max_queue_images)
-        backbone = Backbone(checkpoint.fingerprint, checkpoint.preprocess, engine, batcher)
-    _replay_golden(checkpoint, backbone)
-    # Shared only once its golden images passed: an engine built from broken files must not serve the checkpoints that follow.
-    backbones[checkpoint.fingerprint] = backbone
-    return Model(checkpoint, backbone)
+class _Loader:
+    """One look through the repository."""
+
+    def __init__(self, settings: Settings, before: Snapshot) -> None:
+        self.refused: list[Refusal] = []
+        self._settings = settings
+        self._root = settings.checkpoints
+        self._before = before
+        self._known = {(one.name, one.version, one.stamp): one for one in before.refused}
+        self._device = resolve_device(settings.device)
+        self._backbones = {backbone.fingerprint: backbone for backbone in before.backbones}
+
+    def load(self, name: str, rollout: Rollout | None) -> Served | None:
+        """The model with every version its rollout asks for; None where no version can be served.
+
+        Raises GraftError where `rollout`, which then goes before the file's, asks for what cannot be served.
+        """
+        before = self._before.models.get(name)
+        stamp = _stamp(self._root / name / ROLLOUT_FILE)
+        if rollout is not None:
+            return self._load_versions(name, rollout, stamp)
+        try:
+            # What was set over HTTP where nothing can be written holds until the file changes.
+            is_known = before is not None and before.rollout_stamp == stamp
+            return self._load_versions(name, before.rollout if before and is_known else read_rollout(self._root / name), stamp)
+        except GraftError as error:
+            self._refuse_rollout(name, str(error))
+        for fallback in (before.rollout if before is not None else Rollout(), Rollout()):
+            # Refused, it is looked at every time: the version that is missing may come.
+            with contextlib.suppress(GraftError):
+                return self._load_versions(name, fallback, _REFUSED)
+        return None
+
+    def _load_versions(self, name: str, rollout: Rollout, stamp: Stamp) -> Served | None:
+        versions: dict[int, Model] = {}
+        latest = 0
+        for version in reversed(checkpoints.list_versions(self._root, name)):
+            is_named = version in rollout.named_versions
+            if version not in rollout.unloaded and (is_named or not latest) and (model := self._load_version(name, version)):
+                versions[version] = model
+                latest = latest or version
+        if missing := sorted(rollout.named_versions - versions.keys()):
+            reasons = [refusal.reason for refusal in self.refused if (refusal.name, refusal.version) == (name, missing[0])]
+            raise GraftError(f"the rollout asks for version {missing[0]}: {reasons[0] if reasons else 'there is no such version'}")
+        return Served(name, versions, latest, rollout, stamp) if versions else None
+
+    def _load_version(self, name: str, version: int) -> Model | None:
+        path = self._root / name / str(version)
+        stamp = _stamp(path / checkpoints.CONFIG_FILE)
+        before = self._before.models.get(name)
+        loaded = before.versions.get(version) if before is not None else None
+        if loaded is not None and loaded.stamp == stamp:
+            return loaded
+        # A folder that is still being copied is refused, and looked at again as soon as it has changed.
+        stamp_of_files = _stamp_of_files(path)
+        if known := self._known.get((name, version, stamp_of_files)):
+            if known not in self.refused:
+                self.refused.append(known)
+            return None
+        start = time.perf_counter()
+        try:
+            model = replace(self._start_model(path), stamp=stamp)
+        # One checkpoint must not keep the others from being served, whatever its files make the libraries raise.
+        except Exception as error:
+            refusal = Refusal(name, version, self._describe(name, version, error), stamp_of_files)
+            self.refused.append(refusal)
+            self._known[name, version, stamp_of_files] = refusal
+            return None
+        logger.info("loaded %s version %d in %.1f s: %s", name, version, time.perf_counter() - start, model.info)
+        return model
+
+    def _start_model(self, path: Path) -> Model:
+        checkpoint = checkpoints.load_checkpoint(path)
+        backbone = self._backbones.get(checkpoint.fingerprint)
+        is_new = backbone is None
+        if backbone is None:
+            engine = _build_engine(checkpoint, self._device, self._settings.precision)
+            batcher = Batcher(engine, max_images=self._settings.max_queue_images, name=checkpoint.fingerprint[:12])
+            backbone = Backbone(checkpoint.fingerprint, checkpoint.preprocess, engine, batcher)
+        try:
+            _replay_golden(checkpoint, backbone)
+        except Exception:
+            if is_new:
+                backbone.engine.close()
+            raise
+        # Shared only once its golden images passed: an engine built from broken files must not serve the checkpoints that follow.
+        self._backbones[checkpoint.fingerprint] = backbone
+        # Kept for every model would be what only its loading needs.
+        return Model(replace(checkpoint, golden=_NO_GOLDEN, config={}), backbone)
+
+    def _describe(self, name: str, version: int, error: Exception) -> str:
+        if isinstance(error, GraftError):
+            logger.error("refused %s version %d: %s", name, version, error)
+            # The reason is shown over HTTP, where the paths of this machine are nobody's business.
+            return str(error).replace(f"{self._root}/{name}/{version}: ", "").replace(f"{self._root}/", "")
+        logger.exception("refused %s version %d", name, version, exc_info=error)
+        return f"it cannot be loaded ({type(error).__name__}); the server's log says more"
+
+    def _refuse_rollout(self, name: str, reason: str) -> None:
+        refusal = Refusal(name, None, reason)
+        if refusal not in self._before.refused:
+            logger.error("refused the rollout of %s: %s", name, reason)
+        self.refused.append(refusal)
 
 
 def _replay_golden(checkpoint: Checkpoint, backbone: Backbone) -> None:
@@ -145,12 +342,18 @@ def _start_engine(checkpoint: Checkpoint, device: Device, precision: Precision) 
     return build_engine(checkpoint.path, checkpoint.preprocess, checkpoint.config, device=device, precision=precision, **found)
 
 
-def _refuse(root: Path, name: str, version: int, error: Exception) -> Refusal:
-    if isinstance(error, GraftError):
-        logger.error("refused %s version %d: %s", name, version, error)
-        # The reason is shown over HTTP, where the paths of this machine are nobody's business.
-        reason = str(error).replace(f"{root}/{name}/{version}: ", "").replace(f"{root}/", "")
-    else:
-        logger.exception("refused %s version %d", name, version, exc_info=error)
-        reason = f"it cannot be loaded ({type(error).__name__}); the server's log says more"
-    return Refusal(name, version, reason)
+def _stamp(path: Path) -> Stamp:
+    with contextlib.suppress(OSError):
+        found = path.stat()
+        return found.st_ino, found.st_size, found.st_mtime_ns
+    return None
+
+
+def _stamp_of_files(folder: Path) -> Stamp:
+    """Of all files of a version together."""
+    try:
+        stamps: Iterable[Stamp] = [_stamp(path) for path in folder.iterdir()]
+    except OSError:
+        return None
+    found = [stamp for stamp in stamps if stamp is not None]
+    return len(found), sum(stamp[1] for stamp in found), max((stamp[2] for stamp in found), default=0)

@@ -6,6 +6,8 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
+from service.rollout import Rollout
+
 
 class ErrorDetail(BaseModel):
     """Why there is no answer: `code` for programs, `message` with what to do for people."""
@@ -41,11 +43,19 @@ class PredictResponse(BaseModel):
     predictions: list[Prediction | ErrorResponse]
 
 
+class AllResponse(BaseModel):
+    """The answer to model=all: what each model says, by name."""
+
+    models: list[PredictResponse]
+
+
 class ModelInfo(BaseModel):
-    """A model that is being served."""
+    """A model that is being served, as its default version."""
 
     name: str
     version: int
+    versions: list[int] = Field(description="Every version that can be asked for by number.")
+    rollout: Rollout
     labels: list[str]
     architecture: str
     fingerprint: str = Field(description="Models with equal fingerprints share one backbone, its engine and its queue.")
@@ -59,10 +69,10 @@ class ModelInfo(BaseModel):
 
 
 class RefusedModel(BaseModel):
-    """A version that is in the repository and not served."""
+    """A version that is in the repository and not served; with no version, a rollout that is not followed."""
 
     name: str
-    version: int
+    version: int | None
     reason: str
 
 
@@ -71,3 +81,41 @@ class ModelsResponse(BaseModel):
 
     models: list[ModelInfo]
     refused: list[RefusedModel]
+
+
+class RolloutResponse(BaseModel):
+    """A model's rollout after a change; not `persisted`, it ends with the process, because the repository cannot be written."""
+
+    model: str
+    rollout: Rollout
+    versions: list[int]
+    persisted: bool
+
+
+class BackboneStatus(BaseModel):
+    """One engine and its queue."""
+
+    fingerprint: str
+    device: str
+    engine: str
+    precision: str
+    batch_size: int
+    num_streams: int
+    images_per_second: float = Field(description="As measured under load, else when it was loaded.")
+    queue_images: int = Field(description="Admitted and not yet answered.")
+    stalled_seconds: float = Field(description="How long the oldest batch has been in the engine.")
+    num_versions: int = Field(description="Checkpoints that share it.")
+
+
+class StatusResponse(BaseModel):
+    """How this process is."""
+
+    ready: bool
+    alive: bool
+    draining: bool
+    reason: str = Field(description="Why it is not ready or not alive.")
+    uptime_seconds: float
+    num_models: int
+    num_refused: int
+    buffered_bytes: int = Field(description="Of request bodies in memory.")
+    backbones: list[BackboneStatus]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from annotated_types import Ge, Gt
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from models.engine import Precision, num_cpus
@@ -33,8 +33,19 @@ class Settings(BaseSettings):
     checkpoints: Path = Field(
         default_factory=_default_checkpoints_dir,
         validation_alias="CHECKPOINTS",
-        description="The repository: <checkpoints>/<name>/<version>/. The newest version of every model is served.",
+        description="The repository: <checkpoints>/<name>/<version>/. The newest version of every model is served, or what its "
+        "rollout.json says.",
     )
+    poll_seconds: NonNegativeSeconds = Field(
+        default=1.0, description="How often the repository is looked through for new versions; 0: only at the start."
+    )
+    api_token: SecretStr | None = Field(
+        default=None, description="Where set, predictions and lists need `Authorization: Bearer <token>`; health and metrics do not."
+    )
+    admin_token: SecretStr | None = Field(
+        default=None, description="Needed to load, unload and change rollouts over HTTP; without it that is switched off."
+    )
+    access_log: bool = Field(default=True, description="One line of JSON per request on standard output, health checks excepted.")
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="What runs the backbones; auto takes CUDA where there is a device and torch, else the CPU."
     )
@@ -54,6 +65,9 @@ class Settings(BaseSettings):
         default=10.0, description="Time from a complete request to its answer; what cannot make it is answered 429 at once."
     )
     body_seconds: PositiveSeconds = Field(default=30.0, description="Time in which a request's body must have arrived; else 408.")
+    cached_images: Annotated[int, Ge(0)] = Field(
+        default=0, description="Images whose features are kept, for those that come again; 5 KB each, per backbone. 0: none."
+    )
     decode_threads: PositiveInt = Field(default_factory=num_cpus, description="Threads that decode images.")
     tracing: bool = Field(
         default=False, description="OpenTelemetry spans for every request, sent where BentoML's `tracing` configuration says."
@@ -62,6 +76,13 @@ class Settings(BaseSettings):
         default=1.0, description="Time between SIGTERM, when /readyz turns to 503, and the end of accepting connections."
     )
     shutdown_seconds: PositiveSeconds = Field(default=30.0, description="The process ends at the latest this long after SIGTERM.")
+
+    @field_validator("api_token", "admin_token")
+    @classmethod
+    def _check_token(cls, token: SecretStr | None) -> SecretStr | None:
+        if token is not None and not (len(token.get_secret_value()) >= 8 and token.get_secret_value().isprintable()):
+            raise ValueError("a token is at least 8 printable characters, for example from `openssl rand -hex 16`")
+        return token
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
@@ -85,5 +106,7 @@ def _describe(location: tuple[int | str, ...], value: object, message: str) -> s
     if not location:
         return message
     name = str(location[0])
+    if "token" in name:
+        value = "…"
     variable = name if name == "CHECKPOINTS" else f"GRAFT_{name.upper()}"
     return f"{variable}={value}: {message}"

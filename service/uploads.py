@@ -16,7 +16,7 @@ from service.errors import RequestError
 from service.settings import Settings
 
 IMAGES_FIELD = "images"
-OPTION_FIELDS = ("model", "top_k")
+OPTION_FIELDS = ("model", "version", "top_k")
 _MAX_OPTION_BYTES = 1024
 _MAX_HEADER_BYTES = 4096
 _HOW_TO_SEND = (
@@ -88,13 +88,26 @@ async def read_upload(request: Request, settings: Settings, hold: Hold) -> Uploa
                 shown = content_type.decode("latin-1") or "missing"
                 raise RequestError("unsupported_content_type", f"the content type is {shown}: {_HOW_TO_SEND}")
     except TimeoutError:
-        raise RequestError("body_timeout", f"the body did not arrive within {settings.body_seconds:g} s") from None
+        raise _body_timeout(settings) from None
     for name in OPTION_FIELDS:
         if name in request.query_params:
             upload.options.setdefault(name, request.query_params[name])
     if not upload.images:
         raise RequestError("no_image", f"the request has no image: {_HOW_TO_SEND}")
     return upload
+
+
+async def read_body(request: Request, settings: Settings, hold: Hold) -> bytes:
+    """The whole body of a protocol that has its images in JSON. Raises RequestError where it is too large or does not come."""
+    try:
+        async with asyncio.timeout(settings.body_seconds):
+            return b"".join([chunk async for chunk in _read_chunks(request, settings, hold)])
+    except TimeoutError:
+        raise _body_timeout(settings) from None
+
+
+def _body_timeout(settings: Settings) -> RequestError:
+    return RequestError("body_timeout", f"the body did not arrive within {settings.body_seconds:g} s")
 
 
 async def _read_chunks(request: Request, settings: Settings, hold: Hold) -> AsyncIterator[bytes]:
@@ -198,7 +211,7 @@ class _Form:
         if self._field not in (IMAGES_FIELD, *OPTION_FIELDS):
             raise RequestError(
                 "unknown_field",
-                f"the form has a field {self._field[:100]!r}; its fields are 'images' (files), 'model' and 'top_k'",
+                f"the form has a field {self._field[:100]!r}; its fields are 'images' (files), 'model', 'version' and 'top_k'",
             )
         if self._field == IMAGES_FIELD and self._file_name is None:
             raise RequestError(

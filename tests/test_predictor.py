@@ -13,11 +13,10 @@ import pytest
 from models.engine import run
 from models.preprocess import ImageError
 from service.errors import RequestError
-from service.predictor import Predictor, top_predictions
-from service.repository import Model, load_repository
-from service.schemas import Prediction
+from service.predictor import Predictor, Scores, top_prediction
+from service.repository import Model, load_snapshot
 from service.settings import Settings
-from tests.service_fixtures import LABELS, copy_checkpoint, draw_image, publish_once
+from tests.service_fixtures import LABELS, change_config, copy_checkpoint, draw_image, publish_once
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +28,7 @@ def colors(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model(colors: Path, tmp_path_factory: pytest.TempPathFactory) -> Model:
     repository_dir = tmp_path_factory.mktemp("repository")
     copy_checkpoint(colors, repository_dir, "colors", 1)
-    return load_repository(Settings(CHECKPOINTS=repository_dir)).models["colors"]
+    return load_snapshot(Settings(CHECKPOINTS=repository_dir)).models["colors"].choose()
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +38,13 @@ def predictor() -> Iterator[Predictor]:
     predictor.close()
 
 
-def predict(predictor: Predictor, model: Model, *images: bytes, top_k: int = 5, seconds: float = 30) -> list[Prediction | ImageError]:
-    return asyncio.run(predictor.predict(model, images, top_k=top_k, deadline=time.monotonic() + seconds))
+def predict(predictor: Predictor, model: Model, *images: bytes, seconds: float = 30) -> tuple[Scores | ImageError, ...]:
+    (answer,) = asyncio.run(predictor.predict([model], images, deadline=time.monotonic() + seconds))
+    return answer.results
 
 
-def labels_of(results: list[Prediction | ImageError]) -> list[str]:
-    return [result.label if isinstance(result, Prediction) else "unreadable" for result in results]
+def labels_of(results: tuple[Scores | ImageError, ...]) -> list[str]:
+    return ["unreadable" if isinstance(result, ImageError) else LABELS[int(np.argmax(result))] for result in results]
 
 
 def test_labels_come_in_the_order_of_the_images(predictor: Predictor, model: Model) -> None:
@@ -60,10 +60,12 @@ def test_scores_are_the_softmax_of_the_logits_over_the_temperature(predictor: Pr
     logits = (checkpoint.head_weight @ features + checkpoint.head_bias) / checkpoint.temperature
     expected = np.exp(logits) / np.exp(logits).sum()
     (result,) = predict(predictor, model, image)
-    assert isinstance(result, Prediction)
-    assert {one.label: one.score for one in result.top} == pytest.approx(dict(zip(LABELS, expected, strict=True)), abs=1e-5)
-    assert [one.score for one in result.top] == sorted((one.score for one in result.top), reverse=True)
-    assert (result.label, result.score) == (result.top[0].label, result.top[0].score)
+    assert not isinstance(result, ImageError)
+    assert result == pytest.approx(expected, abs=1e-5)
+    prediction = top_prediction(result, LABELS, 3)
+    assert {one.label: one.score for one in prediction.top} == pytest.approx(dict(zip(LABELS, expected, strict=True)), abs=1e-5)
+    assert [one.score for one in prediction.top] == sorted((one.score for one in prediction.top), reverse=True)
+    assert (prediction.label, prediction.score) == (prediction.top[0].label, prediction.top[0].score)
 
 
 def test_an_unreadable_image_fails_alone_and_in_its_place(predictor: Predictor, model: Model) -> None:
@@ -89,20 +91,16 @@ def test_an_answer_does_not_depend_on_its_company(predictor: Predictor, model: M
     alone = [predict(predictor, model, image)[0] for image in images]
     assert labels_of(together) == labels_of(alone)
     for one, other in zip(together, alone, strict=True):
-        assert isinstance(one, Prediction)
-        assert isinstance(other, Prediction)
-        assert one.score == pytest.approx(other.score, abs=1e-5)
+        assert one == pytest.approx(other, abs=1e-5)
 
 
 @pytest.mark.parametrize(("top_k", "num_listed"), [(1, 1), (2, 2), (3, 3), (1000, 3)])
-def test_top_k_lists_as_many_labels_as_there_are(predictor: Predictor, model: Model, top_k: int, num_listed: int) -> None:
-    (result,) = predict(predictor, model, draw_image("blue"), top_k=top_k)
-    assert isinstance(result, Prediction)
-    assert len(result.top) == num_listed
+def test_top_k_lists_as_many_labels_as_there_are(top_k: int, num_listed: int) -> None:
+    assert len(top_prediction(np.array([0.5, 0.2, 0.3], np.float32), LABELS, top_k).top) == num_listed
 
 
 def test_equal_scores_keep_the_order_of_the_labels() -> None:
-    (prediction,) = top_predictions(np.array([[0.25, 0.25, 0.5, 0.0]], np.float32), ["a", "b", "c", "d"], 4)
+    prediction = top_prediction(np.array([0.25, 0.25, 0.5, 0.0], np.float32), ["a", "b", "c", "d"], 4)
     assert [one.label for one in prediction.top] == ["c", "a", "b", "d"]
 
 
@@ -119,10 +117,54 @@ def test_requests_at_once_each_get_their_own_answer(predictor: Predictor, model:
         deadline = time.monotonic() + 30
         wanted = [[LABELS[(first + index) % 3] for index in range(first % 4 + 1)] for first in range(24)]
         requests = [
-            predictor.predict(model, [draw_image(label, seed) for label in labels], top_k=1, deadline=deadline)
+            predictor.predict([model], [draw_image(label, seed) for label in labels], deadline=deadline)
             for seed, labels in enumerate(wanted)
         ]
         answers = await asyncio.gather(*requests)
-        assert [labels_of(answer) for answer in answers] == wanted
+        assert [labels_of(answer.results) for (answer,) in answers] == wanted
 
     asyncio.run(scenario())
+
+
+def test_many_models_are_one_decode_and_one_pass_and_say_what_each_says_alone(
+    predictor: Predictor, colors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for index, name in enumerate(("one", "two", "three")):
+        changed = copy_checkpoint(colors, tmp_path, name, 1)
+        change_config(changed, lambda config, index=index: config["graft"].update(temperature=1.0 + index))
+    models = [served.choose() for served in load_snapshot(Settings(CHECKPOINTS=tmp_path)).models.values()]
+    images = [draw_image(label, 7) for label in LABELS]
+    alone = [predict(predictor, model, *images) for model in models]
+    batcher = models[0].backbone.batcher
+    submit, seen = batcher.engine.submit, []
+    monkeypatch.setattr(batcher.engine, "submit", lambda batch: (seen.append(len(batch)), submit(batch))[1])
+    answers = asyncio.run(predictor.predict(models, images, deadline=time.monotonic() + 30))
+    assert sum(seen) == len(images)
+    assert [answer.model for answer in answers] == models
+    for answer, expected in zip(answers, alone, strict=True):
+        assert np.array(answer.results) == pytest.approx(np.array(expected), abs=1e-4)
+    assert not np.allclose(alone[0][0], alone[2][0], atol=1e-3)
+
+
+def test_an_image_that_comes_again_costs_no_pass(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    predictor = Predictor(decode_threads=1, max_pixels=1_000_000, cached_images=2)
+    images = [draw_image(label, 9) for label in LABELS]
+    first = [predict(predictor, model, image) for image in images]
+    submit, seen = model.backbone.engine.submit, []
+    monkeypatch.setattr(model.backbone.engine, "submit", lambda batch: (seen.append(len(batch)), submit(batch))[1])
+    assert np.array_equal(predict(predictor, model, images[2]), first[2])
+    assert np.array_equal(predict(predictor, model, images[1]), first[1])
+    assert seen == []
+    # It holds two, so the oldest went.
+    assert np.array_equal(predict(predictor, model, images[0]), first[0])
+    assert seen == [1]
+    predictor.close()
+
+
+def test_a_crop_itself_is_taken_and_one_of_another_size_fails_alone(predictor: Predictor, model: Model) -> None:
+    image = draw_image("green", 3)
+    crop = model.backbone.preprocess(image)
+    encoded, given, wrong = predict(predictor, model, image, crop, crop[:100])  # type: ignore[arg-type]
+    assert np.array_equal(encoded, given)
+    assert isinstance(wrong, ImageError)
+    assert "[100, 224, 3]" in str(wrong)

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save
 from models.checkpoint import CONFIG_FILE, OPENVINO_FILE, WEIGHTS_FILE
 from models.errors import GraftError
 from models.prepared import resolve_device
-from service.repository import load_repository
+from service.repository import load_snapshot
 from service.settings import Settings, load_settings
 from tests.service_fixtures import change_config, change_file, copy_checkpoint, publish_once
 
@@ -28,10 +28,10 @@ def settings(root: Path, **more: object) -> Settings:
 def test_the_newest_version_of_every_model_is_served_on_one_shared_backbone(colors: Path, tmp_path: Path) -> None:
     for name, version in (("one", 1), ("one", 2), ("one", 10), ("two", 3)):
         copy_checkpoint(colors, tmp_path, name, version)
-    repository = load_repository(settings(tmp_path))
-    assert {name: model.checkpoint.version for name, model in repository.models.items()} == {"one": 10, "two": 3}
+    repository = load_snapshot(settings(tmp_path))
+    assert {name: served.latest for name, served in repository.models.items()} == {"one": 10, "two": 3}
     assert repository.refused == ()
-    assert repository.models["one"].backbone is repository.models["two"].backbone
+    assert repository.models["one"].default.backbone is repository.models["two"].default.backbone
     assert len(repository.backbones) == 1
 
 
@@ -39,8 +39,8 @@ def test_a_corrupted_newest_version_is_refused_and_the_one_before_serves(colors:
     copy_checkpoint(colors, tmp_path, "colors", 1)
     broken = copy_checkpoint(colors, tmp_path, "colors", 2)
     change_file(broken / WEIGHTS_FILE, lambda data: data[:-1] + bytes([data[-1] ^ 1]), rehash=False)
-    repository = load_repository(settings(tmp_path))
-    assert repository.models["colors"].checkpoint.version == 1
+    repository = load_snapshot(settings(tmp_path))
+    assert repository.models["colors"].default.checkpoint.version == 1
     (refusal,) = repository.refused
     assert (refusal.name, refusal.version) == ("colors", 2)
     assert WEIGHTS_FILE in refusal.reason
@@ -56,7 +56,7 @@ def test_a_head_that_is_not_the_one_of_the_golden_images_is_refused(colors: Path
         return save({**tensors, head: tensors[head][::-1].copy()})
 
     change_file(changed / WEIGHTS_FILE, turn_head, rehash=True)
-    repository = load_repository(settings(tmp_path))
+    repository = load_snapshot(settings(tmp_path))
     assert repository.models == {}
     assert "golden" in repository.refused[0].reason
 
@@ -66,7 +66,7 @@ def test_a_backbone_that_openvino_cannot_read_is_refused(colors: Path, tmp_path:
     broken = copy_checkpoint(colors, tmp_path, "broken", 1)
     change_file(broken / OPENVINO_FILE, lambda data: data[: len(data) // 2], rehash=True)
     change_config(broken, lambda config: config["graft"].update(fingerprint="another"))
-    repository = load_repository(settings(tmp_path))
+    repository = load_snapshot(settings(tmp_path))
     assert set(repository.models) == {"good"}
     assert [refusal.name for refusal in repository.refused] == ["broken"]
 
@@ -77,7 +77,7 @@ def test_a_backbone_that_openvino_cannot_read_is_refused(colors: Path, tmp_path:
 def test_a_config_that_is_no_config_is_refused(colors: Path, tmp_path: Path, text: str) -> None:
     broken = copy_checkpoint(colors, tmp_path, "broken", 1)
     (broken / CONFIG_FILE).write_text(text)
-    repository = load_repository(settings(tmp_path))
+    repository = load_snapshot(settings(tmp_path))
     assert repository.models == {}
     assert len(repository.refused) == 1
 
@@ -85,30 +85,30 @@ def test_a_config_that_is_no_config_is_refused(colors: Path, tmp_path: Path, tex
 def test_a_preprocess_that_makes_no_sense_is_refused(colors: Path, tmp_path: Path) -> None:
     broken = copy_checkpoint(colors, tmp_path, "broken", 1)
     change_config(broken, lambda config: config["graft"]["preprocess"].update(height="tall"))
-    assert [refusal.name for refusal in load_repository(settings(tmp_path)).refused] == ["broken"]
+    assert [refusal.name for refusal in load_snapshot(settings(tmp_path)).refused] == ["broken"]
 
 
 def test_what_the_engine_found_at_save_time_is_taken_over(colors: Path, tmp_path: Path) -> None:
     copied = copy_checkpoint(colors, tmp_path, "colors", 1)
     change_config(copied, lambda config: config["graft"]["engine"].update(batch_size=3, num_streams=1))
-    info = load_repository(settings(tmp_path)).models["colors"].info
+    info = load_snapshot(settings(tmp_path)).models["colors"].default.info
     assert (info.batch_size, info.num_streams) == (3, 1)
 
 
 def test_precision_is_asked_for_or_recorded_or_what_the_device_can(colors: Path, tmp_path: Path) -> None:
     copied = copy_checkpoint(colors, tmp_path, "colors", 1)
-    assert load_repository(settings(tmp_path, precision="fp32")).models["colors"].info.precision == "fp32"
+    assert load_snapshot(settings(tmp_path, precision="fp32")).models["colors"].default.info.precision == "fp32"
     change_config(copied, lambda config: config["graft"]["engine"].update(precision="fp32"))
-    assert load_repository(settings(tmp_path)).models["colors"].info.precision == "fp32"
+    assert load_snapshot(settings(tmp_path)).models["colors"].default.info.precision == "fp32"
     # The CPU engine has no fp16: a checkpoint saved on CUDA is served in what this CPU can.
     change_config(copied, lambda config: config["graft"]["engine"].update(precision="fp16"))
-    assert load_repository(settings(tmp_path)).models["colors"].info.precision in ("bf16", "fp32")
+    assert load_snapshot(settings(tmp_path)).models["colors"].default.info.precision in ("bf16", "fp32")
 
 
 @pytest.mark.parametrize("folder", [".", "missing"])
 def test_a_repository_without_checkpoints_is_empty(tmp_path: Path, folder: str) -> None:
     (tmp_path / "colors" / "1").mkdir(parents=True)
-    repository = load_repository(settings(tmp_path / folder))
+    repository = load_snapshot(settings(tmp_path / folder))
     assert repository.models == {}
     assert repository.refused == ()
 

@@ -272,7 +272,7 @@ def test_the_list_of_models(client: httpx.Client) -> None:
 def test_health_metrics_and_the_page(client: httpx.Client) -> None:
     assert client.get("/livez").status_code == 200
     assert client.get("/readyz").status_code == 200
-    assert "bentoml_service_request_total" in client.get("/metrics").text
+    assert 'graft_model_loaded{model="colors",version="1"} 1.0' in client.get("/metrics").text
     page = client.get("/")
     assert page.headers["content-type"].startswith("text/html")
     assert "http://" not in page.text.replace(str(client.base_url), "")
@@ -283,7 +283,7 @@ def test_the_openapi_page_tells_the_truth(client: httpx.Client) -> None:
     spec = client.get("/docs.json").json()
     operation = spec["paths"]["/predict"]["post"]
     assert set(operation["requestBody"]["content"]) == {"multipart/form-data", "image/*"}
-    assert {parameter["name"] for parameter in operation["parameters"]} == {"model", "top_k"}
+    assert {parameter["name"] for parameter in operation["parameters"]} == {"model", "version", "top_k"}
     assert {"200", "400", "404", "413", "415", "429", "503"} <= set(operation["responses"])
     references = set(json.dumps(spec).split('"#/components/schemas/')[1:])
     assert {reference.split('"')[0] for reference in references} <= set(spec["components"]["schemas"])

@@ -1,0 +1,59 @@
+"""What Prometheus reads at /metrics. Labels are bounded: routes as patterns, models that are loaded, codes of the error table.
+
+BentoML's own metrics label by raw path, one series for every address a scanner tries (1.4.39), and are switched off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+
+REGISTRY = CollectorRegistry()
+ProcessCollector(registry=REGISTRY)
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+REQUESTS = Counter("graft_requests", "Requests answered.", ("route", "status"), registry=REGISTRY)
+REQUEST_SECONDS = Histogram(
+    "graft_request_seconds", "From a request's headers to its answer.", ("route",), buckets=_SECONDS, registry=REGISTRY
+)
+REJECTED = Counter("graft_rejected", "Requests that got an error, by its code.", ("reason", "model", "version"), registry=REGISTRY)
+IMAGES = Counter("graft_images", "Images answered, readable or not.", ("model", "version", "outcome"), registry=REGISTRY)
+PREDICT_SECONDS = Histogram(
+    "graft_predict_seconds", "From a complete body to the scores.", ("model", "version"), buckets=_SECONDS, registry=REGISTRY
+)
+SHADOW = Counter("graft_shadow_images", "Images a shadow version was asked about too.", ("model", "version", "outcome"), registry=REGISTRY)
+DECODE_SECONDS = Histogram("graft_decode_seconds", "Encoded image to crop, of one image.", buckets=_SECONDS, registry=REGISTRY)
+QUEUE_SECONDS = Histogram(
+    "graft_queue_seconds", "Crop to the start of its batch, of one image.", ("backbone",), buckets=_SECONDS, registry=REGISTRY
+)
+ENGINE_SECONDS = Histogram("graft_engine_seconds", "Of one batch.", ("backbone",), buckets=_SECONDS, registry=REGISTRY)
+BATCH_IMAGES = Histogram("graft_batch_images", "Images in a batch.", ("backbone",), buckets=_IMAGES, registry=REGISTRY)
+QUEUE_IMAGES = Gauge("graft_queue_images", "Images admitted and not yet answered.", ("backbone",), registry=REGISTRY)
+CACHED_FEATURES = Counter("graft_cached_features", "Images looked up in the feature cache.", ("found",), registry=REGISTRY)
+LOADED = Gauge("graft_model_loaded", "1 for every version that is served.", ("model", "version"), registry=REGISTRY)
+
+
+def render(queue_images: Iterable[tuple[str, int]], loaded: Iterable[tuple[str, int]]) -> bytes:
+    """The text format, with the length of each backbone's queue and what is loaded as they are now."""
+    QUEUE_IMAGES.clear()
+    for backbone, num_images in queue_images:
+        QUEUE_IMAGES.labels(backbone).set(num_images)
+    LOADED.clear()
+    for model, version in loaded:
+        LOADED.labels(model, str(version)).set(1)
+    return generate_latest(REGISTRY)
+
+
+def forget(model: str, version: int) -> None:
+    """Drop the series of a version that is no longer served."""
+    for metric in (IMAGES, PREDICT_SECONDS, REJECTED, SHADOW):
+        metric.remove_by_labels({"model": model, "version": str(version)})
+
+
+def forget_backbone(backbone: str) -> None:
+    """Drop the series of a backbone that is closed."""
+    for metric in (QUEUE_SECONDS, ENGINE_SECONDS, BATCH_IMAGES):
+        metric.remove_by_labels({"backbone": backbone})

@@ -1,0 +1,221 @@
+"""The way in: finds the handler, checks the token, gives every request an id, a log line and its metrics, every error its shape."""
+
+from __future__ import annotations
+
+import hmac
+import json
+import logging
+import re
+import sys
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from pydantic import BaseModel, SecretStr
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from service import metrics
+from service.errors import RequestError
+from service.schemas import ErrorDetail, ErrorResponse
+from service.server import Server
+
+logger = logging.getLogger("bentoml.graft")
+_access_logger = logging.getLogger("graft.access")
+
+STATUS_BY_CODE = {
+    "bad_parameter": 400,
+    "bad_request": 400,
+    "bad_rollout": 400,
+    "broken_multipart": 400,
+    "model_required": 400,
+    "no_image": 400,
+    "unknown_field": 400,
+    "unreadable_image": 400,
+    "unauthorized": 401,
+    "forbidden": 403,
+    "no_such_model": 404,
+    "no_such_version": 404,
+    "not_found": 404,
+    "method_not_allowed": 405,
+    "body_timeout": 408,
+    "body_too_large": 413,
+    "image_too_large": 413,
+    "too_many_images": 413,
+    "unsupported_content_type": 415,
+    "overloaded": 429,
+    "internal": 500,
+    "engine_failed": 500,
+    "no_model": 503,
+    "not_ready": 503,
+    "shutting_down": 503,
+    "deadline_exceeded": 504,
+}
+# What BentoML answers itself. Its start page is not among them: it loads a third party's script.
+_BENTOML_PATHS = ("/healthz", "/schema.json")
+# Asked every few seconds by machines; a line for each would bury the others.
+_QUIET_ROUTES = ("/livez", "/readyz", "/metrics")
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_OTHER = "other"
+
+Handler = Callable[[Request, Server], Awaitable[Response]]
+ErrorBody = Callable[[RequestError], dict[str, Any]]
+
+
+def graft_error(error: RequestError) -> dict[str, Any]:
+    """The one shape of our own routes."""
+    return ErrorResponse(error=ErrorDetail(code=error.code, message=error.message)).model_dump()
+
+
+def plain_error(error: RequestError) -> dict[str, Any]:
+    """The shape of TF-Serving, the Open Inference Protocol and Hugging Face."""
+    return {"error": error.message}
+
+
+@dataclass(frozen=True)
+class Route:
+    """One address: `path` may have `{name}` parts, which match anything but `/` and `:`."""
+
+    method: Literal["GET", "POST", "PATCH"]
+    path: str
+    handler: Handler
+    needs: Literal["nothing", "api_token", "admin_token"] = "api_token"
+    error_body: ErrorBody = graft_error
+
+    @cached_property
+    def pattern(self) -> re.Pattern[str]:
+        return re.compile(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>[^/:]+)", re.escape(self.path)))
+
+
+class Routes:
+    """ASGI middleware that answers `routes` itself and hands BentoML its own paths."""
+
+    def __init__(self, app: ASGIApp, server: Server, routes: Sequence[Route]) -> None:
+        self._app = app
+        self._server = server
+        self._routes = routes
+        # Nearly all requests go to a path without parts.
+        self._plain = {route.path: route for route in routes if "{" not in route.path}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in _BENTOML_PATHS:
+            await self._app(scope, receive, send)
+            return
+        start = time.perf_counter()
+        request = Request(scope, receive)
+        request.state.log = {}
+        request_id = request.headers.get("x-request-id", "")
+        if not _REQUEST_ID.fullmatch(request_id):
+            request_id = uuid.uuid4().hex
+        route = self._find(request)
+        response = await self._answer(request, route)
+        response.headers["X-Request-ID"] = request_id
+        await response(scope, receive, send)
+        self._record(request, request_id, route, response, time.perf_counter() - start)
+
+    def _find(self, request: Request) -> Route | None:
+        path = request.url.path
+        if (route := self._plain.get(path)) is not None and _takes(route, request.method):
+            return route
+        for route in self._routes:
+            if _takes(route, request.method) and (match := route.pattern.fullmatch(path)):
+                request.scope["path_params"] = match.groupdict()
+                return route
+        return None
+
+    async def _answer(self, request: Request, route: Route | None) -> Response:
+        error_body = route.error_body if route is not None else graft_error
+        try:
+            if route is None:
+                raise self._nothing_here(request)
+            _check_token(request, route, self._server)
+            return await route.handler(request, self._server)
+        except RequestError as error:
+            return self._refuse(request, error, error_body)
+        except ClientDisconnect:
+            # Nobody is there to read it; the status is for metrics and logs.
+            return Response(status_code=499)
+        # The last resort: the client learns nothing of the inside, the log everything.
+        except Exception:
+            logger.exception("%s %s failed", request.method, request.url.path)
+            internal = RequestError("internal", "something went wrong inside the server; its log has the details")
+            return self._refuse(request, internal, error_body)
+
+    def _nothing_here(self, request: Request) -> RequestError:
+        path = request.url.path
+        if methods := sorted({route.method for route in self._routes if route.pattern.fullmatch(path)}):
+            return RequestError("method_not_allowed", f"{path[:200]} takes {' or '.join(methods)}, not {request.method[:20]}")
+        return RequestError("not_found", "there is nothing here; POST /predict takes images, /docs.json describes all the rest")
+
+    def _refuse(self, request: Request, error: RequestError, error_body: ErrorBody) -> Response:
+        request.state.log["error"] = error.code
+        names, versions = request.state.log.get("model") or [""], request.state.log.get("version") or [""]
+        for name, version in zip(names, versions, strict=True):
+            metrics.REJECTED.labels(error.code, name, str(version)).inc()
+        response = json_response(error_body(error), STATUS_BY_CODE[error.code])
+        if error.retry_after_seconds is not None:
+            response.headers["Retry-After"] = str(error.retry_after_seconds)
+        if error.code == "unauthorized":
+            response.headers["WWW-Authenticate"] = "Bearer"
+        return response
+
+    def _record(self, request: Request, request_id: str, route: Route | None, response: Response, seconds: float) -> None:
+        name = route.path if route is not None else _OTHER
+        metrics.REQUESTS.labels(name, str(response.status_code)).inc()
+        metrics.REQUEST_SECONDS.labels(name).observe(seconds)
+        if not self._server.settings.access_log or (name in _QUIET_ROUTES and response.status_code < 400):
+            return
+        line = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime()) + "Z",
+            "id": request_id,
+            "client": request.client.host if request.client else "",
+            "method": request.method,
+            "path": request.url.path[:200],
+            "status": response.status_code,
+            "ms": round(1000 * seconds, 1),
+            **{key: value if not isinstance(value, list) or len(value) != 1 else value[0] for key, value in request.state.log.items()},
+        }
+        _access_logger.info(json.dumps(line))
+
+
+def json_response(body: BaseModel | Mapping[str, Any] | list[Any], status: int = 200) -> Response:
+    content = body.model_dump_json() if isinstance(body, BaseModel) else json.dumps(body)
+    return Response(content, status, media_type="application/json")
+
+
+def log_accesses_to_stdout() -> None:
+    """One handler of its own: lines of JSON and nothing around them, whatever BentoML's logging is set to."""
+    if not _access_logger.handlers:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        _access_logger.addHandler(handler)
+    _access_logger.setLevel(logging.INFO)
+    _access_logger.propagate = False
+
+
+def _takes(route: Route, method: str) -> bool:
+    return method == route.method or (method == "HEAD" and route.method == "GET")
+
+
+def _check_token(request: Request, route: Route, server: Server) -> None:
+    if route.needs == "nothing":
+        return
+    tokens = [server.settings.admin_token]
+    if route.needs == "api_token":
+        if server.settings.api_token is None:
+            return
+        tokens.append(server.settings.api_token)
+    elif server.settings.admin_token is None:
+        raise RequestError("forbidden", "administration over HTTP is switched off; start the server with GRAFT_ADMIN_TOKEN")
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not any(_is_same(given.strip(), token) for token in tokens):
+        raise RequestError("unauthorized", "send the token of this server: Authorization: Bearer <token>")
+
+
+def _is_same(given: str, token: SecretStr | None) -> bool:
+    """In a time that does not tell how much of it was right."""
+    return token is not None and hmac.compare_digest(given.encode("utf-8", "replace"), token.get_secret_value().encode())
