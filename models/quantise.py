@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from models.checkpoint import CONFIG_FILE, OPENVINO_FILE, WEIGHTS_FILE, fingerprint, hash_file
+from models.engine import openvino_core
 from models.errors import GraftError
 from models.prepared import PreparedBackbone, hash_openvino, read_kept, read_prepared
 from models.preprocess import Pixels
@@ -68,7 +69,7 @@ def _write_quantised(backbone: PreparedBackbone, images: Pixels, path: Path) -> 
     import openvino as ov
 
     nncf.set_log_level(logging.ERROR)
-    model = ov.Core().read_model(backbone.openvino_path)
+    model = openvino_core().read_model(backbone.openvino_path)
     samples = nncf.Dataset([image[None] for image in images])
     is_transformer = any(operation.get_type_name() in ("Softmax", "ScaledDotProductAttention") for operation in model.get_ops())
     try:

@@ -76,7 +76,9 @@ def test_it_is_written_and_read_back_and_leaves_nothing_beside(tmp_path: Path) -
     assert json.loads((tmp_path / ROLLOUT_FILE).read_text()).keys() == {"default", "labels", "shadow", "loaded", "unloaded"}
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"default": {}}', '"' + "x" * 100_000 + '"', "\xff", "[" * 50_000, '{"labels": {"a": 1e400}}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "3", '{"default": {}}', '"' + "x" * 100_000 + '"', "\xff", "[" * 50_000, '{"labels": {"a": 1e400}}']
+)
 def test_a_file_that_is_no_rollout_is_an_error_in_words(tmp_path: Path, text: str) -> None:
     (tmp_path / ROLLOUT_FILE).write_text(text)
     with pytest.raises(GraftError, match=ROLLOUT_FILE):
