@@ -70,6 +70,8 @@ def closed_loop(url: str, requests: Requests, *, num_clients: int, seconds: floa
         raise RuntimeError(f"wrk exited {finished.returncode}: {finished.stdout}{finished.stderr}")
     counted: dict[str, float] = json.loads(finished.stdout.strip().splitlines()[-1])
     good = counted["num_answers"] - counted["num_refused"]
+    if not counted["num_answers"]:
+        counted |= dict.fromkeys(("p50_ms", "p90_ms", "p99_ms"), float("nan"))
     cpu_seconds = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
     return {**counted, "per_second": good / counted["seconds"], "client_cpu_seconds": cpu_seconds}
 

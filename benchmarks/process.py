@@ -51,14 +51,15 @@ class MemorySampler(threading.Thread):
     Not ru_maxrss: Linux hands a parent's size on to the child that it starts.
     """
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, sample_seconds: float = _SAMPLE_SECONDS) -> None:
         super().__init__(daemon=True)
+        self._sample_seconds = sample_seconds
         self._root = psutil.Process(pid)
         self._done = threading.Event()
         self.peak_bytes = 0
 
     def run(self) -> None:
-        while not self._done.wait(_SAMPLE_SECONDS):
+        while not self._done.wait(self._sample_seconds):
             family = tree(self._root.pid)
             self.peak_bytes = max(self.peak_bytes, sum(map(_memory_bytes, family)), _high_water_bytes(self._root.pid))
 
