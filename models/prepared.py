@@ -100,9 +100,15 @@ def prepare_backbone(
     """
     key = _cache_key(name, weights, pretrained, image_size)
     if cache_dir is None or key is None:
+        logger.info("converting %s for this machine …", name)
         return _build(name, weights, pretrained, image_size, scratch_dir / "backbone")
     folder = cache_dir / "backbones" / key
-    return read_kept(folder) or _build(name, weights, pretrained, image_size, folder)
+    kept = read_kept(folder)
+    if kept is not None:
+        return kept
+    # Importing torch, reading the weights and converting them take 4 to 10 s.
+    logger.info("converting %s for this machine (once) …", name)
+    return _build(name, weights, pretrained, image_size, folder)
 
 
 def write_prepared(backbone: Backbone, folder: Path) -> PreparedBackbone:
