@@ -16,7 +16,7 @@ from typing import Any
 
 from models.checkpoint import CONFIG_FILE, OPENVINO_FILE, WEIGHTS_FILE, fingerprint, hash_file
 from models.engine import openvino_core
-from models.errors import GraftError
+from models.errors import GraftError, in_words
 from models.prepared import PreparedBackbone, hash_openvino, read_kept, read_prepared
 from models.preprocess import Pixels
 
@@ -51,7 +51,7 @@ def quantise(backbone: PreparedBackbone, images: Pixels) -> PreparedBackbone:
         if not (folder / CONFIG_FILE).is_file():
             raise GraftError(f"the quantised backbone could not be written to {folder}")
     except OSError as error:
-        raise GraftError(f"the quantised backbone could not be written to {folder}: {error}") from error
+        raise GraftError(f"the quantised backbone could not be written to {folder}: {in_words(error)}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return read_prepared(folder)

@@ -18,6 +18,7 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
+from service import lifeline
 from service.admin import load_version, patch_rollout, unload_version
 from service.health import livez, prometheus, readyz, status
 from service.openapi import describe
@@ -73,10 +74,16 @@ SERVER = Server(_SETTINGS)
 class Graft:
     """Image classifiers that share their backbone."""
 
+    @bentoml.on_deployment  # type: ignore[untyped-decorator]
+    @staticmethod
+    def deploy() -> None:
+        lifeline.watch_worker()
+
     @bentoml.on_startup  # type: ignore[untyped-decorator]
     async def start(self) -> None:
         log_accesses_to_stdout()
         await SERVER.start()
+        lifeline.follow_parent()
 
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]
     async def stop(self) -> None:
