@@ -116,8 +116,10 @@ class Routes:
         route = self._find(request)
         response = await self._answer(request, route)
         response.headers["X-Request-ID"] = request_id
+        # Before it is sent: how long a refused client goes on sending is not this server's time.
+        seconds = time.perf_counter() - start
         await response(scope, body.receive, body.linger(send, self._server.settings.body_seconds))
-        self._record(request, request_id, route, response, time.perf_counter() - start)
+        self._record(request, request_id, route, response, seconds)
 
     def _find(self, request: Request) -> Route | None:
         path = request.url.path
