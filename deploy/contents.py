@@ -17,7 +17,7 @@ import sys
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import Distribution, distributions
 from pathlib import Path
 
@@ -90,7 +90,9 @@ def list_checkpoints(repository: Path) -> Iterator[Component]:
         name, version = path.parent.parent.name, path.parent.name
         num_bytes = sum(file.stat().st_size for file in path.parent.iterdir())
         weights = f"{name} ({section.get('weights') or 'no pretrained weights'})"
-        yield Component("machine-learning-model", weights, version, section.get("license") or "", f"pkg:generic/{name}@{version}", num_bytes)
+        yield Component(
+            "machine-learning-model", weights, version, section.get("license") or "", f"pkg:generic/{name}@{version}", num_bytes
+        )
 
 
 def describe(components: list[Component]) -> dict[str, object]:
@@ -101,7 +103,7 @@ def describe(components: list[Component]) -> dict[str, object]:
         "serialNumber": f"urn:uuid:{uuid.uuid4()}",
         "version": 1,
         "metadata": {
-            "timestamp": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "timestamp": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             "component": {"type": "container", "bom-ref": "graft", "name": "graft"},
         },
         "components": [

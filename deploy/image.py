@@ -1,8 +1,8 @@
 """`make image`: the Bento, and its container image by whichever builder answers on this machine.
 
-    make image                              # graft:cpu, on OpenVINO and without torch
-    make image FLAVOUR=cuda                 # graft:cuda, with torch
-    make image ARGS="--ca corporate.crt --pip-conf pip.conf"   # where the registry is behind a proxy, or is your own
+make image                              # graft:cpu, on OpenVINO and without torch
+make image FLAVOUR=cuda                 # graft:cuda, with torch
+make image ARGS="--ca corporate.crt --pip-conf pip.conf"   # where the registry is behind a proxy, or is your own
 """
 
 from __future__ import annotations

@@ -118,13 +118,26 @@ def boot(image: Image, folder: Path, env: dict[str, str] | None = None, *, check
     config = image.config
     user, group = config["User"].split(":")
     variables = [*config["Env"], f"BENTOML_PORT={port}", *(f"{name}={value}" for name, value in (env or {}).items())]
-    no_privileges = ["setpriv", "--reuid", user, "--regid", group, "--clear-groups", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs"]
+    no_privileges = [
+        "setpriv",
+        "--reuid",
+        user,
+        "--regid",
+        group,
+        "--clear-groups",
+        "--bounding-set=-all",
+        "--inh-caps=-all",
+        "--no-new-privs",
+    ]
     script = ["bash", "-c", _BOOT, "boot", str(image.root), str(checkpoints_dir or "")]
     command = [*script, "-C", config["WorkingDir"], *variables, *no_privileges, *config["Entrypoint"]]
     log_path = folder / "container.log"
     with log_path.open("wb") as log:
         process = subprocess.Popen(
-            ["unshare", "--mount", "--pid", "--fork", "--kill-child", *command], stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            ["unshare", "--mount", "--pid", "--fork", "--kill-child", *command],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     container = Container(f"http://127.0.0.1:{port}", process, log_path, time.monotonic())
     try:
@@ -280,7 +293,9 @@ def check_predictions(
     difference = float(np.abs(found - wanted).max())
     (metrics,) = (image.project / "runs").glob("*/metrics.json")
     accuracy = json.loads(metrics.read_text())["val"]["accuracy"]
-    image.report(f"{len(images)} predictions within {difference:.1g} of evaluation's; accuracy {right / len(images):.4f}, its {accuracy:.4f}")
+    image.report(
+        f"{len(images)} predictions within {difference:.1g} of evaluation's; accuracy {right / len(images):.4f}, its {accuracy:.4f}"
+    )
     assert difference <= 1e-3
     assert right / len(images) == pytest.approx(accuracy, abs=1e-6)
 
@@ -391,7 +406,9 @@ def test_limits_and_choices_reach_the_process(
         found["GRAFT_MAX_IMAGES"] = container.post(*[small] * 4, token=token).status_code == 413
         found["GRAFT_MAX_PIXELS"] = container.post(draw_image("red", size=(40, 40)), token=token).status_code == 413
         with ThreadPoolExecutor(12) as clients:
-            statuses = set(clients.map(lambda seed: container.post(*pictures[0][seed : seed + 3], token=token).status_code, range(100, 136)))
+            statuses = set(
+                clients.map(lambda seed: container.post(*pictures[0][seed : seed + 3], token=token).status_code, range(100, 136))
+            )
         found["GRAFT_MAX_QUEUE_IMAGES"] = 429 in statuses
         status = httpx.get(f"{container.url}/v1/status", headers={"Authorization": f"Bearer {token}"}).json()
         found["GRAFT_PRECISION"] = status["backbones"][0]["precision"] == "fp32"
@@ -471,6 +488,8 @@ def _is_refused(port: int) -> bool:
 def _send_half(container: Container, token: str) -> int:
     port = int(container.url.rsplit(":", 1)[1])
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
-        head = f"POST /predict HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\nContent-Type: image/png\r\nContent-Length: 500\r\n\r\nx"
+        head = (
+            f"POST /predict HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\nContent-Type: image/png\r\nContent-Length: 500\r\n\r\nx"
+        )
         connection.sendall(head.encode())
         return int(connection.recv(4096).split()[1])
