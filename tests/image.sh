@@ -20,13 +20,18 @@ WORK=$PWD/build/image
 PYTHON=$PWD/.venv/bin/python
 # A storage of its own: the base has the name of one that others may have.
 export CONTAINERS_STORAGE_CONF=$WORK/storage.conf BUILDAH_ISOLATION=chroot STORAGE_DRIVER=vfs BENTOML_HOME=$WORK/bentoml
+bootstrapping=
 remove() {
+    if [[ $bootstrapping ]] && kill "$bootstrapping" 2> /dev/null; then wait "$bootstrapping" || true; fi
     if [[ -f $CONTAINERS_STORAGE_CONF ]]; then buildah rm --all > /dev/null; fi
-    rm -rf "$WORK"
+    # A debootstrap that was cut off leaves its mounts.
+    umount --quiet "$WORK"/rootfs/{proc,sys} 2> /dev/null || true
+    rm -rf --one-file-system "$WORK"
 }
 remove
 mkdir -p "$WORK/project" "$BENTOML_HOME"
 [[ ${KEEP:-} ]] || trap remove EXIT
+trap 'exit 1' INT TERM
 printf '[storage]\ndriver = "vfs"\ngraphroot = "%s/storage"\nrunroot = "%s/runroot"\n' "$WORK" "$WORK" > "$CONTAINERS_STORAGE_CONF"
 step() { printf 'test-image: %3d s  %s\n' "$SECONDS" "$*"; }
 
