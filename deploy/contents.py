@@ -123,16 +123,15 @@ def describe(components: list[Component]) -> dict[str, object]:
 
 def _licence_of(one: Distribution) -> str:
     """PEP 639's expression, else the classifiers, else the old free field, which some fill with the whole text."""
-    expression = one.metadata.get("License-Expression")
-    if expression:
-        return str(expression)
-    classifiers = [
-        line.rsplit(" :: ", 1)[1] for line in one.metadata.get_all("Classifier") or () if line.startswith("License :: OSI Approved :: ")
-    ]
+    fields = one.metadata.json
+    if "license_expression" in fields:
+        return str(fields["license_expression"])
+    prefix = "License :: OSI Approved :: "
+    classifiers = [line.removeprefix(prefix) for line in fields.get("classifier", ()) if line.startswith(prefix)]
     if classifiers:
         return " AND ".join(_OLD_CLASSIFIERS.get(name, name) for name in classifiers)
-    first, *_ = [*(one.metadata.get("License") or "").strip().splitlines(), ""]
-    return first[:100]
+    lines = str(fields.get("license", "")).strip().splitlines()
+    return lines[0][:100] if lines else ""
 
 
 def _debian_licence(package: str) -> str:
