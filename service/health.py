@@ -16,13 +16,13 @@ from service.server import Server
 
 
 async def livez(request: Request, server: Server) -> Response:
-    """200 unless an engine no longer answers: then the process must be replaced."""
+    """`GET /livez`: 200 unless an engine no longer answers: then the process must be replaced."""
     server.check_alive()
     return Response("\n", media_type="text/plain")
 
 
 async def readyz(request: Request, server: Server) -> Response:
-    """200 once a model serves whose golden images passed on this engine, and until SIGTERM."""
+    """`GET /readyz`: 200 once a model serves whose golden images passed on this engine, and until SIGTERM."""
     check_ready(server)
     return Response("\n", media_type="text/plain")
 
@@ -67,7 +67,7 @@ async def status(request: Request, server: Server) -> Response:
 
 
 async def prometheus(request: Request, server: Server) -> Response:
-    """`GET /metrics`."""
+    """`GET /metrics`: what Prometheus reads."""
     current = server.repository.current
     text = metrics.render(
         ((backbone.batcher.name, backbone.batcher.num_admitted) for backbone in current.backbones), sorted(current.versions)
