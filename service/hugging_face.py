@@ -23,7 +23,7 @@ from service.server import Server
 from service.uploads import read_body
 
 _EXAMPLE = '{"inputs": "<an image file in base64>", "parameters": {"top_k": 5}}, or the image itself'
-_MAX_VALUES = 1000
+_MAX_KEYS = 100
 
 
 class ImageClassificationParameters(BaseModel):
@@ -53,7 +53,7 @@ async def classify_image(request: Request, server: Server) -> Response:
             raise RequestError("no_image", f"the body is empty; send {_EXAMPLE}")
         # No image format starts so.
         if image.lstrip()[:1] == b"{":
-            asked = parse_json(image, ImageClassificationRequest, example=_EXAMPLE, max_values=_MAX_VALUES)
+            asked = parse_json(image, ImageClassificationRequest, example=_EXAMPLE, max_keys=_MAX_KEYS, max_values=_MAX_KEYS)
             if asked.parameters is not None and asked.parameters.top_k is not None:
                 top_k = asked.parameters.top_k
             image = decode_base64(asked.inputs, "inputs")

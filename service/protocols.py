@@ -46,14 +46,16 @@ def check_num_images(num_images: int, server: Server) -> None:
         raise too_many_images(server.settings.max_images)
 
 
-def parse_json(data: bytes, shape: type[Shape], *, example: str, max_values: int) -> Shape:
+def parse_json(data: bytes, shape: type[Shape], *, example: str, max_keys: int, max_values: int) -> Shape:
     """Strict JSON as `shape`; raises RequestError with the place that is wrong, and `example`.
 
-    `max_values` is what a body may hold, counted before it is parsed: ten bytes of JSON can become a hundred of Python, and
-    nobody is served meanwhile.
+    Keys and values are counted before anything is parsed: ten bytes of JSON can become a hundred of Python, and nobody else is
+    served meanwhile. Measured: a million keys take 1 s, a million numbers 0.1 s, nested three by three 0.2 s.
     """
-    if sum(map(data.count, (b",", b"[", b"{"))) > max_values:
-        raise RequestError("body_too_large", f"the JSON has more than {max_values} values; send fewer images, or binary data instead")
+    if data.count(b":") > max_keys or sum(map(data.count, (b",", b"[", b"{"))) > max_values:
+        raise RequestError(
+            "body_too_large", f"the JSON has more than {max_keys} keys or {max_values} values; send fewer images, or binary data instead"
+        )
     try:
         content = json.loads(data, parse_constant=_refuse_constant)
     # RecursionError: nested deeper than any tensor.

@@ -137,7 +137,9 @@ async def predict(request: Request, server: Server) -> Response:
     settings = server.settings
     with server.buffered.hold() as hold:
         body = await read_body(request, settings, hold)
-        asked = parse_json(body, PredictRequest, example=_EXAMPLE, max_values=100 + 16 * settings.max_images)
+        # Room for a few images too many, which are refused by their number.
+        max_keys = 100 + 8 * settings.max_images
+        asked = parse_json(body, PredictRequest, example=_EXAMPLE, max_keys=max_keys, max_values=max_keys)
         key, encoded = ("instances", asked.instances) if asked.instances is not None else ("inputs", asked.inputs or [])
         check_num_images(len(encoded), server)
         images = [decode_base64(one.b64, f"{key}[{index}]") for index, one in enumerate(encoded)]

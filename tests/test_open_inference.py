@@ -369,12 +369,14 @@ def test_bad_binary_sizes(client: httpx.Client) -> None:
         (b"", 400),
         (b"null", 400),
         (b"[" * 2_000_000, 413),
-        (b'{"inputs":' * 100_000, 400),
+        (b'{"inputs":' * 100_000, 413),
+        (b'{"inputs":' * 900, 400),
+        (b"{" + b",".join(b'"%d":1' % number for number in range(500_000)) + b"}", 413),
         (b'{"inputs": [' + b"{}," * 200_000 + b"{}]}", 400),
         (b"1," * 1_500_000, 413),
         (b" " * (MAX_BODY_BYTES + 1), 413),
     ],
-    ids=["empty", "null", "deep lists", "deep objects", "many inputs", "many numbers", "long"],
+    ids=["empty", "null", "deep lists", "deeper objects", "deep objects", "many keys", "many inputs", "many numbers", "long"],
 )
 def test_hostile_json(client: httpx.Client, body: bytes, status: int) -> None:
     check_error(client.post(INFER, content=body), status)
