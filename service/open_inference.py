@@ -13,6 +13,7 @@ The protocol has no error per image: one that cannot be read fails the request, 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -370,7 +371,8 @@ def _respond(request_id: str | None, model: Model, wanted: Sequence[Wanted], sco
         outputs.append(output)
     checkpoint = model.checkpoint
     answer = InferResponse(model_name=checkpoint.name, model_version=str(checkpoint.version), id=request_id, outputs=outputs)
-    text = answer.model_dump_json(exclude_none=True).encode()
+    # Not pydantic's JSON: it fails on an id that is half of a pair of surrogates, which a request may hold.
+    text = json.dumps(answer.model_dump(exclude_none=True)).encode()
     if not parts:
         return Response(text, media_type="application/json")
     return Response(b"".join([text, *parts]), headers={_HEADER_LENGTH: str(len(text))}, media_type="application/octet-stream")

@@ -185,6 +185,12 @@ def test_json_as_the_specification_writes_it(client: httpx.Client) -> None:
         }
 
 
+@pytest.mark.parametrize("request_id", ["", "\0", "\N{SNOWMAN}", "\ud800", "x" * 10_000])
+def test_any_id_comes_back(client: httpx.Client, request_id: str) -> None:
+    body = json.dumps({"id": request_id, "inputs": [image_tensor()], "outputs": [{"name": "label"}]})
+    assert client.post(INFER, content=body).json()["id"] == request_id
+
+
 def test_nested_pixels(client: httpx.Client, colors: Colors) -> None:
     pixels = colors.preprocess(draw_image("green"))
     tensor = {"name": "pixels", "shape": [1, *pixels.shape], "datatype": "UINT8", "data": [pixels.tolist()]}
