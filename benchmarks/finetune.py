@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -32,9 +31,10 @@ if __name__ == "__main__":
 
 from benchmarks.bounds import core_ms_to_decode, core_ms_to_run
 from benchmarks.images import make_emoji, make_fashion_csvs, make_fashion_mnist, make_photos
+from benchmarks.journal import Journal
+from benchmarks.machine import describe_machine
 from benchmarks.process import run_process
-from benchmarks.report import Machine, Measurement, report_engine, report_growth, report_peers
-from models.engine import cpu_name, num_cpus
+from benchmarks.report import Measurement, report_engine, report_growth, report_peers
 
 ROOT = Path(__file__).resolve().parent.parent
 BACKBONE = "tf_efficientnet_lite0"
@@ -55,10 +55,10 @@ _PACKAGES = ("torch", "torchvision", "timm", "openvino", "pillow", "simplejpeg",
 def main() -> int:
     args = parse_arguments()
     command = shlex.join(["python", "benchmarks/finetune.py", *shown_arguments(args)])
-    machine = Machine(cpu_name(), num_cpus(), versions(sys.executable), versions(args.peer_python), command)
+    machine = describe_machine(args.peer_python, _PACKAGES, command)
     args.data_dir.mkdir(parents=True, exist_ok=True)
     args.docs.mkdir(parents=True, exist_ok=True)
-    journal = Journal(args.data_dir / f"measured-{args.what}.jsonl", keep=args.resume)
+    journal = Journal(args.data_dir / f"measured-{args.what}.jsonl", Measurement, keep=args.resume)
     measure, report = {
         "peers": (measure_peers, report_peers),
         "engine": (measure_engine, report_engine),
@@ -103,38 +103,6 @@ def shown_arguments(args: argparse.Namespace) -> list[str]:
     return shown
 
 
-def versions(python: str) -> dict[str, str]:
-    """The installed versions of what matters, as that interpreter sees them."""
-    code = (
-        "import importlib.metadata as m, json, platform, sys\n"
-        "found = {d.metadata['Name'].lower(): d.version for d in m.distributions()}\n"
-        "print(json.dumps({'Python': platform.python_version(), **{n: found[n] for n in sys.argv[1:] if n in found}}))"
-    )
-    printed = subprocess.run([python, "-c", code, *_PACKAGES], check=True, capture_output=True, text=True).stdout
-    found: dict[str, str] = json.loads(printed)
-    return found
-
-
-class Journal:
-    """What was measured, a line of JSON each, written at once: an interrupted run of hours goes on with --resume."""
-
-    def __init__(self, path: Path, *, keep: bool) -> None:
-        self._path = path
-        if not keep:
-            path.unlink(missing_ok=True)
-        lines = path.read_text().splitlines() if path.exists() else []
-        self.measured = {found.key: found for found in (Measurement(**json.loads(line)) for line in lines)}
-
-    def __contains__(self, key: tuple[str, str, int]) -> bool:
-        return key in self.measured
-
-    def add(self, measurement: Measurement) -> None:
-        self.measured[measurement.key] = measurement
-        with self._path.open("a") as file:
-            file.write(json.dumps(measurement.to_dict()) + "\n")
-        print(measurement, flush=True)
-
-
 @dataclass(frozen=True)
 class GraftRun:
     """A run of finetune/run.py in folders of its own, which stay until `scratch` goes."""
@@ -166,7 +134,7 @@ class GraftRun:
         return self.scratch / "checkpoints" / "benchmark" / "1"
 
 
-def measure_peers(args: argparse.Namespace, journal: Journal) -> None:
+def measure_peers(args: argparse.Namespace, journal: Journal[Measurement]) -> None:
     weights = args.data_dir / f"{BACKBONE}.safetensors"
     run_process([sys.executable, "benchmarks/peers/weights.py", BACKBONE, weights], ROOT)
     sets = make_sets(args)
@@ -214,7 +182,7 @@ def precision_option(args: argparse.Namespace) -> tuple[str, ...]:
     return () if args.precision is None else ("--precision", args.precision)
 
 
-def measure_engine(args: argparse.Namespace, journal: Journal) -> None:
+def measure_engine(args: argparse.Namespace, journal: Journal[Measurement]) -> None:
     """Extraction as a run does it; then the checkpoint's own engine, and the decoder, each with the machine to itself."""
     num_photos = args.limit or 4_000
     photos = make_photos(args.data_dir, count=num_photos)
@@ -231,7 +199,7 @@ def measure_engine(args: argparse.Namespace, journal: Journal) -> None:
         journal.add(Measurement("photos", "extraction", repeat, extraction.seconds, extraction.peak_bytes, extraction.accuracy, parts))
 
 
-def measure_growth(args: argparse.Namespace, journal: Journal) -> None:
+def measure_growth(args: argparse.Namespace, journal: Journal[Measurement]) -> None:
     """Cold runs at each size, the sizes in turn; what is measured is never in a cache."""
     sizes = GROWTH_SIZES if args.limit is None else (args.limit, 2 * args.limit)
     csvs = make_fashion_csvs(args.data_dir, sizes)

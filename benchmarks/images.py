@@ -4,6 +4,7 @@ fashion-mnist   Debian's dataset-fashion-mnist: 28x28 grey photographs of clothe
 emoji           Microsoft's Fluent Emoji in 3D, 256x256 in colour (npm @lobehub/fluent-emoji-3d, MIT), in the 9 groups that Unicode gives
                 them (npm unicode-emoji-json, MIT); one skin tone each, so that no picture is in both splits in another shade
 photos          500x334 JPEG windows onto the two photographs that scikit-learn ships: for speed only, their two classes are trivial
+requests        such windows and the whole photographs, 640x427, encoded: what clients send
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import csv
 import gzip
 import hashlib
 import importlib.util
+import io
+import itertools
 import json
 import random
 import shutil
@@ -107,6 +110,23 @@ def make_photos(data_dir: Path, *, count: int) -> Path:
             _save(window, folder / ("train" if index % 5 else "val") / name / f"{index:05d}.jpg")
 
     return _make(data_dir / f"photos-{count}", write)
+
+
+def make_request_images(data_dir: Path, *, count: int) -> list[bytes]:
+    """`count` JPEGs of 500 to 640 pixels' width: windows, and after every seven of them a whole photograph."""
+    windows = sorted(make_photos(data_dir, count=count).rglob("*.jpg"), key=lambda path: path.name)
+    whole = itertools.cycle([(_sklearn_photo_dir() / f"{name}.jpg", mirror) for mirror in (False, True) for name in ("china", "flower")])
+    encoded: list[bytes] = []
+    for index, path in enumerate(windows):
+        encoded.append(path.read_bytes() if index % 8 < 7 else _encode_photo(*next(whole)))
+    return encoded
+
+
+def _encode_photo(path: Path, mirror: bool) -> bytes:
+    image = Image.open(path)
+    buffer = io.BytesIO()
+    (image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirror else image).save(buffer, "JPEG", quality=_PHOTO_QUALITY)
+    return buffer.getvalue()
 
 
 def _make(folder: Path, write: Callable[[Path], None]) -> Path:

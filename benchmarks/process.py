@@ -1,7 +1,8 @@
-"""A whole process, measured: wall time, and the peak memory of it and all that it starts."""
+"""Whole processes, measured: wall time, and the memory, processor time and open files of one and all that it starts."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import tempfile
@@ -32,7 +33,7 @@ def run_process(command: Sequence[str | Path], cwd: Path) -> Finished:
     with tempfile.TemporaryFile("w+") as out:
         started = time.perf_counter()
         process = subprocess.Popen([str(part) for part in command], cwd=cwd, env=environment, stdout=out, stderr=subprocess.STDOUT)
-        memory = _MemorySampler(process.pid)
+        memory = MemorySampler(process.pid)
         memory.start()
         code = process.wait()
         seconds = time.perf_counter() - started
@@ -44,29 +45,60 @@ def run_process(command: Sequence[str | Path], cwd: Path) -> Finished:
     return Finished(seconds, memory.peak_bytes, output)
 
 
-class _MemorySampler(threading.Thread):
+class MemorySampler(threading.Thread):
     """The highest of: the tree's proportional memory (shared pages counted once), sampled; the root's own high-water mark.
 
     Not ru_maxrss: Linux hands a parent's size on to the child that it starts.
     """
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, sample_seconds: float = _SAMPLE_SECONDS) -> None:
         super().__init__(daemon=True)
+        self._sample_seconds = sample_seconds
         self._root = psutil.Process(pid)
         self._done = threading.Event()
         self.peak_bytes = 0
 
     def run(self) -> None:
-        while not self._done.wait(_SAMPLE_SECONDS):
-            try:
-                family = [self._root, *self._root.children(recursive=True)]
-            except psutil.NoSuchProcess:
-                return
+        while not self._done.wait(self._sample_seconds):
+            family = tree(self._root.pid)
             self.peak_bytes = max(self.peak_bytes, sum(map(_memory_bytes, family)), _high_water_bytes(self._root.pid))
 
     def stop(self) -> None:
         self._done.set()
         self.join()
+
+
+def tree_bytes(pid: int) -> int:
+    """The memory of a process and all that it started, shared pages counted once."""
+    return sum(map(_memory_bytes, tree(pid)))
+
+
+def tree_cpu_seconds(pid: int) -> float:
+    """What the processes that live in the tree have computed so far."""
+    seconds = 0.0
+    for process in tree(pid):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            seconds += times.user + times.system
+    return seconds
+
+
+def tree_descriptors(pid: int) -> int:
+    """Open files and sockets of the tree."""
+    count = 0
+    for process in tree(pid):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            count += process.num_fds()
+    return count
+
+
+def tree(pid: int) -> list[psutil.Process]:
+    """A process and all that it started and that lives; empty where it has ended."""
+    try:
+        root = psutil.Process(pid)
+        return [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
 
 
 def _memory_bytes(process: psutil.Process) -> int:

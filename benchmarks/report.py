@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.machine import Machine
+from benchmarks.sections import spread, write_section
+
+_FILE = "finetune-benchmark.md"
 _TITLE = (
     "# Fine-tuning, measured\n\nWritten by `benchmarks/finetune.py`; every figure is a median, with the lowest and highest in brackets.\n"
 )
 _REFERENCE = "Graft"
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where and how it was measured; `versions` are Graft's, `peer_versions` the peers'."""
-
-    cpu: str
-    num_cpus: int
-    versions: dict[str, str]
-    peer_versions: dict[str, str]
-    command: str
-
-    def describe(self, *, with_peers: bool) -> str:
-        listed = [("Graft", self.versions), ("peers", self.peer_versions)] if with_peers else [("Graft", self.versions)]
-        lines = "; ".join(f"{who}: {', '.join(f'{name} {version}' for name, version in found.items())}" for who, found in listed)
-        return f"{self.cpu}, {self.num_cpus} cores. {lines}.\n\n```\n{self.command}\n```\n"
 
 
 @dataclass(frozen=True)
@@ -81,7 +68,7 @@ def report_peers(measured: Sequence[Measurement], machine: Machine, docs_dir: Pa
     plot = docs_dir / "finetune-benchmark.png"
     draw_peers(measured, plot)
     lines += ["", f"![Seconds and accuracy of each]({plot.name})", "", machine.describe(with_peers=True)]
-    _write_section(docs_dir, "peers", lines)
+    write_section(docs_dir / _FILE, _TITLE, "peers", lines)
 
 
 def report_engine(measured: Sequence[Measurement], machine: Machine, docs_dir: Path) -> None:
@@ -102,7 +89,7 @@ def report_engine(measured: Sequence[Measurement], machine: Machine, docs_dir: P
         "",
         machine.describe(with_peers=False),
     ]
-    _write_section(docs_dir, "engine", lines)
+    write_section(docs_dir / _FILE, _TITLE, "engine", lines)
 
 
 def report_growth(measured: Sequence[Measurement], machine: Machine, docs_dir: Path) -> None:
@@ -132,7 +119,7 @@ def report_growth(measured: Sequence[Measurement], machine: Machine, docs_dir: P
         lines.append(f"| {size:,} | {' | '.join(cells)} |")
     peaks = [_median(found, _peak_mb) for found in by_size.values()]
     lines += ["", f"Peak memory varies by {max(peaks) - min(peaks):.0f} MB over all sizes.", "", machine.describe(with_peers=False)]
-    _write_section(docs_dir, "growth", lines)
+    write_section(docs_dir / _FILE, _TITLE, "growth", lines)
 
 
 def draw_peers(measured: Sequence[Measurement], path: Path) -> None:
@@ -158,17 +145,6 @@ def draw_peers(measured: Sequence[Measurement], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
-
-
-def _write_section(docs_dir: Path, name: str, lines: Sequence[str]) -> None:
-    """Put the section in place of the one of that name, or at the end."""
-    path = docs_dir / "finetune-benchmark.md"
-    text = path.read_text() if path.exists() else _TITLE
-    section = f"<!-- {name} -->\n" + "\n".join(lines).strip() + f"\n<!-- /{name} -->"
-    pattern = re.compile(f"<!-- {name} -->.*<!-- /{name} -->", re.DOTALL)
-    replaced = pattern.sub(lambda _: section, text) if pattern.search(text) else f"{text.rstrip()}\n\n{section}"
-    path.write_text(replaced.rstrip() + "\n")
-    print(f"\n{section}\n\n{path}")
 
 
 def _names(measured: Sequence[Measurement], attribute: str) -> list[str]:
@@ -202,8 +178,4 @@ def _parts_median(found: Sequence[Measurement], name: str) -> float:
 
 
 def _spread(found: Sequence[Measurement], value: Callable[[Measurement], float], form: str) -> str:
-    """The median, and the range where there is one to show."""
-    values = sorted(map(value, found))
-    shown = format(median(values), form)
-    low, high = format(values[0], form), format(values[-1], form)
-    return shown if low == high else f"{shown} ({low}–{high})"
+    return spread(list(map(value, found)), form)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, CliApp, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, CliApp, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
+from models.allowed import describe_allowed
 from models.checkpoint import check_name
 from models.engine import Precision, num_cpus
 from models.errors import GraftError
@@ -171,21 +174,27 @@ def parse_options(kind: type[AnyOptions], arguments: list[str]) -> AnyOptions:
 
     Raises GraftError with every option that is wrong; `--help` prints and exits as usual.
     """
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     finder.add_argument("--config", type=Path)
-    config_path = finder.parse_known_args(arguments)[0].config
-    from_file = {} if config_path is None else _read_config(kind, config_path)
     try:
-        return CliApp.run(kind, cli_args=arguments, **from_file)
+        config_path = finder.parse_known_args(arguments)[0].config
+        from_file = {} if config_path is None else _read_config(kind, config_path)
+        return CliApp.run(kind, cli_args=arguments, cli_exit_on_error=False, **from_file)
     except ValidationError as error:
-        raise GraftError("\n".join(_describe(problem) for problem in error.errors())) from None
+        raise GraftError("\n".join(_describe(kind, problem) for problem in error.errors())) from None
+    except (SettingsError, argparse.ArgumentError) as error:
+        raise GraftError(_describe_flag(kind, str(error).removeprefix("error parsing CLI: "))) from None
 
 
 def _read_config(kind: type[SharedOptions], path: Path) -> dict[str, Any]:
     try:
         loaded = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise GraftError(f"--config {path}: {error}") from error
+    except OSError as error:
+        raise GraftError(f"--config {path}: {error.strerror}; it takes a YAML file, such as the config.yaml of a run") from error
+    except UnicodeDecodeError as error:
+        raise GraftError(f"--config {path}: it is not text in UTF-8; it takes a YAML file, such as the config.yaml of a run") from error
+    except yaml.YAMLError as error:
+        raise GraftError(f"--config {path}: not YAML that can be read: {error}") from error
     if not isinstance(loaded, dict):
         raise GraftError(f"--config {path}: it must hold one `option: value` a line, as the config.yaml of a run does")
     unknown = sorted(str(key) for key in loaded if key not in kind.model_fields)
@@ -194,11 +203,42 @@ def _read_config(kind: type[SharedOptions], path: Path) -> dict[str, Any]:
     return loaded
 
 
-def _describe(problem: Any) -> str:
-    if not problem["loc"]:
-        return str(problem["msg"]).removeprefix("Value error, ")
-    if problem["type"] == "extra_forbidden":
-        return f"--{problem['loc'][0]}: there is no such option; --help lists them"
-    flag = f"--{str(problem['loc'][0]).replace('_', '-')}"
+def _describe(kind: type[SharedOptions], problem: Any) -> str:
+    """A value that does not fit, in the house's words."""
     message = str(problem["msg"]).removeprefix("Value error, ")
-    return message if message.startswith(flag) else f"{flag} {problem['input']}: {message}"
+    if not problem["loc"]:
+        return message
+    name = str(problem["loc"][0])
+    flag = _flag(name)
+    if problem["type"] == "value_error":
+        return message if message.startswith(flag) else f"{flag} {problem['input']}: {message}"
+    if problem["type"] == "string_too_short":
+        return f"{flag} {problem['input']!r}: it must not be empty"
+    return f"{flag} {problem['input']}: it must be {describe_allowed(kind.model_fields[name])}"
+
+
+def _describe_flag(kind: type[SharedOptions], message: str) -> str:
+    """What argparse says of flags that it cannot take apart, with the way out."""
+    if message.startswith("unrecognized arguments: "):
+        words = message.split()[2:]
+        unknown = [word.partition("=")[0] for word in words if word.startswith("-")]
+        if not unknown:
+            return f"{words[0]}: it belongs to no option; options are given as --name VALUE, --help lists them"
+        switches = [f"no_{name}" for name, field in kind.model_fields.items() if field.annotation is bool]
+        known = [_flag(name) for name in (*kind.model_fields, *switches)]
+        return "\n".join(f"{flag}: there is no such option; {_guess(flag, known)}--help lists them" for flag in unknown)
+    if found := re.match(r"argument --([\w-]+)(/\S+)?: (.*)", message):
+        name = found[1].replace("-", "_")
+        if found[2]:
+            return f"--{found[1]}: it takes no value; say --{found[1]} or {found[2][1:]}"
+        return f"--{found[1]}: it needs a value, {describe_allowed(kind.model_fields[name])}"
+    return f"{message}; --help lists the options"
+
+
+def _guess(flag: str, known: list[str]) -> str:
+    close = [other for other in known if other.startswith(flag)] or difflib.get_close_matches(flag, known, n=1, cutoff=0.7)
+    return f"did you mean {close[0]}? " if close else ""
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import importlib.util
 import inspect
 import io
+import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +18,9 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from models.errors import GraftError
+from models.errors import GraftError, in_words
+
+logger = logging.getLogger("graft.data")
 
 SplitName = Literal["train", "val", "test"]
 _SPLIT_FOLDERS: dict[str, SplitName] = {
@@ -113,12 +117,12 @@ def load_splits(data: str, *, data_root: Path, val_fraction: float, seed: int) -
     else:
         path = Path(data).expanduser()
         try:
-            is_there = path.exists()
-        except (OSError, ValueError) as error:
-            raise GraftError(f"--data {data[:80]}: it cannot be looked up: {error}") from error
-        if not is_there:
-            raise GraftError(f"--data {data}: there is no such file or folder; or say digits, or torchvision:NAME")
-        labelled, fixed = _load_csv(path) if path.is_file() else _load_folder(path)
+            if not path.exists():
+                raise GraftError(f"--data {data}: there is no such file or folder; or say digits, or torchvision:NAME")
+            labelled, fixed = _load_csv(path) if path.is_file() else _load_folder(path)
+        except OSError as error:
+            where = "" if error.filename in (None, str(path)) else f": {error.filename}"
+            raise GraftError(f"--data {data[:80]}: it cannot be read: {error.strerror}{where}") from error
     return _to_splits(data, labelled, fixed, val_fraction, seed)
 
 
@@ -166,7 +170,11 @@ def _load_class_folders(root: Path, folders: list[Path]) -> _Labelled:
     for folder in folders:
         if not folder.name.isprintable() or any("\ud800" <= char <= "\udfff" for char in folder.name):
             raise GraftError(f"--data {root}: the class folder {folder.name!r} has a name that is no printable text; rename it")
-    return [(str(path), folder.name, path) for folder in folders for path in _image_files(folder)]
+    images = {folder: _image_files(folder) for folder in folders}
+    if empty := [folder.name for folder, paths in images.items() if not paths]:
+        more = f" and {len(empty) - 10} more" if len(empty) > 10 else ""
+        logger.warning("--data %s: no file in the class folders %s%s; they are left out", root, ", ".join(empty[:10]), more)
+    return [(str(path), folder.name, path) for folder, paths in images.items() for path in paths]
 
 
 def _image_files(folder: Path) -> list[Path]:
@@ -185,10 +193,13 @@ def _load_csv(path: Path) -> tuple[_Labelled, _FixedSplits]:
             # Blank lines are skipped and quoted ones may be broken, so a row's line is the reader's to say.
             rows = [(reader.line_num, row) for row in reader]
             columns = reader.fieldnames or ()
-    except (OSError, csv.Error, UnicodeDecodeError) as error:
+    except csv.Error as error:
         raise GraftError(f"--data {path}: not a CSV that can be read: {error}") from error
+    except UnicodeDecodeError as error:
+        encoding = "text in UTF-16" if path.read_bytes()[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "not text in UTF-8"
+        raise GraftError(f"--data {path}: it is {encoding}; save it as CSV in UTF-8, separated by commas") from error
     if not {"path", "label"} <= set(columns):
-        raise GraftError(f"--data {path}: it needs the columns path,label and perhaps split; it has {', '.join(columns) or 'none'}")
+        raise GraftError(f"--data {path}: it needs the columns path,label and perhaps split; it has {_describe_columns(columns)}")
     labelled: _Labelled = []
     splits: list[SplitName] = []
     for number, row in rows:
@@ -201,6 +212,17 @@ def _load_csv(path: Path) -> tuple[_Labelled, _FixedSplits]:
                 raise GraftError(f"--data {path}: line {number} has the split {row['split']!r}; allowed are train, val and test")
             splits.append(split)
     return labelled, splits if "split" in columns else None
+
+
+def _describe_columns(columns: Sequence[str]) -> str:
+    """What a CSV has in place of path,label and why they were not found, where that can be seen."""
+    if len(columns) == 1:
+        for separator, name in ((";", "semicolons"), ("\t", "tabs")):
+            if separator in columns[0]:
+                return f"{columns[0]!r}, separated by {name}; save it separated by commas"
+    if {"path", "label"} <= {column.strip().lower() for column in columns}:
+        return f"{', '.join(map(repr, columns))}; write them in small letters, without spaces around them"
+    return ", ".join(columns) or "none"
 
 
 def _load_torchvision(name: str, root: Path) -> tuple[_Labelled, _FixedSplits]:
@@ -244,8 +266,9 @@ def _open_torchvision(factory: Any, name: str, root: Path, arguments: dict[str, 
     try:
         return factory(root=str(root), download=True, **arguments)
     except (OSError, RuntimeError) as error:
+        reason = " ".join(in_words(error).split())
         raise GraftError(
-            f"--data torchvision:{name}: it is not under --data-root {root} and could not be downloaded ({' '.join(str(error).split())}); "
+            f"--data torchvision:{name}: it is not under --data-root {root} and could not be downloaded ({reason}); "
             f"run it once where there is a network, and copy that folder here"
         ) from error
 

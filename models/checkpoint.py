@@ -24,7 +24,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from models.errors import GraftError
+from models.errors import GraftError, in_words
 from models.preprocess import Preprocess
 
 FORMAT_VERSION = 1
@@ -157,7 +157,7 @@ def publish(
                 version += 1
         _fsync(folder)
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise GraftError(f"the checkpoint could not be written to {folder}: {error}; nothing was published") from error
+        raise GraftError(f"the checkpoint could not be written to {folder}: {in_words(error)}; nothing was published") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder / str(version)

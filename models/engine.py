@@ -13,6 +13,7 @@ import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -97,11 +98,23 @@ def num_cpus() -> int:
         return os.cpu_count() or 1
 
 
-def supports_bf16() -> bool:
-    """Whether the CPU computes in bf16 by itself (AVX-512 BF16 or AMX), as OpenVINO sees it."""
+@cache
+def openvino_core() -> ov.Core:
+    """The process's one `Core`, never let go of.
+
+    Each one's CPU plugin gives the thread a stack for signals and takes it back when it goes; where a second came in between, the
+    thread is left with the address of freed memory, and its next signal ends the process (OpenVINO 2026.4).
+    """
+    # Imported here, as elsewhere in this file: the CUDA engine's users need not have it, and it costs 0.2 s.
     import openvino as ov
 
-    return "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return ov.Core()
+
+
+@cache
+def supports_bf16() -> bool:
+    """Whether the CPU computes in bf16 by itself (AVX-512 BF16 or AMX), as OpenVINO sees it."""
+    return "BF16" in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def _is_quantised(model: ov.Model) -> bool:
@@ -127,10 +140,8 @@ class OpenVINOEngine:
         """What is given of batch, streams and speed (all three: as recorded on this machine) is not searched for.
 
         Raises GraftError where the IR cannot be read or the precision is not to be had on this CPU."""
-        # Imported here: the CUDA engine's users need not have it, and it costs 0.2 s.
         import openvino as ov
 
-        self._core = ov.Core()
         self._model_path = model_path
         self._image_shape = (preprocess.height, preprocess.width, 3)
         chosen = self._choose_precision(precision)
@@ -197,7 +208,7 @@ class OpenVINOEngine:
     def _choose_precision(self, precision: Precision) -> str:
         has_bf16 = supports_bf16()
         if precision == "int8":
-            if not _is_quantised(self._core.read_model(self._model_path)):
+            if not _is_quantised(openvino_core().read_model(self._model_path)):
                 raise GraftError(f"--precision int8: {self._model_path} is not quantised")
             return "int8"
         if precision == "auto":
@@ -208,9 +219,9 @@ class OpenVINOEngine:
         return precision
 
     def _compile(self, precision: str, batch_size: int, num_streams: int) -> ov.CompiledModel:
-        model = self._core.read_model(self._model_path)
+        model = openvino_core().read_model(self._model_path)
         model.reshape([batch_size, *self._image_shape])
-        return self._core.compile_model(
+        return openvino_core().compile_model(
             model,
             "CPU",
             {

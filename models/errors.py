@@ -1,5 +1,15 @@
-"""The one error that a person can mend: shown as a message without a traceback, never as a crash."""
+"""The one error that a person can mend: shown as a message without a traceback, never as a crash; and the system's, in words."""
 
 
 class GraftError(ValueError):
     """What was wrong, the value it got, what is allowed, and the way out."""
+
+
+def in_words(error: Exception) -> str:
+    """What went wrong, without the system's number for it, and with the file where the system names one."""
+    reason = getattr(error, "reason", None)
+    if isinstance(reason, OSError):  # urllib's wrapping
+        return in_words(reason)
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    return error.strerror if error.filename is None else f"{error.strerror}: {error.filename}"

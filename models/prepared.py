@@ -24,7 +24,7 @@ from safetensors.numpy import load_file, save_file
 
 from models.checkpoint import CONFIG_FILE, OPENVINO_FILE, WEIGHTS_FILE, Array, CheckpointError, fingerprint, hash_file
 from models.engine import Engine, OpenVINOEngine, Precision, TorchEngine, cpu_name, num_cpus
-from models.errors import GraftError
+from models.errors import GraftError, in_words
 from models.freeze_policy import resolve_policy
 from models.preprocess import Preprocess
 
@@ -100,9 +100,15 @@ def prepare_backbone(
     """
     key = _cache_key(name, weights, pretrained, image_size)
     if cache_dir is None or key is None:
+        logger.info("converting %s for this machine …", name)
         return _build(name, weights, pretrained, image_size, scratch_dir / "backbone")
     folder = cache_dir / "backbones" / key
-    return read_kept(folder) or _build(name, weights, pretrained, image_size, folder)
+    kept = read_kept(folder)
+    if kept is not None:
+        return kept
+    # Importing torch, reading the weights and converting them take 4 to 10 s.
+    logger.info("converting %s for this machine (once) …", name)
+    return _build(name, weights, pretrained, image_size, folder)
 
 
 def write_prepared(backbone: Backbone, folder: Path) -> PreparedBackbone:
@@ -145,7 +151,7 @@ def write_prepared(backbone: Backbone, folder: Path) -> PreparedBackbone:
         if isinstance(error, GraftError):
             raise
         raise GraftError(
-            f"the converted backbone could not be written to {folder}: {error}; name another --cache-dir, or say --no-cache"
+            f"the converted backbone could not be written to {folder}: {in_words(error)}; name another --cache-dir, or say --no-cache"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

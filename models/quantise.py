@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from models.checkpoint import CONFIG_FILE, OPENVINO_FILE, WEIGHTS_FILE, fingerprint, hash_file
-from models.errors import GraftError
+from models.engine import openvino_core
+from models.errors import GraftError, in_words
 from models.prepared import PreparedBackbone, hash_openvino, read_kept, read_prepared
 from models.preprocess import Pixels
 
@@ -50,7 +51,7 @@ def quantise(backbone: PreparedBackbone, images: Pixels) -> PreparedBackbone:
         if not (folder / CONFIG_FILE).is_file():
             raise GraftError(f"the quantised backbone could not be written to {folder}")
     except OSError as error:
-        raise GraftError(f"the quantised backbone could not be written to {folder}: {error}") from error
+        raise GraftError(f"the quantised backbone could not be written to {folder}: {in_words(error)}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return read_prepared(folder)
@@ -68,7 +69,7 @@ def _write_quantised(backbone: PreparedBackbone, images: Pixels, path: Path) -> 
     import openvino as ov
 
     nncf.set_log_level(logging.ERROR)
-    model = ov.Core().read_model(backbone.openvino_path)
+    model = openvino_core().read_model(backbone.openvino_path)
     samples = nncf.Dataset([image[None] for image in images])
     is_transformer = any(operation.get_type_name() in ("Softmax", "ScaledDotProductAttention") for operation in model.get_ops())
     try:

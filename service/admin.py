@@ -52,7 +52,7 @@ async def patch_rollout(request: Request, server: Server) -> Response:
         body = await read_body(request, server.settings, hold)
     try:
         patch = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         patch = None
     if not isinstance(patch, dict):
         raise RequestError("bad_request", 'the body is not a JSON object such as {"default": "stable", "labels": {"stable": 3}}')

@@ -19,7 +19,7 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
-from service import open_inference, tf_serving
+from service import lifeline, open_inference, tf_serving
 from service.admin import load_version, patch_rollout, unload_version
 from service.health import livez, prometheus, readyz, status
 from service.hugging_face import classify_image
@@ -102,10 +102,16 @@ SERVER = Server(_SETTINGS)
 class Graft:
     """Image classifiers that share their backbone."""
 
+    @bentoml.on_deployment  # type: ignore[untyped-decorator]
+    @staticmethod
+    def deploy() -> None:
+        lifeline.watch_worker()
+
     @bentoml.on_startup  # type: ignore[untyped-decorator]
     async def start(self) -> None:
         log_accesses_to_stdout()
         await SERVER.start()
+        lifeline.follow_parent()
 
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]
     async def stop(self) -> None:

@@ -5,7 +5,11 @@ BentoML's own metrics label by raw path, one series for every address a scanner 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
+
+# Set by BentoML for its own; with it values live in files for processes to share, and no series can be dropped. We are one process.
+os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 

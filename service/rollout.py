@@ -103,7 +103,7 @@ def read_rollout(folder: Path) -> Rollout:
         raise GraftError(f"{ROLLOUT_FILE} cannot be read: {error.strerror}") from error
     try:
         content = json.loads(text) if len(text) <= _MAX_BYTES else None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise GraftError(f"{ROLLOUT_FILE} is not JSON: {error}") from None
     if not isinstance(content, dict):
         raise GraftError(f"{ROLLOUT_FILE} is not one JSON object of at most {_MAX_BYTES} bytes")

@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service import metrics
 from service.errors import RequestError
+from service.linger import RequestBody
 from service.schemas import ErrorDetail, ErrorResponse, ProtocolError
 from service.server import Server
 
@@ -106,7 +107,8 @@ class Routes:
             await self._app(scope, receive, send)
             return
         start = time.perf_counter()
-        request = Request(scope, receive)
+        body = RequestBody(scope, receive)
+        request = Request(scope, body.receive)
         request.state.log = {}
         request_id = request.headers.get("x-request-id", "")
         if not _REQUEST_ID.fullmatch(request_id):
@@ -114,8 +116,10 @@ class Routes:
         route = self._find(request)
         response = await self._answer(request, route)
         response.headers["X-Request-ID"] = request_id
-        await response(scope, receive, send)
-        self._record(request, request_id, route, response, time.perf_counter() - start)
+        # Before it is sent: how long a refused client goes on sending is not this server's time.
+        seconds = time.perf_counter() - start
+        await response(scope, body.receive, body.linger(send, self._server.settings.body_seconds))
+        self._record(request, request_id, route, response, seconds)
 
     def _find(self, request: Request) -> Route | None:
         path = request.url.path

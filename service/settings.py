@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from annotated_types import Ge, Gt
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from models.allowed import describe_allowed
 from models.engine import Precision, num_cpus
 from models.errors import GraftError
 
@@ -99,14 +100,15 @@ def load_settings() -> Settings:
     try:
         return Settings()
     except ValidationError as error:
-        raise GraftError("; ".join(_describe(one["loc"], one["input"], one["msg"]) for one in error.errors())) from None
+        raise GraftError("; ".join(_describe(one) for one in error.errors())) from None
 
 
-def _describe(location: tuple[int | str, ...], value: object, message: str) -> str:
-    if not location:
+def _describe(problem: Any) -> str:
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    if not problem["loc"]:
         return message
-    name = str(location[0])
-    if "token" in name:
-        value = "…"
+    name = str(problem["loc"][0])
     variable = name if name == "CHECKPOINTS" else f"GRAFT_{name.upper()}"
-    return f"{variable}={value}: {message}"
+    if problem["type"] != "value_error":
+        message = f"it must be {describe_allowed(Settings.model_fields[name.lower()])}"
+    return f"{variable}={'…' if 'token' in name else problem['input']}: {message}"

@@ -171,6 +171,20 @@ def test_a_path_that_is_not_there_is_refused(tmp_path: Path) -> None:
         load(tmp_path / "photos")
 
 
+def test_what_the_system_refuses_is_said_in_words() -> None:
+    with pytest.raises(GraftError, match=f"^--data {'x' * 80}: it cannot be read: File name too long$"):
+        load("x" * 5000)
+
+
+def test_class_folders_without_a_file_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_images(tmp_path, {"cat": 3, "dog": 3, "emu": 0, "fox": 0})
+    (tmp_path / "fox" / ".DS_Store").touch()
+    splits = load(tmp_path)
+    assert splits.label_names == ("cat", "dog")
+    assert caplog.messages == [f"--data {tmp_path}: no file in the class folders emu, fox; they are left out"]
+    assert caplog.records[0].levelname == "WARNING"
+
+
 # CSV files.
 
 
@@ -211,7 +225,10 @@ def test_quoted_paths_with_commas_are_read(tmp_path: Path) -> None:
         ("", "it needs the columns path,label and perhaps split; it has none"),
         ("path,label\n", "there is no image in it"),
         ("file,class\na.png,x\n", "it needs the columns path,label and perhaps split; it has file, class"),
-        ("path;label\na.png;x\n", "it has path;label"),
+        ("path;label\na.png;x\n", "it has 'path;label', separated by semicolons; save it separated by commas"),
+        ("path\tlabel\na.png\tx\n", "separated by tabs; save it separated by commas"),
+        ("path, label\na.png, x\n", "it has 'path', ' label'; write them in small letters, without spaces around them"),
+        ("Path,Label,Split\na.png,x,train\n", "it has 'Path', 'Label', 'Split'; write them in small letters"),
         ("path,label\na.png,x\n,y\n", "line 3 has no path"),
         ("path,label\na.png,x\nb.png,\n", "line 3 has no label"),
         ("path,label\na.png\n", "line 2 has no label"),
@@ -244,6 +261,13 @@ def test_a_file_that_is_no_csv_is_refused(tmp_path: Path, content: bytes) -> Non
 
 
 # splits.csv.
+
+
+@pytest.mark.parametrize(("encoding", "found"), [("utf-16", "text in UTF-16"), ("latin-1", "not text in UTF-8")])
+def test_a_csv_in_another_encoding_is_told_how_to_save_it(tmp_path: Path, encoding: str, found: str) -> None:
+    path = write_csv(tmp_path / "list.csv", "path,label\nvögel.png,x\n", encoding)
+    with pytest.raises(GraftError, match=f"^--data {path}: it is {found}; save it as CSV in UTF-8, separated by commas$"):
+        load(path)
 
 
 def test_splits_csv_reads_back_as_the_same_splits(tmp_path: Path) -> None:

@@ -126,6 +126,29 @@ def test_engines_that_come_and_go_leave_the_process_alive(run_python: RunPython,
     assert (finished.returncode, finished.stdout) == (0, "fine\n"), finished.stderr
 
 
+def test_a_signal_after_engines_went_in_the_order_they_came_harms_nobody(run_python: RunPython, prepared: PreparedBackbone) -> None:
+    """OpenVINO's plugin leaves the thread a freed stack for signals, unless it stays loaded: this was a segmentation fault."""
+    finished = run_python(_SIGNAL, str(prepared.openvino_path))
+    assert (finished.returncode, finished.stdout) == (0, "signalled\n"), finished.stderr
+
+
+_SIGNAL = """
+import os
+import signal
+import sys
+from pathlib import Path
+from models.engine import OpenVINOEngine
+from models.preprocess import Preprocess
+
+first, second = (OpenVINOEngine(Path(sys.argv[1]), Preprocess(), batch_size=1, num_streams=1, images_per_second=1.0) for _ in range(2))
+for engine in (first, second):
+    engine.close()
+del first, second, engine
+signal.signal(signal.SIGUSR1, lambda *_: print("signalled"))
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
+
 _COME_AND_GO = """
 import sys
 from pathlib import Path

@@ -216,3 +216,15 @@ def test_a_damaged_backbone_in_the_cache_is_made_again(name: str, tmp_path: Path
     assert "damaged" in caplog.text
     assert again.fingerprint == good.fingerprint
     assert read_prepared(again.folder) == again
+
+
+def test_the_wait_for_a_conversion_is_announced_before_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    weights = write_weights(tmp_path / "weights.pth", 1)
+    with caplog.at_level("INFO", "graft"):
+        prepare("test_resnet", tmp_path / "cache", tmp_path, weights=weights)
+        assert caplog.messages[0] == "converting test_resnet for this machine (once) …"
+        caplog.clear()
+        prepare("test_resnet", tmp_path / "cache", tmp_path, weights=weights)
+        assert not caplog.messages
+        prepare("test_resnet", None, tmp_path, weights=weights)
+        assert caplog.messages[0] == "converting test_resnet for this machine …"

@@ -122,12 +122,17 @@ def test_cuda_is_an_error_only_where_it_is_asked_for_and_missing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("variable", "value"),
-    [("GRAFT_MAX_IMAGES", "many"), ("GRAFT_MAX_IMAGES", "0"), ("GRAFT_DEADLINE_SECONDS", "-1"), ("GRAFT_DEVICE", "tpu")],
+    ("variable", "value", "allowed"),
+    [
+        ("GRAFT_MAX_IMAGES", "many", "a whole number from 1 up"),
+        ("GRAFT_MAX_IMAGES", "0", "a whole number from 1 up"),
+        ("GRAFT_DEADLINE_SECONDS", "-1", "a number above 0"),
+        ("GRAFT_DEVICE", "tpu", "auto, cpu or cuda"),
+    ],
 )
-def test_a_bad_setting_is_named_with_its_value(monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
+def test_a_bad_setting_is_named_with_its_value(monkeypatch: pytest.MonkeyPatch, variable: str, value: str, allowed: str) -> None:
     monkeypatch.setenv(variable, value)
-    with pytest.raises(GraftError, match=f"{variable}={value}"):
+    with pytest.raises(GraftError, match=f"^{variable}={value}: it must be {allowed}$"):
         load_settings()
 
 

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -247,6 +248,49 @@ def test_a_body_that_does_not_come(server: RunningServer) -> None:
             answer += received
     assert answer.startswith(b"HTTP/1.1 408")
     assert b'"body_timeout"' in answer
+
+
+@pytest.mark.parametrize(
+    ("head", "status", "code"),
+    [
+        (f"POST /nothing HTTP/1.1\r\nConnection: close\r\nContent-Length: {MAX_BODY_BYTES}", 404, "not_found"),
+        (f"PUT /predict HTTP/1.0\r\nContent-Length: {MAX_BODY_BYTES}", 405, "method_not_allowed"),
+        (f"POST /predict HTTP/1.0\r\nContent-Type: image/jpeg\r\nContent-Length: {2 * MAX_BODY_BYTES}", 413, "body_too_large"),
+    ],
+)
+def test_an_early_answer_reaches_who_is_still_sending(server: RunningServer, head: str, status: int, code: str) -> None:
+    """As proxies do, which close after each request: a close with bytes unread would reset the connection and take the answer along."""
+    address = urlsplit(server.url)
+    with socket.create_connection((address.hostname, address.port), timeout=10) as connection:
+        connection.sendall(f"{head}\r\nHost: x\r\n\r\n".encode())
+        body = bytes(int(head.rpartition(" ")[2]))
+        for start in range(0, len(body), 100_000):
+            connection.sendall(body[start : start + 100_000])
+        answer = b""
+        while received := connection.recv(10_000):
+            answer += received
+    assert int(answer.split()[1]) == status
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == code
+
+
+def test_who_is_answered_early_and_sends_no_more_or_without_end_is_let_go(server: RunningServer) -> None:
+    """Within the body's limit, 1 s here, and the answer comes first."""
+    address = urlsplit(server.url)
+    for is_silent in (True, False):
+        with socket.create_connection((address.hostname, address.port), timeout=10) as connection:
+            connection.sendall(b"POST /nothing HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 1000000000\r\n\r\n")
+            started = time.monotonic()
+            answer = b""
+            while b"not_found" not in answer and (received := connection.recv(10_000)):
+                answer += received
+            assert b"not_found" in answer
+            with suppress(ConnectionError):
+                while is_silent and connection.recv(1000):
+                    pass
+                while not is_silent and time.monotonic() - started < 5:
+                    connection.sendall(b"more")
+                    time.sleep(0.01)
+            assert time.monotonic() - started < 5
 
 
 def test_unknown_paths_and_methods(client: httpx.Client) -> None:

@@ -1,0 +1,39 @@
+"""What was measured, on disk at once: an interrupted run of hours goes on with --resume."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+
+class Entry(Protocol):
+    """A dataclass of a benchmark's own: what it measured, and the case, method and repeat that it is found by."""
+
+    @property
+    def key(self) -> tuple[str, str, int]: ...
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+E = TypeVar("E", bound=Entry)
+
+
+class Journal(Generic[E]):
+    """Entries of one kind, a line of JSON each."""
+
+    def __init__(self, path: Path, kind: type[E], *, keep: bool) -> None:
+        self._path = path
+        if not keep:
+            path.unlink(missing_ok=True)
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.measured = {found.key: found for found in (kind(**json.loads(line)) for line in lines)}
+
+    def __contains__(self, key: tuple[str, str, int]) -> bool:
+        return key in self.measured
+
+    def add(self, entry: E) -> None:
+        self.measured[entry.key] = entry
+        with self._path.open("a") as file:
+            file.write(json.dumps(entry.to_dict()) + "\n")
+        print(entry, flush=True)
