@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 
-from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -72,7 +71,7 @@ async def prometheus(request: Request, server: Server) -> Response:
     text = metrics.render(
         ((backbone.batcher.name, backbone.batcher.num_admitted) for backbone in current.backbones), sorted(current.versions)
     )
-    return Response(text, headers={"Content-Type": CONTENT_TYPE_LATEST})
+    return Response(text, headers={"Content-Type": metrics.CONTENT_TYPE})
 
 
 def check_ready(server: Server) -> None:
