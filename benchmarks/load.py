@@ -7,13 +7,15 @@ import json
 import random
 import resource
 import shutil
+import signal
 import subprocess
+import sys
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, TypeVar, cast
 
 import httptools
 import uvloop
@@ -24,6 +26,8 @@ _CONTENT_TYPE = f"multipart/form-data; boundary={_BOUNDARY}"
 # An answer that takes longer has been given up by any client.
 TIMEOUT_SECONDS = 30.0
 _REFUSED = (429, 503)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ class Sent:
 
 def open_loop(url: str, requests: Requests, *, per_second: float, seconds: float, seed: int = 0) -> list[Sent]:
     """Requests that come as those of many strangers do (a Poisson process), whether or not the others have been answered."""
-    return uvloop.run(_open_loop(url, requests.encode(), per_second, seconds, random.Random(seed)))
+    return run_loop(_open_loop(url, requests.encode(), per_second, seconds, random.Random(seed)))
 
 
 def summarize(sent: Sequence[Sent], seconds: float) -> dict[str, float]:
@@ -115,6 +119,25 @@ def good_by_second(sent: Sequence[Sent], num_seconds: int) -> list[float]:
     """Good answers in each second."""
     counted = Counter(int(one.ended) for one in sent if one.is_good)
     return [float(counted[second]) for second in range(num_seconds)]
+
+
+def run_loop(work: Coroutine[Any, Any, T]) -> T:
+    """Run `work` on uvloop. SIGTERM ends it and the process: what a handler of Python's raises inside its callbacks is dropped there."""
+    handler = signal.getsignal(signal.SIGTERM)
+
+    async def until_terminated() -> T:
+        task = asyncio.current_task()
+        assert task is not None
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        return await work
+
+    try:
+        return uvloop.run(until_terminated())
+    except asyncio.CancelledError:
+        sys.exit(128 + signal.SIGTERM)
+    finally:
+        # The loop took it and gives back the system's own.
+        signal.signal(signal.SIGTERM, handler)
 
 
 class Client:

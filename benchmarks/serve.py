@@ -42,8 +42,6 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import uvloop
-
 from benchmarks.bounds import core_ms_to_decode, core_ms_to_run
 from benchmarks.checkpoints import Head, Measured, draw_head, measure_backbone, publish, recognising_head
 from benchmarks.figures import Figures
@@ -56,6 +54,7 @@ from benchmarks.load import (
     closed_loop,
     good_by_second,
     open_loop,
+    run_loop,
     summarize,
     write_bodies,
 )
@@ -88,7 +87,7 @@ _PACKAGES = ("bentoml", "litserve", "fastapi", "uvicorn", "uvloop", "torch", "ti
 
 def main() -> int:
     # A stopped benchmark ends its servers: the exit unwinds through their context managers.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     args = parse_arguments()
     command = shlex.join(["python", "benchmarks/serve.py", *shown_arguments(args)])
     machine = describe_machine(args.peer_python, _PACKAGES, command)
@@ -268,7 +267,7 @@ def warm_up(server: Server, requests: Requests, seconds: float) -> None:
 
 def settle(server: Server, requests: Requests) -> None:
     """Until what wrk left behind is done: it goes while requests are under way, and queues are first in, first out."""
-    uvloop.run(ask_all(server.url, requests.encode()[:1]))
+    run_loop(ask_all(server.url, requests.encode()[:1]))
     time.sleep(_SETTLE_SECONDS)
 
 
@@ -277,7 +276,7 @@ def recognised_fraction(server: Server, bench: Bench) -> float:
 
     Raises RuntimeError where the server does not do what the others do.
     """
-    answers = uvloop.run(ask_all(server.url, bench.requests.encode()))
+    answers = run_loop(ask_all(server.url, bench.requests.encode()))
     if any(status != 200 for status, _ in answers):
         raise RuntimeError(f"{server.url} answered {Counter(status for status, _ in answers)}, at first {answers[0][1][:500]!r}")
     labels = [best_label(json.loads(body)) for _, body in answers]

@@ -13,10 +13,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import uvloop
 
 from benchmarks.checkpoints import Head, Measured, publish
-from benchmarks.load import Client, Requests, encode_get
+from benchmarks.load import Client, Requests, encode_get, run_loop
 
 _NUM_CLIENTS = 8
 _POLL_SECONDS = 0.05
@@ -59,7 +58,7 @@ def swap_under_load(url: str, requests: Requests, num_requests: int, measured: M
     Raises RuntimeError where a version is not served in time.
     """
     try:
-        return uvloop.run(_swap(Client(url), requests.encode(), num_requests, measured, heads, model_dir))
+        return run_loop(_swap(Client(url), requests.encode(), num_requests, measured, heads, model_dir))
     except ExceptionGroup as group:
         raise group.exceptions[0] from None
 
