@@ -10,6 +10,7 @@ loop, and its errors have many shapes (all of 1.4.39). `Graft.predict` declares 
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -18,12 +19,13 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
-from service import lifeline
+from service import lifeline, open_inference, tf_serving
 from service.admin import load_version, patch_rollout, unload_version
 from service.health import livez, prometheus, readyz, status
+from service.hugging_face import classify_image
 from service.openapi import describe
 from service.predict import DEFAULT_TOP_K, list_models, predict
-from service.routes import STATUS_BY_CODE, Route, Routes, log_accesses_to_stdout
+from service.routes import Route, Routes, log_accesses_to_stdout, plain_error
 from service.schemas import PredictResponse
 from service.server import Server
 from service.settings import load_settings
@@ -32,12 +34,18 @@ _PAGE = Path(__file__).with_name("page.html")
 
 
 async def page(request: Request, server: Server) -> Response:
+    """`GET /`: a page to try the models on."""
     return HTMLResponse(_PAGE.read_text())
 
 
 async def docs(request: Request, server: Server) -> Response:
     """`GET /docs.json`: the OpenAPI description."""
-    return JSONResponse(describe(cast(bentoml.Service[Any], Graft).openapi_spec.asdict(), STATUS_BY_CODE.values()))
+    return JSONResponse(_describe(server.settings.api_token is not None))
+
+
+@cache
+def _describe(needs_token: bool) -> dict[str, Any]:
+    return describe(cast(bentoml.Service[Any], Graft).openapi_spec.asdict(), ROUTES, needs_token=needs_token)
 
 
 ROUTES = (
@@ -52,6 +60,26 @@ ROUTES = (
     Route("POST", "/v1/models/{name}/versions/{version}:load", load_version, needs="admin_token"),
     Route("POST", "/v1/models/{name}/versions/{version}:unload", unload_version, needs="admin_token"),
     Route("PATCH", "/v1/models/{name}/rollout", patch_rollout, needs="admin_token"),
+    Route("POST", "/v1/models/{name}:predict", tf_serving.predict, error_body=plain_error),
+    Route("POST", "/v1/models/{name}/versions/{version}:predict", tf_serving.predict, error_body=plain_error),
+    Route("POST", "/v1/models/{name}/labels/{label}:predict", tf_serving.predict, error_body=plain_error),
+    Route("GET", "/v1/models/{name}", tf_serving.model_status, error_body=plain_error),
+    Route("GET", "/v1/models/{name}/versions/{version}", tf_serving.model_status, error_body=plain_error),
+    Route("GET", "/v1/models/{name}/labels/{label}", tf_serving.model_status, error_body=plain_error),
+    Route("GET", "/v1/models/{name}/metadata", tf_serving.model_metadata, error_body=plain_error),
+    Route("GET", "/v1/models/{name}/versions/{version}/metadata", tf_serving.model_metadata, error_body=plain_error),
+    Route("GET", "/v1/models/{name}/labels/{label}/metadata", tf_serving.model_metadata, error_body=plain_error),
+    Route("GET", "/v2", open_inference.server_metadata, error_body=plain_error),
+    Route("GET", "/v2/health/live", open_inference.live, needs="nothing", error_body=plain_error),
+    Route("GET", "/v2/health/ready", open_inference.ready, needs="nothing", error_body=plain_error),
+    Route("GET", "/v2/models/{name}", open_inference.model_metadata, error_body=plain_error),
+    Route("GET", "/v2/models/{name}/versions/{version}", open_inference.model_metadata, error_body=plain_error),
+    Route("GET", "/v2/models/{name}/ready", open_inference.model_ready, error_body=plain_error),
+    Route("GET", "/v2/models/{name}/versions/{version}/ready", open_inference.model_ready, error_body=plain_error),
+    Route("POST", "/v2/models/{name}/infer", open_inference.infer, error_body=plain_error),
+    Route("POST", "/v2/models/{name}/versions/{version}/infer", open_inference.infer, error_body=plain_error),
+    Route("POST", "/hf/{name}", classify_image, error_body=plain_error),
+    Route("POST", "/hf/{name}/versions/{version}", classify_image, error_body=plain_error),
 )
 
 _SETTINGS = load_settings()

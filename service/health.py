@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 
-from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -16,13 +15,13 @@ from service.server import Server
 
 
 async def livez(request: Request, server: Server) -> Response:
-    """200 unless an engine no longer answers: then the process must be replaced."""
+    """`GET /livez`: 200 unless an engine no longer answers: then the process must be replaced."""
     server.check_alive()
     return Response("\n", media_type="text/plain")
 
 
 async def readyz(request: Request, server: Server) -> Response:
-    """200 once a model serves whose golden images passed on this engine, and until SIGTERM."""
+    """`GET /readyz`: 200 once a model serves whose golden images passed on this engine, and until SIGTERM."""
     check_ready(server)
     return Response("\n", media_type="text/plain")
 
@@ -67,12 +66,12 @@ async def status(request: Request, server: Server) -> Response:
 
 
 async def prometheus(request: Request, server: Server) -> Response:
-    """`GET /metrics`."""
+    """`GET /metrics`: what Prometheus reads."""
     current = server.repository.current
     text = metrics.render(
         ((backbone.batcher.name, backbone.batcher.num_admitted) for backbone in current.backbones), sorted(current.versions)
     )
-    return Response(text, headers={"Content-Type": CONTENT_TYPE_LATEST})
+    return Response(text, headers={"Content-Type": metrics.CONTENT_TYPE})
 
 
 def check_ready(server: Server) -> None:

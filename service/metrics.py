@@ -11,8 +11,10 @@ from collections.abc import Iterable
 # Set by BentoML for its own; with it values live in files for processes to share, and no series can be dropped. We are one process.
 os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
+# For who serves this: nothing else here imports prometheus_client, which would be before the line above in some order of imports.
+CONTENT_TYPE = CONTENT_TYPE_LATEST
 REGISTRY = CollectorRegistry()
 ProcessCollector(registry=REGISTRY)
 

@@ -1,58 +1,159 @@
-"""The OpenAPI page: what BentoML derives from `Graft.predict`, made true where our own routes do more or answer otherwise."""
+"""The OpenAPI page: every route of the table, its summary from its handler's docstring, its shapes from here.
+
+Of what BentoML derives from `Graft.predict`, only the form's fields are kept: its own description loads pictures from other hosts.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, RootModel
 from pydantic.json_schema import models_json_schema
 
-from service.schemas import ErrorResponse, ModelsResponse, PredictResponse
+from service import admin, health, hugging_face, open_inference, predict, tf_serving
+from service.rollout import Rollout
+from service.routes import STATUS_BY_CODE, Handler, Route, plain_error
+from service.schemas import (
+    AllResponse,
+    ErrorResponse,
+    LabelScore,
+    ModelsResponse,
+    PredictResponse,
+    ProtocolError,
+    RolloutResponse,
+    StatusResponse,
+)
 
+# Of these addresses, not of the models.
+_API_VERSION = "1"
 _REF = "#/components/schemas/{model}"
-# BentoML's own error shapes and task API, which no route of ours answers with.
-_UNUSED_SCHEMAS = ("InvalidArgument", "NotFound", "InternalServerError", "TaskStatusResponse", "PredictResponseIODescriptor")
+_BYTES = {"schema": {"type": "string", "format": "binary"}}
 
 
-def describe(spec: dict[str, Any], error_statuses: Iterable[int]) -> dict[str, Any]:
-    """BentoML's specification with raw bodies, query parameters, `GET /v1/models` and the one error shape."""
-    shapes: list[type[BaseModel]] = [ErrorResponse, ModelsResponse, PredictResponse]
-    _, definitions = models_json_schema([(shape, "serialization") for shape in shapes], ref_template=_REF)
-    schemas = {name: schema for name, schema in spec["components"]["schemas"].items() if name not in _UNUSED_SCHEMAS}
-    errors = {str(status): _answer(HTTPStatus(status).phrase, ErrorResponse) for status in sorted(set(error_statuses))}
-    operation = spec["paths"]["/predict"]["post"]
-    form = operation["requestBody"]["content"]["multipart/form-data"]["schema"]
+class PredictAnswer(RootModel[PredictResponse | AllResponse]):
+    """What one model says; with model=all, what each says."""
+
+
+class TensorFlowAnswer(RootModel[tf_serving.PredictRows | tf_serving.PredictOutputs]):
+    """As rows where the request had `instances`, as columns where it had `inputs`."""
+
+
+class ImageLabels(RootModel[list[LabelScore]]):
+    """Labels and calibrated probabilities, best first."""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What an operation gives and takes as JSON, and as what else it takes its body."""
+
+    gives: type[BaseModel]
+    takes: type[BaseModel] | None = None
+    binary: str = ""
+
+
+# A handler that is not here gives text.
+_SHAPES: dict[Handler, Shapes] = {
+    predict.predict: Shapes(PredictAnswer),
+    predict.list_models: Shapes(ModelsResponse),
+    health.status: Shapes(StatusResponse),
+    admin.load_version: Shapes(RolloutResponse),
+    admin.unload_version: Shapes(RolloutResponse),
+    admin.patch_rollout: Shapes(RolloutResponse, Rollout),
+    tf_serving.predict: Shapes(TensorFlowAnswer, tf_serving.PredictRequest),
+    tf_serving.model_status: Shapes(tf_serving.ModelStatus),
+    tf_serving.model_metadata: Shapes(tf_serving.ModelMetadata),
+    open_inference.server_metadata: Shapes(open_inference.ServerMetadata),
+    open_inference.live: Shapes(open_inference.ServerLive),
+    open_inference.ready: Shapes(open_inference.ServerReady),
+    open_inference.model_metadata: Shapes(open_inference.InferMetadata),
+    open_inference.model_ready: Shapes(open_inference.ModelReady),
+    open_inference.infer: Shapes(open_inference.InferResponse, open_inference.InferRequest, binary="application/octet-stream"),
+    hugging_face.classify_image: Shapes(ImageLabels, hugging_face.ImageClassificationRequest, binary="image/*"),
+}
+
+
+def describe(spec: dict[str, Any], routes: Sequence[Route], *, needs_token: bool) -> dict[str, Any]:
+    """OpenAPI 3.1 of `routes`, `spec` being BentoML's own; with `needs_token`, the server has a token for predictions and lists."""
+    wanted: dict[tuple[type[BaseModel], Literal["serialization", "validation"]], None] = {
+        (ErrorResponse, "serialization"): None,
+        (ProtocolError, "serialization"): None,
+    }
+    for shapes in _SHAPES.values():
+        wanted[shapes.gives, "serialization"] = None
+        if shapes.takes is not None:
+            wanted[shapes.takes, "validation"] = None
+    references, definitions = models_json_schema(list(wanted), ref_template=_REF)
+    paths: dict[str, Any] = {}
+    for route in routes:
+        operation = _operation(route, references, needs_token)
+        if route.handler is predict.predict:
+            operation |= _predict(spec)
+        paths.setdefault(route.path, {})[route.method.lower()] = operation
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Graft",
+            "version": _API_VERSION,
+            "description": "Image classifiers that share their backbone: send images, get labels with calibrated scores.",
+        },
+        "servers": spec["servers"],
+        "paths": paths,
+        "components": {
+            "schemas": definitions["$defs"],
+            "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}},
+        },
+    }
+
+
+def _operation(route: Route, references: dict[Any, Any], needs_token: bool) -> dict[str, Any]:
+    shapes = _SHAPES.get(route.handler)
+    error = ProtocolError if route.error_body is plain_error else ErrorResponse
+    gives = {"application/json": {"schema": references[shapes.gives, "serialization"]}} if shapes else {"*/*": {}}
+    if route.handler is open_inference.infer:
+        gives["application/octet-stream"] = _BYTES
+    refused = {"content": {"application/json": {"schema": references[error, "serialization"]}}}
+    statuses = sorted(set(STATUS_BY_CODE.values())) if route.handler is predict.predict else []
+    operation: dict[str, Any] = {
+        "operationId": re.sub(r"\W+", "_", f"{route.method} {route.path}".lower()).strip("_"),
+        "summary": _summary(route.handler),
+        "tags": [route.handler.__module__.rpartition(".")[2]],
+        "parameters": [
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string", "pattern": "^[^/:]+$"}}
+            for name in route.pattern.groupindex
+        ],
+        "responses": {
+            "200": {"description": "The answer", "content": gives},
+            **{str(status): {"description": HTTPStatus(status).phrase, **refused} for status in statuses},
+            "default": {"description": "Why there is no answer, and what to do", **refused},
+        },
+    }
+    if route.needs == "admin_token" or (route.needs == "api_token" and needs_token):
+        operation["security"] = [{"bearer": []}]
+    if shapes is not None and shapes.takes is not None:
+        takes = {"application/json": {"schema": references[shapes.takes, "validation"]}}
+        operation["requestBody"] = {"required": True, "content": takes | ({shapes.binary: _BYTES} if shapes.binary else {})}
+    return operation
+
+
+def _predict(spec: dict[str, Any]) -> dict[str, Any]:
+    """The form that BentoML derives, its options as query parameters too, and a raw body."""
+    form = spec["paths"]["/predict"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
     options = {name: schema for name, schema in form["properties"].items() if name != "images"}
-    predict = {
-        **operation,
-        "responses": {"200": _answer("One entry per image, in order", PredictResponse), **errors},
+    return {
         "parameters": [
             {"name": name, "in": "query", "required": False, "description": schema["description"], "schema": schema}
             for name, schema in options.items()
         ],
-        "requestBody": {
-            "required": True,
-            "content": {
-                "multipart/form-data": {"schema": form},
-                "image/*": {"schema": {"type": "string", "format": "binary"}},
-            },
-        },
-    }
-    models = {
-        "description": "What is served, on what, and which versions were refused and why.",
-        "operationId": "Graft__models",
-        "tags": operation["tags"],
-        "responses": {"200": _answer("The models", ModelsResponse), "503": errors["503"]},
-    }
-    return {
-        **spec,
-        "components": {**spec["components"], "schemas": {**schemas, **definitions["$defs"]}},
-        "paths": {**spec["paths"], "/predict": {"post": predict}, "/v1/models": {"get": models}},
+        "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": form}, "image/*": _BYTES}},
     }
 
 
-def _answer(description: str, shape: type[BaseModel]) -> dict[str, Any]:
-    reference = {"$ref": _REF.format(model=shape.__name__)}
-    return {"description": description, "content": {"application/json": {"schema": reference}}}
+def _summary(handler: Handler) -> str:
+    """The first line of the docstring without its address."""
+    first = (handler.__doc__ or "").partition("\n")[0]
+    text = re.sub(r"^`[^`]*`: ", "", first)
+    return text[:1].upper() + text[1:]

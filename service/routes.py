@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from service import metrics
 from service.errors import RequestError
 from service.linger import RequestBody
-from service.schemas import ErrorDetail, ErrorResponse
+from service.schemas import ErrorDetail, ErrorResponse, ProtocolError
 from service.server import Server
 
 logger = logging.getLogger("bentoml.graft")
@@ -74,7 +74,7 @@ def graft_error(error: RequestError) -> dict[str, Any]:
 
 def plain_error(error: RequestError) -> dict[str, Any]:
     """The shape of TF-Serving, the Open Inference Protocol and Hugging Face."""
-    return {"error": error.message}
+    return ProtocolError(error=error.message).model_dump()
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class Routes:
         return None
 
     async def _answer(self, request: Request, route: Route | None) -> Response:
-        error_body = route.error_body if route is not None else graft_error
+        error_body = route.error_body if route is not None else self._error_body(request.url.path)
         try:
             if route is None:
                 raise self._nothing_here(request)
@@ -148,6 +148,11 @@ class Routes:
             logger.exception("%s %s failed", request.method, request.url.path)
             internal = RequestError("internal", "something went wrong inside the server; its log has the details")
             return self._refuse(request, internal, error_body)
+
+    def _error_body(self, path: str) -> ErrorBody:
+        """Where nothing is: the shape of what else is below the same first name, if that is one."""
+        bodies = {route.error_body for route in self._routes if route.path.split("/")[1] == path.split("/")[1]}
+        return bodies.pop() if len(bodies) == 1 else graft_error
 
     def _nothing_here(self, request: Request) -> RequestError:
         path = request.url.path

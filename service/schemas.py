@@ -17,9 +17,15 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """The one shape of every error."""
+    """The shape of every error of our own routes."""
 
     error: ErrorDetail
+
+
+class ProtocolError(BaseModel):
+    """The shape of every error of TF-Serving, the Open Inference Protocol and Hugging Face."""
+
+    error: str
 
 
 class LabelScore(BaseModel):

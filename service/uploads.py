@@ -106,6 +106,12 @@ async def read_body(request: Request, settings: Settings, hold: Hold) -> bytes:
         raise _body_timeout(settings) from None
 
 
+def too_many_images(max_images: int) -> RequestError:
+    return RequestError(
+        "too_many_images", f"the request has more than {max_images} images (GRAFT_MAX_IMAGES); send them in several requests"
+    )
+
+
 def _body_timeout(settings: Settings) -> RequestError:
     return RequestError("body_timeout", f"the body did not arrive within {settings.body_seconds:g} s")
 
@@ -220,10 +226,7 @@ class _Form:
                 "(curl -F images=@photo.jpg, with the @): addresses are not fetched",
             )
         if self._field == IMAGES_FIELD and len(self.upload.images) >= self._max_images:
-            raise RequestError(
-                "too_many_images",
-                f"the request has more than {self._max_images} images (GRAFT_MAX_IMAGES); send them in several requests",
-            )
+            raise too_many_images(self._max_images)
         if self._field != IMAGES_FIELD and self._field in self.upload.options:
             raise RequestError("bad_parameter", f"the field {self._field!r} is there twice; send it once")
 

@@ -168,6 +168,8 @@ def test_kserve_gets_the_runtime_and_the_protocol_that_it_asks_for() -> None:
     model = read_yaml(KUBERNETES_DIR / "kserve" / "service.yaml")["spec"]["predictor"]["model"]
     assert model["runtime"] == runtime["metadata"]["name"]
     assert model["protocolVersion"] in runtime["spec"]["protocolVersions"]
+    (container,) = runtime["spec"]["containers"]
+    assert {container[probe]["httpGet"]["path"] for probe in ("livenessProbe", "readinessProbe")} <= {route.path for route in ROUTES}
     assert model["modelFormat"]["name"] in {one["name"] for one in runtime["spec"]["supportedModelFormats"]}
 
 
