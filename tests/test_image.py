@@ -212,7 +212,7 @@ def test_what_is_in_it(image: Image) -> None:
     certificates = "etc/ssl/certs/ca-certificates.crt"
     assert (image.root / certificates).read_bytes() == (image.folder / "rootfs" / certificates).read_bytes()
     # Nothing that who serves could change.
-    find = ["find", image.root / "app", image.root / "home", "!", "-user", "root", "-o", "-perm", "/022", "!", "-type", "l"]
+    find = ["find", str(image.root / "app"), str(image.root / "home"), "!", "-user", "root", "-o", "-perm", "/022", "!", "-type", "l"]
     assert subprocess.run(find, capture_output=True, text=True, check=True).stdout == ""
 
 
@@ -435,8 +435,8 @@ def test_times_reach_the_process(image: Image, pictures: tuple[list[bytes], list
             time.sleep(0.2)
             stopped = time.monotonic()
             container.first.send_signal(signal.SIGTERM)
-            wait_until(lambda: _is_refused(port), 8, container)
-            assert 1.5 <= time.monotonic() - stopped <= 3.5
+            wait_until(lambda: _is_silent(container), 8, container)
+            assert 1.5 <= time.monotonic() - stopped <= 3.7
             assert container.process.wait(10) == 0
             assert 3.5 <= time.monotonic() - stopped <= 7
 
@@ -456,7 +456,7 @@ def test_what_cannot_be_is_said(image: Image, env: dict[str, str], message: str,
             if container.process.poll() is not None:
                 return True
             with suppress(httpx.TransportError):
-                return httpx.get(f"{container.url}/readyz", timeout=2).json()["error"]["code"] == "no_model"
+                return "no_model" in httpx.get(f"{container.url}/readyz", timeout=2).text
             return False
 
         end = time.monotonic() + 30
@@ -472,10 +472,11 @@ def _let_in(folder: Path) -> None:
         one.chmod(0o755 if one.is_dir() else 0o644)
 
 
-def _is_refused(port: int) -> bool:
+def _is_silent(container: Container) -> bool:
+    """Whether nothing is answered any more: BentoML's parent holds the port for as long as it lives, so a connection alone says nothing."""
     try:
-        socket.create_connection(("127.0.0.1", port), timeout=1).close()
-    except OSError:
+        httpx.get(f"{container.url}/livez", timeout=0.5)
+    except httpx.TransportError:
         return True
     return False
 
