@@ -139,7 +139,8 @@ def _debian_licence(package: str) -> str:
         text = Path("/usr/share/doc", package, "copyright").read_text(errors="replace")
     except OSError:
         return ""
-    names = dict.fromkeys(re.findall(r"^License: *([^\s,].*?)\s*$", text, re.MULTILINE))
+    # Some put the first line of the text there; a name is short.
+    names = dict.fromkeys(name for name in re.findall(r"^License: *(\S.*?)\s*$", text, re.MULTILINE) if len(name) <= 40)
     return " AND ".join(names) or "see /usr/share/doc/" + package + "/copyright"
 
 
