@@ -103,14 +103,16 @@ class Predictor:
                 return found
         crops: dict[Preprocess, Pixels] = {}
         found = {}
-        for name, backbone in backbones.items():
-            try:
-                crop = crops.get(backbone.preprocess)
-                if crop is None:
-                    crop = crops[backbone.preprocess] = await self._crop(backbone.preprocess, image)
-            except ImageError as error:
-                return error
-            found[name] = await tickets[name].features(crop)
+        # One backbone's room is enough to bound the crops, and requests that hold one and wait for another could block each other.
+        async with backbones[min(backbones)].batcher.room_for_crops:
+            for name, backbone in backbones.items():
+                try:
+                    crop = crops.get(backbone.preprocess)
+                    if crop is None:
+                        crop = crops[backbone.preprocess] = await self._crop(backbone.preprocess, image)
+                except ImageError as error:
+                    return error
+                found[name] = await tickets[name].features(crop)
         if key and self._cache is not None:
             self._cache.add(key, found)
         return found

@@ -83,6 +83,21 @@ class Server:
             raise RequestError("no_model", self._how_to_get_a_model())
         return self.repository.current
 
+    def check_room(self) -> None:
+        """Raises RequestError where nothing is served, or every queue is too long for one image more: to be asked before a body is
+        read, for in a storm reading and parsing what is then refused would take the time of what is answered."""
+        deadline = time.monotonic() + self.settings.deadline_seconds
+        refusal = None
+        for backbone in self.check_ready().backbones:
+            try:
+                backbone.batcher.check(1, deadline)
+            except RequestError as error:
+                refusal = error
+            else:
+                return
+        if refusal is not None:
+            raise refusal
+
     def check_alive(self) -> None:
         """Raises RequestError where an engine has stopped answering, so that an orchestrator replaces the process."""
         if self.is_wedged():
