@@ -159,7 +159,7 @@ def merge_segments(folder: Path, record_size: int) -> None:
             # A merge that was killed: its keys were not there to be read yet.
             unfinished.with_suffix(".rows").unlink(missing_ok=True)
             unfinished.unlink()
-        merged = []
+        merged: list[Path] = []
         for keys_path in sorted(folder.glob("*.keys")):
             rows_path = keys_path.with_suffix(".rows")
             is_large = rows_path.exists() and rows_path.stat().st_size >= _LARGE_BYTES
