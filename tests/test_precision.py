@@ -205,7 +205,6 @@ def test_what_is_asked_for_is_not_questioned(
 
 @needs_bf16
 @pytest.mark.usefixtures("forget")
-@pytest.mark.parametrize("cache", [True, False])
 def test_bf16_that_costs_accuracy_gives_way_to_fp32_and_stays_away(
     backbone: PreparedBackbone,
     own_cache: Path,
@@ -213,7 +212,6 @@ def test_bf16_that_costs_accuracy_gives_way_to_fp32_and_stays_away(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-    cache: bool,
 ) -> None:
     """A bf16 that loses everything, as that of a network with values beyond its reach would."""
     precisions: list[str] = []
@@ -228,7 +226,7 @@ def test_bf16_that_costs_accuracy_gives_way_to_fp32_and_stays_away(
 
     monkeypatch.setattr(run_module, "extract_splits", extract)
     monkeypatch.setattr(precision, "_CHECK_SECONDS", 30.0)
-    options = options_of(shapes, own_cache, output=tmp_path / "runs", repository=tmp_path / "checkpoints", cache=cache)
+    options = options_of(shapes, own_cache, output=tmp_path / "runs", repository=tmp_path / "checkpoints")
     with caplog.at_level("INFO", "graft"):
         first = load_checkpoint(run(options))
     assert precisions == ["bf16", "fp32"]
@@ -236,9 +234,26 @@ def test_bf16_that_costs_accuracy_gives_way_to_fp32_and_stays_away(
     assert first.config["graft"]["metrics"]["val"]["accuracy"] >= 0.97
     said = next(message for message in caplog.messages if message.startswith("precision fp32: "))
     assert "bf16 costs accuracy (cross-validated 0." in said
-    if cache:
-        run(options)
-        assert precisions[2:] == ["fp32"]
+    run(options)
+    assert precisions[2:] == ["fp32"]
+
+
+@needs_bf16
+@pytest.mark.usefixtures("forget")
+def test_without_the_cache_a_verdict_holds_for_one_run(
+    backbone: PreparedBackbone, own_cache: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "_CHECK_SECONDS", 30.0)
+    monkeypatch.setattr(precision, "_MAX_IMAGES", 100)
+    options = options_of(shapes, own_cache, cache=False)
+    chosen, splits = choose(backbone, options, tmp_path), splits_of(options)
+    noise = np.random.default_rng(0).normal(size=(len(splits.train), chosen.engine.num_features)).astype(np.float32)
+    verdict = compare_with_fp32(chosen, backbone, splits, noise, options, tmp_path)
+    assert verdict is not None
+    assert not verdict.holds
+    assert choose(backbone, options, tmp_path).engine.info.precision == "fp32"
+    assert choose(backbone, options, tmp_path / "another run").engine.info.precision == "bf16"
+    assert not (own_cache / "precision").exists()
 
 
 @needs_bf16
