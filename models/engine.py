@@ -117,6 +117,19 @@ def supports_bf16() -> bool:
     return "BF16" in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
+@cache
+def supports_vnni() -> bool:
+    """Whether the CPU multiplies int8 by itself (VNNI or AMX); only Linux tells.
+
+    OpenVINO's own INT8 capability says no more than that it can run int8, which CPUs without VNNI do hardly faster than floats.
+    """
+    try:
+        flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
+    except (OSError, StopIteration):
+        return False
+    return not {"avx512_vnni", "avx_vnni", "amx_int8"}.isdisjoint(flags.split())
+
+
 def _is_quantised(model: ov.Model) -> bool:
     return any(operation.get_type_name() == "FakeQuantize" for operation in model.get_ops())
 
