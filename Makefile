@@ -3,13 +3,19 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: run test check serve tensorboard bento fmt clean
+FLAVOUR ?= cpu
+ENGINE ?= docker
+
+.PHONY: run test test-image check serve tensorboard bento image contents sbom audit fmt clean
 
 run: $(INSTALLED) ## fine-tune: make run ARGS="--backbone resnet18 --data photos/"
 	@$(BIN)/python finetune/run.py $(ARGS)
 
 test: $(INSTALLED) ## run the tests: make test ARGS="-k freezing"
 	$(BIN)/python -m pytest $(ARGS)
+
+test-image: $(INSTALLED) ## build the image with Debian's buildah and boot it: as root, minutes
+	tests/image.sh
 
 check: $(INSTALLED) ## format, lint and types, as CI asks
 	$(BIN)/ruff format --check .
@@ -24,6 +30,18 @@ tensorboard: $(INSTALLED) ## show the runs on port 6006
 
 bento: $(INSTALLED) ## pack the service and the checkpoints into a Bento
 	$(BIN)/bentoml build $(ARGS)
+
+image: $(INSTALLED) ## the Bento's container image, graft:cpu; FLAVOUR=cuda for graft:cuda
+	$(BIN)/python deploy/image.py --flavour $(FLAVOUR) $(ARGS)
+
+contents: ## what fills the image, with licences: ENGINE=podman where that is the engine
+	@$(ENGINE) run --rm -i --entrypoint python3 graft:$(FLAVOUR) - < deploy/contents.py
+
+sbom: ## the image's SBOM, CycloneDX, in sbom-<flavour>.cdx.json
+	$(ENGINE) run --rm -i --entrypoint python3 graft:$(FLAVOUR) - --cyclonedx < deploy/contents.py > sbom-$(FLAVOUR).cdx.json
+
+audit: $(INSTALLED) ## known weaknesses of the pins, where the registry publishes them
+	$(BIN)/uv tool run pip-audit --disable-pip --no-deps --requirement constraints.txt
 
 fmt: $(INSTALLED) ## format the code and mend what lint can mend
 	$(BIN)/ruff format .

@@ -386,7 +386,9 @@ def bento_dir(colors: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     project = folder / "project"
     for name in ("service", "models"):
         shutil.copytree(PROJECT_DIR / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(PROJECT_DIR / "bentofile.yaml", project)
+    for name in ("bentofile.yaml", "constraints.txt", "deploy/Dockerfile.j2", "deploy/healthcheck.sh"):
+        (project / name).parent.mkdir(exist_ok=True)
+        shutil.copy(PROJECT_DIR / name, project / name)
     (project / "README.md").write_text("# Graft\n")
     for name in ("first", "second"):
         copy_checkpoint(colors, project / "checkpoints", name, 1)
@@ -413,7 +415,8 @@ def bento_dir(colors: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_bento_holds_what_serving_needs_and_nothing_else(bento_dir: Path) -> None:
     source = bento_dir / "src"
-    assert {path.name for path in source.iterdir()} == {"service", "models", "checkpoints", "bentofile.yaml"}
+    assert {path.name for path in source.iterdir()} == {"service", "models", "checkpoints", "deploy", "bentofile.yaml", "constraints.txt"}
+    assert [path.name for path in (source / "deploy").iterdir()] == ["healthcheck.sh"]
     assert sorted(path.name for path in (source / "checkpoints").iterdir()) == ["first", "second"]
     assert [path.name for path in (source / "checkpoints" / "first").iterdir()] == ["1"]
     assert not list(source.rglob("__pycache__"))
