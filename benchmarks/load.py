@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import random
 import resource
 import shutil
@@ -65,7 +66,17 @@ def closed_loop(url: str, requests: Requests, *, num_clients: int, seconds: floa
 
     Gives answers a second, latencies, what was not answered 2xx, and wrk's own processor time.
     """
-    command = ["wrk", "-t1", f"-c{num_clients}", f"-d{seconds:g}s", f"--timeout={TIMEOUT_SECONDS:g}s", "-s", str(LUA_SCRIPT), url, "--"]
+    command = [
+        "wrk",
+        "-t1",
+        f"-c{num_clients}",
+        f"-d{math.ceil(seconds)}s",
+        f"--timeout={TIMEOUT_SECONDS:g}s",
+        "-s",
+        str(LUA_SCRIPT),
+        url,
+        "--",
+    ]
     command += [_CONTENT_TYPE, " ".join(requests.targets), *map(str, requests.body_paths)]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     finished = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 2 * TIMEOUT_SECONDS)

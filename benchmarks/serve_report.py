@@ -257,6 +257,8 @@ def draw_peers(measured: Sequence[Figures], clients: Sequence[int], percents: Se
     closed.set(title="p50 in ms, closed loop", xlabel="clients", xscale="log", yscale="log", xticks=clients, xticklabels=clients)
     opened.set(title="p99 in ms of good answers, open loop", xlabel="% of its own capacity", yscale="log", xticks=percents)
     closed.legend(fontsize=7)
+    if not percents:
+        figure.delaxes(opened)
     _save(figure, path)
 
 

@@ -3,11 +3,15 @@
 One folder a backbone, precision and machine. Each run appends to a segment of its own, so that two runs at once cannot meet: `.rows` has
 fixed-size records (features `float32 [F]` and their CRC-32), `.keys` the digests of the images, written after the rows that they name. A
 run killed at any moment leaves at worst rows without a key, which nobody reads.
+
+Each segment costs its readers a file descriptor, so a run that finds too many merges the small ones first. Their features are in one
+place at least at any moment, and may for a moment be in two.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import logging
@@ -15,7 +19,7 @@ import os
 import shutil
 import uuid
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -30,6 +34,11 @@ logger = logging.getLogger("graft.cache")
 
 DIGEST_SIZE = 16
 _CRC_SIZE = 4
+# A folder with more segments is merged, but for those that are large already: copying them would cost more than their descriptors.
+MAX_SEGMENTS = 32
+_LARGE_BYTES = 32_000_000
+# Merged at once; the descriptors that hold their locks are bounded by it, too.
+_MAX_MERGED = 256
 
 
 def digest_image(data: bytes, view: View | None = None) -> bytes:
@@ -64,8 +73,9 @@ class FeatureCache:
                 self.folder.mkdir(parents=True)
             with contextlib.suppress(FileNotFoundError):
                 os.utime(self.folder)  # what `trim` calls recently used
-                for keys_path in sorted(self.folder.glob("*.keys")):
-                    self._index(keys_path)
+                if sum(1 for _ in self.folder.glob("*.keys")) > MAX_SEGMENTS:
+                    merge_segments(self.folder, self._record_size)
+                self._index_all()
         except OSError as error:
             raise GraftError(f"--cache-dir {cache_dir}: {error.strerror}: {error.filename}; name another, or say --no-cache") from error
 
@@ -84,9 +94,8 @@ class FeatureCache:
         segment, row = self._rows.get(digest, (-1, 0))
         if segment >= 0:
             record = os.pread(self._readers[segment], self._record_size, row * self._record_size)
-            values, checksum = record[:-_CRC_SIZE], record[-_CRC_SIZE:]
-            if len(record) == self._record_size and zlib.crc32(values).to_bytes(_CRC_SIZE, "little") == checksum:
-                out[:] = np.frombuffer(values, np.float32)
+            if _is_whole(record, self._record_size):
+                out[:] = np.frombuffer(record[:-_CRC_SIZE], np.float32)
                 self.num_hits += 1
                 return True
         return False
@@ -107,19 +116,111 @@ class FeatureCache:
             logger.warning("the feature cache %s cannot take more (%s); this run goes on without it", self.folder, error.strerror)
 
     def _open_writers(self) -> tuple[int, int]:
-        if self._writers is None:
+        while self._writers is None:
             stem = self.folder / uuid.uuid4().hex
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND
-            self._writers = (os.open(f"{stem}.rows", flags, 0o644), os.open(f"{stem}.keys", flags, 0o644))
+            rows, keys = os.open(f"{stem}.rows", flags, 0o644), os.open(f"{stem}.keys", flags, 0o644)
+            # It says that a run writes here, for as long as the process lives. A merge may have been faster and taken the file away.
+            with contextlib.suppress(OSError):
+                fcntl.flock(keys, fcntl.LOCK_EX)
+            if os.fstat(keys).st_nlink:
+                self._writers = rows, keys
+            else:
+                os.close(rows)
+                os.close(keys)
         return self._writers
 
+    def _index_all(self) -> None:
+        indexed: set[Path] = set()
+        while new := sorted(set(self.folder.glob("*.keys")) - indexed):
+            for keys_path in new:
+                # Merged by another run meanwhile: what it was merged into is found in the next round.
+                with contextlib.suppress(FileNotFoundError):
+                    self._index(keys_path)
+            indexed.update(new)
+
     def _index(self, keys_path: Path) -> None:
-        rows_path = keys_path.with_suffix(".rows")
-        keys = keys_path.read_bytes()
-        num_rows = min(len(keys) // DIGEST_SIZE, rows_path.stat().st_size // self._record_size)
+        reader = os.open(keys_path.with_suffix(".rows"), os.O_RDONLY)
         segment = len(self._readers)
-        self._readers.append(os.open(rows_path, os.O_RDONLY))
-        self._rows.update((keys[row * DIGEST_SIZE : (row + 1) * DIGEST_SIZE], (segment, row)) for row in range(num_rows))
+        self._readers.append(reader)
+        for row, digest in enumerate(_read_keys(keys_path, reader, self._record_size)):
+            self._rows[digest] = segment, row
+
+
+def merge_segments(folder: Path, record_size: int) -> None:
+    """Write the small segments that no run writes to into one, then remove them; one process at a time, others go on without.
+
+    Killed at any moment it leaves every feature readable. What is damaged is dropped.
+    """
+    with contextlib.ExitStack() as stack:
+        if not stack.enter_context(_locked(folder)):
+            return
+        for unfinished in folder.glob("*.unfinished"):
+            # A merge that was killed: its keys were not there to be read yet.
+            unfinished.with_suffix(".rows").unlink(missing_ok=True)
+            unfinished.unlink()
+        merged: list[Path] = []
+        for keys_path in sorted(folder.glob("*.keys")):
+            rows_path = keys_path.with_suffix(".rows")
+            is_large = rows_path.exists() and rows_path.stat().st_size >= _LARGE_BYTES
+            if len(merged) < _MAX_MERGED and not is_large and stack.enter_context(_locked(keys_path)):
+                merged.append(keys_path)
+        if len(merged) < 2:
+            return
+        stem = folder / uuid.uuid4().hex
+        try:
+            _write_merged(merged, stem, record_size)
+        except OSError as error:
+            for suffix in (".rows", ".unfinished"):
+                stem.with_suffix(suffix).unlink(missing_ok=True)
+            logger.warning("the feature cache %s has many small files that cannot be merged: %s", folder, error.strerror)
+            return
+        for keys_path in merged:
+            # In this order: keys without rows are found and removed by the next merge, rows without keys by nobody.
+            keys_path.with_suffix(".rows").unlink(missing_ok=True)
+            keys_path.unlink()
+
+
+def _write_merged(segments: Sequence[Path], stem: Path, record_size: int) -> None:
+    unfinished = stem.with_suffix(".unfinished")
+    seen: set[bytes] = set()
+    with unfinished.open("wb") as keys, stem.with_suffix(".rows").open("wb") as rows:
+        for keys_path in segments:
+            with contextlib.suppress(FileNotFoundError), keys_path.with_suffix(".rows").open("rb") as file:
+                for digest in _read_keys(keys_path, file.fileno(), record_size):
+                    record = file.read(record_size)
+                    if digest not in seen and _is_whole(record, record_size):
+                        seen.add(digest)
+                        rows.write(record)
+                        keys.write(digest)
+    unfinished.rename(stem.with_suffix(".keys"))
+
+
+def _read_keys(keys_path: Path, rows: int, record_size: int) -> list[bytes]:
+    """The digests of the rows that are there."""
+    keys = keys_path.read_bytes()
+    num_rows = min(len(keys) // DIGEST_SIZE, os.fstat(rows).st_size // record_size)
+    return [keys[row * DIGEST_SIZE : (row + 1) * DIGEST_SIZE] for row in range(num_rows)]
+
+
+def _is_whole(record: bytes, record_size: int) -> bool:
+    checksum = zlib.crc32(record[:-_CRC_SIZE]).to_bytes(_CRC_SIZE, "little")
+    return len(record) == record_size and checksum == record[-_CRC_SIZE:]
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Whether nobody else held the lock of a file or folder, which is let go of at the end, or with the process."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
 
 
 def trim(cache_dir: Path, max_bytes: int) -> None:

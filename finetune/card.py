@@ -41,6 +41,7 @@ pipeline_tag: image-classification
 | data | `{options.data}`: {sizes} |
 | input | {backbone.preprocess.width}x{backbone.preprocess.height}, {backbone.preprocess.interpolation} |
 | engine at save time | {result.engine} |
+| precision | {result.engine.precision}: {result.why_precision} |
 | probe alone | val accuracy {result.probe_metrics.accuracy:.4f} |
 
 ## Results

@@ -53,7 +53,10 @@ class SharedOptions(BaseSettings):
     device: Annotated[Literal["auto", "cpu", "cuda"], Field(description="where to train and compute features")] = "auto"
     precision: Annotated[
         Precision,
-        Field(description="of the engine; auto: bf16 where the hardware has it, else fp32. int8 (CPU): faster still, at some cost"),
+        Field(
+            description="of the engine; auto: bf16 where the hardware has it, else fp32. A run takes int8 (CPU) where it saves time and "
+            "cross-validation loses at most 0.3 points by it, and fp32 where bf16 would lose more than 0.5"
+        ),
     ] = "auto"
     workers: Annotated[int, Field(ge=1, description="threads that decode images")] = num_cpus()
     seed: Annotated[int, Field(ge=0, lt=2**32, description="of the split, the head and the order of the images")] = 0

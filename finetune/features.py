@@ -126,10 +126,14 @@ def prepare(name: str, samples: Sequence[Sample], options: SharedOptions, scratc
     cache_dir = options.cache_dir if options.cache else None
     backbone = prepare_backbone(name, image_size=options.image_size, cache_dir=cache_dir, scratch_dir=scratch, **weights)
     logger.info("backbone %s, weights: %s", backbone.name, backbone.weights)
-    if options.precision != "int8":
-        return backbone
+    return prepare_int8(backbone, samples, options) if options.precision == "int8" else backbone
+
+
+def prepare_int8(backbone: PreparedBackbone, samples: Sequence[Sample], options: SharedOptions) -> PreparedBackbone:
+    """The backbone in int8, kept beside the float one, else quantised on `samples`."""
     quantised = find_quantised(backbone)
     if quantised is None:
+        logger.info("quantising %s to int8 (5 to 15 s) …", backbone.name)
         chosen = [samples[index] for index in np.linspace(0, len(samples) - 1, NUM_CALIBRATION_IMAGES).astype(int)]
         decoded = _decode_all(chosen, backbone.preprocess, options.workers, options.workers, None, lambda index: None)
         crops = [item.pixels for _, item in decoded if not isinstance(item, ImageError) and item.pixels is not None]

@@ -26,13 +26,15 @@ class Head:
 class Result:
     """`metrics` are of the published model by split, "val" always among them; `probe_metrics` of the probe on "val".
 
-    `best_epoch` is None for a run without gradient epochs, and 0 where none of them was better than the probe.
+    `why_precision` says what spoke for the engine's. `best_epoch` is None for a run without gradient epochs, and 0 where none of them
+    was better than the probe.
     """
 
     options: Options
     splits: Splits
     backbone: PreparedBackbone
     engine: EngineInfo
+    why_precision: str
     head: Head
     metrics: dict[str, Metrics]
     probe_metrics: Metrics
@@ -49,5 +51,6 @@ class Result:
             "training": None if self.best_epoch is None else {"best_epoch": self.best_epoch},
             "temperature": self.head.temperature,
             "engine": self.engine.to_dict(),
+            "precision": {"chosen": self.engine.precision, "reason": self.why_precision},
             "seconds": self.seconds,
         }

@@ -29,11 +29,12 @@ import numpy as np
 
 from finetune.card import write_card
 from finetune.config import Options, parse_options
-from finetune.data import Sample, Splits, load_splits
+from finetune.data import Sample, SplitName, Splits, load_splits
 from finetune.evaluate import evaluate
 from finetune.features import extract_splits, open_engine, prepare
 from finetune.monitor import Monitor
 from finetune.plots import Mistake, draw_confusion, draw_mistakes
+from finetune.precision import Chosen, choose_engine, compare_with_fp32
 from finetune.probe import Labels, Probe, fit_temperature, log_loss, softmax, solve_probe
 from finetune.result import Head, Result
 from finetune.terminal import run_program
@@ -85,10 +86,10 @@ def _fit(options: Options, splits: Splits, monitor: Monitor, scratch: Path) -> R
     """Features → probe → gradient epochs where something is unfrozen → metrics; `scratch` holds backbones that are not kept."""
     backbone = prepare(options.backbone, splits.train, options, scratch, weights=options.weights, pretrained=options.pretrained)
     backbone.check_freeze(options.freeze)
-    engine = open_engine(backbone, options)
     at = [time.perf_counter()]
-    num_views = 1 if options.augment == "none" else options.views
-    splits, features = extract_splits(splits, backbone, engine, options, num_views=num_views, augment=options.augment)
+    chosen, splits, features, extract_seconds = _extract(backbone, splits, options, scratch)
+    backbone, engine = chosen.backbone, chosen.engine
+    options = options.model_copy(update={"precision": engine.info.precision})
     at.append(time.perf_counter())
     labels = {split: _labels(samples) for split, samples in splits.named()}
     probe = _solve(features["train"], labels["train"], len(splits.label_names), options)
@@ -111,14 +112,40 @@ def _fit(options: Options, splits: Splits, monitor: Monitor, scratch: Path) -> R
         splits=splits,
         backbone=backbone,
         engine=engine.info,
+        why_precision=chosen.reason,
         head=head,
         metrics={split: evaluate(logits[split], labels[split]) for split in logits},
         probe_metrics=probe_metrics,
         l2=probe.l2,
         val_logits=logits["val"],
         best_epoch=best_epoch,
-        seconds={"features": at[1] - at[0], "probe": at[2] - at[1], "train": at[3] - at[2]},
+        seconds={
+            "engine": at[1] - at[0] - extract_seconds,
+            "features": extract_seconds,
+            "probe": at[2] - at[1],
+            "train": at[3] - at[2],
+        },
     )
+
+
+def _extract(
+    backbone: PreparedBackbone, splits: Splits, options: Options, scratch: Path
+) -> tuple[Chosen, Splits, dict[SplitName, Features], float]:
+    """The engine, the readable part of `splits` and its features, and the seconds that they took; anew where they cost accuracy."""
+    num_views = 1 if options.augment == "none" else options.views
+    while True:
+        chosen = choose_engine(backbone, splits, options, scratch, num_views=num_views)
+        started = time.perf_counter()
+        on = (chosen.backbone, chosen.engine, options)
+        readable, features = extract_splits(splits, *on, num_views=num_views, augment=options.augment)
+        seconds = time.perf_counter() - started
+        verdict = compare_with_fp32(chosen, backbone, readable, features["train"], options, scratch)
+        if verdict is None:
+            return chosen, readable, features, seconds
+        if verdict.holds:
+            return replace(chosen, reason=f"{chosen.reason}; {verdict.reason}"), readable, features, seconds
+        # It is remembered, so the next choice is another one, fp32 in the end.
+        chosen.engine.close()
 
 
 def _log_splits(options: Options, splits: Splits) -> None:

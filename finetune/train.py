@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -23,7 +24,7 @@ from finetune.terminal import progress_bar
 from models.backbone import Backbone
 from models.engine import supports_bf16
 from models.errors import GraftError
-from models.freezing import freeze, parameter_groups, prove_frozen, set_train_mode
+from models.freezing import Freezing, freeze, parameter_groups, prove_frozen, set_train_mode
 from models.prepared import resolve_device
 
 logger = logging.getLogger("graft.train")
@@ -48,7 +49,20 @@ def train(backbone: Backbone, splits: Splits, probe: Probe, options: Options, mo
     fabric.seed_everything(options.seed, verbose=False)
     _set_head(backbone, probe)
     freezing = freeze(backbone.model, options.freeze, backbone.classifier, backbone.module_prefix)
-    inputs = open_inputs(backbone, freezing, splits, options, scratch, fabric.device)
+    with contextlib.closing(open_inputs(backbone, freezing, splits, options, scratch, fabric.device)) as inputs:
+        best_epoch, best_state = _run_epochs(backbone, freezing, inputs, options, monitor, fabric, precision)
+    if best_epoch == 0:
+        logger.info("no epoch validated better than the probe: the probe is kept")
+    backbone.model.load_state_dict(best_state)
+    backbone.model.eval()
+    prove_frozen(backbone.model, freezing)
+    return best_epoch
+
+
+def _run_epochs(
+    backbone: Backbone, freezing: Freezing, inputs: Inputs, options: Options, monitor: Monitor, fabric: Fabric, precision: str
+) -> tuple[int, dict[str, torch.Tensor]]:
+    """The epoch that validated best, and the network's state after it."""
     groups = parameter_groups(
         backbone.model,
         backbone.classifier,
@@ -57,7 +71,7 @@ def train(backbone: Backbone, splits: Splits, probe: Probe, options: Options, mo
         weight_decay=options.weight_decay,
     )
     model, optimizer = fabric.setup(inputs.network, torch.optim.AdamW(groups, fused=True))
-    batches, val_batches = fabric.setup_dataloaders(*_loaders(inputs, options, device))
+    batches, val_batches = fabric.setup_dataloaders(*_loaders(inputs, options, fabric.device.type))
     num_steps = options.epochs * len(batches)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, num_steps))
     num_trainable = sum(parameter.numel() for parameter in backbone.model.parameters() if parameter.requires_grad)
@@ -105,13 +119,7 @@ def train(backbone: Backbone, splits: Splits, probe: Probe, options: Options, mo
         _report_epoch(monitor, epoch, float(np.mean(losses)), metrics, num_images / seconds, waited / seconds)
         if math.isfinite(metrics.loss) and (metrics.accuracy, -metrics.loss) > (best.accuracy, -best.loss):
             best, best_epoch, best_state = metrics, epoch, _copy_state(backbone.model)
-    inputs.close()
-    if best_epoch == 0:
-        logger.info("no epoch validated better than the probe: the probe is kept")
-    backbone.model.load_state_dict(best_state)
-    backbone.model.eval()
-    prove_frozen(backbone.model, freezing)
-    return best_epoch
+    return best_epoch, best_state
 
 
 def _loaders(inputs: Inputs, options: Options, device: str) -> tuple[DataLoader[Batch], DataLoader[Batch]]:

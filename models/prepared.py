@@ -73,6 +73,9 @@ class PreparedBackbone:
             is_same = recorded["device"] == cpu_name() and recorded["num_cpus"] == num_cpus()
             if is_cpu and is_same and all(1 <= recorded[name] <= 1e6 for name in names):
                 found = {name: recorded[name] for name in names}
+        if not found:
+            # Compiling for each batch size takes up to 4 s.
+            logger.info("searching for the engine's fastest batch%s …", " (once)" if is_cpu else "")
         engine = build_engine(self.folder, self.preprocess, self.config, device=device, precision=precision, **found)
         if is_cpu and not found:
             temporary = path.with_name(f".tmp-{uuid.uuid4().hex}")

@@ -25,7 +25,7 @@ from service.health import livez, prometheus, readyz, status
 from service.hugging_face import classify_image
 from service.openapi import describe
 from service.predict import DEFAULT_TOP_K, list_models, predict
-from service.routes import Route, Routes, log_accesses_to_stdout, plain_error
+from service.routes import Route, Routes, plain_error
 from service.schemas import PredictResponse
 from service.server import Server
 from service.settings import load_settings
@@ -109,7 +109,6 @@ class Graft:
 
     @bentoml.on_startup  # type: ignore[untyped-decorator]
     async def start(self) -> None:
-        log_accesses_to_stdout()
         await SERVER.start()
         lifeline.follow_parent()
 

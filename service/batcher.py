@@ -29,6 +29,8 @@ logger = logging.getLogger("bentoml.graft")
 _HEADROOM = 0.8
 # An image that waits: its crop, who wants its features, and since when.
 Waiting = tuple[Pixels, "asyncio.Future[Features]", float]
+# Crops beyond two rounds of the engine, for decoders that are not at one pace.
+_CROPS_AHEAD = 8
 # The share of one image in the running mean of the speed: it forgets in about 50 images.
 _WEIGHT_PER_IMAGE = 0.02
 
@@ -65,6 +67,8 @@ class Batcher:
         self._num_slots = engine.num_slots
         # Below two full rounds of the engine nothing is refused: so many are served at once, and it keeps the speed measured.
         self._round = self._num_slots * self._batch_size
+        # What keeps the engine busy may wait as a crop; more waits encoded, a fraction of the size.
+        self.room_for_crops = asyncio.Semaphore(2 * self._round + _CROPS_AHEAD)
         self._seconds_per_image = 1 / max(engine.info.images_per_second, 0.01)
         self._last_finish: float | None = None
         self._tickets: set[Ticket] = set()
@@ -77,6 +81,14 @@ class Batcher:
 
     def admit(self, num_images: int, deadline: float) -> Ticket:
         """A place for `num_images`; raises RequestError (overloaded) at once where they would not be done by `deadline`."""
+        self.check(num_images, deadline)
+        ticket = Ticket(self, num_images, deadline)
+        self._tickets.add(ticket)
+        self.num_admitted += num_images
+        return ticket
+
+    def check(self, num_images: int, deadline: float) -> None:
+        """Raises RequestError where `admit` would now, so that a body that would be read in vain is not."""
         if self._is_closing:
             raise RequestError("shutting_down", "this server is shutting down; send the request to another", retry_after_seconds=1)
         total = self.num_admitted + num_images
@@ -88,10 +100,6 @@ class Batcher:
             seconds = self.predict_seconds(num_images)
             if seconds > _HEADROOM * seconds_left:
                 self._refuse(seconds - _HEADROOM * seconds_left)
-        ticket = Ticket(self, num_images, deadline)
-        self._tickets.add(ticket)
-        self.num_admitted = total
-        return ticket
 
     @property
     def images_per_second(self) -> float:
@@ -100,7 +108,8 @@ class Batcher:
 
     def predict_seconds(self, num_images: int) -> float:
         """Time until `num_images` that come now are done: requests take turns, so each goes ahead with as many at most."""
-        num_ahead = sum(min(ticket.num_left, num_images) for ticket in self._tickets)
+        # The count alone for one image, which is asked about every request of a storm.
+        num_ahead = len(self._tickets) if num_images == 1 else sum(min(ticket.num_left, num_images) for ticket in self._tickets)
         return (num_ahead + num_images) * self._seconds_per_image
 
     def stalled_seconds(self) -> float:

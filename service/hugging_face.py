@@ -44,7 +44,7 @@ class ImageClassificationRequest(BaseModel):
 
 async def classify_image(request: Request, server: Server) -> Response:
     """`POST /hf/NAME`: labels and scores of one image, best first."""
-    server.check_ready()
+    server.check_room()
     check_uncompressed(request)
     top_k = DEFAULT_TOP_K
     with server.buffered.hold() as hold:

@@ -21,7 +21,8 @@ class RequestBody:
 
     def __init__(self, scope: Scope, receive: Receive) -> None:
         self._receive = receive
-        self.is_read = not any(name in (b"content-length", b"transfer-encoding") for name, _ in scope["headers"])
+        names = [name for name, _ in scope["headers"]]
+        self.is_read = b"content-length" not in names and b"transfer-encoding" not in names
 
     async def receive(self) -> Message:
         message = await self._receive()

@@ -201,7 +201,7 @@ async def model_metadata(request: Request, server: Server) -> Response:
 
 async def infer(request: Request, server: Server) -> Response:
     """`POST /v2/models/NAME/infer`: classify encoded images, or crops that are pixels already."""
-    server.check_ready()
+    server.check_room()
     check_uncompressed(request)
     with server.buffered.hold() as hold:
         body = await read_body(request, server.settings, hold)

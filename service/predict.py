@@ -28,7 +28,7 @@ DEFAULT_TOP_K = 5
 
 async def predict(request: Request, server: Server) -> Response:
     """`POST /predict`: images in, predictions out; with model=all, every model's."""
-    server.check_ready()
+    server.check_room()
     with server.buffered.hold() as hold:
         upload = await read_upload(request, server.settings, hold)
         name = upload.options.get("model", "")

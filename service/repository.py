@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, cast
 
@@ -108,7 +109,7 @@ class Snapshot:
     models: Mapping[str, Served] = field(default_factory=dict)
     refused: tuple[Refusal, ...] = ()
 
-    @property
+    @cached_property
     def backbones(self) -> list[Backbone]:
         found = {model.backbone.fingerprint: model.backbone for served in self.models.values() for model in served.versions.values()}
         return list(found.values())

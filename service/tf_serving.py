@@ -132,7 +132,7 @@ class ModelMetadata(BaseModel):
 
 async def predict(request: Request, server: Server) -> Response:
     """`POST /v1/models/NAME:predict`: classify images in base64, as rows or as a column."""
-    server.check_ready()
+    server.check_room()
     check_uncompressed(request)
     settings = server.settings
     with server.buffered.hold() as hold:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -12,14 +13,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
 
-from finetune.cache import FeatureCache, digest_image, trim
+from finetune import cache as cache_module
+from finetune.cache import MAX_SEGMENTS, FeatureCache, digest_image, merge_segments, trim
 from finetune.data import EncodedImage, Sample
 from finetune.features import extract_features
 from models.engine import EngineInfo, Features, OpenVINOEngine
@@ -309,6 +312,154 @@ def test_a_folder_that_another_run_trims_meanwhile_is_no_error(tmp_path: Path) -
     for thread in threads:
         thread.join()
     assert errors == []
+
+
+@contextlib.contextmanager
+def without_merging() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache_module, "MAX_SEGMENTS", 1000)
+        yield
+
+
+def fill_many(cache_dir: Path) -> Path:
+    """What more runs leave than are merged, each with one of DIGESTS."""
+    with without_merging():
+        for number in range(MAX_SEGMENTS + 1):
+            folder = fill(cache_dir, range(number % 12, number % 12 + 1))
+    return folder
+
+
+def test_many_runs_leave_few_files(tmp_path: Path) -> None:
+    folder = fill(tmp_path, range(1))
+    for number in range(3 * MAX_SEGMENTS):
+        fill(tmp_path, range(number % 12, number % 12 + 1))
+        assert len(list(folder.glob("*.keys"))) <= MAX_SEGMENTS + 1
+    assert readable(tmp_path) == list(range(12))
+
+
+def test_merging_keeps_one_copy_of_what_is_whole(tmp_path: Path) -> None:
+    folder = fill_many(tmp_path)
+    damaged, cut, gone = sorted(folder.glob("*.rows"))[:3]
+    damaged.write_bytes(bytes(RECORD_SIZE))
+    os.truncate(cut, RECORD_SIZE - 1)
+    gone.unlink()
+    assert readable(tmp_path) == list(range(12))
+    assert only(folder, "*.keys").stat().st_size == 12 * 16
+    assert only(folder, "*.rows").stat().st_size == 12 * RECORD_SIZE
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_large_segments_are_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_module, "_LARGE_BYTES", 7 * RECORD_SIZE)
+    large = only(fill(tmp_path, range(4, 12)), "*.rows")
+    folder = fill_many(tmp_path)
+    assert readable(tmp_path) == list(range(12))
+    assert large.exists()
+    assert len(list(folder.iterdir())) == 4
+
+
+def test_a_segment_that_a_run_writes_to_is_not_merged(tmp_path: Path) -> None:
+    with open_cache(tmp_path) as writing:
+        writing.write(DIGESTS[:2], FEATURES[:2])
+        fill_many(tmp_path)
+        readable(tmp_path)
+        writing.write(DIGESTS[2:4], FEATURES[2:4])
+        assert len(list(writing.folder.glob("*.keys"))) == 2
+    sizes = sorted(path.stat().st_size for path in writing.folder.glob("*.keys"))
+    assert sizes == [4 * 16, 12 * 16]
+
+
+def test_a_run_that_reads_goes_on_while_another_merges(tmp_path: Path) -> None:
+    folder = fill_many(tmp_path)
+    with without_merging():
+        reading = open_cache(tmp_path)
+    merge_segments(folder, RECORD_SIZE)
+    assert len(list(folder.glob("*.keys"))) == 1
+    with reading:
+        assert all(np.array_equal(read(reading, digest), FEATURES[at]) for at, digest in enumerate(DIGESTS))  # type: ignore[arg-type]
+
+
+def test_what_is_merged_while_a_run_looks_for_it_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = fill_many(tmp_path)
+    index = FeatureCache._index
+
+    def index_after_a_merge(cache: FeatureCache, keys_path: Path) -> None:
+        if len(list(folder.glob("*.keys"))) > 1:
+            merge_segments(folder, RECORD_SIZE)
+        index(cache, keys_path)
+
+    monkeypatch.setattr(cache_module, "MAX_SEGMENTS", 1000)
+    monkeypatch.setattr(FeatureCache, "_index", index_after_a_merge)
+    assert readable(tmp_path) == list(range(12))
+
+
+def test_runs_that_merge_and_write_at_once_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_module, "MAX_SEGMENTS", 3)
+    barrier = threading.Barrier(4)
+    errors: list[BaseException] = []
+
+    def keep_running(number: int) -> None:
+        barrier.wait()
+        try:
+            for at in range(number, 12, 4):
+                for _ in range(6):
+                    fill(tmp_path, range(at, at + 1))
+                    assert at in readable(tmp_path)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=keep_running, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert readable(tmp_path) == list(range(12))
+
+
+def test_a_merge_killed_at_any_moment_loses_nothing(tmp_path: Path) -> None:
+    num_survived = 0
+    for moment in range(0, 2000, 3):
+        folder = fill_many(tmp_path / str(moment))
+        pid = os.fork()
+        if pid == 0:
+            _merge_and_die(folder, moment)
+        if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0:
+            num_survived += 1
+        with without_merging():
+            assert readable(tmp_path / str(moment)) == list(range(12))
+        merge_segments(folder, RECORD_SIZE)
+        assert readable(tmp_path / str(moment)) == list(range(12))
+        assert not list(folder.glob("*.unfinished"))
+        assert len(list(folder.glob("*.keys"))) <= 2
+        if num_survived:
+            break
+    assert moment > 60
+    assert num_survived == 1
+
+
+def _merge_and_die(folder: Path, moment: int) -> NoReturn:
+    """End this process, a fork, at the so-manieth call that a merge makes, or with 0 when it is done."""
+    num_calls = 0
+
+    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*arguments: Any, **named: Any) -> Any:
+            nonlocal num_calls
+            if num_calls == moment:
+                os._exit(9)
+            num_calls += 1
+            return call(*arguments, **named)
+
+        return wrapper
+
+    try:
+        for name in ("open", "rename", "unlink"):
+            setattr(Path, name, counted(getattr(Path, name)))
+        cache_module._is_whole = counted(cache_module._is_whole)
+        merge_segments(folder, RECORD_SIZE)
+        os._exit(0)
+    finally:
+        os._exit(1)
 
 
 # One run over drawn images in a process of its own. It may end itself with SIGKILL after it wrote so many bytes to the cache, and says

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,7 +48,7 @@ def only_run(tmp_path: Path) -> Path:
     return run_dir
 
 
-def read_metrics(tmp_path: Path) -> dict[str, dict[str, float]]:
+def read_metrics(tmp_path: Path) -> dict[str, dict[str, Any]]:
     return json.loads((only_run(tmp_path) / "metrics.json").read_text())  # type: ignore[no-any-return]
 
 
@@ -65,8 +66,9 @@ def test_defaults_fit_the_digits(finetune: Finetune, tmp_path: Path) -> None:
     metrics = read_metrics(tmp_path)
     assert metrics["val"]["accuracy"] >= 0.94
     assert metrics["probe"]["accuracy"] == metrics["val"]["accuracy"]
-    assert set(metrics["seconds"]) == {"total", "features", "probe", "train"}
+    assert set(metrics["seconds"]) == {"total", "engine", "features", "probe", "train"}
     assert {"balanced_accuracy", "macro_f1", "loss"} <= set(metrics["val"])
+    assert "int8 would not pay for 1,797 images" in metrics["precision"]["reason"]
     checkpoint = load_checkpoint(tmp_path / "checkpoints" / "digits" / "1")
     assert checkpoint.label_names == tuple("0123456789")
     assert str(tmp_path / "checkpoints" / "digits" / "1") in done.stdout

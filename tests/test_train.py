@@ -219,9 +219,11 @@ def test_a_frozen_module_that_changes_its_own_buffer_fails_the_run(tmp_path: Pat
         fit(backbone, draw_splits(), tmp_path, freeze="until:0", cache=cache, epochs=1)
 
 
-def test_a_loss_that_is_no_number_ends_the_run_with_step_and_rate(tmp_path: Path) -> None:
+def test_a_loss_that_is_no_number_ends_the_run_with_step_and_rate_and_leaves_the_network_whole(tmp_path: Path) -> None:
+    backbone = build()
     with pytest.raises(GraftError, match=r"^epoch 1, step [1-9]\d*: the loss is (nan|inf) at a rate of 1\.0e\+30; lower --lr and"):
-        fit(build(), draw_splits(), tmp_path, epochs=1, lr=1e30, backbone_lr=1e30)
+        fit(backbone, draw_splits(), tmp_path, epochs=1, lr=1e30, backbone_lr=1e30)
+    assert not any("forward" in vars(module) for module in backbone.model.modules())
 
 
 def test_rates_warm_up_to_their_peak_and_fall_to_nothing(tmp_path: Path) -> None:
