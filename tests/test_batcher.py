@@ -245,6 +245,20 @@ def test_an_idle_engine_is_never_refused_however_slow_it_looked() -> None:
     asyncio.run(scenario())
 
 
+def test_a_check_refuses_as_admission_would_and_takes_no_place() -> None:
+    async def scenario() -> None:
+        batcher = Batcher(CrankedEngine(), max_images=2)
+        deadline = time.monotonic() + 60
+        batcher.check(2, deadline)
+        assert batcher.num_admitted == 0
+        with batcher.admit(2, deadline), pytest.raises(RequestError) as refused:
+            batcher.check(1, deadline)
+        assert refused.value.code == "overloaded"
+        batcher.check(1, deadline)
+
+    asyncio.run(scenario())
+
+
 class SlowEngine(CrankedEngine):
     """Takes 10 ms an image in a thread, and claims to take none."""
 

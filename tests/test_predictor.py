@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from models.engine import run
-from models.preprocess import ImageError
+from models.engine import Features, run
+from models.preprocess import ImageError, Pixels, Preprocess
 from service.errors import RequestError
 from service.predictor import Predictor, Scores, top_prediction
 from service.repository import Model, load_snapshot
@@ -168,3 +169,40 @@ def test_a_crop_itself_is_taken_and_one_of_another_size_fails_alone(predictor: P
     assert np.array_equal(encoded, given)
     assert isinstance(wrong, ImageError)
     assert "[100, 224, 3]" in str(wrong)
+
+
+def test_no_more_images_are_decoded_than_the_engine_will_soon_take(
+    predictor: Predictor, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What waits longer waits encoded, or a queue of a thousand images would hold a thousand crops."""
+    batcher = model.backbone.batcher
+    room = batcher.room_for_crops._value
+    submit, decode = batcher.engine.submit, predictor._decode
+    held: list[tuple[Pixels, Future[Features]]] = []
+    decoded: list[bytes] = []
+
+    def hold(batch: Pixels) -> Future[Features]:
+        held.append((batch, Future()))
+        return held[-1][1]
+
+    def count(preprocess: Preprocess, image: bytes) -> Pixels:
+        decoded.append(image)
+        return decode(preprocess, image)
+
+    async def scenario() -> None:
+        images = [draw_image(label) for label in LABELS]
+        requests = [asyncio.create_task(predictor.predict([model], images, deadline=time.monotonic() + 30)) for _ in range(room)]
+        while len(decoded) < room:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.3)
+        assert len(decoded) == room
+        monkeypatch.setattr(batcher.engine, "submit", submit)
+        for batch, future in held:
+            future.set_result(submit(batch).result())
+        for answer in await asyncio.gather(*requests):
+            assert labels_of(answer[0].results) == LABELS
+
+    monkeypatch.setattr(batcher.engine, "submit", hold)
+    monkeypatch.setattr(predictor, "_decode", count)
+    asyncio.run(scenario())
+    assert batcher.room_for_crops._value == room
