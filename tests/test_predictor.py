@@ -172,9 +172,12 @@ def test_a_crop_itself_is_taken_and_one_of_another_size_fails_alone(predictor: P
 
 
 def test_no_more_images_are_decoded_than_the_engine_will_soon_take(
-    predictor: Predictor, model: Model, monkeypatch: pytest.MonkeyPatch
+    predictor: Predictor, colors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What waits longer waits encoded, or a queue of a thousand images would hold a thousand crops."""
+    # A queue belongs to one event loop as soon as something waits in it.
+    copy_checkpoint(colors, tmp_path, "colors", 1)
+    model = load_snapshot(Settings(CHECKPOINTS=tmp_path)).models["colors"].choose()
     batcher = model.backbone.batcher
     room = batcher.room_for_crops._value
     submit, decode = batcher.engine.submit, predictor._decode
@@ -192,8 +195,9 @@ def test_no_more_images_are_decoded_than_the_engine_will_soon_take(
     async def scenario() -> None:
         images = [draw_image(label) for label in LABELS]
         requests = [asyncio.create_task(predictor.predict([model], images, deadline=time.monotonic() + 30)) for _ in range(room)]
-        while len(decoded) < room:
-            await asyncio.sleep(0.01)
+        async with asyncio.timeout(20):
+            while len(decoded) < room:
+                await asyncio.sleep(0.01)
         await asyncio.sleep(0.3)
         assert len(decoded) == room
         monkeypatch.setattr(batcher.engine, "submit", submit)
