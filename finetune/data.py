@@ -262,7 +262,7 @@ def _open_torchvision(factory: Any, name: str, root: Path, arguments: dict[str, 
     except ValueError:
         return None
     except (RuntimeError, FileNotFoundError):
-        pass  # not there yet
+        logger.info("torchvision:%s is not under %s: downloading it", name, root)
     try:
         return factory(root=str(root), download=True, **arguments)
     except (OSError, RuntimeError) as error:

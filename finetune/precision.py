@@ -211,7 +211,12 @@ def _judge(
         # McNemar's test (Psychometrika 12, 1947), one-sided at 5 %: some images come out right in one of two equally good precisions
         # only, and of a few hundred that alone can be more than the tolerance.
         allowed = max(allowed, 1.645 * float(np.sqrt((right[0] != right[1]).sum())))
-    effect = "costs accuracy" if num_lost > allowed else "keeps accuracy" if num_lost <= tolerance * len(labels) else "differs by chance"
+    if num_lost > allowed:
+        effect = "costs accuracy"
+    elif num_lost > tolerance * len(labels):
+        effect = f"differs from {reference} by chance alone"
+    else:
+        effect = "keeps accuracy"
     measured = f"cross-validated {right[0].mean():.4f}, {reference} {right[1].mean():.4f}, on {len(labels):,} training images"
     return Verdict(candidate, reference, num_lost <= allowed, f"{candidate} {effect} ({measured})")
 

@@ -1,10 +1,10 @@
-"""The BentoML service `Graft`: its routes, its limits, and its life from start to SIGTERM.
+"""The BentoML service `Graft`: the table of its routes, and what BentoML is told of it.
 
     bentoml serve                       # from the folder of bentofile.yaml; CHECKPOINTS=DIR for another repository
     curl -F images=@photo.jpg localhost:3000/predict
 
-BentoML gives the process, the configuration, metrics, OpenAPI, clients and the Bento. Requests are answered by handlers of our
-own, in a middleware: BentoML's path reads a body without a limit, fetches a text in a file field as a URL, decodes on the event
+BentoML gives the process, the configuration, clients, spans and the Bento. Requests are answered by handlers of our own, in a
+middleware: BentoML's path reads a body without a limit, fetches a text in a file field as a URL, decodes on the event
 loop, and its errors have many shapes (all of 1.4.39). `Graft.predict` declares the same interface for schema and clients.
 """
 

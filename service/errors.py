@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from models.errors import GraftError
+from models.preprocess import ImageError, ImageTooLargeError
 
 
 class RequestError(GraftError):
-    """A request that gets no answer; `code` is one of the keys of `service.app.STATUS_BY_CODE`."""
+    """A request that gets no answer; `code` is one of the keys of `service.routes.STATUS_BY_CODE`."""
 
     def __init__(self, code: str, message: str, *, retry_after_seconds: int | None = None) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
         self.retry_after_seconds = retry_after_seconds
+
+
+def image_error_code(error: ImageError) -> str:
+    """The code of an image that could not be read."""
+    return "image_too_large" if isinstance(error, ImageTooLargeError) else "unreadable_image"

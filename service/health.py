@@ -22,7 +22,7 @@ async def livez(request: Request, server: Server) -> Response:
 
 async def readyz(request: Request, server: Server) -> Response:
     """`GET /readyz`: 200 once a model serves whose golden images passed on this engine, and until SIGTERM."""
-    check_ready(server)
+    server.check_healthy()
     return Response("\n", media_type="text/plain")
 
 
@@ -31,7 +31,7 @@ async def status(request: Request, server: Server) -> Response:
     current = server.repository.current
     reason = ""
     try:
-        check_ready(server)
+        server.check_healthy()
     except RequestError as error:
         reason = error.message
     versions = [model for served in current.models.values() for model in served.versions.values()]
@@ -72,11 +72,3 @@ async def prometheus(request: Request, server: Server) -> Response:
         ((backbone.batcher.name, backbone.batcher.num_admitted) for backbone in current.backbones), sorted(current.versions)
     )
     return Response(text, headers={"Content-Type": metrics.CONTENT_TYPE})
-
-
-def check_ready(server: Server) -> None:
-    """Raises RequestError with the reason where this process should get no requests."""
-    if server.is_draining:
-        raise RequestError("shutting_down", "this server is shutting down; send requests to another")
-    server.check_ready()
-    server.check_alive()

@@ -28,7 +28,6 @@ from starlette.responses import Response
 
 from models.preprocess import Pixels, Preprocess
 from service.errors import RequestError
-from service.health import check_ready
 from service.predictor import Scores
 from service.protocols import check_num_images, check_uncompressed, choose_one, decode_base64, parse_json, read_scores, rounded
 from service.repository import Model
@@ -162,13 +161,13 @@ async def live(request: Request, server: Server) -> Response:
 
 async def ready(request: Request, server: Server) -> Response:
     """`GET /v2/health/ready`: as /readyz."""
-    check_ready(server)
+    server.check_healthy()
     return json_response(ServerReady(ready=True))
 
 
 async def model_ready(request: Request, server: Server) -> Response:
     """`GET /v2/models/NAME/ready`: 200 where this model, or this version of it, is served."""
-    check_ready(server)
+    server.check_healthy()
     model = choose_one(server, request.path_params["name"], request.path_params.get("version", ""))
     return json_response(ModelReady(name=model.checkpoint.name, ready=True))
 

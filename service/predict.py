@@ -5,8 +5,8 @@ from __future__ import annotations
 from starlette.requests import Request
 from starlette.responses import Response
 
-from models.preprocess import ImageError, ImageTooLargeError
-from service.errors import RequestError
+from models.preprocess import ImageError
+from service.errors import RequestError, image_error_code
 from service.predictor import Answer, Scores, top_prediction
 from service.repository import Served
 from service.routes import json_response
@@ -65,7 +65,7 @@ def check_readable(answer: Answer, names: list[str]) -> None:
     errors = [result for result in answer.results if isinstance(result, ImageError)]
     if len(errors) == len(answer.results):
         prefix = "" if len(errors) == 1 else f"none of the {len(errors)} images could be read; the first: "
-        raise RequestError(_code(errors[0]), f"{prefix}{names[0]}: {errors[0]}")
+        raise RequestError(image_error_code(errors[0]), f"{prefix}{names[0]}: {errors[0]}")
 
 
 def _predict_response(answer: Answer, images: list[NamedImage], top_k: int) -> PredictResponse:
@@ -77,12 +77,8 @@ def _predict_response(answer: Answer, images: list[NamedImage], top_k: int) -> P
 
 def _entry(image: NamedImage, result: Scores | ImageError, label_names: tuple[str, ...], top_k: int) -> Prediction | ErrorResponse:
     if isinstance(result, ImageError):
-        return ErrorResponse(error=ErrorDetail(code=_code(result), message=f"{image.name}: {result}"))
+        return ErrorResponse(error=ErrorDetail(code=image_error_code(result), message=f"{image.name}: {result}"))
     return top_prediction(result, label_names, top_k)
-
-
-def _code(error: ImageError) -> str:
-    return "image_too_large" if isinstance(error, ImageTooLargeError) else "unreadable_image"
 
 
 def _model_info(served: Served) -> ModelInfo:

@@ -11,8 +11,8 @@ import numpy as np
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
-from models.preprocess import ImageError, ImageTooLargeError
-from service.errors import RequestError
+from models.preprocess import ImageError
+from service.errors import RequestError, image_error_code
 from service.predictor import Answer, Scores
 from service.repository import Model
 from service.server import ALL_MODELS, Server
@@ -84,8 +84,7 @@ def read_scores(answer: Answer, place: Callable[[int], str]) -> Scores:
     rows = []
     for index, result in enumerate(answer.results):
         if isinstance(result, ImageError):
-            code = "image_too_large" if isinstance(result, ImageTooLargeError) else "unreadable_image"
-            raise RequestError(code, f"{place(index)}: {result}")
+            raise RequestError(image_error_code(result), f"{place(index)}: {result}")
         rows.append(result)
     return np.stack(rows)
 

@@ -83,6 +83,13 @@ class Server:
             raise RequestError("no_model", self._how_to_get_a_model())
         return self.repository.current
 
+    def check_healthy(self) -> None:
+        """Raises RequestError with the reason where this process should be sent no requests."""
+        if self.is_draining:
+            raise RequestError("shutting_down", "this server is shutting down; send requests to another")
+        self.check_ready()
+        self.check_alive()
+
     def check_room(self) -> None:
         """Raises RequestError where nothing is served, or every queue is too long for one image more: to be asked before a body is
         read, for in a storm reading and parsing what is then refused would take the time of what is answered."""

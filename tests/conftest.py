@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 
 from models.engine import OpenVINOEngine
 from models.prepared import PreparedBackbone, prepare_backbone
 from models.preprocess import Pixels
+from tests.service_fixtures import RunningServer, publish_colors
 
 # Set before the tests are imported: the hub's client reads its own variables at import. Subprocesses inherit all of it.
 _HOME = tempfile.TemporaryDirectory(prefix="graft-tests-")
@@ -114,6 +116,19 @@ def crops() -> Pixels:
     """Ten different crops `uint8 [10,224,224,3]`."""
     coarse = np.random.default_rng(7).integers(0, 256, (10, 14, 14, 3), np.uint8)
     return coarse.repeat(16, axis=1).repeat(16, axis=2)
+
+
+@pytest.fixture(scope="session")
+def colors(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A published checkpoint that tells three colours apart; to be copied into a repository of the test's own: exporting takes seconds."""
+    return publish_colors(tmp_path_factory.mktemp("published") / "checkpoints")
+
+
+@pytest.fixture
+def client(server: RunningServer) -> Iterator[httpx.Client]:
+    """Of the server that the test's own module starts."""
+    with httpx.Client(base_url=server.url, timeout=30) as client:
+        yield client
 
 
 RunPython = Callable[..., "subprocess.CompletedProcess[str]"]

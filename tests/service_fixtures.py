@@ -14,13 +14,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
-import pytest
 from PIL import Image
 
 from models import checkpoint as checkpoints
@@ -86,16 +84,6 @@ def publish_colors(repository: Path, name: str = "colors") -> Path:
         write_engine=copy_engine,
         card=lambda version: f"# {name} {version}\n",
     )
-
-
-def publish_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The checkpoint that all tests copy into repositories of their own: exporting the backbone takes seconds."""
-    return _published(tmp_path_factory.getbasetemp())
-
-
-@cache
-def _published(folder: Path) -> Path:
-    return publish_colors(folder / "published" / "checkpoints")
 
 
 def change_file(path: Path, change: Callable[[bytes], bytes], *, rehash: bool) -> None:

@@ -21,7 +21,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.service_fixtures import LABELS, RunningServer, copy_checkpoint, draw_image, publish_once, serve
+from tests.service_fixtures import LABELS, RunningServer, copy_checkpoint, draw_image, serve
 
 NUM_REQUESTS = int(os.environ.get("GRAFT_FUZZ_REQUESTS", "600"))
 # Most of them wait for what does not come.
@@ -33,9 +33,9 @@ _MAX_GROWTH_BYTES = 64 * 2**20
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+def server(colors: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     folder = tmp_path_factory.mktemp("server")
-    copy_checkpoint(publish_once(tmp_path_factory), folder / "checkpoints", "colors", 1)
+    copy_checkpoint(colors, folder / "checkpoints", "colors", 1)
     env = {
         "CHECKPOINTS": str(folder / "checkpoints"),
         "GRAFT_BODY_SECONDS": "1",

@@ -23,18 +23,12 @@ from tests.service_fixtures import (
     change_file,
     copy_checkpoint,
     draw_image,
-    publish_once,
     serve,
 )
 
 TOKEN = "a-token-for-tests"
 ADMIN = {"Authorization": f"Bearer {TOKEN}"}
 IMAGE = draw_image("red", 11)
-
-
-@pytest.fixture(scope="session")
-def colors(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return publish_once(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +38,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     env = {"CHECKPOINTS": str(folder / "checkpoints"), "GRAFT_POLL_SECONDS": "0.1", "GRAFT_ADMIN_TOKEN": TOKEN}
     with serve(folder / "log", env, until="/livez") as running:
         yield running
-
-
-@pytest.fixture
-def client(server: RunningServer) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url, timeout=30) as client:
-        yield client
 
 
 @pytest.fixture

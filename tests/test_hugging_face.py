@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from tests.conftest import RunPython
-from tests.service_fixtures import RunningServer, copy_checkpoint, draw_image, publish_once, serve
+from tests.service_fixtures import RunningServer, copy_checkpoint, draw_image, serve
 
 MAX_BODY_BYTES = 500_000
 CLIENT = """
@@ -25,8 +25,7 @@ print(json.dumps([[one.label, one.score] for one in labels]))
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    colors = publish_once(tmp_path_factory)
+def server(colors: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     folder = tmp_path_factory.mktemp("hugging_face")
     copy_checkpoint(colors, folder / "checkpoints", "colors", 1)
     env = {
@@ -36,12 +35,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     }
     with serve(folder / "log", env) as running:
         yield running
-
-
-@pytest.fixture
-def client(server: RunningServer) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url, timeout=30) as client:
-        yield client
 
 
 def predicted(client: httpx.Client, image: bytes) -> list[dict[str, Any]]:

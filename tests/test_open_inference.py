@@ -6,6 +6,7 @@ import base64
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -17,7 +18,7 @@ from tritonclient.utils import InferenceServerException
 
 from models.checkpoint import CONFIG_FILE
 from models.preprocess import Preprocess
-from tests.service_fixtures import LABELS, RunningServer, copy_checkpoint, draw_image, publish_once, serve
+from tests.service_fixtures import LABELS, RunningServer, copy_checkpoint, draw_image, serve
 
 MAX_IMAGES = 8
 MAX_BODY_BYTES = 8_000_000
@@ -27,18 +28,17 @@ INFER = "/v2/models/colors/infer"
 
 
 @dataclass(frozen=True)
-class Colors:
+class Endpoint:
     server: RunningServer
     preprocess: Preprocess
 
 
 @pytest.fixture(scope="module")
-def colors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Colors]:
+def endpoint(colors: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
     """Versions 1 and 2 of one model, of which 1 is stable, behind a token."""
-    published = publish_once(tmp_path_factory)
     folder = tmp_path_factory.mktemp("open_inference")
     for version in (1, 2):
-        copy_checkpoint(published, folder / "checkpoints", "colors", version)
+        copy_checkpoint(colors, folder / "checkpoints", "colors", version)
     (folder / "checkpoints" / "colors" / "rollout.json").write_text('{"labels": {"stable": 1}}')
     env = {
         "CHECKPOINTS": str(folder / "checkpoints"),
@@ -47,20 +47,20 @@ def colors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Colors]:
         "GRAFT_MAX_PIXELS": "1000000",
         "GRAFT_API_TOKEN": TOKEN,
     }
-    config = json.loads((published / CONFIG_FILE).read_text())
+    config = json.loads((colors / CONFIG_FILE).read_text())
     with serve(folder / "log", env) as running:
-        yield Colors(running, Preprocess.from_dict(config["graft"]["preprocess"]))
+        yield Endpoint(running, Preprocess.from_dict(config["graft"]["preprocess"]))
 
 
 @pytest.fixture
-def client(colors: Colors) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=colors.server.url, timeout=30, headers=token()) as client:
+def client(endpoint: Endpoint) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=endpoint.server.url, timeout=30, headers=token()) as client:
         yield client
 
 
 @pytest.fixture
-def tritons(colors: Colors) -> Iterator[triton.InferenceServerClient]:
-    with triton.InferenceServerClient(urlsplit(colors.server.url).netloc) as client:
+def tritons(endpoint: Endpoint) -> Iterator[triton.InferenceServerClient]:
+    with triton.InferenceServerClient(urlsplit(endpoint.server.url).netloc) as client:
         yield client
 
 
@@ -95,7 +95,7 @@ def check_error(response: httpx.Response, status: int, *words: str) -> None:
         assert word in response.json()["error"]
 
 
-def test_health_and_metadata_with_tritons_client(tritons: triton.InferenceServerClient, colors: Colors) -> None:
+def test_health_and_metadata_with_tritons_client(tritons: triton.InferenceServerClient, endpoint: Endpoint) -> None:
     assert tritons.is_server_live()
     assert tritons.is_server_ready()
     assert tritons.is_model_ready("colors", headers=token())
@@ -107,7 +107,7 @@ def test_health_and_metadata_with_tritons_client(tritons: triton.InferenceServer
     assert (metadata["name"], metadata["versions"], metadata["platform"]) == ("colors", ["1", "2"], "graft_checkpoint")
     shapes = {tensor["name"]: (tensor["datatype"], tensor["shape"]) for tensor in metadata["inputs"] + metadata["outputs"]}
     assert shapes["image"] == ("BYTES", [-1])
-    assert shapes["pixels"] == ("UINT8", [-1, colors.preprocess.height, colors.preprocess.width, 3])
+    assert shapes["pixels"] == ("UINT8", [-1, endpoint.preprocess.height, endpoint.preprocess.width, 3])
     assert shapes["probabilities"] == ("FP32", [-1, 3])
 
 
@@ -128,10 +128,10 @@ def test_files_with_tritons_client(tritons: triton.InferenceServerClient, client
 @pytest.mark.parametrize("binary", [True, False])
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
 def test_pixels_with_tritons_client(
-    tritons: triton.InferenceServerClient, client: httpx.Client, colors: Colors, binary: bool, dtype: type
+    tritons: triton.InferenceServerClient, client: httpx.Client, endpoint: Endpoint, binary: bool, dtype: type
 ) -> None:
     images = [draw_image("red", seed=6), draw_image("blue", seed=6)]
-    pixels = np.stack([colors.preprocess(image) for image in images]).astype(dtype)
+    pixels = np.stack([endpoint.preprocess(image) for image in images]).astype(dtype)
     if dtype is np.float32:
         # As a resize leaves them: to be rounded, and clipped at the ends.
         pixels += np.where(pixels == 255, 20, np.where(pixels == 0, -20, 0.25)).astype(np.float32)
@@ -191,8 +191,8 @@ def test_any_id_comes_back(client: httpx.Client, request_id: str) -> None:
     assert client.post(INFER, content=body).json()["id"] == request_id
 
 
-def test_nested_pixels(client: httpx.Client, colors: Colors) -> None:
-    pixels = colors.preprocess(draw_image("green"))
+def test_nested_pixels(client: httpx.Client, endpoint: Endpoint) -> None:
+    pixels = endpoint.preprocess(draw_image("green"))
     tensor = {"name": "pixels", "shape": [1, *pixels.shape], "datatype": "UINT8", "data": [pixels.tolist()]}
     labels = client.post(INFER, json={"inputs": [tensor]}).json()["outputs"][0]
     assert (labels["name"], labels["data"]) == ("label", ["green"])
@@ -395,6 +395,6 @@ def test_paths_and_methods_answer_in_the_protocols_shape(client: httpx.Client) -
     check_error(client.get("/v2/models/colors/versions/9/ready"), 404, "'9'")
 
 
-def test_the_server_never_failed(client: httpx.Client, colors: Colors) -> None:
+def test_the_server_never_failed(client: httpx.Client, endpoint: Endpoint) -> None:
     assert client.get("/readyz").status_code == 200
-    assert "Traceback" not in colors.server.log()
+    assert "Traceback" not in endpoint.server.log()

@@ -17,12 +17,7 @@ from service.errors import RequestError
 from service.predictor import Predictor, Scores, top_prediction
 from service.repository import Model, load_snapshot
 from service.settings import Settings
-from tests.service_fixtures import LABELS, change_config, copy_checkpoint, draw_image, publish_once
-
-
-@pytest.fixture(scope="session")
-def colors(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return publish_once(tmp_path_factory)
+from tests.service_fixtures import LABELS, change_config, copy_checkpoint, draw_image
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,7 @@ from models.errors import GraftError
 from models.prepared import resolve_device
 from service.repository import load_snapshot
 from service.settings import Settings, load_settings
-from tests.service_fixtures import change_config, change_file, copy_checkpoint, publish_once
-
-
-@pytest.fixture(scope="session")
-def colors(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return publish_once(tmp_path_factory)
+from tests.service_fixtures import change_config, change_file, copy_checkpoint
 
 
 def settings(root: Path, **more: object) -> Settings:

@@ -28,18 +28,12 @@ from tests.service_fixtures import (
     change_file,
     copy_checkpoint,
     draw_image,
-    publish_once,
     serve,
 )
 
 MAX_IMAGES = 8
 MAX_BODY_BYTES = 2_000_000
 MAX_PIXELS = 1_000_000
-
-
-@pytest.fixture(scope="session")
-def colors(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return publish_once(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +52,6 @@ def server(colors: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[R
     }
     with serve(folder / "log", env) as running:
         yield running
-
-
-@pytest.fixture
-def client(server: RunningServer) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url, timeout=30) as client:
-        yield client
 
 
 def files(*images: bytes) -> list[tuple[str, tuple[str, bytes]]]:

@@ -5,22 +5,22 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 from models.checkpoint import WEIGHTS_FILE
-from tests.service_fixtures import LABELS, RunningServer, change_file, copy_checkpoint, draw_image, publish_once, serve
+from tests.service_fixtures import LABELS, RunningServer, change_file, copy_checkpoint, draw_image, serve
 
 MAX_IMAGES = 4
 MAX_BODY_BYTES = 500_000
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+def server(colors: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """Versions 1 and 2 of one model, of which 1 is stable, and a corrupted version 3."""
-    colors = publish_once(tmp_path_factory)
     folder = tmp_path_factory.mktemp("tf_serving")
     for version in (1, 2):
         copy_checkpoint(colors, folder / "checkpoints", "colors", version)
@@ -35,12 +35,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     }
     with serve(folder / "log", env) as running:
         yield running
-
-
-@pytest.fixture
-def client(server: RunningServer) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url, timeout=30) as client:
-        yield client
 
 
 def b64(image: bytes) -> dict[str, str]:
