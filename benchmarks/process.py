@@ -15,6 +15,8 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]
 
 _SAMPLE_SECONDS = 0.2
+# Reading what a process of gigabytes shares takes tens of milliseconds of a core, in which it cannot map memory.
+_SAMPLING_SHARE = 0.01
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,12 @@ class MemorySampler(threading.Thread):
         self.peak_bytes = 0
 
     def run(self) -> None:
-        while not self._done.wait(self._sample_seconds):
+        pause = self._sample_seconds
+        while not self._done.wait(pause):
+            started = time.perf_counter()
             family = tree(self._root.pid)
             self.peak_bytes = max(self.peak_bytes, sum(map(_memory_bytes, family)), _high_water_bytes(self._root.pid))
+            pause = max(self._sample_seconds, (time.perf_counter() - started) / _SAMPLING_SHARE)
 
     def stop(self) -> None:
         self._done.set()

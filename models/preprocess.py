@@ -195,7 +195,7 @@ def _check_pixels(width: int, height: int, max_pixels: int) -> None:
 
 def _jpeg_orientation(data: bytes) -> int:
     """The EXIF orientation, 1 where there is none: Pillow parses the header only where an EXIF block exists."""
-    if b"Exif\x00\x00" not in data[:131_072]:
+    if not _has_exif(data):
         return 1
     try:
         orientation = Image.open(io.BytesIO(data), formats=("JPEG",)).getexif().get(_EXIF_ORIENTATION_TAG, 1)
@@ -203,6 +203,17 @@ def _jpeg_orientation(data: bytes) -> int:
     except Exception:
         return 1
     return orientation if orientation in _UPRIGHT else 1
+
+
+def _has_exif(data: bytes) -> bool:
+    """Whether a segment before the scan is EXIF (CIPA DC-008, 4.5.4), or the segments are not as JPEG's should be."""
+    at = 2
+    while data[at : at + 1] == b"\xff" and (marker := data[at + 1 : at + 2]) != b"\xda":
+        if marker == b"\xe1" and data[at + 4 : at + 10] == b"Exif\x00\x00":
+            return True
+        # Any number of them may fill the space before a marker.
+        at += 1 if marker == b"\xff" else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return data[at : at + 1] != b"\xff"
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

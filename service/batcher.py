@@ -1,5 +1,8 @@
 """The queue in front of an engine: bounded, fair, and honest at the door about how long it will take.
 
+What waits is encoded, a fraction of a crop's size. The thread that runs a batch decodes it first: an image is handed from thread
+to thread twice, there and back, for each hand-over waits for Python's lock and wakes another core.
+
 A batch starts as soon as the engine has a free slot, with whatever waits, up to the engine's best batch; there is no waiting
 window. Requests take turns image by image, so one with 64 images does not hold up one with a single image. What has expired
 or was given up is dropped before it costs compute. Everything runs on one event loop, so nothing here is locked.
@@ -12,14 +15,15 @@ import logging
 import math
 import time
 from collections import deque
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Self
 
 import numpy as np
 
-from models.engine import Engine, Features
-from models.preprocess import Pixels
+from models.engine import Engine, Features, num_cpus
+from models.preprocess import ImageError, Pixels
 from service import metrics
 from service.errors import RequestError
 
@@ -27,10 +31,10 @@ logger = logging.getLogger("bentoml.graft")
 
 # A request is refused where its predicted time is above this fraction of what it has: speed varies.
 _HEADROOM = 0.8
-# An image that waits: its crop, who wants its features, and since when.
-Waiting = tuple[Pixels, "asyncio.Future[Features]", float]
-# Crops beyond two rounds of the engine, for decoders that are not at one pace.
-_CROPS_AHEAD = 8
+# Gives an image's crop, or raises ImageError. It is called in a thread.
+MakeCrop = Callable[[], Pixels]
+# An image that waits: how to make its crop, who wants its features, and since when.
+Waiting = tuple[MakeCrop, "asyncio.Future[Features]", float]
 # The share of one image in the running mean of the speed: it forgets in about 50 images.
 _WEIGHT_PER_IMAGE = 0.02
 
@@ -44,9 +48,9 @@ class Ticket:
         self.waiting: deque[Waiting] = deque()
         self._batcher = batcher
 
-    async def features(self, image: Pixels) -> Features:
-        """`uint8 [H,W,3]` → `float32 [F]`, when its turn has come. Raises RequestError past the deadline."""
-        return await self._batcher._enqueue(self, image)
+    async def features(self, make_crop: MakeCrop) -> Features:
+        """`uint8 [H,W,3]` → `float32 [F]`, when its turn has come. Raises what `make_crop` does, and RequestError past the deadline."""
+        return await self._batcher._enqueue(self, make_crop)
 
     def __enter__(self) -> Self:
         return self
@@ -67,14 +71,14 @@ class Batcher:
         self._num_slots = engine.num_slots
         # Below two full rounds of the engine nothing is refused: so many are served at once, and it keeps the speed measured.
         self._round = self._num_slots * self._batch_size
-        # What keeps the engine busy may wait as a crop; more waits encoded, a fraction of the size.
-        self.room_for_crops = asyncio.Semaphore(2 * self._round + _CROPS_AHEAD)
+        # Where the engine's threads alone would leave cores idle while they decode (a GPU has two), a batch is decoded by as many.
+        has_idle_cores = self._batch_size > 1 and self._num_slots < num_cpus()
+        self._decoders = ThreadPoolExecutor(num_cpus(), thread_name_prefix="decode") if has_idle_cores else None
         self._seconds_per_image = 1 / max(engine.info.images_per_second, 0.01)
         self._last_finish: float | None = None
         self._tickets: set[Ticket] = set()
         self._turns: deque[Ticket] = deque()
-        self._in_flight: dict[int, float] = {}
-        self._next_batch_id = 0
+        self._in_flight: set[_Batch] = set()
         self._is_closing = False
         self._drained = asyncio.Event()
         self.num_admitted = 0
@@ -114,7 +118,7 @@ class Batcher:
 
     def stalled_seconds(self) -> float:
         """How long the oldest batch has been in the engine, 0 where there is none: a wedged engine shows here."""
-        return time.monotonic() - min(self._in_flight.values()) if self._in_flight else 0.0
+        return time.monotonic() - min(batch.started for batch in self._in_flight) if self._in_flight else 0.0
 
     async def close(self) -> None:
         """Refuse what is new, finish what is in, then close the engine."""
@@ -122,6 +126,8 @@ class Batcher:
         self._check_drained()
         await self._drained.wait()
         await asyncio.to_thread(self.engine.close)
+        if self._decoders is not None:
+            self._decoders.shutdown(wait=False)
         metrics.forget_backbone(self.name)
 
     def _refuse(self, seconds: float) -> None:
@@ -132,17 +138,20 @@ class Batcher:
             retry_after_seconds=retry_after,
         )
 
-    async def _enqueue(self, ticket: Ticket, image: Pixels) -> Features:
+    async def _enqueue(self, ticket: Ticket, make_crop: MakeCrop) -> Features:
         assert ticket in self._tickets, "features() of a ticket that was given back"
         future: asyncio.Future[Features] = asyncio.get_running_loop().create_future()
-        ticket.waiting.append((image, future, time.monotonic()))
+        ticket.waiting.append((make_crop, future, time.monotonic()))
         if len(ticket.waiting) == 1:
             self._turns.append(ticket)
             self._dispatch()
-        features = await future
-        ticket.num_left -= 1
-        self.num_admitted -= 1
-        return features
+        try:
+            return await future
+        finally:
+            # A ticket that was given back meanwhile holds no places.
+            if ticket.num_left:
+                ticket.num_left -= 1
+                self.num_admitted -= 1
 
     def _forget(self, ticket: Ticket) -> None:
         self._tickets.discard(ticket)
@@ -153,60 +162,67 @@ class Batcher:
         self._check_drained()
 
     def _dispatch(self) -> None:
-        while len(self._in_flight) < self._num_slots and (batch := self._take_batch()):
-            self._start(batch)
+        while len(self._in_flight) < self._num_slots and (waiting := self._take_waiting()):
+            self._start(_Batch(waiting, self._decoders))
 
-    def _take_batch(self) -> list[Waiting]:
+    def _take_waiting(self) -> list[Waiting]:
         """One image of each waiting request in turn, until the batch is full or nothing waits."""
-        batch: list[Waiting] = []
+        taken: list[Waiting] = []
         now = time.monotonic()
-        while self._turns and len(batch) < self._batch_size:
+        while self._turns and len(taken) < self._batch_size:
             ticket = self._turns.popleft()
             while ticket.waiting:
-                image, future, since = ticket.waiting.popleft()
+                make_crop, future, since = ticket.waiting.popleft()
                 if future.done():
                     continue
                 if ticket.deadline <= now:
                     future.set_exception(deadline_exceeded())
                     continue
-                batch.append((image, future, since))
+                taken.append((make_crop, future, since))
                 break
             if ticket.waiting:
                 self._turns.append(ticket)
-        return batch
+        return taken
 
-    def _start(self, batch: list[Waiting]) -> None:
+    def _start(self, batch: _Batch) -> None:
         loop = asyncio.get_running_loop()
-        batch_id, self._next_batch_id = self._next_batch_id, self._next_batch_id + 1
-        now = self._in_flight[batch_id] = time.monotonic()
-        futures = [future for _, future, _ in batch]
-        images = np.stack([image for image, _, _ in batch])
-        metrics.BATCH_IMAGES.labels(self.name).observe(len(batch))
+        self._in_flight.add(batch)
+        metrics.BATCH_IMAGES.labels(self.name).observe(len(batch.waiting))
         queue_seconds = metrics.QUEUE_SECONDS.labels(self.name)
-        for _, _, since in batch:
-            queue_seconds.observe(now - since)
+        for _, _, since in batch.waiting:
+            queue_seconds.observe(batch.started - since)
         try:
-            running = self.engine.submit(images)
+            running = self.engine.submit(batch.make_crops)
         # Whatever an engine raises concerns this batch alone, and must not stop the queue.
         except Exception as error:
             running = Future()
             running.set_exception(error)
-        running.add_done_callback(lambda done: loop.call_soon_threadsafe(self._finish, batch_id, futures, done))
+        running.add_done_callback(lambda done: loop.call_soon_threadsafe(self._finish, batch, done))
 
-    def _finish(self, batch_id: int, futures: list[asyncio.Future[Features]], done: Future[Features]) -> None:
-        metrics.ENGINE_SECONDS.labels(self.name).observe(time.monotonic() - self._in_flight.pop(batch_id))
-        self._measure(len(futures))
+    def _finish(self, batch: _Batch, done: Future[Features]) -> None:
+        self._in_flight.remove(batch)
+        self._measure(len(batch.waiting))
         self._dispatch()
         error = RuntimeError("cancelled inside the engine") if done.cancelled() else done.exception()
-        if error is not None:
-            logger.error("the engine failed on a batch of %d images", len(futures), exc_info=error)
-        for index, future in enumerate(futures):
+        if error is None:
+            metrics.ENGINE_SECONDS.labels(self.name).observe(time.monotonic() - batch.decoded)
+        elif not isinstance(error, ImageError):
+            logger.error("the engine failed on a batch of %d images", len(batch.waiting), exc_info=error)
+        rows: Iterator[Features] = iter(done.result() if error is None else ())
+        for index, (_, future, _) in enumerate(batch.waiting):
+            result: Features | Exception
+            if index in batch.unreadable:
+                result = batch.unreadable[index]
+            elif error is None:
+                result = next(rows)
+            else:
+                result = RequestError("engine_failed", "the engine failed on this image; try again")
             if future.done():
                 continue
-            if error is None:
-                future.set_result(done.result()[index])
+            if isinstance(result, Exception):
+                future.set_exception(result)
             else:
-                future.set_exception(RequestError("engine_failed", "the engine failed on this image; try again"))
+                future.set_result(result)
         self._check_drained()
 
     def _measure(self, num_images: int) -> None:
@@ -221,6 +237,37 @@ class Batcher:
     def _check_drained(self) -> None:
         if self._is_closing and not self._tickets and not self._in_flight:
             self._drained.set()
+
+
+class _Batch:
+    """Images on their way through the engine together."""
+
+    def __init__(self, waiting: list[Waiting], decoders: ThreadPoolExecutor | None) -> None:
+        self.waiting = waiting
+        self.unreadable: dict[int, ImageError] = {}
+        self.started = self.decoded = time.monotonic()
+        self._decoders = decoders if len(waiting) > 1 else None
+
+    def make_crops(self) -> Pixels:
+        """Of the readable ones, `uint8 [B,H,W,3]`; raises ImageError where there are none. Called in a thread of the engine's."""
+        apply = map if self._decoders is None else self._decoders.map
+        crops = []
+        for index, crop in enumerate(apply(_try, [make_crop for make_crop, _, _ in self.waiting])):
+            if isinstance(crop, ImageError):
+                self.unreadable[index] = crop
+            else:
+                crops.append(crop)
+        self.decoded = time.monotonic()
+        if not crops:
+            raise self.unreadable[0]
+        return np.stack(crops)
+
+
+def _try(make_crop: MakeCrop) -> Pixels | ImageError:
+    try:
+        return make_crop()
+    except ImageError as error:
+        return error
 
 
 def deadline_exceeded() -> RequestError:

@@ -21,8 +21,10 @@ class RequestBody:
 
     def __init__(self, scope: Scope, receive: Receive) -> None:
         self._receive = receive
-        names = [name for name, _ in scope["headers"]]
-        self.is_read = b"content-length" not in names and b"transfer-encoding" not in names
+        headers = dict(scope["headers"])
+        self.is_read = b"content-length" not in headers and b"transfer-encoding" not in headers
+        # On a connection that stays, uvicorn itself throws away what still comes.
+        self._is_last = scope["http_version"] == "1.0" or b"close" in headers.get(b"connection", b"").lower()
 
     async def receive(self) -> Message:
         message = await self._receive()
@@ -31,7 +33,9 @@ class RequestBody:
         return message
 
     def linger(self, send: Send, seconds: float) -> Send:
-        """`send`, with the end of the answer held back until the body is read, or `seconds` or a silence have passed."""
+        """`send`, with the end of a connection's last answer held back until the body is read, or `seconds` or a silence have passed."""
+        if not self._is_last:
+            return send
 
         async def send_and_linger(message: Message) -> None:
             if self.is_read or message["type"] != "http.response.body" or message.get("more_body"):

@@ -33,9 +33,9 @@ PREDICT_SECONDS = Histogram(
 SHADOW = Counter("graft_shadow_images", "Images a shadow version was asked about too.", ("model", "version", "outcome"), registry=REGISTRY)
 DECODE_SECONDS = Histogram("graft_decode_seconds", "Encoded image to crop, of one image.", buckets=_SECONDS, registry=REGISTRY)
 QUEUE_SECONDS = Histogram(
-    "graft_queue_seconds", "Crop to the start of its batch, of one image.", ("backbone",), buckets=_SECONDS, registry=REGISTRY
+    "graft_queue_seconds", "Admission to the start of its batch, of one image.", ("backbone",), buckets=_SECONDS, registry=REGISTRY
 )
-ENGINE_SECONDS = Histogram("graft_engine_seconds", "Of one batch.", ("backbone",), buckets=_SECONDS, registry=REGISTRY)
+ENGINE_SECONDS = Histogram("graft_engine_seconds", "Of one batch, decoded.", ("backbone",), buckets=_SECONDS, registry=REGISTRY)
 BATCH_IMAGES = Histogram("graft_batch_images", "Images in a batch.", ("backbone",), buckets=_IMAGES, registry=REGISTRY)
 QUEUE_IMAGES = Gauge("graft_queue_images", "Images admitted and not yet answered.", ("backbone",), registry=REGISTRY)
 CACHED_FEATURES = Counter("graft_cached_features", "Images looked up in the feature cache.", ("found",), registry=REGISTRY)

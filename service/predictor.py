@@ -1,4 +1,4 @@
-"""Encoded images → scores, without HTTP: decode in threads, the queue of each backbone, every head, calibrated scores."""
+"""Encoded images → scores, without HTTP: the queue of each backbone, every head, calibrated scores."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ import hashlib
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from opentelemetry import trace
+from opentelemetry.context import get_current
 
 from models.checkpoint import logits
 from models.engine import Features
 from models.preprocess import ImageError, Pixels, Preprocess
 from service import metrics
-from service.batcher import Ticket, deadline_exceeded
+from service.batcher import MakeCrop, Ticket, deadline_exceeded
 from service.repository import Backbone, Model
 from service.schemas import LabelScore, Prediction
 
@@ -38,11 +39,9 @@ class Answer:
 
 
 class Predictor:
-    """Answers requests on models whose backbones it is given; owns the decode threads and the feature cache."""
+    """Answers requests on models whose backbones it is given; owns the feature cache."""
 
-    def __init__(self, *, decode_threads: int, max_pixels: int, cached_images: int = 0, is_traced: bool = False) -> None:
-        self._threads = ThreadPoolExecutor(decode_threads, thread_name_prefix="decode")
-        self._num_threads = decode_threads
+    def __init__(self, *, max_pixels: int, cached_images: int = 0, is_traced: bool = False) -> None:
         self._max_pixels = max_pixels
         self._is_traced = is_traced
         self._cache = FeatureCache(cached_images) if cached_images else None
@@ -65,14 +64,10 @@ class Predictor:
                 raise deadline_exceeded() from None
         return [_answer(model, features) for model in models]
 
-    def close(self) -> None:
-        """Let the decode threads end; nothing may be in flight."""
-        self._threads.shutdown()
-
     async def _features(
         self, backbones: Mapping[str, Backbone], tickets: Mapping[str, Ticket], images: Sequence[bytes | Pixels]
     ) -> list[FeaturesByBackbone | ImageError]:
-        """Features of each image, with no more under way than keeps decoders and engines busy: others get their turn."""
+        """Features of each image, with no more under way than keeps the engines busy: what several ask for is held as crops."""
         if len(images) == 1:
             return [await self._features_of_one(backbones, tickets, images[0])]
         results: list[FeaturesByBackbone | ImageError] = [ImageError("not decoded")] * len(images)
@@ -83,7 +78,7 @@ class Predictor:
                 results[index] = await self._features_of_one(backbones, tickets, image)
 
         engines = [backbone.engine for backbone in backbones.values()]
-        num_workers = min(len(images), self._num_threads + max(engine.num_slots * engine.info.batch_size for engine in engines))
+        num_workers = min(len(images), 2 * max(engine.num_slots * engine.info.batch_size for engine in engines))
         try:
             async with asyncio.TaskGroup() as group:
                 for _ in range(num_workers):
@@ -101,38 +96,45 @@ class Predictor:
             key = hashlib.blake2b(image, digest_size=16).digest()
             if found := self._cache.find(backbones, key):
                 return found
+        # One after the other, so that a crop is made once for all backbones that see images alike.
         crops: dict[Preprocess, Pixels] = {}
         found = {}
-        # One backbone's room is enough to bound the crops, and requests that hold one and wait for another could block each other.
-        async with backbones[min(backbones)].batcher.room_for_crops:
+        try:
             for name, backbone in backbones.items():
-                try:
-                    crop = crops.get(backbone.preprocess)
-                    if crop is None:
-                        crop = crops[backbone.preprocess] = await self._crop(backbone.preprocess, image)
-                except ImageError as error:
-                    return error
-                found[name] = await tickets[name].features(crop)
+                make_crop = self._in_span("decode", partial(self._make_crop, backbone.preprocess, image, crops))
+                found[name] = await tickets[name].features(make_crop)
+        except ImageError as error:
+            return error
         if key and self._cache is not None:
             self._cache.add(key, found)
         return found
 
-    async def _crop(self, preprocess: Preprocess, image: bytes | Pixels) -> Pixels:
+    def _make_crop(self, preprocess: Preprocess, image: bytes | Pixels, crops: dict[Preprocess, Pixels]) -> Pixels:
         if not isinstance(image, bytes):
             wanted = (preprocess.height, preprocess.width, 3)
             if image.shape != wanted:
                 raise ImageError(f"pixels are of shape {list(image.shape)}, this model takes {list(wanted)}")
             return image
-        with self._span("decode", {}):
-            return await asyncio.get_running_loop().run_in_executor(self._threads, self._decode, preprocess, image)
+        if preprocess not in crops:
+            with metrics.DECODE_SECONDS.time():
+                crops[preprocess] = preprocess(image, max_pixels=self._max_pixels)
+        return crops[preprocess]
+
+    def _in_span(self, name: str, make_crop: MakeCrop) -> MakeCrop:
+        """`make_crop` for another thread, with a span below the one of this request."""
+        if not self._is_traced:
+            return make_crop
+        context = get_current()
+
+        def traced() -> Pixels:
+            with trace.get_tracer("graft").start_as_current_span(name, context=context):
+                return make_crop()
+
+        return traced
 
     def _span(self, name: str, attributes: Mapping[str, Any]) -> AbstractContextManager[object]:
         # A span that goes nowhere still costs 50 µs.
         return trace.get_tracer("graft").start_as_current_span(name, attributes=attributes) if self._is_traced else nullcontext()
-
-    def _decode(self, preprocess: Preprocess, image: bytes) -> Pixels:
-        with metrics.DECODE_SECONDS.time():
-            return preprocess(image, max_pixels=self._max_pixels)
 
 
 class FeatureCache:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import logging
@@ -61,6 +62,8 @@ _BENTOML_PATHS = ("/healthz", "/schema.json")
 _QUIET_ROUTES = ("/livez", "/readyz", "/metrics")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _OTHER = "other"
+# How long a line of the access log may wait for others: a write for each would give up Python's lock each time.
+_FLUSH_SECONDS = 0.05
 
 Handler = Callable[[Request, Server], Awaitable[Response]]
 ErrorBody = Callable[[RequestError], dict[str, Any]]
@@ -100,6 +103,7 @@ class Routes:
         self._routes = routes
         # Nearly all requests go to a path without parts.
         self._plain = {route.path: route for route in routes if "{" not in route.path}
+        self._flushing: asyncio.TimerHandle | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in _BENTOML_PATHS:
@@ -121,7 +125,7 @@ class Routes:
         self._record(request, request_id, route, response, seconds)
 
     def _find(self, request: Request) -> Route | None:
-        path = request.url.path
+        path = request.scope["path"]
         if (route := self._plain.get(path)) is not None and _takes(route, request.method):
             return route
         for route in self._routes:
@@ -189,6 +193,11 @@ class Routes:
         }
         # Past `logging`, whose machinery costs more than the line.
         sys.stdout.write(json.dumps(line) + "\n")
+        if self._flushing is None:
+            self._flushing = asyncio.get_running_loop().call_later(_FLUSH_SECONDS, self._flush)
+
+    def _flush(self) -> None:
+        self._flushing = None
         sys.stdout.flush()
 
 

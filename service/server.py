@@ -6,7 +6,6 @@ import asyncio
 import logging
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Awaitable, Sequence
@@ -32,8 +31,8 @@ _WEDGED_SECONDS = 60.0
 # Requests that a shadow version is asked about at once; what comes meanwhile is not put to it.
 _MAX_SHADOWS = 16
 ALL_MODELS = "all"
-# How long a thread that decodes may keep Python's lock from the event loop: a tenth of Python's own 5 ms is 10 % more requests/s.
-_SWITCH_SECONDS = 0.0005
+# What is answered sooner is not worth the task that watches whether its client is still there.
+_WATCH_AFTER_SECONDS = 0.1
 
 T = TypeVar("T")
 
@@ -45,7 +44,6 @@ class Server:
         self.settings = settings
         self.repository = Repository(settings)
         self.predictor = Predictor(
-            decode_threads=settings.decode_threads,
             max_pixels=settings.max_pixels,
             cached_images=settings.cached_images,
             is_traced=settings.tracing,
@@ -61,7 +59,6 @@ class Server:
     async def start(self) -> None:
         """Load in the background: /livez answers meanwhile, and /readyz says what is missing."""
         self._drain_on_sigterm()
-        sys.setswitchinterval(_SWITCH_SECONDS)
         self._watching = asyncio.create_task(self._load_and_watch())
 
     async def stop(self) -> None:
@@ -71,7 +68,6 @@ class Server:
             await asyncio.wait([self._watching])
         await asyncio.gather(*self._shadows)
         await self.repository.close()
-        self.predictor.close()
 
     def check_ready(self) -> Snapshot:
         """What is served, at least one model; raises RequestError with what to do otherwise."""
@@ -256,19 +252,26 @@ async def _unless_disconnected(request: Request, work: Awaitable[T]) -> T:
     """Await `work`, cancelled as soon as the client hangs up: nobody would read the answer. Raises ClientDisconnect then."""
     working = asyncio.current_task()
     assert working is not None
+    watching: asyncio.Task[None] | None = None
 
     async def watch() -> None:
         # The body has been read, so the next message is the end of the connection.
         await request.receive()
         working.cancel()
 
-    watching = asyncio.create_task(watch())
+    def start_to_watch() -> None:
+        nonlocal watching
+        watching = asyncio.create_task(watch())
+
+    timer = asyncio.get_running_loop().call_later(_WATCH_AFTER_SECONDS, start_to_watch)
     try:
         return await work
     except asyncio.CancelledError:
-        if not watching.done():
+        if watching is None or not watching.done():
             raise
         working.uncancel()
         raise ClientDisconnect from None
     finally:
-        watching.cancel()
+        timer.cancel()
+        if watching is not None:
+            watching.cancel()

@@ -10,7 +10,7 @@ from pydantic import Field, SecretStr, ValidationError, field_validator, model_v
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from models.allowed import describe_allowed
-from models.engine import Precision, num_cpus
+from models.engine import Precision
 from models.errors import GraftError
 
 PositiveInt = Annotated[int, Ge(1)]
@@ -69,7 +69,6 @@ class Settings(BaseSettings):
     cached_images: Annotated[int, Ge(0)] = Field(
         default=0, description="Images whose features are kept, for those that come again; 5 KB each, per backbone. 0: none."
     )
-    decode_threads: PositiveInt = Field(default_factory=num_cpus, description="Threads that decode images.")
     tracing: bool = Field(
         default=False, description="OpenTelemetry spans for every request, sent where BentoML's `tracing` configuration says."
     )

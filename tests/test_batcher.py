@@ -7,12 +7,13 @@ import threading
 import time
 from collections.abc import Awaitable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
 
-from models.engine import EngineInfo, Features
-from models.preprocess import Pixels
+from models.engine import EngineInfo, Features, Images
+from models.preprocess import ImageError, Pixels
 from service.batcher import Batcher, Ticket
 from service.errors import RequestError
 
@@ -20,6 +21,10 @@ from service.errors import RequestError
 def image(value: int) -> Pixels:
     """A 1x1 image; its one value names it, and comes back as its feature."""
     return np.full((1, 1, 3), value, np.uint8)
+
+
+def make(images: Images) -> Pixels:
+    return images() if callable(images) else images
 
 
 def features_of(images: Pixels) -> Features:
@@ -38,8 +43,9 @@ class CrankedEngine:
         self.is_closed = False
         self._running: list[tuple[Pixels, Future[Features]]] = []
 
-    def submit(self, images: Pixels) -> Future[Features]:
+    def submit(self, images: Images) -> Future[Features]:
         assert len(self._running) < self.num_slots, "a real engine would block the event loop here"
+        images = make(images)
         assert len(images) <= self.info.batch_size
         self.batches.append([int(value) for value in images[:, 0, 0, 0]])
         future: Future[Features] = Future()
@@ -76,7 +82,7 @@ def in_seconds(seconds: float) -> float:
 async def ask(batcher: Batcher, *values: int, seconds: float = 60) -> list[int]:
     """One request with an image for each value."""
     with batcher.admit(len(values), in_seconds(seconds)) as ticket:
-        features = await asyncio.gather(*(ticket.features(image(value)) for value in values))
+        features = await asyncio.gather(*(ticket.features(partial(image, value)) for value in values))
     return [int(feature[0]) for feature in features]
 
 
@@ -266,10 +272,10 @@ class SlowEngine(CrankedEngine):
         super().__init__()
         self._thread = ThreadPoolExecutor(1)
 
-    def submit(self, images: Pixels) -> Future[Features]:
+    def submit(self, images: Images) -> Future[Features]:
         def compute() -> Features:
             time.sleep(0.01)
-            return features_of(images)
+            return features_of(make(images))
 
         return self._thread.submit(compute)
 
@@ -303,8 +309,8 @@ def test_a_failing_batch_fails_alone() -> None:
 
 def test_an_engine_that_refuses_a_batch_does_not_stop_the_queue() -> None:
     class Refusing(CrankedEngine):
-        def submit(self, images: Pixels) -> Future[Features]:
-            if images[0, 0, 0, 0] == 13:
+        def submit(self, images: Images) -> Future[Features]:
+            if make(images)[0, 0, 0, 0] == 13:
                 raise RuntimeError("unlucky")
             return super().submit(images)
 
@@ -316,6 +322,28 @@ def test_an_engine_that_refuses_a_batch_does_not_stop_the_queue() -> None:
         with pytest.raises(RequestError):
             await unlucky
         assert await fine == [1]
+
+    asyncio.run(scenario())
+
+
+def test_an_image_that_cannot_be_read_fails_alone_and_the_rest_of_its_batch_runs() -> None:
+    def broken() -> Pixels:
+        raise ImageError("the file is empty")
+
+    async def scenario() -> None:
+        engine = CrankedEngine(batch_size=3)
+        batcher = Batcher(engine, max_images=10)
+
+        async def ask_broken() -> list[int]:
+            with batcher.admit(1, in_seconds(60)) as ticket, pytest.raises(ImageError, match="empty"):
+                await ticket.features(broken)
+            return []
+
+        first, unread, *fine = await start(ask(batcher, 0), ask_broken(), ask(batcher, 1), ask(batcher, 2))
+        await engine.finish_all()
+        assert engine.batches == [[0], [1, 2]]
+        assert [await task for task in (first, unread, *fine)] == [[0], [], [1], [2]]
+        assert batcher.num_admitted == 0
 
     asyncio.run(scenario())
 
@@ -366,9 +394,9 @@ def test_a_wedged_engine_shows() -> None:
 def test_a_thousand_requests_with_every_tenth_abandoned_leave_nothing_behind() -> None:
     async def scenario() -> None:
         class Immediate(CrankedEngine):
-            def submit(self, images: Pixels) -> Future[Features]:
+            def submit(self, images: Images) -> Future[Features]:
                 future: Future[Features] = Future()
-                threading.Timer(0.0005, future.set_result, (features_of(images),)).start()
+                threading.Timer(0.0005, future.set_result, (features_of(make(images)),)).start()
                 return future
 
         batcher = Batcher(Immediate(batch_size=8, num_slots=3), max_images=100_000)
@@ -390,6 +418,6 @@ def test_a_ticket_given_back_takes_no_more_images() -> None:
         with Batcher(CrankedEngine(), max_images=1).admit(1, in_seconds(1)) as ticket:
             assert isinstance(ticket, Ticket)
         with pytest.raises(AssertionError):
-            await ticket.features(image(1))
+            await ticket.features(partial(image, 1))
 
     asyncio.run(scenario())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -105,6 +106,32 @@ def test_the_dashboard_is_one_that_grafana_can_provision() -> None:
     assert {panel["datasource"]["uid"] for panel in panels} == {source["uid"]}
 
 
+def test_grafanas_own_model_knows_all_of_the_dashboard() -> None:
+    """What Grafana's SDK does not know it drops, so that what comes back would be less."""
+    plugins = pytest.importorskip("grafana_foundation_sdk.cog.plugins", reason="grafana-foundation-sdk is not installed")
+    from grafana_foundation_sdk.cog.encoder import JSONEncoder
+    from grafana_foundation_sdk.models.dashboard import Dashboard
+
+    plugins.register_default_plugins()
+    written = json.loads(DASHBOARD_PATH.read_text())
+    known = json.loads(json.dumps(Dashboard.from_json(written), cls=JSONEncoder))
+    assert not list(missing(written, known))
+    unknown = {**written, "panels": [{**written["panels"][0], "colour": "red"}]}
+    assert list(missing(unknown, json.loads(json.dumps(Dashboard.from_json(unknown), cls=JSONEncoder)))) == [".panels[0].colour"]
+
+
+def missing(whole: Any, part: Any, where: str = "") -> Iterator[str]:
+    """Where something of `whole` is not in `part`, or is another there."""
+    if isinstance(whole, dict) and isinstance(part, dict):
+        for key, value in whole.items():
+            yield from missing(value, part[key], f"{where}.{key}") if key in part else [f"{where}.{key}"]
+    elif isinstance(whole, list) and isinstance(part, list) and len(whole) == len(part):
+        for index, pair in enumerate(zip(whole, part, strict=True)):
+            yield from missing(*pair, f"{where}[{index}]")
+    elif whole != part:
+        yield where
+
+
 def test_manifests_match_kuberneteses_schemas() -> None:
     validate = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
     for path in [*manifests("base"), KUBERNETES_DIR / "gpu" / "deployment.yaml"]:
@@ -188,10 +215,25 @@ def test_compose_mounts_files_that_there_are() -> None:
 
 
 def test_compose_is_what_compose_reads() -> None:
-    command = ["docker", "compose", "-f", str(DEPLOY_DIR / "compose.yaml"), "config", "--quiet"]
-    if shutil.which("docker") is None or subprocess.run(["docker", "compose", "version"], capture_output=True).returncode:
+    compose = find_compose()
+    if compose is None:
         pytest.skip("docker compose is not installed")
-    subprocess.run(command, env={"PATH": "/usr/bin:/usr/local/bin:/bin", "GRAFANA_PASSWORD": "x"}, capture_output=True, check=True)
+    command = [*compose, "-f", str(DEPLOY_DIR / "compose.yaml"), "config", "--quiet"]
+    env = {"PATH": os.environ["PATH"]}
+    subprocess.run(command, env={**env, "GRAFANA_PASSWORD": "x"}, capture_output=True, check=True)
+    refused = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert refused.returncode
+    assert "set GRAFANA_PASSWORD" in refused.stderr
+
+
+def find_compose() -> list[str] | None:
+    """As docker's plugin or as a program of its own; not version 1, which is not kept any more and knows no `dockerfile_inline`."""
+    for command in (["docker", "compose"], ["docker-compose"]):
+        if shutil.which(command[0]) is not None:
+            version = subprocess.run([*command, "version", "--short"], capture_output=True, text=True)
+            if version.returncode == 0 and version.stdout.strip().removeprefix("v").startswith(tuple("23456789")):
+                return command
+    return None
 
 
 def test_prometheus_reads_its_configuration(tmp_path: Path) -> None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from models.engine import Features, run
+from models.engine import Engine, Features, Images, run
 from models.preprocess import ImageError, Pixels, Preprocess
 from service.errors import RequestError
 from service.predictor import Predictor, Scores, top_prediction
@@ -28,15 +28,26 @@ def model(colors: Path, tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 @pytest.fixture(scope="module")
-def predictor() -> Iterator[Predictor]:
-    predictor = Predictor(decode_threads=2, max_pixels=1_000_000)
-    yield predictor
-    predictor.close()
+def predictor() -> Predictor:
+    return Predictor(max_pixels=1_000_000)
 
 
 def predict(predictor: Predictor, model: Model, *images: bytes, seconds: float = 30) -> tuple[Scores | ImageError, ...]:
     (answer,) = asyncio.run(predictor.predict([model], images, deadline=time.monotonic() + seconds))
     return answer.results
+
+
+def count_images(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of the batches that the engine is given from now on."""
+    submit, seen = engine.submit, []
+
+    def count(images: Images) -> Future[Features]:
+        crops = images() if callable(images) else images
+        seen.append(len(crops))
+        return submit(crops)
+
+    monkeypatch.setattr(engine, "submit", count)
+    return seen
 
 
 def labels_of(results: tuple[Scores | ImageError, ...]) -> list[str]:
@@ -132,8 +143,7 @@ def test_many_models_are_one_decode_and_one_pass_and_say_what_each_says_alone(
     images = [draw_image(label, 7) for label in LABELS]
     alone = [predict(predictor, model, *images) for model in models]
     batcher = models[0].backbone.batcher
-    submit, seen = batcher.engine.submit, []
-    monkeypatch.setattr(batcher.engine, "submit", lambda batch: (seen.append(len(batch)), submit(batch))[1])
+    seen = count_images(batcher.engine, monkeypatch)
     answers = asyncio.run(predictor.predict(models, images, deadline=time.monotonic() + 30))
     assert sum(seen) == len(images)
     assert [answer.model for answer in answers] == models
@@ -143,18 +153,16 @@ def test_many_models_are_one_decode_and_one_pass_and_say_what_each_says_alone(
 
 
 def test_an_image_that_comes_again_costs_no_pass(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    predictor = Predictor(decode_threads=1, max_pixels=1_000_000, cached_images=2)
+    predictor = Predictor(max_pixels=1_000_000, cached_images=2)
     images = [draw_image(label, 9) for label in LABELS]
     first = [predict(predictor, model, image) for image in images]
-    submit, seen = model.backbone.engine.submit, []
-    monkeypatch.setattr(model.backbone.engine, "submit", lambda batch: (seen.append(len(batch)), submit(batch))[1])
+    seen = count_images(model.backbone.engine, monkeypatch)
     assert np.array_equal(predict(predictor, model, images[2]), first[2])
     assert np.array_equal(predict(predictor, model, images[1]), first[1])
     assert seen == []
     # It holds two, so the oldest went.
     assert np.array_equal(predict(predictor, model, images[0]), first[0])
     assert seen == [1]
-    predictor.close()
 
 
 def test_a_crop_itself_is_taken_and_one_of_another_size_fails_alone(predictor: Predictor, model: Model) -> None:
@@ -166,42 +174,32 @@ def test_a_crop_itself_is_taken_and_one_of_another_size_fails_alone(predictor: P
     assert "[100, 224, 3]" in str(wrong)
 
 
-def test_no_more_images_are_decoded_than_the_engine_will_soon_take(
-    predictor: Predictor, colors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What waits longer waits encoded, or a queue of a thousand images would hold a thousand crops."""
+def test_what_waits_is_not_decoded(predictor: Predictor, colors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits encoded, or a queue of a thousand images would hold a thousand crops."""
     # A queue belongs to one event loop as soon as something waits in it.
     copy_checkpoint(colors, tmp_path, "colors", 1)
     model = load_snapshot(Settings(CHECKPOINTS=tmp_path)).models["colors"].choose()
-    batcher = model.backbone.batcher
-    room = batcher.room_for_crops._value
-    submit, decode = batcher.engine.submit, predictor._decode
-    held: list[tuple[Pixels, Future[Features]]] = []
+    engine = model.backbone.engine
+    decode, may_go_on = Preprocess.__call__, threading.Event()
     decoded: list[bytes] = []
 
-    def hold(batch: Pixels) -> Future[Features]:
-        held.append((batch, Future()))
-        return held[-1][1]
-
-    def count(preprocess: Preprocess, image: bytes) -> Pixels:
+    def hold(preprocess: Preprocess, image: bytes, *, max_pixels: int) -> Pixels:
         decoded.append(image)
-        return decode(preprocess, image)
+        may_go_on.wait(20)
+        return decode(preprocess, image, max_pixels=max_pixels)
 
     async def scenario() -> None:
         images = [draw_image(label) for label in LABELS]
-        requests = [asyncio.create_task(predictor.predict([model], images, deadline=time.monotonic() + 30)) for _ in range(room)]
+        requests = [asyncio.create_task(predictor.predict([model], images, deadline=time.monotonic() + 30)) for _ in range(20)]
         async with asyncio.timeout(20):
-            while len(decoded) < room:
+            while len(decoded) < engine.num_slots:
                 await asyncio.sleep(0.01)
         await asyncio.sleep(0.3)
-        assert len(decoded) == room
-        monkeypatch.setattr(batcher.engine, "submit", submit)
-        for batch, future in held:
-            future.set_result(submit(batch).result())
+        assert len(decoded) == engine.num_slots
+        may_go_on.set()
         for answer in await asyncio.gather(*requests):
             assert labels_of(answer[0].results) == LABELS
+        assert len(decoded) == 60
 
-    monkeypatch.setattr(batcher.engine, "submit", hold)
-    monkeypatch.setattr(predictor, "_decode", count)
+    monkeypatch.setattr(Preprocess, "__call__", hold)
     asyncio.run(scenario())
-    assert batcher.room_for_crops._value == room
