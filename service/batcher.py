@@ -29,8 +29,10 @@ from service.errors import RequestError
 
 logger = logging.getLogger("bentoml.graft")
 
-# A request is refused where its predicted time is above this fraction of what it has: speed varies.
+# A request is refused where its predicted time is above this fraction of what it has: speed varies. And where it would wait for others'
+# images for more than this fraction: in a storm a longer queue answers no more of them, only later, and holds their bytes.
 _HEADROOM = 0.8
+_PATIENCE = 0.2
 # Gives an image's crop, or raises ImageError. It is called in a thread.
 MakeCrop = Callable[[], Pixels]
 # An image that waits: how to make its crop, who wants its features, and since when.
@@ -100,10 +102,12 @@ class Batcher:
         if total > self._max_images:
             self._refuse(total * self._seconds_per_image / 2)
         # The quick bound first: only where the whole queue is too long is it counted what really comes before this request.
-        if total > 2 * self._round and total * self._seconds_per_image > _HEADROOM * seconds_left:
+        if total > 2 * self._round and total * self._seconds_per_image > _PATIENCE * seconds_left:
             seconds = self.predict_seconds(num_images)
-            if seconds > _HEADROOM * seconds_left:
-                self._refuse(seconds - _HEADROOM * seconds_left)
+            wait = seconds - num_images * self._seconds_per_image
+            excess = max(seconds - _HEADROOM * seconds_left, wait - _PATIENCE * seconds_left)
+            if excess > 0:
+                self._refuse(excess)
 
     @property
     def images_per_second(self) -> float:

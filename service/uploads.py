@@ -150,6 +150,9 @@ async def _read_multipart(chunks: AsyncIterator[bytes], boundary: bytes, setting
             form.parser.write(chunk)
     except FormParserError as error:
         raise RequestError("broken_multipart", f"the multipart body cannot be read ({error}): {_HOW_TO_SEND}") from None
+    finally:
+        # The form and its parser hold each other, and would hold the images until the garbage collector comes.
+        form.parser.callbacks = {}
     if not form.is_complete:
         raise RequestError("broken_multipart", f"the multipart body ends before its last boundary: {_HOW_TO_SEND}")
     return form.upload

@@ -219,11 +219,23 @@ def test_what_cannot_be_done_in_time_is_refused_at_the_door() -> None:
     async def scenario() -> None:
         batcher = Batcher(CrankedEngine(images_per_second=10), max_images=1000)
         for _ in range(7):
-            batcher.admit(1, in_seconds(1))
+            batcher.admit(1, in_seconds(4))
         with pytest.raises(RequestError) as raised:
-            batcher.admit(2, in_seconds(1))
+            batcher.admit(12, in_seconds(2))
         assert raised.value.code == "overloaded"
-        batcher.admit(2, in_seconds(4))
+        batcher.admit(12, in_seconds(4))
+
+
+def test_who_would_wait_long_for_others_is_refused_though_there_is_time() -> None:
+    async def scenario() -> None:
+        batcher = Batcher(CrankedEngine(images_per_second=10), max_images=1000)
+        batcher.admit(50, in_seconds(10))
+        for _ in range(19):
+            batcher.admit(1, in_seconds(10))
+        with pytest.raises(RequestError) as raised:
+            batcher.admit(1, in_seconds(10))
+        assert raised.value.code == "overloaded"
+        batcher.admit(1, in_seconds(12))
 
     asyncio.run(scenario())
 
