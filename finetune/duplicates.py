@@ -41,7 +41,7 @@ _LIMIT, _COARSE_LIMIT = 22.0, 12.0
 _MAX_SHARE_OF_CONTRAST = 0.6
 # Only pairs whose 8x8 grids differ by less than this, root mean square, are looked at once more. Copies differ by up to 4.
 _MAX_COARSE_DIFFERENCE = 6.0
-_BLOCK_BYTES = 64_000_000
+_BLOCK_BYTES = 16_000_000
 # Of one image: a thousand blank ones have half a million pairs, and hang together by a few each.
 _MAX_PAIRS = 8
 
