@@ -39,6 +39,7 @@ pipeline_tag: image-classification
 | licence of the weights | {backbone.license or "not known; ask whoever made them"} |
 | frozen | `--freeze {options.freeze}` |
 | data | `{options.data}`: {sizes} |
+| audit of the data | {result.audit.summary} |
 | input | {backbone.preprocess.width}x{backbone.preprocess.height}, {backbone.preprocess.interpolation} |
 | engine at save time | {result.engine} |
 | precision | {result.engine.precision}: {result.why_precision} |

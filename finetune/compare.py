@@ -23,10 +23,11 @@ if __name__ == "__main__":
 import numpy as np
 
 from finetune.config import CompareOptions, name_of_data, parse_options
-from finetune.data import Splits, load_splits
+from finetune.data import Splits
 from finetune.features import extract_splits, open_engine, prepare
 from finetune.plots import Candidate, draw_comparison
 from finetune.probe import solve_probe
+from finetune.split import load_lasting_splits
 from finetune.terminal import run_program
 from models.errors import GraftError
 
@@ -51,7 +52,7 @@ def compare(options: CompareOptions) -> Comparison:
 
     Raises GraftError where none is left.
     """
-    splits = load_splits(options.data, data_root=options.data_root, val_fraction=options.val_fraction, seed=options.seed)
+    splits, _ = load_lasting_splits(options)
     candidates = []
     for name in _names(options):
         try:

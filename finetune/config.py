@@ -48,7 +48,17 @@ class SharedOptions(BaseSettings):
         "data"
     )
     val_fraction: Annotated[float, Field(gt=0, lt=1, description="share of each class set aside where the data has no val split")] = 0.2
-    strict: Annotated[bool, Field(description="stop on an unreadable image instead of leaving it out")] = False
+    new_split: Annotated[
+        bool,
+        Field(
+            exclude=True,
+            description="draw train and val anew where the data has no val split; else images stay where the newest run on this data under "
+            "--output had them, and only new ones are drawn",
+        ),
+    ] = False
+    strict: Annotated[
+        bool, Field(description="stop on an unreadable image, which is else left out, and on one that leaks from one split to another")
+    ] = False
     image_size: Annotated[int | None, Field(ge=32, le=1024, description="side of the input crop in pixels; else the backbone's own")] = None
     device: Annotated[Literal["auto", "cpu", "cuda"], Field(description="where to train and compute features")] = "auto"
     precision: Annotated[
@@ -77,18 +87,18 @@ class SharedOptions(BaseSettings):
         """Flags and the file only: a shell's NAME or DATA must not become an option."""
         return (init_settings,)
 
+    @property
+    def source(self) -> str:
+        """What `data` names, wherever it is said from."""
+        return source_of(self.data, self.data_root)
+
     def to_yaml(self) -> str:
         """The options as `--config` reads them back."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-class Options(SharedOptions):
-    """Fine-tune a pretrained backbone on labelled images and publish a checkpoint for the service.
-
-    Without options it fits scikit-learn's handwritten digits on an embedded backbone, with no network.
-    """
-
-    model_config = SettingsConfigDict(cli_prog_name="python finetune/run.py")
+class BackboneOptions(SharedOptions):
+    """Those of programs that work with one backbone."""
 
     backbone: Annotated[
         str, Field(description="a timm name (resnet18), or package.module:callable that returns an nn.Module, images to features")
@@ -97,6 +107,16 @@ class Options(SharedOptions):
         Path | None, Field(description="pretrained state_dict, .safetensors or .pth; else from a package or the Hugging Face hub")
     ] = None
     pretrained: Annotated[bool, Field(description="--no-pretrained starts from random weights, knowingly")] = True
+
+
+class Options(BackboneOptions):
+    """Fine-tune a pretrained backbone on labelled images and publish a checkpoint for the service.
+
+    Without options it fits scikit-learn's handwritten digits on an embedded backbone, with no network.
+    """
+
+    model_config = SettingsConfigDict(cli_prog_name="python finetune/run.py")
+
     freeze: Annotated[
         str,
         Field(
@@ -157,6 +177,23 @@ class CompareOptions(SharedOptions):
         str,
         Field(description="comma-separated timm names, or installed: all whose weights a package or the hub's local cache has"),
     ] = "installed"
+
+
+class AuditOptions(BackboneOptions):
+    """Look for what is wrong with labelled images: broken and misnamed files, duplicates within and across splits, wrong labels, odd ones.
+
+    It trains nothing, changes no image, and leaves a CSV and a page of thumbnails.
+    """
+
+    model_config = SettingsConfigDict(cli_prog_name="python finetune/audit.py")
+
+    min_images: Annotated[int, Field(ge=1, description="a class with fewer images than this in train is named")] = 10
+
+
+def source_of(data: str, data_root: Path) -> str:
+    """What `--data` names, by its whole path or, where it is none, together with the folder that keeps its files."""
+    path = Path(data).expanduser()
+    return str(path.resolve()) if path.exists() else f"{data} {data_root.resolve()}"
 
 
 def name_of_data(data: str) -> str:

@@ -10,8 +10,8 @@ import inspect
 import io
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,18 +66,24 @@ class Sample:
     label: int
     image: Path | EncodedImage | TorchvisionImage
 
+    @property
+    def place(self) -> str:
+        """What splits.csv knows it by, from whatever folder it is read: the file's whole path, or the key."""
+        return str(self.image.resolve()) if isinstance(self.image, Path) else self.key
+
     def read(self) -> bytes:
         return self.image.read_bytes()
 
 
 @dataclass(frozen=True)
 class Splits:
-    """The labelled images of a run; `test` may be empty."""
+    """The labelled images of a run; `test` may be empty. `is_drawn` where Graft split train and val, and the source did not."""
 
     label_names: tuple[str, ...]
     train: tuple[Sample, ...]
     val: tuple[Sample, ...]
     test: tuple[Sample, ...] = ()
+    is_drawn: bool = field(default=False, compare=False)
 
     def named(self) -> Iterable[tuple[SplitName, tuple[Sample, ...]]]:
         yield "train", self.train
@@ -85,31 +91,43 @@ class Splits:
         if self.test:
             yield "test", self.test
 
-    def without(self, unreadable: Iterable[str]) -> Splits:
-        """The same splits less some keys; raises GraftError where a class loses its last image of a split that it needs."""
+    def without(self, unreadable: Iterable[str], *, check: bool = True) -> Splits:
+        """The same splits less some keys; where a class loses its last image of a split that it needs, `check` raises GraftError."""
         gone = set(unreadable)
 
         def keep(samples: tuple[Sample, ...]) -> tuple[Sample, ...]:
             return tuple(sample for sample in samples if sample.key not in gone)
 
         kept = replace(self, train=keep(self.train), val=keep(self.val), test=keep(self.test))
-        if gone:
+        if gone and check:
             _check_classes(kept, "after leaving out unreadable images")
         return kept
 
     def write_csv(self, path: Path) -> None:
-        """`path,label,split`, as `--data FILE.csv` reads it."""
-        with path.open("w", newline="") as file:
+        """`path,label,split`, as `--data FILE.csv` reads it; whole or not at all, for a later run goes by it."""
+        unfinished = path.with_name(f"{path.name}.unfinished")
+        with unfinished.open("w", newline="") as file:
             rows = csv.writer(file)
             rows.writerow(("path", "label", "split"))
             for split, samples in self.named():
                 for sample in samples:
-                    path_in_csv = sample.image.resolve() if isinstance(sample.image, Path) else sample.key
-                    rows.writerow((path_in_csv, self.label_names[sample.label], split))
+                    rows.writerow((sample.place, self.label_names[sample.label], split))
+        unfinished.replace(path)
 
 
-def load_splits(data: str, *, data_root: Path, val_fraction: float, seed: int) -> Splits:
-    """The images of `--data`, split; raises GraftError with the way out where there is nothing to train on."""
+@dataclass(frozen=True)
+class KeptSplit:
+    """An earlier run's: the split of each image by its `place`, and the file that says so."""
+
+    path: Path
+    split_of: Mapping[str, SplitName]
+
+
+def load_splits(data: str, *, data_root: Path, val_fraction: float, seed: int, kept: KeptSplit | None = None, check: bool = True) -> Splits:
+    """The images of `--data`, split; where Graft has to draw the split, images stay where an earlier run had them.
+
+    Raises GraftError with the way out where there is nothing to train on, and, unless `check` is off, where a class is missing.
+    """
     if data == "digits":
         labelled, fixed = _load_digits(), None
     elif data.startswith("torchvision:"):
@@ -123,7 +141,7 @@ def load_splits(data: str, *, data_root: Path, val_fraction: float, seed: int) -
         except OSError as error:
             where = "" if error.filename in (None, str(path)) else f": {error.filename}"
             raise GraftError(f"--data {data[:80]}: it cannot be read: {error.strerror}{where}") from error
-    return _to_splits(data, labelled, fixed, val_fraction, seed)
+    return _to_splits(data, labelled, fixed, val_fraction, seed, kept, check)
 
 
 # A source gives (key, label name, image) and, where it has splits of its own, the split of each.
@@ -281,7 +299,9 @@ def _torchvision_labels(dataset: Any) -> list[int]:
     return [int(dataset[index][1]) for index in range(len(dataset))]
 
 
-def _to_splits(data: str, labelled: _Labelled, fixed: _FixedSplits, val_fraction: float, seed: int) -> Splits:
+def _to_splits(
+    data: str, labelled: _Labelled, fixed: _FixedSplits, val_fraction: float, seed: int, kept: KeptSplit | None, check: bool
+) -> Splits:
     if not labelled:
         raise GraftError(f"--data {data}: there is no image in it")
     label_names = tuple(sorted({label for _, label, _ in labelled}))
@@ -290,39 +310,63 @@ def _to_splits(data: str, labelled: _Labelled, fixed: _FixedSplits, val_fraction
     chosen: list[SplitName] = list(fixed) if fixed is not None else ["train"] * len(samples)
     if len(label_names) < 2:
         raise GraftError(f"--data {data}: only one class, {label_names[0]!r}; a classifier needs two or more")
-    if "val" not in chosen:
-        _split_off_val(data, samples, label_names, chosen, val_fraction, seed)
+    is_drawn = "val" not in chosen
+    if is_drawn:
+        _split_off_val(data, samples, label_names, chosen, val_fraction, seed, kept, check)
     by_split = {
         name: tuple(sample for sample, split in zip(samples, chosen, strict=True) if split == name) for name in ("train", "val", "test")
     }
-    splits = Splits(label_names, by_split["train"], by_split["val"], by_split["test"])
-    _check_classes(splits, f"--data {data}")
+    splits = Splits(label_names, by_split["train"], by_split["val"], by_split["test"], is_drawn)
+    if check:
+        _check_classes(splits, f"--data {data}")
     return splits
 
 
 def _split_off_val(
-    data: str, samples: list[Sample], label_names: tuple[str, ...], chosen: list[SplitName], val_fraction: float, seed: int
+    data: str,
+    samples: list[Sample],
+    label_names: tuple[str, ...],
+    chosen: list[SplitName],
+    val_fraction: float,
+    seed: int,
+    kept: KeptSplit | None,
+    check: bool,
 ) -> None:
-    """Move a seeded, stratified share of the training images to validation, at least one of each class."""
+    """Move a seeded, stratified share of the training images to validation, at least one of each class.
+
+    What an earlier run had stays where it was, and new images make up the share.
+    """
+    was = {} if kept is None else {index: kept.split_of.get(sample.place) for index, sample in enumerate(samples)}
     generator = np.random.default_rng(seed)
+    num_kept = num_to_train = num_to_val = 0
     for label, name in enumerate(label_names):
         members = [index for index, sample in enumerate(samples) if sample.label == label and chosen[index] == "train"]
-        if len(members) == 1:
+        if len(members) == 1 and check:
             raise GraftError(f"--data {data}: class {name!r} has one image; it needs two or more, one of them to validate on")
+        in_val = [index for index in members if was.get(index) == "val"]
+        new = [index for index in members if was.get(index) not in ("train", "val")]
         num_val = min(max(1, round(len(members) * val_fraction)), len(members) - 1)
-        for index in generator.permutation(members)[:num_val]:
+        num_new = min(max(0, num_val - len(in_val)), len(new))
+        for index in (*in_val, *generator.permutation(new)[:num_new]):
             chosen[index] = "val"
+        num_kept += len(members) - len(new)
+        num_to_train += len(new) - num_new
+        num_to_val += num_new
+    if kept is not None and num_kept:
+        new_ones = f"; new: {num_to_train:,} to train, {num_to_val:,} to val" if num_to_train + num_to_val else ""
+        logger.info("split: %d images stay where %s has them%s (--new-split draws anew)", num_kept, kept.path, new_ones)
 
 
 def _check_classes(splits: Splits, where: str) -> None:
+    anew = ", or say --new-split where an earlier run had it otherwise" if splits.is_drawn else ""
     counts = {split: Counter(sample.label for sample in samples) for split, samples in splits.named()}
     for label, name in enumerate(splits.label_names):
         if not counts["train"][label]:
-            raise GraftError(f"{where}: class {name!r} has no image to train on; add some to train/, or take the class out")
+            raise GraftError(f"{where}: class {name!r} has no image to train on; add some to train/, or take the class out{anew}")
         if not counts["val"][label]:
             raise GraftError(
                 f"{where}: class {name!r} has no image to validate on; add some to val/, or put train/ and val/ together "
-                "in one folder of class folders and Graft splits them"
+                f"in one folder of class folders and Graft splits them{anew}"
             )
 
 

@@ -161,11 +161,12 @@ def extract_splits(
     num_views: int = 1,
     augment: Augment = "none",
     keep: bool = True,
+    check: bool = True,
 ) -> tuple[Splits, dict[SplitName, Features]]:
     """Features of each split in `only`, and the splits less their unreadable images, which are named.
 
     With `num_views` V the training split has `[V·N,F]`: all plain crops, then V - 1 augmented views of all. `keep` allows the cache.
-    Raises GraftError on an unreadable image under `--strict`, or where one leaves a class empty.
+    Raises GraftError on an unreadable image under `--strict`, or, with `check`, where one leaves a class empty.
     """
     features: dict[SplitName, Features] = {}
     unreadable: dict[str, str] = {}
@@ -202,7 +203,7 @@ def extract_splits(
         if options.strict:
             raise GraftError(f"{message}\n(--strict stops here; without it they are left out)")
         logger.warning("%s\n(left out; --strict makes them an error)", message)
-    return splits.without(unreadable), features
+    return splits.without(unreadable, check=check), features
 
 
 def _check_finite(views: Sequence[Features], backbone: PreparedBackbone) -> None:

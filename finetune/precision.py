@@ -293,10 +293,8 @@ def _missing_fraction(samples: list[Sample], backbone: PreparedBackbone, engine:
 
 def _verdicts_path(backbone: PreparedBackbone, splits: Splits, options: Options, scratch: Path) -> Path:
     """Of a backbone, on this machine, for a source of images: by its place and classes, which stay as it grows."""
-    source = Path(options.data).expanduser()
-    where = str(source.resolve()) if source.exists() else f"{options.data} {options.data_root.resolve()}"
     device = (resolve_device(options.device), cpu_name())
-    parts = [backbone.fingerprint, backbone.folder.name, device, where, splits.label_names]
+    parts = [backbone.fingerprint, backbone.folder.name, device, options.source, splits.label_names]
     name = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
     return (options.cache_dir if options.cache else scratch) / "precision" / f"{name}.json"
 

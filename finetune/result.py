@@ -8,6 +8,7 @@ from typing import Any
 from finetune.config import Options
 from finetune.data import Splits
 from finetune.evaluate import Metrics
+from finetune.findings import Audit
 from finetune.probe import Floats
 from models.engine import EngineInfo
 from models.prepared import PreparedBackbone
@@ -40,6 +41,7 @@ class Result:
     probe_metrics: Metrics
     l2: float
     val_logits: Floats
+    audit: Audit
     best_epoch: int | None
     seconds: dict[str, float]
 
@@ -49,6 +51,7 @@ class Result:
             **{split: metrics.to_dict(self.splits.label_names) for split, metrics in self.metrics.items()},
             "probe": {"accuracy": self.probe_metrics.accuracy, "loss": self.probe_metrics.loss, "l2": self.l2},
             "training": None if self.best_epoch is None else {"best_epoch": self.best_epoch},
+            "audit": self.audit.to_dict(),
             "temperature": self.head.temperature,
             "engine": self.engine.to_dict(),
             "precision": {"chosen": self.engine.precision, "reason": self.why_precision},

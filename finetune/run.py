@@ -27,16 +27,20 @@ if __name__ == "__main__":
 
 import numpy as np
 
+from finetune.audit import inspect, write_audit
 from finetune.card import write_card
 from finetune.config import Options, parse_options
-from finetune.data import Sample, SplitName, Splits, load_splits
+from finetune.data import Sample, SplitName, Splits
+from finetune.duplicates import Duplicates
 from finetune.evaluate import evaluate
 from finetune.features import extract_splits, open_engine, prepare
+from finetune.findings import Audit
 from finetune.monitor import Monitor
 from finetune.plots import Mistake, draw_confusion, draw_mistakes
 from finetune.precision import Chosen, choose_engine, compare_with_fp32
 from finetune.probe import Labels, Probe, fit_temperature, log_loss, softmax, solve_probe
 from finetune.result import Head, Result
+from finetune.split import load_lasting_splits
 from finetune.terminal import run_program
 from models.checkpoint import FORMAT_VERSION, Golden, publish
 from models.engine import Features
@@ -57,21 +61,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(options: Options) -> Path:
     """Do one run and return the folder of the published checkpoint. Raises GraftError for everything the user can mend."""
     started = time.perf_counter()
-    splits = load_splits(options.data, data_root=options.data_root, val_fraction=options.val_fraction, seed=options.seed)
+    splits, duplicates = load_lasting_splits(options)
     _log_splits(options, splits)
     run_dir = _make_run_dir(options)
     try:
-        return _run_in(run_dir, options, splits, started)
+        return _run_in(run_dir, options, splits, duplicates, started)
     except GraftError:
         # A run that came to nothing would only be in the way, in TensorBoard too.
         shutil.rmtree(run_dir, ignore_errors=True)
         raise
 
 
-def _run_in(run_dir: Path, options: Options, splits: Splits, started: float) -> Path:
+def _run_in(run_dir: Path, options: Options, splits: Splits, duplicates: Duplicates, started: float) -> Path:
     monitor = Monitor(run_dir)
     with tempfile.TemporaryDirectory(prefix="graft-") as scratch:
-        result = _fit(options, splits, monitor, Path(scratch))
+        result = _fit(options, splits, duplicates, monitor, run_dir, Path(scratch))
         golden = _choose_golden(result)
         checkpoint = _publish(result, golden)
         _show_in_tensorboard(monitor, result)
@@ -82,12 +86,12 @@ def _run_in(run_dir: Path, options: Options, splits: Splits, started: float) -> 
     return checkpoint
 
 
-def _fit(options: Options, splits: Splits, monitor: Monitor, scratch: Path) -> Result:
-    """Features → probe → gradient epochs where something is unfrozen → metrics; `scratch` holds backbones that are not kept."""
-    backbone = prepare(options.backbone, splits.train, options, scratch, weights=options.weights, pretrained=options.pretrained)
+def _fit(options: Options, loaded: Splits, duplicates: Duplicates, monitor: Monitor, run_dir: Path, scratch: Path) -> Result:
+    """Features → probe → audit → gradient epochs where something is unfrozen → metrics; `scratch` holds backbones that are not kept."""
+    backbone = prepare(options.backbone, loaded.train, options, scratch, weights=options.weights, pretrained=options.pretrained)
     backbone.check_freeze(options.freeze)
     at = [time.perf_counter()]
-    chosen, splits, features, extract_seconds = _extract(backbone, splits, options, scratch)
+    chosen, splits, features, extract_seconds = _extract(backbone, loaded, options, scratch)
     backbone, engine = chosen.backbone, chosen.engine
     options = options.model_copy(update={"precision": engine.info.precision})
     at.append(time.perf_counter())
@@ -96,6 +100,9 @@ def _fit(options: Options, splits: Splits, monitor: Monitor, scratch: Path) -> R
     at.append(time.perf_counter())
     probe_metrics = evaluate(probe.logits(features["val"]), labels["val"])
     logger.info("probe: val accuracy %.4f, in %.1f s (L2 %.0e)", probe_metrics.accuracy, at[2] - at[1], probe.l2)
+    audit = inspect(loaded, splits, features, probe, duplicates, backbone.preprocess)
+    _say_audit(audit, write_audit(audit, run_dir, "audit", options.data), options)
+    at.append(time.perf_counter())
     head, best_epoch = Head(probe.weight, probe.bias, probe.temperature), None
     if options.freeze != "backbone":
         engine.close()
@@ -118,12 +125,14 @@ def _fit(options: Options, splits: Splits, monitor: Monitor, scratch: Path) -> R
         probe_metrics=probe_metrics,
         l2=probe.l2,
         val_logits=logits["val"],
+        audit=audit,
         best_epoch=best_epoch,
         seconds={
             "engine": at[1] - at[0] - extract_seconds,
             "features": extract_seconds,
             "probe": at[2] - at[1],
-            "train": at[3] - at[2],
+            "audit": at[3] - at[2],
+            "train": at[4] - at[3],
         },
     )
 
@@ -146,6 +155,15 @@ def _extract(
             return replace(chosen, reason=f"{chosen.reason}; {verdict.reason}"), readable, features, seconds
         # It is remembered, so the next choice is another one, fp32 in the end.
         chosen.engine.close()
+
+
+def _say_audit(audit: Audit, paths: tuple[Path, Path], options: Options) -> None:
+    if options.strict:
+        audit.refuse_leaks()
+    for line in audit.to_lines():
+        logger.log(logging.WARNING if audit.leaks else logging.INFO, "%s", line)
+    if audit.findings:
+        logger.info("audit: look at %s", paths[1])
 
 
 def _log_splits(options: Options, splits: Splits) -> None:

@@ -66,7 +66,7 @@ def test_defaults_fit_the_digits(finetune: Finetune, tmp_path: Path) -> None:
     metrics = read_metrics(tmp_path)
     assert metrics["val"]["accuracy"] >= 0.94
     assert metrics["probe"]["accuracy"] == metrics["val"]["accuracy"]
-    assert set(metrics["seconds"]) == {"total", "engine", "features", "probe", "train"}
+    assert set(metrics["seconds"]) == {"total", "engine", "features", "probe", "audit", "train"}
     assert {"balanced_accuracy", "macro_f1", "loss"} <= set(metrics["val"])
     assert "int8 would not pay for 1,797 images" in metrics["precision"]["reason"]
     checkpoint = load_checkpoint(tmp_path / "checkpoints" / "digits" / "1")

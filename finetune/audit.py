@@ -1,0 +1,286 @@
+"""What is wrong with labelled images: broken and misnamed files, missing classes, duplicates and leaks, wrong labels, odd ones out.
+
+python finetune/audit.py --data photos/                     a table, a CSV and a page of thumbnails; nothing is trained or changed
+python finetune/audit.py --data photos/ --strict            ends with an error where an image leaks from one split to another
+
+A run does the same on the features and the probe that it has anyway.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shlex
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+# Run as a file, Python would look for modules in finetune/; the project's root and the user's own folder are what is meant.
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    sys.path.append(str(Path.cwd()))
+
+import numpy as np
+
+from finetune.audit_page import write_page
+from finetune.config import AuditOptions, name_of_data, parse_options
+from finetune.data import Sample, SplitName, Splits
+from finetune.duplicates import Duplicates
+from finetune.features import extract_splits, open_engine, prepare
+from finetune.findings import WORDING, Audit, Finding, Kind
+from finetune.mislabelled import confident_thresholds, judge_labels
+from finetune.probe import Floats, Labels, Probe, softmax, solve_probe
+from finetune.split import load_lasting_splits
+from finetune.terminal import run_program
+from models.engine import Features
+from models.errors import GraftError
+from models.preprocess import ImageError, Preprocess
+
+logger = logging.getLogger("graft.audit")
+
+MIN_IMAGES = 10
+# Of a kind, in the terminal; the CSV has all.
+_NUM_SHOWN = 20
+# How a file of each format begins, and what it may be called.
+_FORMATS = (
+    (b"\xff\xd8\xff", "JPEG", (".jpg", ".jpeg", ".jpe", ".jfif")),
+    (b"\x89PNG", "PNG", (".png",)),
+    (b"GIF8", "GIF", (".gif",)),
+    (b"BM", "BMP", (".bmp", ".dib")),
+    (b"II*\x00", "TIFF", (".tif", ".tiff")),
+    (b"MM\x00*", "TIFF", (".tif", ".tiff")),
+    (b"RIFF", "WEBP", (".webp",)),
+)
+# Odd ones are far from the fifth nearest of so many reference images, drawn by chance: time grows with the images, not with their square.
+_NUM_REFERENCES = 2000
+_NUM_NEIGHBOURS = 5
+# By so many robust standard deviations (1.4826 times the median absolute deviation), and never more than this share.
+_MIN_ODDNESS = 3.5
+_MAX_ODD_FRACTION = 0.01
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; gives the exit code."""
+    return run_program(lambda: audit(parse_options(AuditOptions, list(sys.argv[1:] if arguments is None else arguments))))
+
+
+def audit(options: AuditOptions) -> Audit:
+    """Print what is wrong with the images of `--data`, and write it to a CSV and a page beside the runs.
+
+    Raises GraftError under `--strict` where an image leaks from one split to another or cannot be read, after all is written.
+    """
+    loaded, duplicates = load_lasting_splits(options, check=False)
+    lenient = options.model_copy(update={"strict": False})
+    with tempfile.TemporaryDirectory(prefix="graft-") as scratch:
+        backbone = prepare(options.backbone, loaded.train, options, Path(scratch), weights=options.weights, pretrained=options.pretrained)
+        engine = open_engine(backbone, options)
+        splits, features = extract_splits(loaded, backbone, engine, lenient, check=False)
+        engine.close()
+    labels = np.array([sample.label for sample in splits.train], np.int64)
+    if len(np.unique(labels)) < 2:
+        raise GraftError(f"--data {options.data}: fewer than two classes have images to train on that can be read")
+    probe = solve_probe(features["train"], labels, len(splits.label_names), seed=options.seed)
+    found = inspect(loaded, splits, features, probe, duplicates, backbone.preprocess, min_images=options.min_images)
+    paths = write_audit(found, options.output, f"audit-{name_of_data(options.data)}", options.data)
+    _print(found, paths, options)
+    if options.strict:
+        found.refuse_leaks()
+        if broken := found.of_kind("unreadable"):
+            raise GraftError(f"{len(broken)} unreadable (--strict makes that an error; the table above names them)")
+    return found
+
+
+def inspect(
+    loaded: Splits,
+    splits: Splits,
+    features: Mapping[SplitName, Features],
+    probe: Probe,
+    duplicates: Duplicates,
+    preprocess: Preprocess,
+    *,
+    min_images: int = MIN_IMAGES,
+) -> Audit:
+    """All findings: `loaded` is what the source holds, `splits` its readable part with `features`, and `probe` was solved on train."""
+    copies = list(_find_copies(splits, duplicates))
+    leaked = {id(finding.sample) for finding in copies if finding.kind in ("exact_leak", "near_leak")}
+    accuracy: dict[SplitName, tuple[float, float | None]] = {}
+    for split, samples in splits.named():
+        if split != "train" and samples:
+            is_right = probe.logits(features[split]).argmax(axis=1) == _labels(samples)
+            is_clean = np.array([id(sample) not in leaked for sample in samples])
+            accuracy[split] = float(is_right.mean()), float(is_right[is_clean].mean()) if is_clean.any() else None
+    findings = [
+        *_find_unreadable(loaded, splits, preprocess),
+        *_find_small_classes(splits, min_images),
+        *_find_wrong_extensions(splits),
+        *copies,
+        *_find_wrong_labels(splits, features, probe),
+        *_find_odd(splits, features),
+    ]
+    order = list(WORDING)
+    findings.sort(key=lambda finding: (order.index(finding.kind), -(finding.score or 0)))
+    return Audit(tuple(findings), accuracy, sum(len(samples) for _, samples in loaded.named()))
+
+
+def write_audit(found: Audit, folder: Path, stem: str, data: str) -> tuple[Path, Path]:
+    """`<stem>.csv` and `<stem>.html` in `folder`; raises GraftError where they cannot be written."""
+    paths = folder / f"{stem}.csv", folder / f"{stem}.html"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, text in zip(paths, (found.to_csv(), write_page(found, data)), strict=True):
+            unfinished = path.with_name(f"{path.name}.unfinished")
+            # A path may hold bytes that are no text.
+            unfinished.write_text(text, encoding="utf-8", errors="surrogateescape")
+            unfinished.replace(path)
+    except OSError as error:
+        raise GraftError(f"--output {folder}: {error.strerror}: {error.filename}; name a folder that you can write to") from error
+    return paths
+
+
+def _find_unreadable(loaded: Splits, splits: Splits, preprocess: Preprocess) -> Iterator[Finding]:
+    read = {sample.key for _, samples in splits.named() for sample in samples}
+    for split, samples in loaded.named():
+        for sample in samples:
+            if sample.key not in read:
+                yield Finding("unreadable", split, loaded.label_names[sample.label], _why_unreadable(sample, preprocess), sample=sample)
+
+
+def _why_unreadable(sample: Sample, preprocess: Preprocess) -> str:
+    try:
+        preprocess(sample.read())
+    except ImageError as error:
+        return str(error)
+    except (OSError, ValueError) as error:
+        return f"the file cannot be read: {getattr(error, 'strerror', None) or error}"
+    return "it could not be read when the audit began, and can now"
+
+
+def _find_small_classes(splits: Splits, min_images: int) -> Iterator[Finding]:
+    counts = {split: Counter(sample.label for sample in samples) for split, samples in splits.named()}
+    for label, name in enumerate(splits.label_names):
+        for split, count in counts.items():
+            if not count[label]:
+                yield Finding("missing_class", split, name, f"class {name!r} has no image in {split}")
+        if 0 < (number := counts["train"][label]) < min_images:
+            has = "1 image" if number == 1 else f"{number} images"
+            yield Finding("small_class", "train", name, f"class {name!r} has {has} in train, fewer than {min_images}")
+
+
+def _find_wrong_extensions(splits: Splits) -> Iterator[Finding]:
+    for split, samples in splits.named():
+        for sample in samples:
+            if not isinstance(sample.image, Path) or not sample.image.suffix:
+                continue
+            start = b""
+            with contextlib.suppress(OSError), sample.image.open("rb") as file:
+                start = file.read(4)
+            for magic, name, suffixes in _FORMATS:
+                if start.startswith(magic) and sample.image.suffix.lower() not in suffixes:
+                    detail = f"named {sample.image.suffix}, but its content is {name}; rename it to {suffixes[0]}"
+                    yield Finding("wrong_extension", split, splits.label_names[sample.label], detail, sample=sample)
+
+
+def _find_copies(splits: Splits, duplicates: Duplicates) -> Iterator[Finding]:
+    """For each image with a copy before it: in an earlier split, which it leaks from, or else in its own."""
+    names = splits.label_names
+    order: list[SplitName] = [split for split, _ in splits.named()]
+    split_of = {id(sample): split for split, samples in splits.named() for sample in samples}
+    for group in duplicates.groups:
+        members = sorted((sample for sample in group if id(sample) in split_of), key=lambda sample: order.index(split_of[id(sample)]))
+        for at, sample in enumerate(members[1:], start=1):
+            split = split_of[id(sample)]
+            earlier = [other for other in members[:at] if split_of[id(other)] != split] or members[:at]
+            # An exact copy says more than a near one.
+            other = max(earlier, key=lambda other: (duplicates.is_exact(sample, other), duplicates.similarity(sample, other)))
+            is_exact, other_split = duplicates.is_exact(sample, other), split_of[id(other)]
+            kind: Kind = "exact_duplicate" if is_exact else "near_duplicate"
+            if other_split != split:
+                kind = "exact_leak" if is_exact else "near_leak"
+            but = "" if sample.label == other.label else f", but labelled {names[other.label]!r} there"
+            detail = f"the same {'file' if is_exact else 'picture'} as {other.key} in {other_split}{but}"
+            similarity = duplicates.similarity(sample, other)
+            yield Finding(kind, split, names[sample.label], detail, similarity, sample, (other_split, names[other.label], other))
+
+
+def _find_wrong_labels(splits: Splits, features: Mapping[SplitName, Features], probe: Probe) -> Iterator[Finding]:
+    """By the probe's out-of-fold predictions on train, and by the probe itself on the splits that it did not see."""
+    out_of_fold = softmax(probe.out_of_fold_logits / probe.temperature)
+    thresholds = confident_thresholds(out_of_fold, _labels(splits.train))
+    for split, samples in splits.named():
+        if not samples:
+            continue
+        held_out = out_of_fold if split == "train" else softmax(probe.logits(features[split]) / probe.temperature)
+        quality = judge_labels(held_out, _labels(samples), thresholds)
+        for index in np.flatnonzero(quality.is_issue):
+            sample, suggested = samples[index], quality.suggested[index]
+            label, other = splits.label_names[sample.label], splits.label_names[suggested]
+            shares = f"{held_out[index, suggested]:.0%}, {label!r} {held_out[index, sample.label]:.0%}"
+            yield Finding("wrong_label", split, label, f"rather {other!r} ({shares})", float(quality.score[index]), sample, suggested=other)
+
+
+def _find_odd(splits: Splits, features: Mapping[SplitName, Features]) -> Iterator[Finding]:
+    """Far from the fifth nearest other image (Ramaswamy, Rastogi & Shim, SIGMOD 2000), by the cosine of centred features."""
+    samples = [(split, sample) for split, of_split in splits.named() for sample in of_split]
+    distances = _neighbour_distances([features[split][: len(of_split)] for split, of_split in splits.named()])
+    center = float(np.median(distances))
+    spread = 1.4826 * float(np.median(np.abs(distances - center)))
+    most = max(1, int(len(samples) * _MAX_ODD_FRACTION))
+    for index in np.argsort(-distances, kind="stable")[:most]:
+        if distances[index] - center <= _MIN_ODDNESS * spread:
+            break
+        split, sample = samples[index]
+        detail = f"at distance {distances[index]:.2f} from its neighbours, others at {center:.2f}"
+        yield Finding("odd", split, splits.label_names[sample.label], detail, float(distances[index]), sample)
+
+
+def _neighbour_distances(features: Sequence[Features]) -> Floats:
+    """Of features `[N,F]` in parts, to reference images drawn by chance; an image is no neighbour of itself."""
+    starts = np.cumsum([0, *(len(part) for part in features)])
+    num_images = int(starts[-1])
+    chosen = np.sort(np.random.default_rng(0).choice(num_images, min(num_images, _NUM_REFERENCES), replace=False))
+    drawn = [part[chosen[(chosen >= start) & (chosen < start + len(part))] - start] for part, start in zip(features, starts, strict=False)]
+    center = features[0].mean(axis=0)
+    references = _unit(np.concatenate(drawn) - center)
+    distances: list[Floats] = []
+    start = 0
+    for part in features:
+        for block in (part[first : first + 1024] for first in range(0, len(part), 1024)):
+            cosines = _unit(block - center) @ references.T
+            itself = np.flatnonzero((chosen >= start) & (chosen < start + len(block)))
+            cosines[chosen[itself] - start, itself] = -1
+            nearest = min(_NUM_NEIGHBOURS, cosines.shape[1])
+            distances.append(1 - np.partition(cosines, -nearest, axis=1)[:, -nearest])
+            start += len(block)
+    return np.concatenate(distances)
+
+
+def _unit(vectors: Floats) -> Floats:
+    return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12), np.float32)
+
+
+def _labels(samples: Sequence[Sample]) -> Labels:
+    return np.array([sample.label for sample in samples], np.int64)
+
+
+def _print(found: Audit, paths: tuple[Path, Path], options: AuditOptions) -> None:
+    for kind, wording in WORDING.items():
+        findings = found.of_kind(kind)
+        if not findings:
+            continue
+        print(f"\n{wording.heading}: {len(findings):,}")
+        split_width = max(len(finding.split) for finding in findings)
+        label_width = min(24, max(len(finding.label) for finding in findings[:_NUM_SHOWN]))
+        for finding in findings[:_NUM_SHOWN]:
+            score = "      " if finding.score is None else f"{finding.score:6.3f}"
+            where = "" if finding.sample is None else f"{finding.sample.key}: "
+            print(f"  {score}  {finding.split:<{split_width}}  {finding.label:<{label_width}}  {where}{finding.detail}")
+        if len(findings) > _NUM_SHOWN:
+            print(f"  and {len(findings) - _NUM_SHOWN:,} more in {paths[0]}")
+    print("", *found.to_lines(), sep="\n")
+    print(f"\n  table  {paths[0]}\n  page   {paths[1]}\n\nNext:\n  python finetune/run.py --data {shlex.quote(options.data)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
