@@ -64,6 +64,8 @@ class Checkpoint:
     preprocess: Preprocess
     fingerprint: str
     temperature: float
+    coverage: float | None  # asked of the conformal sets; None in checkpoints without them
+    threshold: float | None  # the least score of a label in the set
     head_weight: npt.NDArray[np.float32]  # [C,F]
     head_bias: npt.NDArray[np.float32]  # [C]
     golden: Golden
@@ -179,6 +181,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         with safe_open(path / WEIGHTS_FILE, framework="np") as tensors:
             head_weight = tensors.get_tensor(f"{graft['head']}.weight")
             head_bias = tensors.get_tensor(f"{graft['head']}.bias")
+        coverage, threshold = _read_conformal(graft)
         checkpoint = Checkpoint(
             path=path,
             name=path.parent.name,
@@ -188,6 +191,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
             preprocess=Preprocess.from_dict(graft["preprocess"]),
             fingerprint=graft["fingerprint"],
             temperature=float(graft["temperature"]),
+            coverage=coverage,
+            threshold=threshold,
             head_weight=head_weight,
             head_bias=head_bias,
             golden=_read_golden(path / GOLDEN_FILE),
@@ -210,6 +215,11 @@ def logits(checkpoint: Checkpoint, features: npt.NDArray[np.float32]) -> npt.NDA
     return np.asarray(features @ checkpoint.head_weight.T + checkpoint.head_bias, np.float32)
 
 
+def is_unsure(scores: npt.NDArray[np.float32], threshold: float | npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+    """Whether the conformal set of scores `[…,C]`, the labels that reach `threshold`, is not exactly one label: none fits, or several."""
+    return np.asarray((scores >= threshold).sum(axis=-1) != 1)
+
+
 def check_golden(checkpoint: Checkpoint, computed: npt.NDArray[np.float32]) -> None:
     """Raise CheckpointError unless `computed` (logits of the golden images, here and now) are those of save time.
 
@@ -230,6 +240,15 @@ def hash_file(path: Path) -> str:
     """The SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_conformal(graft: Mapping[str, Any]) -> tuple[float | None, float | None]:
+    if "conformal" not in graft:
+        return None, None
+    coverage, threshold = (float(graft["conformal"][name]) for name in ("coverage", "threshold"))
+    if not (0 < coverage < 1 and 0 <= threshold <= 1):
+        raise ValueError(f"coverage {coverage} and threshold {threshold} are no shares")
+    return coverage, threshold
 
 
 def _write_golden(path: Path, golden: Golden) -> None:

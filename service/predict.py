@@ -5,6 +5,7 @@ from __future__ import annotations
 from starlette.requests import Request
 from starlette.responses import Response
 
+from models.checkpoint import Checkpoint
 from models.preprocess import ImageError
 from service.errors import RequestError, image_error_code
 from service.predictor import Answer, Scores, top_prediction
@@ -71,14 +72,14 @@ def check_readable(answer: Answer, names: list[str]) -> None:
 def _predict_response(answer: Answer, images: list[NamedImage], top_k: int) -> PredictResponse:
     check_readable(answer, [image.name for image in images])
     checkpoint = answer.model.checkpoint
-    entries = [_entry(image, result, checkpoint.label_names, top_k) for image, result in zip(images, answer.results, strict=True)]
+    entries = [_entry(image, result, checkpoint, top_k) for image, result in zip(images, answer.results, strict=True)]
     return PredictResponse(model=checkpoint.name, version=checkpoint.version, predictions=entries)
 
 
-def _entry(image: NamedImage, result: Scores | ImageError, label_names: tuple[str, ...], top_k: int) -> Prediction | ErrorResponse:
+def _entry(image: NamedImage, result: Scores | ImageError, checkpoint: Checkpoint, top_k: int) -> Prediction | ErrorResponse:
     if isinstance(result, ImageError):
         return ErrorResponse(error=ErrorDetail(code=image_error_code(result), message=f"{image.name}: {result}"))
-    return top_prediction(result, label_names, top_k)
+    return top_prediction(result, checkpoint.label_names, top_k, checkpoint.threshold)
 
 
 def _model_info(served: Served) -> ModelInfo:
@@ -93,6 +94,8 @@ def _model_info(served: Served) -> ModelInfo:
         architecture=checkpoint.architecture,
         fingerprint=checkpoint.fingerprint,
         metrics=dict(checkpoint.metrics),
+        coverage=checkpoint.coverage,
+        threshold=checkpoint.threshold,
         device=info.device,
         engine=info.engine,
         precision=info.precision,

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from opentelemetry import trace
 from opentelemetry.context import get_current
 
-from models.checkpoint import logits
+from models.checkpoint import is_unsure, logits
 from models.engine import Features
 from models.preprocess import ImageError, Pixels, Preprocess
 from service import metrics
@@ -178,8 +178,9 @@ def scores(model: Model, features: Features) -> Scores:
     return np.asarray(exponents / exponents.sum(axis=1, keepdims=True), np.float32)
 
 
-def top_prediction(row: Scores, label_names: Sequence[str], top_k: int) -> Prediction:
-    """Probabilities `[C]` → the best label and the `top_k` best, ties in the order of the labels."""
+def top_prediction(row: Scores, label_names: Sequence[str], top_k: int, threshold: float | None = None) -> Prediction:
+    """Probabilities `[C]` → the best label and the `top_k` best, ties in the order of the labels; with a threshold, if unsure."""
     columns = np.argsort(-row, kind="stable")[:top_k]
     top = [LabelScore(label=label_names[column], score=round(float(row[column]), 6)) for column in columns]
-    return Prediction(label=top[0].label, score=top[0].score, top=top)
+    unsure = None if threshold is None else bool(is_unsure(row, threshold))
+    return Prediction(label=top[0].label, score=top[0].score, unsure=unsure, top=top)

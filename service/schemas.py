@@ -38,6 +38,11 @@ class LabelScore(BaseModel):
 class Prediction(LabelScore):
     """The best label of an image and its `top_k` labels, best first."""
 
+    unsure: bool | None = Field(
+        default=None,
+        description="Whether no label's score, or more than one's, reaches the model's threshold: none fits, or several could be true at "
+        "the coverage that the model was made for. null where the model has no threshold.",
+    )
     top: list[LabelScore]
 
 
@@ -66,6 +71,10 @@ class ModelInfo(BaseModel):
     architecture: str
     fingerprint: str = Field(description="Models with equal fingerprints share one backbone, its engine and its queue.")
     metrics: dict[str, Any]
+    coverage: float | None = Field(
+        description="For how many images like those it was made with the labels that reach the threshold hold the true one."
+    )
+    threshold: float | None = Field(description="An answer is unsure unless the score of exactly one label is at least this.")
     device: str
     engine: str
     precision: str

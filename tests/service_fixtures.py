@@ -62,6 +62,7 @@ def publish_colors(repository: Path, name: str = "colors") -> Path:
         "fingerprint": backbone.fingerprint,
         "freeze": "backbone",
         "temperature": 1.5,
+        "conformal": {"coverage": 0.9, "threshold": 0.5},
         "metrics": {"val": {"accuracy": 1.0}},
         "preprocess": backbone.preprocess.to_dict(),
         "engine": engine.info.to_dict(),

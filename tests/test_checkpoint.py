@@ -292,6 +292,8 @@ def test_another_format_is_refused_with_both_numbers(copied: Path) -> None:
         lambda config: config.pop("label_names"),
         lambda config: config["graft"].pop("temperature"),
         lambda config: config["graft"].update(temperature="warm"),
+        lambda config: config["graft"].update(conformal={"coverage": 0.9}),
+        lambda config: config["graft"].update(conformal={"coverage": 0.9, "threshold": float("nan")}),
         lambda config: config["graft"].update(head="nothing"),
         lambda config: config["graft"]["preprocess"].update(unknown=1),
         lambda config: config["graft"].update(files=["model.safetensors"]),
@@ -301,6 +303,12 @@ def test_a_config_that_lacks_something_is_refused(copied: Path, edit: Any) -> No
     edit_config(copied, edit)
     with pytest.raises(CheckpointError, match="not a checkpoint that can be read"):
         load_checkpoint(copied)
+
+
+def test_a_conformal_threshold_is_read_where_there_is_one(copied: Path, published: Path) -> None:
+    assert (load_checkpoint(published).coverage, load_checkpoint(published).threshold) == (None, None)
+    edit_config(copied, lambda config: config["graft"].update(conformal={"coverage": 0.9, "threshold": 0.25}))
+    assert (load_checkpoint(copied).coverage, load_checkpoint(copied).threshold) == (0.9, 0.25)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '"text"'])

@@ -106,6 +106,11 @@ def test_top_k_lists_as_many_labels_as_there_are(top_k: int, num_listed: int) ->
     assert len(top_prediction(np.array([0.5, 0.2, 0.3], np.float32), LABELS, top_k).top) == num_listed
 
 
+@pytest.mark.parametrize(("threshold", "unsure"), [(None, None), (0.4, False), (0.3, True), (0.6, True), (0.0, True)])
+def test_an_answer_is_unsure_where_no_label_reaches_the_threshold_or_several(threshold: float | None, unsure: bool | None) -> None:
+    assert top_prediction(np.array([0.5, 0.2, 0.3], np.float32), LABELS, 1, threshold).unsure is unsure
+
+
 def test_equal_scores_keep_the_order_of_the_labels() -> None:
     prediction = top_prediction(np.array([0.25, 0.25, 0.5, 0.0], np.float32), ["a", "b", "c", "d"], 4)
     assert [one.label for one in prediction.top] == ["c", "a", "b", "d"]

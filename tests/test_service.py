@@ -86,6 +86,13 @@ def test_one_file(client: httpx.Client) -> None:
     assert sum(one["score"] for one in prediction["top"]) == pytest.approx(1, abs=1e-4)
 
 
+def test_an_answer_says_whether_it_is_unsure_and_the_model_at_what_coverage(client: httpx.Client) -> None:
+    (prediction,) = client.post("/predict", files=files(draw_image("green"))).json()["predictions"]
+    (info,) = client.get("/v1/models").json()["models"]
+    assert (info["coverage"], info["threshold"]) == (0.9, 0.5)
+    assert prediction["unsure"] is (prediction["score"] < 0.5)
+
+
 def test_many_files_in_order_with_options(client: httpx.Client) -> None:
     wanted = ["blue", "red", "green", "red", "blue"]
     response = client.post("/predict", files=files(*map(draw_image, wanted)), data={"model": "colors", "top_k": "2"})
