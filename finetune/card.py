@@ -1,7 +1,8 @@
-"""The model card of a checkpoint: data, metrics, how to call it."""
+"""The model card of a checkpoint: data, metrics, how far to trust them, how to call it."""
 
 from __future__ import annotations
 
+from finetune.calibration import describe_calibration, describe_unsure
 from finetune.result import Result
 
 _RANDOM_WARNING = (
@@ -13,7 +14,7 @@ def write_card(result: Result, version: int) -> str:
     """Markdown with the front matter that model hubs read."""
     options, backbone, splits = result.options, result.backbone, result.splits
     results = "\n".join(
-        f"| {split} | {metrics.accuracy:.4f} | {metrics.balanced_accuracy:.4f} | {metrics.macro_f1:.4f} | {metrics.loss:.4f} "
+        f"| {split} | {' | '.join(metrics.with_interval(name) for name in metrics.intervals)} | {metrics.loss:.4f} "
         f"| {metrics.confusion.sum():,} |"
         for split, metrics in result.metrics.items()
     )
@@ -22,6 +23,11 @@ def write_card(result: Result, version: int) -> str:
         f"| {name} | {shown.precision[label]:.3f} | {shown.recall[label]:.3f} | {shown.f1[label]:.3f} | {shown.support[label]:,} |"
         for label, name in enumerate(splits.label_names)
     )
+    confused = "; ".join(
+        f"{splits.label_names[true]} taken for {splits.label_names[predicted]} ({count:,})"
+        for true, predicted, count in result.metrics["val"].most_confused(5)
+    )
+    verdict = "" if result.verdict is None else f"\n{result.verdict}.\n"
     sizes = ", ".join(f"{len(samples):,} {split}" for split, samples in splits.named())
     license_line = f"license: {backbone.license}\n" if backbone.license else ""
     return f"""---
@@ -37,7 +43,7 @@ pipeline_tag: image-classification
 | backbone | `{backbone.name}` |
 | pretrained weights | {backbone.weights} |
 | licence of the weights | {backbone.license or "not known; ask whoever made them"} |
-| frozen | `--freeze {options.freeze}` |
+| frozen | `--freeze {result.freeze}` |
 | data | `{options.data}`: {sizes} |
 | audit of the data | {result.audit.summary} |
 | input | {backbone.preprocess.width}x{backbone.preprocess.height}, {backbone.preprocess.interpolation} |
@@ -51,9 +57,19 @@ pipeline_tag: image-classification
 |---|---|---|---|---|---|
 {results}
 
+In brackets, 95 % intervals over resampled images.
+{verdict}
 | class | precision | recall | F1 | images |
 |---|---|---|---|---|
 {per_class}
+
+Most confused on val: {confused or "none"}.
+
+## How far to trust it
+
+On val, {describe_calibration(result.calibration, result.calibrated["val"])}. {describe_unsure(result.calibration)}
+
+Would more images help? On val, {result.learning_curve}.
 
 ## Use it
 

@@ -148,6 +148,14 @@ class Options(BackboneOptions):
             "crop (and for training past the probe, as many as there are epochs, four at most)",
         ),
     ] = 1
+    coverage: Annotated[
+        float,
+        Field(
+            gt=0,
+            lt=1,
+            description="the service marks an answer unsure where the labels that would hold the true one this often are none or several",
+        ),
+    ] = 0.95
     name: Annotated[str | None, Field(description="the model's name in the repository; else made from the data's")] = None
     repository: Annotated[Path, Field(description="where the checkpoint is published, as <name>/<version>")] = Path("checkpoints")
 

@@ -22,6 +22,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, Sessi
 from tensorboard.plugins.text.metadata import create_summary_metadata
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+from finetune.calibration import Calibrated
 from finetune.evaluate import Metrics
 from finetune.plots import Picture
 
@@ -53,6 +54,9 @@ class Monitor:
         """The averages as curves, each class's precision, recall and support as curves (where not too many) and as a table."""
         for name in ("accuracy", "balanced_accuracy", "macro_f1", "loss"):
             self.scalar(f"{split}/{name}", getattr(metrics, name), step)
+        for name, interval in metrics.intervals.items():
+            self.scalar(f"{split}_interval/{name}_low", interval.low, step)
+            self.scalar(f"{split}_interval/{name}_high", interval.high, step)
         if len(label_names) <= _MAX_CLASS_CURVES:
             for label, name in enumerate(label_names):
                 self.scalar(f"{split}_precision/{name}", float(metrics.precision[label]), step)
@@ -60,6 +64,11 @@ class Monitor:
         columns = zip(label_names, metrics.precision, metrics.recall, metrics.f1, metrics.support, strict=True)
         rows = "\n".join(f"| {name} | {p:.3f} | {r:.3f} | {f1:.3f} | {support} |" for name, p, r, f1, support in columns)
         self.text(f"{split} per class", f"| class | precision | recall | F1 | images |\n|---|---|---|---|---|\n{rows}")
+
+    def calibration(self, split: str, calibrated: Calibrated) -> None:
+        for name, value in calibrated.to_dict().items():
+            if value is not None:
+                self.scalar(f"{split}_calibration/{name}", value)
 
     def options(self, options: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """The options as a table, and as HParams beside the run's final metrics, which must be scalars of the same tags."""

@@ -27,12 +27,13 @@ class Picture:
 
 @dataclass(frozen=True)
 class Mistake:
-    """A wrong answer: its crop, the true and the predicted label's name, and the predicted one's score."""
+    """A wrong answer: its crop, the true and the predicted label's name, the predicted one's score, and the sample's key."""
 
     crop: Pixels
     true: str
     predicted: str
     score: float
+    key: str = ""
 
 
 def draw_confusion(metrics: Metrics, label_names: tuple[str, ...]) -> Picture:

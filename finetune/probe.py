@@ -29,7 +29,8 @@ _TOLERANCE = 1e-5
 class Probe:
     """A solved head: weight `[C,F]`, bias `[C]`, and what cross-validation on the training split alone said of it.
 
-    `out_of_fold_logits` `[N,C]` come from the folds' heads, each sample's from the one that did not train on it.
+    `out_of_fold_logits` `[N,C]` come from the folds' heads, each sample's from the one that did not train on it. `num_views` is of each
+    image, among what it was solved on.
     """
 
     weight: Floats
@@ -37,6 +38,7 @@ class Probe:
     l2: float
     out_of_fold_logits: Floats
     temperature: float
+    num_views: int = 1
 
     def logits(self, features: Features) -> Floats:
         """Features `[B,F]` → logits `[B,C]`, before temperature."""
@@ -74,7 +76,22 @@ def solve_probe(
     everything = np.ones((1, len(all_labels)), np.float32)
     start = solution.mean(axis=0, keepdims=True)
     weight, bias = scaling.fold_in(_minimise(features, all_labels, everything, l2, scaling, start)[0])
-    return Probe(np.ascontiguousarray(weight.T), bias, l2, held_out, fit_temperature(held_out, labels))
+    return Probe(np.ascontiguousarray(weight.T), bias, l2, held_out, fit_temperature(held_out, labels), num_views)
+
+
+def solve_head(
+    features: Features, labels: Labels, num_classes: int, l2: float, start: tuple[Floats, Floats] | None = None
+) -> tuple[Floats, Floats]:
+    """Weight `[C,F]` and bias `[C]` for `features` `[N,F]` at one strength; `start`, the head of similar features, saves steps."""
+    scaling = _Scaling.of(features)
+    solution = np.zeros((1, features.shape[1] + 1, num_classes), np.float32)
+    if start is not None:
+        weight, bias = start
+        solution[0, :-1] = weight.T * np.where(np.isinf(scaling.scale), 0, scaling.scale)[:, None]
+        solution[0, -1] = bias + weight @ scaling.mean
+    everything = np.ones((1, len(labels)), np.float32)
+    solved, bias = scaling.fold_in(_minimise(features, labels, everything, l2, scaling, solution)[0])
+    return np.ascontiguousarray(solved.T), bias
 
 
 def assign_folds(labels: Labels, num_folds: int, seed: int) -> npt.NDArray[np.int64]:

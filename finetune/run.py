@@ -14,8 +14,9 @@ import shlex
 import shutil
 import sys
 import tempfile
+import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -28,6 +29,7 @@ if __name__ == "__main__":
 import numpy as np
 
 from finetune.audit import inspect, write_audit
+from finetune.calibration import calibrate_probe, calibrate_trained, describe_calibration
 from finetune.card import write_card
 from finetune.config import Options, parse_options
 from finetune.data import Sample, SplitName, Splits
@@ -35,13 +37,16 @@ from finetune.duplicates import Duplicates
 from finetune.evaluate import evaluate
 from finetune.features import extract_splits, open_engine, prepare
 from finetune.findings import Audit
+from finetune.learning_curve import measure_learning_curve
 from finetune.monitor import Monitor
 from finetune.plots import Mistake, draw_confusion, draw_mistakes
 from finetune.precision import Chosen, choose_engine, compare_with_fp32
-from finetune.probe import Labels, Probe, fit_temperature, log_loss, softmax, solve_probe
+from finetune.probe import Floats, Labels, Probe, log_loss, softmax, solve_probe
+from finetune.report import write_report
 from finetune.result import Head, Result
 from finetune.split import load_lasting_splits
 from finetune.terminal import run_program
+from finetune.verdict import compare_with_probe
 from models.checkpoint import FORMAT_VERSION, Golden, publish
 from models.engine import Features
 from models.errors import GraftError
@@ -78,11 +83,14 @@ def _run_in(run_dir: Path, options: Options, splits: Splits, duplicates: Duplica
         result = _fit(options, splits, duplicates, monitor, run_dir, Path(scratch))
         golden = _choose_golden(result)
         checkpoint = _publish(result, golden)
-        _show_in_tensorboard(monitor, result)
+        mistakes = _worst_mistakes(result)
+        _show_in_tensorboard(monitor, result, mistakes)
     result.seconds["total"] = time.perf_counter() - started
     _write(run_dir / "metrics.json", json.dumps(result.to_dict(), indent=2) + "\n")
     result.splits.write_csv(run_dir / "splits.csv")
-    _say_what_next(result, run_dir, checkpoint, _write_example(run_dir, result.splits))
+    commands = _commands(options, _write_example(run_dir, result.splits))
+    _write(run_dir / "report.html", write_report(result, mistakes, version=int(checkpoint.name), commands=commands))
+    _say_what_next(result, run_dir, checkpoint, commands)
     return checkpoint
 
 
@@ -93,27 +101,38 @@ def _fit(options: Options, loaded: Splits, duplicates: Duplicates, monitor: Moni
     at = [time.perf_counter()]
     chosen, splits, features, extract_seconds = _extract(backbone, loaded, options, scratch)
     backbone, engine = chosen.backbone, chosen.engine
+    engine.close()
     options = options.model_copy(update={"precision": engine.info.precision})
     at.append(time.perf_counter())
     labels = {split: _labels(samples) for split, samples in splits.named()}
     probe = _solve(features["train"], labels["train"], len(splits.label_names), options)
     at.append(time.perf_counter())
-    probe_metrics = evaluate(probe.logits(features["val"]), labels["val"])
+    head, best_epoch, verdict = Head(probe.weight, probe.bias), None, None
+    logits = _compute_logits(head, features)
+    probe_metrics = evaluate(logits["val"], labels["val"])
     logger.info("probe: val accuracy %.4f, in %.1f s (L2 %.0e)", probe_metrics.accuracy, at[2] - at[1], probe.l2)
     audit = inspect(loaded, splits, features, probe, duplicates, backbone.preprocess)
     _say_audit(audit, write_audit(audit, run_dir, "audit", options.data), options)
     at.append(time.perf_counter())
-    head, best_epoch = Head(probe.weight, probe.bias, probe.temperature), None
-    if options.freeze != "backbone":
-        engine.close()
-        backbone, head, best_epoch = _train(options, splits, probe, monitor, scratch)
-        engine = open_engine(backbone, options)
-        splits, features = extract_splits(splits, backbone, engine, options, only=("val", "test"), keep=False)
+    learnt_from = features["train"][: probe.num_views * len(labels["train"])]
+    learning_curve = measure_learning_curve(learnt_from, labels["train"], probe, features["val"], labels["val"], seed=options.seed)
     at.append(time.perf_counter())
-    logits = {split: features[split] @ head.weight.T + head.bias for split in features if split != "train"}
-    if best_epoch is not None:
-        head = replace(head, temperature=fit_temperature(logits["val"], labels["val"]))
-    engine.close()
+    if options.freeze != "backbone":
+        trained, trained_head, best_epoch = _train(options, splits, probe, monitor, scratch)
+        trained_engine = open_engine(trained, options)
+        splits, features = extract_splits(splits, trained, trained_engine, options, only=("val", "test"), keep=False)
+        trained_engine.close()
+        trained_logits = _compute_logits(trained_head, features)
+        seconds = {"probe_seconds": at[2] - at[1], "train_seconds": time.perf_counter() - at[4]}
+        verdict = compare_with_probe(logits["val"], trained_logits["val"], labels["val"], **seconds)
+        logger.info("%s", verdict)
+        if verdict.publishes == "fine-tuned":
+            backbone, engine, head, logits = trained, trained_engine, trained_head, trained_logits
+    at.append(time.perf_counter())
+    if backbone is chosen.backbone:
+        calibration, calibrated = calibrate_probe(probe, labels["train"], logits, labels, options.coverage)
+    else:
+        calibration, calibrated = calibrate_trained(logits, labels, options.coverage, options.seed)
     return Result(
         options=options,
         splits=splits,
@@ -122,19 +141,29 @@ def _fit(options: Options, loaded: Splits, duplicates: Duplicates, monitor: Moni
         why_precision=chosen.reason,
         head=head,
         metrics={split: evaluate(logits[split], labels[split]) for split in logits},
+        calibration=calibration,
+        calibrated=calibrated,
         probe_metrics=probe_metrics,
         l2=probe.l2,
+        learning_curve=learning_curve,
         val_logits=logits["val"],
         audit=audit,
         best_epoch=best_epoch,
+        verdict=verdict,
         seconds={
             "engine": at[1] - at[0] - extract_seconds,
             "features": extract_seconds,
             "probe": at[2] - at[1],
             "audit": at[3] - at[2],
-            "train": at[4] - at[3],
+            "learning_curve": at[4] - at[3],
+            "train": at[5] - at[4],
         },
     )
+
+
+def _compute_logits(head: Head, features: Mapping[SplitName, Features]) -> dict[SplitName, Floats]:
+    """Of every split that was not trained on, `[N,C]`."""
+    return {split: features[split] @ head.weight.T + head.bias for split in features if split != "train"}
 
 
 def _extract(
@@ -234,7 +263,7 @@ def _train(options: Options, splits: Splits, probe: Probe, monitor: Monitor, scr
     best_epoch = train(backbone, splits, probe, options, monitor, scratch)
     backbone.model.cpu()
     weight, bias = (tensor.detach().numpy().copy() for tensor in (backbone.head.weight, backbone.head.bias))
-    return write_prepared(backbone, scratch / "trained"), Head(weight, bias, probe.temperature), best_epoch
+    return write_prepared(backbone, scratch / "trained"), Head(weight, bias), best_epoch
 
 
 def _choose_golden(result: Result) -> Golden:
@@ -255,9 +284,10 @@ def _publish(result: Result, golden: Golden) -> Path:
         "graft": {
             "format_version": FORMAT_VERSION,
             "fingerprint": backbone.fingerprint,
-            "freeze": options.freeze,
+            "freeze": result.freeze,
             "head": backbone.classifier,
-            "temperature": result.head.temperature,
+            "temperature": result.calibration.temperature,
+            "conformal": {"coverage": result.calibration.coverage, "threshold": result.calibration.threshold},
             "preprocess": backbone.preprocess.to_dict(),
             "metrics": {name: report[name] for name in (*result.metrics, "probe")},
             "engine": report["engine"],
@@ -284,13 +314,18 @@ def _publish(result: Result, golden: Golden) -> Path:
     )
 
 
-def _show_in_tensorboard(monitor: Monitor, result: Result) -> None:
-    label_names = result.splits.label_names
+def _show_in_tensorboard(monitor: Monitor, result: Result, mistakes: Sequence[Mistake]) -> None:
+    label_names, curve = result.splits.label_names, result.learning_curve
     for split, metrics in result.metrics.items():
         monitor.metrics(split, metrics, label_names)
+        monitor.calibration(split, result.calibrated[split])
+    for num_images, accuracy in zip(curve.num_images, curve.accuracies, strict=True):
+        monitor.scalar("probe/accuracy_by_training_images", accuracy, num_images)
+    if result.verdict is not None:
+        monitor.text("verdict", str(result.verdict))
     val = result.metrics["val"]
     monitor.image("val/confusion", draw_confusion(val, label_names))
-    monitor.image("val/worst_mistakes", draw_mistakes(_worst_mistakes(result)))
+    monitor.image("val/worst_mistakes", draw_mistakes(mistakes))
     monitor.scalar("probe/accuracy", result.probe_metrics.accuracy)
     final = {"val/accuracy": val.accuracy, "val/macro_f1": val.macro_f1, "val/loss": val.loss}
     monitor.options(result.options.model_dump(mode="json"), final)
@@ -299,7 +334,7 @@ def _show_in_tensorboard(monitor: Monitor, result: Result) -> None:
 
 def _worst_mistakes(result: Result) -> list[Mistake]:
     """The wrong answers of highest score."""
-    splits, scores = result.splits, softmax(result.val_logits / result.head.temperature)
+    splits, scores = result.splits, softmax(result.val_logits / result.calibration.temperature)
     predicted = scores.argmax(axis=1)
     wrong = [index for index, sample in enumerate(splits.val) if predicted[index] != sample.label]
     worst = sorted(wrong, key=lambda index: -float(scores[index, predicted[index]]))[:_NUM_MISTAKES]
@@ -309,6 +344,7 @@ def _worst_mistakes(result: Result) -> list[Mistake]:
             splits.label_names[splits.val[index].label],
             splits.label_names[predicted[index]],
             float(scores[index, predicted[index]]),
+            splits.val[index].key,
         )
         for index in worst
     ]
@@ -324,10 +360,8 @@ def _write_example(run_dir: Path, splits: Splits) -> Path:
     return path
 
 
-def _say_what_next(result: Result, run_dir: Path, checkpoint: Path, example: Path) -> None:
-    options, val = result.options, result.metrics["val"]
-    beside = "" if result.best_epoch is None else f" (probe {result.probe_metrics.accuracy:.4f})"
-    test = f", test {result.metrics['test'].accuracy:.4f}" if "test" in result.metrics else ""
+def _commands(options: Options, example: Path) -> str:
+    """What to type to serve the repository, and to ask the model about an image."""
     repository = options.repository.resolve()
     is_default = repository == Path(__file__).resolve().parent.parent / "checkpoints"
     setting = "" if is_default else f"CHECKPOINTS={shlex.quote(str(repository))} "
@@ -336,18 +370,27 @@ def _say_what_next(result: Result, run_dir: Path, checkpoint: Path, example: Pat
     image = shlex.quote(f'images=@"{escaped}"' if any(char in escaped for char in ';,"\\') else f"images=@{escaped}")
     home = Path(__file__).resolve().parent.parent
     make = "make serve" if Path.cwd() == home else f"make -C {shlex.quote(str(home))} serve"
+    return f"{setting}{make}\ncurl -F {image} 'http://localhost:3000/predict?model={options.model_name}'"
+
+
+def _say_what_next(result: Result, run_dir: Path, checkpoint: Path, commands: str) -> None:
+    val = result.metrics["val"]
+    verdict = "" if result.verdict is None else f"{result.verdict}\n"
+    test = f", test {result.metrics['test'].with_interval('accuracy')}" if "test" in result.metrics else ""
     averages = f"balanced {val.balanced_accuracy:.4f}, macro F1 {val.macro_f1:.4f}"
     print(
         f"""
-val accuracy {val.accuracy:.4f}{beside}{test}, {averages}; {result.seconds["total"]:.1f} s
+val accuracy {val.with_interval("accuracy")}{test}, {averages}; {result.seconds["total"]:.1f} s
+{verdict}{describe_calibration(result.calibration, result.calibrated["val"])}
+{result.learning_curve}
 
+  report       {run_dir / "report.html"}
   checkpoint   {checkpoint}
   metrics      {run_dir / "metrics.json"}
   TensorBoard  {run_dir}   (make tensorboard)
 
 Next, in one terminal (again, if it serves already) and in another:
-  {setting}{make}
-  curl -F {image} 'http://localhost:3000/predict?model={options.model_name}'"""
+{textwrap.indent(commands, "  ")}"""
     )
 
 

@@ -32,7 +32,7 @@ def test_flags_of_every_kind_are_read() -> None:
         "--data photos/ --data-root d --val-fraction 0.3 --strict --backbone resnet18 --weights w.pth --no-pretrained --image-size 96 "
         "--freeze until:layer3 --epochs 7 --batch-size 16 --lr 0.01 --backbone-lr 1e-5 --weight-decay 0 --batch-norm update "
         "--augment flip --device cpu --precision fp32 --workers 3 --seed 9 --name cats --output o --repository r --cache-dir c "
-        "--no-cache"
+        "--no-cache --coverage 0.9"
     )
     expected = {
         "data": "photos/",
@@ -60,6 +60,7 @@ def test_flags_of_every_kind_are_read() -> None:
         "repository": Path("r"),
         "cache_dir": Path("c"),
         "cache": False,
+        "coverage": 0.9,
     }
     dumped = options.model_dump()
     assert {name: dumped[name] for name in expected} == expected

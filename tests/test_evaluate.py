@@ -58,6 +58,45 @@ def test_a_class_that_is_never_predicted_has_precision_and_f1_of_zero() -> None:
     assert (metrics.precision.tolist(), metrics.recall.tolist(), metrics.f1.tolist()) == ([0.5, 0], [1, 0], [pytest.approx(2 / 3), 0])
 
 
+@pytest.mark.parametrize(("num_images", "num_classes"), [(300, 3), (60, 12)])
+def test_intervals_are_those_of_resampling_the_images_one_by_one(num_images: int, num_classes: int) -> None:
+    logits, labels = random_answers(num_images, num_classes, 4)
+    generator = np.random.default_rng(9)
+    resampled = []
+    for _ in range(2000):
+        rows = generator.integers(0, num_images, num_images)
+        one = evaluate(logits[rows], labels[rows])
+        resampled.append((one.accuracy, one.balanced_accuracy, one.macro_f1))
+    found = evaluate(logits, labels)
+    low, high = np.percentile(np.array(resampled), (2.5, 97.5), axis=0)
+    assert list(found.intervals) == ["accuracy", "balanced_accuracy", "macro_f1"]
+    assert [interval.low for interval in found.intervals.values()] == pytest.approx(low, abs=0.02)
+    assert [interval.high for interval in found.intervals.values()] == pytest.approx(high, abs=0.02)
+    assert found.intervals == evaluate(logits, labels).intervals
+
+
+def test_intervals_hold_the_true_accuracy_19_times_of_20() -> None:
+    generator = np.random.default_rng(0)
+    held = 0
+    for _ in range(200):
+        labels = generator.integers(0, 2, 400)
+        answers = np.where(generator.random(400) < 0.8, labels, 1 - labels)
+        interval = evaluate(np.eye(2, dtype=np.float32)[answers], labels).intervals["accuracy"]
+        held += interval.low <= 0.8 <= interval.high
+    assert 180 <= held <= 199
+
+
+def test_many_classes_are_resampled_in_parts_and_without_a_mistake_there_is_no_doubt() -> None:
+    labels = np.arange(3000)
+    intervals = evaluate(np.eye(3000, dtype=np.float32), labels).intervals
+    assert {(interval.low, interval.high) for interval in intervals.values()} == {(1.0, 1.0)}
+
+
+def test_the_most_confused_pairs_come_first_and_only_mistakes() -> None:
+    logits = np.eye(3, dtype=np.float32)[[0, 1, 1, 2, 0, 2, 2]]
+    assert evaluate(logits, np.array([0, 0, 0, 1, 1, 2, 2])).most_confused(5) == [(0, 1, 2), (1, 0, 1), (1, 2, 1)]
+
+
 def test_the_report_is_plain_json_with_each_class() -> None:
     logits, labels = random_answers(50, 3, 0)
     metrics = evaluate(logits, labels)

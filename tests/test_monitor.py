@@ -99,6 +99,8 @@ def test_metrics_are_curves_and_a_table(monitor: Monitor, metrics: Metrics, tmp_
     for name in ("accuracy", "balanced_accuracy", "macro_f1", "loss"):
         [event] = events.Scalars(f"val/{name}")
         assert (event.step, event.value) == (4, pytest.approx(getattr(metrics, name), rel=1e-6))
+    for name, interval in metrics.intervals.items():
+        assert events.Scalars(f"val_interval/{name}_low")[0].value == pytest.approx(interval.low, rel=1e-6)
     assert events.Scalars("val_precision/cat")[0].value == pytest.approx(0.5)
     assert events.Scalars("val_recall/emu")[0].value == pytest.approx(2 / 3)
     assert text_of(events, "val per class").splitlines()[2:] == [

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.numpy import load_file
 
 from models.checkpoint import check_golden, list_versions, load_checkpoint, logits
 from models.engine import run
@@ -66,23 +67,46 @@ def test_defaults_fit_the_digits(finetune: Finetune, tmp_path: Path) -> None:
     metrics = read_metrics(tmp_path)
     assert metrics["val"]["accuracy"] >= 0.94
     assert metrics["probe"]["accuracy"] == metrics["val"]["accuracy"]
-    assert set(metrics["seconds"]) == {"total", "engine", "features", "probe", "audit", "train"}
+    assert set(metrics["seconds"]) == {"total", "engine", "features", "probe", "audit", "learning_curve", "train"}
     assert {"balanced_accuracy", "macro_f1", "loss"} <= set(metrics["val"])
+    low, high = metrics["val"]["intervals"]["accuracy"]
+    assert low < metrics["val"]["accuracy"] < high
+    assert f"val accuracy {metrics['val']['accuracy']:.4f} ({low:.3f} to {high:.3f})" in done.stdout
+    assert metrics["verdict"] is None
+    assert metrics["val"]["calibration"]["covered"] == pytest.approx(0.95, abs=0.03)
+    assert metrics["learning_curve"]["num_images"][-1] == 1797 - metrics["val"]["num_images"]
+    assert "half the images would have given" in done.stdout
     assert "int8 would not pay for 1,797 images" in metrics["precision"]["reason"]
     checkpoint = load_checkpoint(tmp_path / "checkpoints" / "digits" / "1")
     assert checkpoint.label_names == tuple("0123456789")
+    assert (checkpoint.coverage, checkpoint.threshold) == (0.95, metrics["calibration"]["threshold"])
+    report = only_run(tmp_path) / "report.html"
+    assert str(report) in done.stdout
+    assert f"{metrics['val']['accuracy']:.4f} ({low:.3f} to {high:.3f})" in report.read_text()
     assert str(tmp_path / "checkpoints" / "digits" / "1") in done.stdout
     assert f"make -C {ROOT} serve" in done.stdout  # it was not started from there
     assert "curl" in done.stdout
 
 
-def test_digits_gain_from_training_past_the_probe(finetune: Finetune, tmp_path: Path) -> None:
+def test_digits_gain_from_training_past_the_probe_and_the_frozen_part_stays(finetune: Finetune, tmp_path: Path) -> None:
     done = finetune("--freeze", "until:blocks.4", "--epochs", 5)
     assert done.returncode == 0, done.stderr
     metrics = read_metrics(tmp_path)
     assert metrics["val"]["accuracy"] >= 0.97
     assert metrics["val"]["accuracy"] > metrics["probe"]["accuracy"]
-    assert f"(probe {metrics['probe']['accuracy']:.4f})" in done.stdout
+    assert metrics["verdict"]["published"] == "fine-tuned"
+    assert metrics["verdict"]["interval"][0] > 0
+    assert "fine-tuned is better and is published" in done.stdout
+    assert "validation images" in metrics["calibration"]["fitted_on"]
+    assert finetune().returncode == 0
+    trained, probed = (load_checkpoint(tmp_path / "checkpoints" / "digits" / str(version)).path for version in (1, 2))
+    before, after = load_file(probed / "model.safetensors"), load_file(trained / "model.safetensors")
+    assert before.keys() == after.keys()
+    frozen = [name for name in before if name.startswith(("conv_stem", "bn1", *(f"blocks.{stage}." for stage in range(5))))]
+    assert frozen
+    for name in frozen:
+        np.testing.assert_array_equal(before[name], after[name])
+    assert any(not np.array_equal(before[name], after[name]) for name in before if name not in frozen)
 
 
 def test_run_leaves_what_the_next_one_needs(finetune: Finetune, tmp_path: Path, shapes: Path) -> None:
@@ -107,23 +131,19 @@ def test_second_run_publishes_the_next_version(finetune: Finetune, tmp_path: Pat
     assert first.fingerprint == second.fingerprint
 
 
-def test_gradient_epochs_start_from_the_probe_and_leave_the_frozen_part(finetune: Finetune, tmp_path: Path, shapes: Path) -> None:
+def test_on_a_tie_the_probe_is_published_as_if_nothing_had_been_trained(finetune: Finetune, tmp_path: Path, shapes: Path) -> None:
     done = finetune("--data", shapes, "--freeze", "until:blocks.5", "--epochs", 1, "--name", "shapes")
     assert done.returncode == 0, done.stderr
-    assert "(probe " in done.stdout
+    assert "a tie, so the probe is published" in done.stdout
     metrics = read_metrics(tmp_path)
-    assert metrics["val"]["accuracy"] >= metrics["probe"]["accuracy"] - 0.2
+    assert metrics["verdict"]["published"] == "probe"
+    assert metrics["val"]["accuracy"] == metrics["probe"]["accuracy"]
     assert finetune("--data", shapes, "--name", "shapes").returncode == 0
-    trained, probed = (load_checkpoint(tmp_path / "checkpoints" / "shapes" / str(version)).path for version in (1, 2))
-    from safetensors.numpy import load_file
-
-    before, after = load_file(probed / "model.safetensors"), load_file(trained / "model.safetensors")
-    assert before.keys() == after.keys()
-    frozen = [name for name in before if name.startswith(("conv_stem", "bn1", *(f"blocks.{stage}." for stage in range(6))))]
-    assert frozen
-    for name in frozen:
-        np.testing.assert_array_equal(before[name], after[name])
-    assert any(not np.array_equal(before[name], after[name]) for name in before if name not in frozen)
+    tied, probed = (load_checkpoint(tmp_path / "checkpoints" / "shapes" / str(version)) for version in (1, 2))
+    assert tied.fingerprint == probed.fingerprint
+    assert tied.config["graft"]["freeze"] == "backbone"
+    np.testing.assert_array_equal(tied.head_weight, probed.head_weight)
+    assert (tied.temperature, tied.threshold) == (probed.temperature, probed.threshold)
 
 
 def test_int8_is_quantised_once_and_served_as_it_was_solved(finetune: Finetune, tmp_path: Path, shapes: Path) -> None:

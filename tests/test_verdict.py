@@ -1,0 +1,46 @@
+"""The fine-tuned model has to be better by more than chance; else the probe is published."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from finetune.verdict import Verdict, compare_with_probe
+
+
+def compare(num_gained: int, num_lost: int, num_images: int) -> Verdict:
+    """Of models that both get half of the other images right."""
+    labels = np.zeros(num_images, np.int64)
+    probe, tuned = (np.arange(num_images) % 2 for _ in range(2))
+    probe[:num_gained], tuned[:num_gained] = 1, 0
+    probe[num_gained : num_gained + num_lost], tuned[num_gained : num_gained + num_lost] = 0, 1
+    logits = np.eye(2, dtype=np.float32)
+    return compare_with_probe(logits[probe], logits[tuned], labels, probe_seconds=1.5, train_seconds=60)
+
+
+@pytest.mark.parametrize(
+    ("num_gained", "num_lost", "published", "words"),
+    [
+        (20, 3, "fine-tuned", "fine-tuned is better"),
+        (12, 8, "probe", "a tie"),
+        (0, 0, "probe", "a tie"),
+        (3, 20, "probe", "the probe is better"),
+    ],
+)
+def test_the_better_one_is_published_and_the_probe_on_a_tie(num_gained: int, num_lost: int, published: str, words: str) -> None:
+    verdict = compare(num_gained, num_lost, 400)
+    assert verdict.publishes == published
+    assert words in str(verdict)
+    assert "in 60 s" in str(verdict)
+    report = json.loads(json.dumps(verdict.to_dict()))
+    assert (report["published"], report["difference"]) == (published, pytest.approx((num_gained - num_lost) / 400))
+
+
+def test_the_interval_is_of_the_same_images_and_not_of_two_samples() -> None:
+    """Two models that agree on all but 20 of 400 images: apart, each accuracy is uncertain by 5 points, their difference by 2."""
+    verdict = compare(15, 5, 400)
+    width = verdict.interval.high - verdict.interval.low
+    assert width == pytest.approx(2 * 1.96 * np.sqrt(20 / 400 - (10 / 400) ** 2) / np.sqrt(400), rel=0.1)
+    assert verdict.interval.low < 10 / 400 < verdict.interval.high
