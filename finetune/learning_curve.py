@@ -36,7 +36,7 @@ class LearningCurve:
         }
 
     def __str__(self) -> str:
-        half = f"half the images would have given {self.accuracies[1]:.4f}"
+        half = f"half the images would have given the probe {self.accuracies[1]:.4f}"
         low, high = 100 * self.interval.low, 100 * self.interval.high
         if low <= 0:
             return f"{half}; doubling them is worth less than this validation split can show ({max(high, 0):.1f} points at most)"

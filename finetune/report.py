@@ -49,7 +49,8 @@ th { font-weight: 500; font-size: .85rem; }
   background: color-mix(in srgb, var(--accent) calc(var(--share) * 100%), var(--card)); }
 .matrix .deep { color: var(--ground); }
 .matrix th { text-align: right; vertical-align: middle; white-space: nowrap; border: 0; padding: 0 .6rem 0 0; }
-.matrix thead th { writing-mode: vertical-rl; transform: rotate(180deg); padding: .4rem 0 0; }
+.matrix thead th { text-align: center; padding: 0; }
+.tall thead th { writing-mode: vertical-rl; transform: rotate(180deg); text-align: right; padding: .4rem 0 0; }
 .matrix thead td { background: none; }
 svg { display: block; width: 100%; height: auto; margin: .75rem 0; }
 svg text { fill: var(--faint); font-size: 11px; }
@@ -75,7 +76,7 @@ def write_report(result: Result, mistakes: Sequence[Mistake], *, version: int, c
     title = f"{options.model_name}, version {version}"
     sections = [_head(result, title), _tiles(result)]
     if result.verdict is not None:
-        sections.append(_section("Verdict", f"<p>{escape(str(result.verdict))}.</p>"))
+        sections.append(_section("Verdict", f"<p>{escape(_sentence(str(result.verdict)))}</p>"))
     sections += [
         _section("Results", _results(result)),
         _section("Calibration", _calibration(result)),
@@ -177,7 +178,8 @@ def _confusion(metrics: Metrics, label_names: Sequence[str]) -> str:
         total = max(int(metrics.support[true]), 1)
         cells = (_cell(int(count), int(count) / total) for count in metrics.confusion[true])
         rows.append(f"<tr><th>{escape(name)}</th>{''.join(cells)}</tr>")
-    matrix = f"<div class='wide'><table class='matrix'><thead><tr><td></td>{heads}</tr></thead>{''.join(rows)}</table></div>"
+    kind = "matrix tall" if max(map(len, label_names)) > 3 else "matrix"
+    matrix = f"<div class='wide'><table class='{kind}'><thead><tr><td></td>{heads}</tr></thead>{''.join(rows)}</table></div>"
     return f"<p class='faint'>On val: rows are true labels, columns answers.</p>{matrix}<h3>Most confused</h3>{listed}"
 
 
