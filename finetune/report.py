@@ -230,6 +230,7 @@ def _making(result: Result) -> str:
         ("licence of the weights", backbone.license or "not known; ask whoever made them"),
         ("frozen", f"--freeze {result.freeze}"),
         ("data", result.options.data),
+        ("audit of the data", result.audit.summary),
         ("input", f"{preprocess.width}x{preprocess.height}, {preprocess.interpolation}"),
         ("engine", str(result.engine)),
         ("precision", f"{result.engine.precision}: {result.why_precision}"),

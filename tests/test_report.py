@@ -16,6 +16,7 @@ from finetune.card import write_card
 from finetune.config import Options
 from finetune.data import EncodedImage, Sample, Splits
 from finetune.evaluate import evaluate
+from finetune.findings import Audit
 from finetune.learning_curve import measure_learning_curve
 from finetune.plots import Mistake
 from finetune.probe import solve_probe
@@ -88,6 +89,7 @@ def make_result(num_classes: int = 3, *, is_trained: bool = False) -> Result:
         l2=probe.l2,
         learning_curve=measure_learning_curve(features, labels, probe, val_features, val_labels, seed=0),
         val_logits=logits,
+        audit=Audit((), {"val": (metrics.accuracy, metrics.accuracy)}, 100 * num_classes),
         best_epoch=3 if is_trained else None,
         verdict=verdict if is_trained else None,
         seconds={"probe": 1.5, "total": 4.6},
@@ -133,6 +135,7 @@ def test_it_says_what_the_run_came_to(result: Result) -> None:
         "dog & hound",
         "bf16: int8 would not pay",
         "freeze: backbone",
+        result.audit.summary,
         "curl -F images=@x.jpg",
     ):
         assert part in text
