@@ -158,6 +158,19 @@ class Options(BackboneOptions):
     ] = 0.95
     name: Annotated[str | None, Field(description="the model's name in the repository; else made from the data's")] = None
     repository: Annotated[Path, Field(description="where the checkpoint is published, as <name>/<version>")] = Path("checkpoints")
+    save_minutes: Annotated[
+        float, Field(ge=0, allow_inf_nan=False, description="gradient epochs are saved for --resume this often, and after each epoch")
+    ] = 10.0
+    preflight: Annotated[
+        bool,
+        Field(
+            description="before gradient epochs: must one batch be learnt, is there disk enough, on which device, and how long will it take"
+        ),
+    ] = False
+    resume: Annotated[
+        Path | None,
+        Field(exclude=True, description="folder of a run that was stopped or killed: goes on with it under its own options"),
+    ] = None
 
     @field_validator("name")
     @classmethod
@@ -168,6 +181,12 @@ class Options(BackboneOptions):
     def _int8_fits_the_policy(self) -> Self:
         if self.precision == "int8" and self.freeze != "backbone":
             raise ValueError("--precision int8: only with --freeze backbone, where the head is solved on the quantised features")
+        return self
+
+    @model_validator(mode="after")
+    def _preflight_has_something_to_look_at(self) -> Self:
+        if self.preflight and self.freeze == "backbone" and self.resume is None:
+            raise ValueError("--preflight: it tries gradient epochs, and --freeze backbone has none; say --freeze until:NAME or none")
         return self
 
     @property

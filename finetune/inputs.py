@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import shutil
 from collections.abc import Callable, Sequence
@@ -74,7 +75,25 @@ class Bf16File:
     """An array `[N,D]` of bfloat16 in a memory-mapped file, written as float32, which numpy has no other word for."""
 
     def __init__(self, path: Path, num_rows: int, size: int) -> None:
-        self._bits: npt.NDArray[np.uint16] = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint16, shape=(num_rows, size))
+        """The array in `path`, which `keep` has put there, or a new one beside it."""
+        self._path = path
+        self.is_kept = path.exists()
+        if self.is_kept:
+            self._bits: npt.NDArray[np.uint16] = np.lib.format.open_memmap(path, mode="r")
+            if self._bits.shape != (num_rows, size):
+                raise GraftError(f"{path}: activations of {self._bits.shape}, not of {(num_rows, size)}; remove the file")
+        else:
+            self._bits = np.lib.format.open_memmap(self._unfinished, mode="w+", dtype=np.uint16, shape=(num_rows, size))
+
+    @property
+    def _unfinished(self) -> Path:
+        return self._path.with_suffix(".part")
+
+    def keep(self) -> None:
+        """All rows are written: from now on the file is in its place."""
+        self._bits.flush()  # type: ignore[attr-defined]
+        self._unfinished.rename(self._path)
+        self.is_kept = True
 
     def __setitem__(self, rows: Any, values: Features) -> None:
         bits = values.view(np.uint32)
@@ -102,12 +121,16 @@ class Inputs:
 
 
 def open_inputs(backbone: Backbone, freezing: Freezing, splits: Splits, options: Options, scratch: Path, device: torch.device) -> Inputs:
-    """Activations at the boundary where they can be kept, else crops; says which, and why."""
+    """Activations at the boundary where they can be kept, else crops; says which, and why.
+
+    `scratch` is the run's own: whole files of activations in it are not computed again.
+    """
     rest = _try_cut(backbone, freezing, splits, options)
     if rest is not None:
         num_views = 1 if options.augment == "none" else options.views if options.views > 1 else min(options.epochs, _MAX_VIEWS)
         size = int(np.prod(rest.boundary_shape))
-        num_bytes = 2 * size * (len(splits.train) * num_views + len(splits.val))
+        already = sum(path.stat().st_size for path in scratch.glob("*.npy"))
+        num_bytes = max(0, 2 * size * (len(splits.train) * num_views + len(splits.val)) - already)
         free = shutil.disk_usage(scratch).free * _MAX_DISK_FRACTION
         if num_bytes <= free:
             return _keep_activations(backbone, rest, splits, options, scratch, num_views, size, device)
@@ -162,15 +185,17 @@ def _keep_activations(
     size: int,
     device: torch.device,
 ) -> Inputs:
-    engine = _frozen_engine(backbone, rest.boundary, options, scratch, device)
+    engine = functools.cache(lambda: _frozen_engine(backbone, rest.boundary, options, scratch, device))
 
     def keep(samples: Sequence[Sample], name: str, view: int) -> Bf16File:
         kept = Bf16File(scratch / f"{name}.npy", len(samples), size)
+        if kept.is_kept:
+            return kept
         augment: Augment = options.augment if view else "none"
         unreadable = extract_features(
             samples,
             backbone.preprocess,
-            engine,
+            engine(),
             num_workers=options.workers,
             description=f"activations of {name}",
             out=kept,
@@ -179,13 +204,15 @@ def _keep_activations(
         # They could be read for the probe. Left out here, they would shift the rows behind them against the labels.
         for key, reason in unreadable.items():
             raise GraftError(f"{key}: {reason}; it could be read when the run began, so run again")
+        kept.keep()
         return kept
 
     # With one view it is the plain crop; with several they are all augmented, as they would be in epochs without the cache.
     first = 0 if num_views == 1 else 1
     views = [keep(splits.train, f"train-{view}", view) for view in range(first, first + num_views)]
     val = keep(splits.val, "val", 0)
-    engine.close()
+    if engine.cache_info().currsize:
+        engine().close()
     logger.info("kept activations at %s: %d values an image, %d views", rest.boundary, size, num_views)
     rest.open()
     return Inputs(

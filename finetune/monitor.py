@@ -34,6 +34,7 @@ class Monitor:
     """An event file in a run's folder; `step` counts gradient steps or epochs, as the tag says."""
 
     def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
         self._writer = EventFileWriter(str(run_dir))
 
     def scalar(self, tag: str, value: float, step: int = 0) -> None:
@@ -91,6 +92,10 @@ class Monitor:
             content = HParamsPluginData(version=0, **{kind: data}).SerializeToString()
             plugin = SummaryMetadata.PluginData(plugin_name="hparams", content=content)
             self._write(Summary.Value(tag=f"_hparams_/{kind}", metadata=SummaryMetadata(plugin_data=plugin)), 0)
+
+    def flush(self) -> None:
+        """What was written so far is in the file."""
+        self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()

@@ -3,10 +3,12 @@
 python finetune/run.py                                           the embedded digits, no network needed
 python finetune/run.py --data photos/ --backbone resnet18        your own
 python finetune/run.py --data photos/ --freeze until:layer3      train what comes after layer3, too
+python finetune/run.py --resume runs/photos-20261123-045110      go on with one that was stopped or killed
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import logging
@@ -29,6 +31,7 @@ if __name__ == "__main__":
 import numpy as np
 
 from finetune.audit import inspect, write_audit
+from finetune.broken_batch import FOLDER as BROKEN_BATCH_DIR
 from finetune.calibration import calibrate_probe, calibrate_trained, describe_calibration
 from finetune.card import write_card
 from finetune.config import Options, parse_options
@@ -36,6 +39,7 @@ from finetune.data import Sample, SplitName, Splits
 from finetune.duplicates import Duplicates
 from finetune.evaluate import evaluate
 from finetune.features import extract_splits, open_engine, prepare
+from finetune.files import write_whole
 from finetune.findings import Audit
 from finetune.learning_curve import measure_learning_curve
 from finetune.monitor import Monitor
@@ -44,6 +48,19 @@ from finetune.precision import Chosen, choose_engine, compare_with_fp32
 from finetune.probe import Floats, Labels, Probe, log_loss, softmax, solve_probe
 from finetune.report import write_report
 from finetune.result import Head, Result
+from finetune.resume import (
+    STATE_DIR,
+    Choices,
+    find_published,
+    is_resumable,
+    keep_choices,
+    lock,
+    read_options,
+    remove_state,
+    restore_splits,
+    resume_command,
+    trim_events,
+)
 from finetune.split import load_lasting_splits
 from finetune.terminal import run_program
 from finetune.verdict import compare_with_probe
@@ -66,30 +83,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(options: Options) -> Path:
     """Do one run and return the folder of the published checkpoint. Raises GraftError for everything the user can mend."""
     started = time.perf_counter()
-    splits, duplicates = load_lasting_splits(options)
+    if options.resume is not None:
+        options = read_options(options)
+    run_dir = options.resume
+    splits, duplicates = load_lasting_splits(options, restore=None if run_dir is None else functools.partial(restore_splits, run_dir))
     _log_splits(options, splits)
-    run_dir = _make_run_dir(options)
+    run_dir = run_dir or _make_run_dir(options)
     try:
-        return _run_in(run_dir, options, splits, duplicates, started)
-    except GraftError:
-        # A run that came to nothing would only be in the way, in TensorBoard too.
-        shutil.rmtree(run_dir, ignore_errors=True)
+        with lock(run_dir):
+            return _run_in(run_dir, options, splits, duplicates, started)
+    except GraftError as error:
+        if is_resumable(run_dir):
+            error.add_note(f"{run_dir} is kept; when that is mended, go on with\n  {resume_command(run_dir)}")
+        elif (run_dir / BROKEN_BATCH_DIR).exists():
+            remove_state(run_dir)
+        elif options.resume is None:
+            # A run that came to nothing would only be in the way, in TensorBoard too.
+            shutil.rmtree(run_dir, ignore_errors=True)
+        raise
+    except KeyboardInterrupt as stop:
+        stop.add_note(f"go on with\n  {resume_command(run_dir)}")
         raise
 
 
 def _run_in(run_dir: Path, options: Options, splits: Splits, duplicates: Duplicates, started: float) -> Path:
+    trim_events(run_dir)
     monitor = Monitor(run_dir)
     with tempfile.TemporaryDirectory(prefix="graft-") as scratch:
         result = _fit(options, splits, duplicates, monitor, run_dir, Path(scratch))
         golden = _choose_golden(result)
-        checkpoint = _publish(result, golden)
+        checkpoint = (find_published(options, run_dir) if options.resume else None) or _publish(result, golden, run_dir)
         mistakes = _worst_mistakes(result)
         _show_in_tensorboard(monitor, result, mistakes)
     result.seconds["total"] = time.perf_counter() - started
-    _write(run_dir / "metrics.json", json.dumps(result.to_dict(), indent=2) + "\n")
     result.splits.write_csv(run_dir / "splits.csv")
     commands = _commands(options, _write_example(run_dir, result.splits))
     _write(run_dir / "report.html", write_report(result, mistakes, version=int(checkpoint.name), commands=commands))
+    # The last of all: it says that the run is done.
+    _write(run_dir / "metrics.json", json.dumps(result.to_dict(), indent=2) + "\n")
+    remove_state(run_dir)
     _say_what_next(result, run_dir, checkpoint, commands)
     return checkpoint
 
@@ -102,6 +134,7 @@ def _fit(options: Options, loaded: Splits, duplicates: Duplicates, monitor: Moni
     chosen, splits, features, extract_seconds = _extract(backbone, loaded, options, scratch)
     backbone, engine = chosen.backbone, chosen.engine
     engine.close()
+    why_precision = keep_choices(run_dir, Choices(loaded, splits, engine.info.precision, chosen.reason))
     options = options.model_copy(update={"precision": engine.info.precision})
     at.append(time.perf_counter())
     labels = {split: _labels(samples) for split, samples in splits.named()}
@@ -138,7 +171,7 @@ def _fit(options: Options, loaded: Splits, duplicates: Duplicates, monitor: Moni
         splits=splits,
         backbone=backbone,
         engine=engine.info,
-        why_precision=chosen.reason,
+        why_precision=why_precision,
         head=head,
         metrics={split: evaluate(logits[split], labels[split]) for split in logits},
         calibration=calibration,
@@ -222,7 +255,7 @@ def _make_run_dir(options: Options) -> Path:
 
 def _write(path: Path, text: str) -> None:
     try:
-        path.write_text(text)
+        write_whole(path, lambda temporary: temporary.write_text(text))
     except OSError as error:
         raise GraftError(f"{path}: it cannot be written: {error.strerror}") from error
 
@@ -260,7 +293,7 @@ def _train(options: Options, splits: Splits, probe: Probe, monitor: Monitor, scr
         image_size=options.image_size,
         seed=options.seed,
     )
-    best_epoch = train(backbone, splits, probe, options, monitor, scratch)
+    best_epoch = train(backbone, splits, probe, options, monitor, scratch, state_dir=monitor.run_dir / STATE_DIR)
     backbone.model.cpu()
     weight, bias = (tensor.detach().numpy().copy() for tensor in (backbone.head.weight, backbone.head.bias))
     return write_prepared(backbone, scratch / "trained"), Head(weight, bias), best_epoch
@@ -273,7 +306,7 @@ def _choose_golden(result: Result) -> Golden:
     return Golden(tuple(samples[index].read() for index in chosen), result.val_logits[chosen])
 
 
-def _publish(result: Result, golden: Golden) -> Path:
+def _publish(result: Result, golden: Golden, run_dir: Path) -> Path:
     options, backbone, num_classes = result.options, result.backbone, len(result.splits.label_names)
     report = result.to_dict()
     config = {
@@ -283,6 +316,7 @@ def _publish(result: Result, golden: Golden) -> Path:
         "pretrained_cfg": {**backbone.config["pretrained_cfg"], "num_classes": num_classes},
         "graft": {
             "format_version": FORMAT_VERSION,
+            "run": run_dir.name,
             "fingerprint": backbone.fingerprint,
             "freeze": result.freeze,
             "head": backbone.classifier,

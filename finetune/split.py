@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,19 +21,24 @@ logger = logging.getLogger("graft.split")
 _SIDES: dict[str, SplitName] = {"train": "train", "val": "val"}
 
 
-def load_lasting_splits(options: SharedOptions, *, check: bool = True) -> tuple[Splits, Duplicates]:
+def load_lasting_splits(
+    options: SharedOptions, *, check: bool = True, restore: Callable[[Splits], Splits | None] | None = None
+) -> tuple[Splits, Duplicates]:
     """The images of `--data` and which of them are copies; `check` as in load_splits.
 
-    Where Graft draws the split, images stay where the newest run on them under `--output` had them, and copies are on one side.
+    Where Graft draws the split, images stay where the newest run on them under `--output` had them, and copies are on one side. What
+    `restore` makes of the loaded ones, a resumed run's own, stays as it is.
     """
     kept = None if options.new_split else find_kept_split(options)
     splits = load_splits(
         options.data, data_root=options.data_root, val_fraction=options.val_fraction, seed=options.seed, kept=kept, check=check
     )
+    restored = None if restore is None else restore(splits)
+    splits = restored or splits
     with contextlib.ExitStack() as stack:
         cache = stack.enter_context(open_grids(options.cache_dir)) if options.cache else None
         duplicates = find_duplicates(splits, num_workers=options.workers, cache=cache)
-    return keep_together(splits, duplicates.groups, kept, seed=options.seed), duplicates
+    return restored or keep_together(splits, duplicates.groups, kept, seed=options.seed), duplicates
 
 
 def find_kept_split(options: SharedOptions) -> KeptSplit | None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -29,19 +33,67 @@ class _Speed(ProgressColumn):
         return Text("" if task.speed is None else f"{task.speed:.0f} images/s", style="progress.data.speed")
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a program as Ctrl-C does, but for the exit code."""
+
+
 def run_program(work: Callable[[], object]) -> int:
-    """Do the work and give the exit code: 0; 2 with a message for what the user can mend; 130 on Ctrl-C."""
+    """Do the work and give the exit code: 0; 2 with a message for what the user can mend; 130 on Ctrl-C, 143 on SIGTERM.
+
+    Notes of the error (`add_note`) are printed with it.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[ConsoleHandler()])
     logging.getLogger("graft").setLevel(logging.INFO)
     try:
-        work()
+        with _handling({signal.SIGTERM: _raise_terminated}):
+            work()
     except GraftError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("stopped; nothing was published", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        print("stopped; nothing was published", *getattr(stop, "__notes__", ()), sep="\n", file=sys.stderr)
+        return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
     return 0
+
+
+@contextmanager
+def stop_softly() -> Iterator[Callable[[], KeyboardInterrupt | None]]:
+    """The first Ctrl-C or SIGTERM only asks to stop; the second ends the process at once.
+
+    Gives a function that says what was asked for: the exception to raise, once everything is in order.
+    """
+    asked: list[int] = []
+
+    def handle(number: int, _: FrameType | None) -> None:
+        if asked:
+            os._exit(128 + number)
+        asked.append(number)
+        # Neither print nor logging: what the signal broke into may hold their locks.
+        os.write(2, b"\nstopping after this step; once more ends it at once\n")
+
+    def what_was_asked() -> KeyboardInterrupt | None:
+        return (Terminated() if asked[0] == signal.SIGTERM else KeyboardInterrupt()) if asked else None
+
+    with _handling({signal.SIGINT: handle, signal.SIGTERM: handle}):
+        yield what_was_asked
+
+
+@contextmanager
+def _handling(handlers: dict[signal.Signals, Callable[[int, FrameType | None], None]]) -> Iterator[None]:
+    """Signal handlers for a while, where they can be set: in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+def _raise_terminated(*_: object) -> None:
+    raise Terminated
 
 
 @contextmanager

@@ -6,7 +6,10 @@ import contextlib
 import logging
 import math
 import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,17 +17,23 @@ from lightning_fabric import Fabric
 from torch import nn
 from torch.utils.data import DataLoader
 
+from finetune.broken_batch import BrokenLossError, keep_broken_batch
 from finetune.config import Options
 from finetune.data import Splits
 from finetune.evaluate import Metrics, evaluate
 from finetune.inputs import Batch, Inputs, open_inputs
+from finetune.memory import is_out_of_memory, run_in_parts
 from finetune.monitor import Monitor
+from finetune.preflight import check_disk, check_learning, estimate_time, warn_if_starved
 from finetune.probe import Probe
-from finetune.terminal import progress_bar
+from finetune.resume import TRAINING_FILE, event_sizes
+from finetune.state import Progress, StateFile, TrainingState, changing_tensors, draw_batches, random_states, set_random_states
+from finetune.terminal import progress_bar, stop_softly
 from models.backbone import Backbone
+from models.boundary import TrainablePart
 from models.engine import supports_bf16
 from models.errors import GraftError
-from models.freezing import Freezing, freeze, parameter_groups, prove_frozen, set_train_mode
+from models.freezing import Freezing, FrozenDriftError, freeze, parameter_groups, prove_frozen, set_train_mode
 from models.prepared import resolve_device
 
 logger = logging.getLogger("graft.train")
@@ -32,15 +41,41 @@ logger = logging.getLogger("graft.train")
 # The share of all steps over which the rates rise to their peak; from there they follow a cosine to zero.
 _WARMUP_FRACTION = 0.1
 _MAX_GRADIENT_NORM = 1.0
-# Above this share of an epoch spent waiting for data, the run says how to shorten it.
-_MAX_WAITING = 0.3
 
 
-def train(backbone: Backbone, splits: Splits, probe: Probe, options: Options, monitor: Monitor, scratch: Path) -> int:
+@dataclass(frozen=True)
+class _Training:
+    """What all epochs share; `network` is the part of the model that trains, as Fabric wraps it."""
+
+    backbone: Backbone
+    freezing: Freezing
+    splits: Splits
+    inputs: Inputs
+    options: Options
+    monitor: Monitor
+    fabric: Fabric
+    precision: str
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    state: TrainingState
+    state_file: StateFile
+    stop_asked: Callable[[], KeyboardInterrupt | None]
+
+    @property
+    def at(self) -> Progress:
+        return self.state.progress
+
+
+def train(
+    backbone: Backbone, splits: Splits, probe: Probe, options: Options, monitor: Monitor, scratch: Path, *, state_dir: Path | None = None
+) -> int:
     """Train `backbone.model` in place under `options.freeze`, leave it at the epoch that validates best, and return that epoch.
 
-    Epoch 0 is the probe itself. Activations at the freeze boundary are kept in `scratch`. Raises GraftError where the loss stops
-    being a number, and FrozenDriftError where something frozen changed.
+    Epoch 0 is the probe itself. Activations at the freeze boundary are kept in `state_dir`, with a state from which another call goes on
+    where this one was stopped; without it they are in `scratch`, and there is no going on. Raises BrokenLossError where the loss stops
+    being a number, FrozenDriftError where something frozen changed, GraftError where a single image needs too much memory, and, once the
+    state is saved, KeyboardInterrupt on Ctrl-C and SIGTERM.
     """
     device = resolve_device(options.device)
     precision = _precision(options, device)
@@ -49,114 +84,299 @@ def train(backbone: Backbone, splits: Splits, probe: Probe, options: Options, mo
     fabric.seed_everything(options.seed, verbose=False)
     _set_head(backbone, probe)
     freezing = freeze(backbone.model, options.freeze, backbone.classifier, backbone.module_prefix)
-    with contextlib.closing(open_inputs(backbone, freezing, splits, options, scratch, fabric.device)) as inputs:
-        best_epoch, best_state = _run_epochs(backbone, freezing, inputs, options, monitor, fabric, precision)
-    if best_epoch == 0:
-        logger.info("no epoch validated better than the probe: the probe is kept")
-    backbone.model.load_state_dict(best_state)
-    backbone.model.eval()
-    prove_frozen(backbone.model, freezing)
-    return best_epoch
+    state_path = None if state_dir is None else state_dir / TRAINING_FILE
+    try:
+        opened = open_inputs(backbone, freezing, splits, options, state_dir or scratch, fabric.device)
+        with contextlib.closing(opened) as inputs, stop_softly() as stop_asked:
+            state = _run_epochs(backbone, freezing, splits, inputs, options, monitor, fabric, precision, state_path, stop_asked)
+        if state.progress.best_epoch == 0:
+            logger.info("no epoch validated better than the probe: the probe is kept")
+        state.restore_best()
+        backbone.model.eval()
+        prove_frozen(backbone.model, freezing)
+    except (BrokenLossError, FrozenDriftError):
+        if state_path is not None:
+            state_path.unlink(missing_ok=True)  # it would only come to the same again
+        raise
+    return state.progress.best_epoch
 
 
 def _run_epochs(
-    backbone: Backbone, freezing: Freezing, inputs: Inputs, options: Options, monitor: Monitor, fabric: Fabric, precision: str
-) -> tuple[int, dict[str, torch.Tensor]]:
-    """The epoch that validated best, and the network's state after it."""
-    groups = parameter_groups(
+    backbone: Backbone,
+    freezing: Freezing,
+    splits: Splits,
+    inputs: Inputs,
+    options: Options,
+    monitor: Monitor,
+    fabric: Fabric,
+    precision: str,
+    state_path: Path | None,
+    stop_asked: Callable[[], KeyboardInterrupt | None],
+) -> TrainingState:
+    """All epochs, or those that a saved state has left; gives the state after them."""
+    adamw = torch.optim.AdamW(_groups(backbone, options), fused=True)
+    network, optimizer = fabric.setup(inputs.network, adamw)
+    num_steps = options.epochs * _num_batches(inputs, options)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, num_steps))
+    num_trainable = sum(parameter.numel() for parameter in backbone.model.parameters() if parameter.requires_grad)
+    logger.info("training %s parameters in %s, %d tensors frozen", f"{num_trainable:,}", precision, freezing.num_frozen_tensors)
+
+    def flush() -> dict[str, int]:
+        monitor.flush()
+        return event_sizes(monitor.run_dir)
+
+    source = f"activations at {inputs.network.boundary}" if isinstance(inputs.network, TrainablePart) else "crops"
+    state = TrainingState(backbone.model, freezing, adamw, schedule, Progress(options.batch_size, 2 * options.batch_size))
+    fixed = {"what the epochs read": source, "the precision": precision}
+    state_file = StateFile(state_path, state, minutes=options.save_minutes, fixed=fixed, flush=flush)
+    training = _Training(
+        backbone=backbone,
+        freezing=freezing,
+        splits=splits,
+        inputs=inputs,
+        options=options,
+        monitor=monitor,
+        fabric=fabric,
+        precision=precision,
+        network=network,
+        optimizer=optimizer,
+        schedule=schedule,
+        state=state,
+        state_file=state_file,
+        stop_asked=stop_asked,
+    )
+    if state_file.load():
+        at = state.progress
+        where = f"epoch {at.epoch}, step {at.step}" if at.epoch <= options.epochs else "the end of its epochs"
+        logger.info("resumed at %s; best so far: epoch %d, val accuracy %.4f", where, at.best_epoch, at.best_score[0])
+    elif options.preflight:
+        _preflight(training)
+    try:
+        while state.progress.epoch <= options.epochs:
+            _run_epoch(training)
+    except (RuntimeError, MemoryError) as error:
+        # What is in memory now may be half a step, and is not saved.
+        if is_out_of_memory(error):
+            raise GraftError(
+                f"out of memory while images were read or weights were stepped ({error}); try fewer --workers, or --freeze until:NAME with "
+                "a later module"
+            ) from error
+        # Raised by torch's handler of SIGCHLD, in the midst of anything.
+        if "DataLoader worker" not in str(error):
+            raise
+        raise stop_asked() or GraftError(
+            f"a process that decodes images was ended from outside, mostly for want of memory; try fewer --workers ({error})"
+        ) from error
+    return state
+
+
+def _run_epoch(training: _Training) -> None:
+    """Train, validate, and save; epoch 0 only validates the probe's head."""
+    at = training.at
+    if at.epoch > 0:
+        _train_epoch(training)
+    metrics = _validate(training)
+    _report_epoch(training.monitor, at, metrics)
+    score = (metrics.accuracy, -metrics.loss)
+    if at.epoch == 0 or (math.isfinite(metrics.loss) and score > at.best_score):
+        training.state.keep_as_best(score)
+    at.begin_next_epoch()
+    training.state_file.save()
+    _stop_if_asked(training)
+
+
+def _train_epoch(training: _Training) -> None:
+    at, inputs, options = training.at, training.inputs, training.options
+    batches = draw_batches(len(inputs.train), options.batch_size, options.seed, at.epoch)
+    left = batches[at.batch :]
+    inputs.train.epoch = at.epoch
+    set_train_mode(training.backbone.model, training.freezing, update_batch_norm=options.batch_norm == "update")
+    bar = progress_bar(f"epoch {at.epoch}/{options.epochs}", sum(map(len, batches)))
+    with bar as advance, _reading(_load(training, left)) as loaded:
+        advance(sum(map(len, batches[: at.batch])))
+        for indices in left:
+            asked = time.perf_counter()
+            images, labels = next(loaded)
+            waited = time.perf_counter() - asked
+            loss = _step(training, images, labels, indices)
+            training.monitor.scalar("train/loss", loss, at.step)
+            for group in training.optimizer.param_groups:
+                training.monitor.scalar(f"rate/{group['name']}", group["lr"], at.step)
+            training.schedule.step()
+            at.losses.append(loss)
+            at.step += 1
+            at.batch += 1
+            at.num_images += len(labels)
+            at.waiting_seconds += waited
+            at.seconds += time.perf_counter() - asked
+            advance(len(labels))
+            training.state_file.save_if_due()
+            _stop_if_asked(training)
+
+
+def _step(training: _Training, images: torch.Tensor, labels: torch.Tensor, indices: list[int]) -> float:
+    """One step of the optimizer; gives the batch's loss before it. Raises BrokenLossError."""
+    losses = _learn(training, images, labels)
+    loss = losses.mean().item()
+    norm = math.nan
+    if math.isfinite(loss):
+        limited = training.fabric.clip_gradients(
+            training.network, training.optimizer, max_norm=_MAX_GRADIENT_NORM, error_if_nonfinite=False
+        )
+        norm = float(limited)
+    if not math.isfinite(norm):
+        raise _broken(training, loss, norm, losses, indices)
+    training.optimizer.step()
+    training.optimizer.zero_grad(set_to_none=True)
+    return loss
+
+
+def _learn(training: _Training, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Leave the gradients of a batch's mean loss, and give each image's loss `[B]`; in parts where memory asks for it."""
+    states = random_states()
+
+    def work(part: torch.Tensor, part_labels: torch.Tensor) -> torch.Tensor:
+        losses = nn.functional.cross_entropy(training.network(training.inputs.prepare(part)), part_labels, reduction="none")
+        loss = losses.sum() / len(labels)
+        if torch.isfinite(loss):
+            training.fabric.backward(loss)
+        return losses.detach().float()
+
+    def undo() -> None:
+        training.optimizer.zero_grad(set_to_none=True)
+        set_random_states(*states)
+
+    parts, training.at.train_at_once = run_in_parts(images, labels, training.at.train_at_once, work, undo)
+    return torch.cat(parts)
+
+
+def _broken(training: _Training, loss: float, norm: float, losses: torch.Tensor, indices: list[int]) -> BrokenLossError:
+    at, options = training.at, training.options
+    rate = training.optimizer.param_groups[0]["lr"]
+    what = f"the gradient is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
+    samples = [training.splits.train[index] for index in indices]
+    kept = keep_broken_batch(training.monitor.run_dir, samples, training.splits.label_names, losses.tolist(), training.backbone.preprocess)
+    fp32 = ", or say --precision fp32" if training.precision == "bf16" else ""
+    return BrokenLossError(
+        f"epoch {at.epoch}, step {at.step}: {what} at a rate of {rate:.1e}; lower --lr and --backbone-lr, to a tenth for a start "
+        f"(now {options.lr:.1e} and {options.backbone_lr:.1e}){fp32}; {kept}"
+    )
+
+
+def _validate(training: _Training) -> Metrics:
+    at, inputs = training.at, training.inputs
+    training.network.eval()
+    all_logits, all_labels = [], []
+
+    def work(images: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = training.network(inputs.prepare(images)).float().cpu()
+        return logits
+
+    with torch.inference_mode(), _reading(_load_val(training)) as loaded:
+        for images, labels in loaded:
+            parts, at.val_at_once = run_in_parts(images, labels, at.val_at_once, work)
+            all_logits += parts
+            all_labels.append(labels.cpu())
+            _stop_if_asked(training)
+    return evaluate(torch.cat(all_logits).numpy(), torch.cat(all_labels).numpy())
+
+
+def _stop_if_asked(training: _Training) -> None:
+    stop = training.stop_asked()
+    if stop is not None:
+        training.state_file.save()
+        raise stop
+
+
+def _preflight(training: _Training) -> None:
+    """Raise GraftError where it can be known now that the run will come to nothing."""
+    inputs, options, model = training.inputs, training.options, training.backbone.model
+    changing = changing_tensors(model, training.freezing)
+    check_disk(training.monitor.run_dir, options.repository, changing, _num_bytes(model.state_dict()))
+    batches = draw_batches(len(inputs.train), options.batch_size, options.seed, 1)
+    set_train_mode(model, training.freezing, update_batch_norm=options.batch_norm == "update")
+    optimizer = torch.optim.AdamW(_groups(training.backbone, options), fused=True)
+    images, labels = next(iter(_load(training, batches[:1])))
+    step_seconds = check_learning(lambda: float(_learn(training, images, labels).mean()), optimizer, changing)
+    num_val_batches = math.ceil(len(inputs.val) / (2 * options.batch_size))
+    estimate_time(
+        _load(training, batches),
+        step_seconds,
+        num_epochs=options.epochs,
+        num_batches=len(batches),
+        num_val_batches=num_val_batches,
+        is_read_ahead=inputs.num_workers > 0,
+        device=training.fabric.device,
+    )
+
+
+def _load(training: _Training, batches: list[list[int]]) -> DataLoader[Batch]:
+    """The training images of some batches. A generator of its own: what starts the workers must not move the network's randomness."""
+    loader: DataLoader[Batch] = DataLoader(
+        training.inputs.train,
+        batch_sampler=batches,
+        num_workers=training.inputs.num_workers,
+        pin_memory=training.fabric.device.type == "cuda",
+        generator=torch.Generator(),
+    )
+    return training.fabric.setup_dataloaders(loader)  # type: ignore[no-any-return]
+
+
+def _load_val(training: _Training) -> DataLoader[Batch]:
+    inputs = training.inputs
+    loader: DataLoader[Batch] = DataLoader(
+        inputs.val, 2 * training.options.batch_size, num_workers=inputs.num_workers, generator=torch.Generator()
+    )
+    return training.fabric.setup_dataloaders(loader)  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def _reading(loader: DataLoader[Batch]) -> Iterator[Iterator[tuple[torch.Tensor, torch.Tensor]]]:
+    """Its batches; the processes that read them end with it. Left to the garbage collector after an error, they take 5 s to."""
+    batches: Any = iter(loader)  # a generator, as Fabric's loader gives it
+    try:
+        yield batches
+    finally:
+        batches.close()
+
+
+def _groups(backbone: Backbone, options: Options) -> list[dict[str, object]]:
+    return parameter_groups(
         backbone.model,
         backbone.classifier,
         head_lr=options.lr,
         backbone_lr=options.backbone_lr,
         weight_decay=options.weight_decay,
     )
-    model, optimizer = fabric.setup(inputs.network, torch.optim.AdamW(groups, fused=True))
-    batches, val_batches = fabric.setup_dataloaders(*_loaders(inputs, options, fabric.device.type))
-    num_steps = options.epochs * len(batches)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, num_steps))
-    num_trainable = sum(parameter.numel() for parameter in backbone.model.parameters() if parameter.requires_grad)
-    logger.info("training %s parameters in %s, %d tensors frozen", f"{num_trainable:,}", precision, freezing.num_frozen_tensors)
-
-    best = _validate(model, val_batches, inputs)
-    best_epoch, best_state = 0, _copy_state(backbone.model)
-    monitor.scalar("epoch/val_loss", best.loss, 0)
-    monitor.scalar("epoch/val_accuracy", best.accuracy, 0)
-    logger.info("epoch 0, the probe's head: val loss %.3f, val accuracy %.4f", best.loss, best.accuracy)
-    step = 0
-    for epoch in range(1, options.epochs + 1):
-        inputs.train.epoch = epoch
-        set_train_mode(backbone.model, freezing, update_batch_norm=options.batch_norm == "update")
-        losses, num_images, waited, started = [], 0, 0.0, time.perf_counter()
-        with progress_bar(f"epoch {epoch}/{options.epochs}", len(batches) * options.batch_size) as advance:
-            iterator = iter(batches)
-            while True:
-                asked = time.perf_counter()
-                batch = next(iterator, None)
-                waited += time.perf_counter() - asked
-                if batch is None:
-                    break
-                images, labels = batch
-                loss = nn.functional.cross_entropy(model(inputs.prepare(images)), labels)
-                if not torch.isfinite(loss):
-                    rate = optimizer.param_groups[0]["lr"]
-                    raise GraftError(
-                        f"epoch {epoch}, step {step}: the loss is {loss.item()} at a rate of {rate:.1e}; lower --lr and --backbone-lr"
-                    )
-                fabric.backward(loss)
-                fabric.clip_gradients(model, optimizer, max_norm=_MAX_GRADIENT_NORM)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                losses.append(loss.item())
-                monitor.scalar("train/loss", losses[-1], step)
-                for group in optimizer.param_groups:
-                    monitor.scalar(f"rate/{group['name']}", group["lr"], step)
-                schedule.step()
-                step += 1
-                num_images += len(labels)
-                advance(len(labels))
-        seconds = time.perf_counter() - started
-        metrics = _validate(model, val_batches, inputs)
-        _report_epoch(monitor, epoch, float(np.mean(losses)), metrics, num_images / seconds, waited / seconds)
-        if math.isfinite(metrics.loss) and (metrics.accuracy, -metrics.loss) > (best.accuracy, -best.loss):
-            best, best_epoch, best_state = metrics, epoch, _copy_state(backbone.model)
-    return best_epoch, best_state
 
 
-def _loaders(inputs: Inputs, options: Options, device: str) -> tuple[DataLoader[Batch], DataLoader[Batch]]:
-    train_loader = DataLoader(
-        inputs.train,
-        options.batch_size,
-        shuffle=True,
-        generator=torch.Generator().manual_seed(options.seed),
-        num_workers=inputs.num_workers,
-        # A last batch of one image would break BatchNorm in training, and tell little.
-        drop_last=len(inputs.train) > options.batch_size,
-        pin_memory=device == "cuda",
-    )
-    return train_loader, DataLoader(inputs.val, 2 * options.batch_size, num_workers=inputs.num_workers)
+def _num_batches(inputs: Inputs, options: Options) -> int:
+    return len(draw_batches(len(inputs.train), options.batch_size, options.seed, 1))
 
 
-def _report_epoch(monitor: Monitor, epoch: int, train_loss: float, metrics: Metrics, speed: float, waiting: float) -> None:
-    curves = {
-        "epoch/train_loss": train_loss,
-        "epoch/val_loss": metrics.loss,
-        "epoch/val_accuracy": metrics.accuracy,
-        "train/images_per_second": speed,
-        "train/waiting_for_data": waiting,
-    }
+def _num_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _report_epoch(monitor: Monitor, at: Progress, metrics: Metrics) -> None:
+    curves = {"epoch/val_loss": metrics.loss, "epoch/val_accuracy": metrics.accuracy}
+    if at.epoch == 0:
+        logger.info("epoch 0, the probe's head: val loss %.3f, val accuracy %.4f", metrics.loss, metrics.accuracy)
+    else:
+        train_loss, speed, waiting = float(np.mean(at.losses)), at.num_images / at.seconds, at.waiting_seconds / at.seconds
+        curves |= {"epoch/train_loss": train_loss, "train/images_per_second": speed, "train/waiting_for_data": waiting}
+        logger.info(
+            "epoch %d: train loss %.3f, val loss %.3f, val accuracy %.4f; %.0f images/s, %.0f%% of the time waiting for data",
+            at.epoch,
+            train_loss,
+            metrics.loss,
+            metrics.accuracy,
+            speed,
+            100 * waiting,
+        )
+        warn_if_starved(waiting)
     for tag, value in curves.items():
-        monitor.scalar(tag, value, epoch)
-    logger.info(
-        "epoch %d: train loss %.3f, val loss %.3f, val accuracy %.4f; %.0f images/s, %.0f%% of the time waiting for data",
-        epoch,
-        train_loss,
-        metrics.loss,
-        metrics.accuracy,
-        speed,
-        100 * waiting,
-    )
-    if waiting > _MAX_WAITING:
-        logger.warning("the training waits for data: more --workers, smaller image files, or --views to decode them once would help")
+        monitor.scalar(tag, value, at.epoch)
 
 
 def _rate(step: int, num_steps: int) -> float:
@@ -178,15 +398,3 @@ def _set_head(backbone: Backbone, probe: Probe) -> None:
     with torch.no_grad():
         backbone.head.weight.copy_(torch.from_numpy(probe.weight))
         backbone.head.bias.copy_(torch.from_numpy(probe.bias))
-
-
-def _validate(model: nn.Module, batches: DataLoader[Batch], inputs: Inputs) -> Metrics:
-    model.eval()
-    with torch.inference_mode():
-        pairs = [(model(inputs.prepare(images)).float().cpu(), labels.cpu()) for images, labels in batches]
-    logits, labels = (torch.cat(parts).numpy() for parts in zip(*pairs, strict=True))
-    return evaluate(logits, labels)
-
-
-def _copy_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}

@@ -1,0 +1,36 @@
+"""Files that are there whole or not at all, whenever the process or the machine ends."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+_TEMPORARY = ".tmp-"
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Have `write` make a temporary sibling, and put it in the place of `path` at once. Raises what `write` raises, and OSError."""
+    temporary = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}")
+    try:
+        write(temporary)
+        _fsync(temporary)
+        temporary.replace(path)
+        _fsync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_temporary(folder: Path) -> None:
+    """What a killed process left behind; only while no other one writes there."""
+    for path in folder.glob(f"{_TEMPORARY}*"):
+        path.unlink(missing_ok=True)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

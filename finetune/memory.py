@@ -1,0 +1,65 @@
+"""When memory runs out: fewer images go through the network at once, and the result stays."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from models.errors import GraftError
+
+logger = logging.getLogger("graft.memory")
+
+_Done = TypeVar("_Done")
+# What torch says with a plain RuntimeError: its CPU allocator, the system behind it, oneDNN, and CUDA's libraries.
+_WORDS = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "bad_alloc",
+    "out of memory",
+    "out_of_memory",
+    "alloc_failed",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of torch's, of its libraries or of Python itself means that memory ran out, on the CPU or on a GPU."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _WORDS)
+
+
+def run_in_parts(
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    at_once: int,
+    work: Callable[[torch.Tensor, torch.Tensor], _Done],
+    undo: Callable[[], None] = lambda: None,
+) -> tuple[list[_Done], int]:
+    """What `work` gives for each `at_once` of a batch, and how many that are in the end: half as many each time memory runs out.
+
+    `undo` takes back what `work` left behind before the batch begins again. Raises GraftError where a single image is too much.
+    """
+    while True:
+        try:
+            return [work(*part) for part in zip(torch.split(images, at_once), torch.split(labels, at_once), strict=True)], at_once
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = (str(error).strip().splitlines() or ["MemoryError"])[0][:200]
+        # Not in the except clause: while the error lives, so does what its traceback holds.
+        undo()
+        gc.collect()
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.empty_cache()
+        if min(at_once, len(images)) == 1:
+            raise GraftError(
+                f"out of memory with a single image ({reason}); try a smaller --image-size or --backbone, --freeze until:NAME with a later "
+                "module, or a machine with more memory"
+            )
+        at_once = (min(at_once, len(images)) + 1) // 2
+        logger.warning("out of memory (%s): from here on %d images at once; the result is that of the whole batch", reason, at_once)

@@ -1,0 +1,250 @@
+"""The state of gradient epochs on disk: what a run that was stopped or killed goes on from, bit by bit where it was.
+
+One safetensors file: the tensors, and in its metadata the rest as JSON. Two files could not be replaced at once. Of the network it has
+what training changes; what is frozen is built anew, and must be what it was. The order of the images needs no state: `draw_batches` has
+it from seed and epoch. A gradient scaler has none to save either: training is in fp32 or bf16, which need none.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from finetune.files import write_whole
+from finetune.resume import METADATA_KEY
+from models.errors import GraftError, in_words
+from models.freezing import Freezing
+
+logger = logging.getLogger("graft.state")
+
+Tensors = dict[str, torch.Tensor]
+_FORMAT_VERSION = 1
+
+
+@dataclass
+class Progress:
+    """Where training stands: `batch` batches of `epoch` are done (0 is the probe's own validation), `step` of all epochs.
+
+    `losses`, `num_images` and the seconds are the epoch's so far; `best_score` is an epoch's accuracy and its loss, negative.
+    `train_at_once` and `val_at_once` say how many images fitted into memory.
+    """
+
+    train_at_once: int
+    val_at_once: int
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    num_images: int = 0
+    seconds: float = 0.0
+    waiting_seconds: float = 0.0
+    best_epoch: int = 0
+    best_score: tuple[float, float] = (-math.inf, -math.inf)
+
+    def begin_next_epoch(self) -> None:
+        self.epoch += 1
+        self.batch, self.losses, self.num_images, self.seconds, self.waiting_seconds = 0, [], 0, 0.0, 0.0
+
+
+class TrainingState:
+    """What training changes: tensors of the network, optimizer, schedule, progress, and the tensors after the best epoch."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        freezing: Freezing,
+        optimizer: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LRScheduler,
+        progress: Progress,
+    ) -> None:
+        self.progress = progress
+        self._frozen = freezing.digests
+        self._tensors = changing_tensors(model, freezing)
+        self._parameters: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+        self._optimizer = optimizer
+        self._schedule = schedule
+        self._best: Tensors = {}
+
+    def keep_as_best(self, score: tuple[float, float]) -> None:
+        """The epoch under way is the best so far."""
+        self.progress.best_epoch, self.progress.best_score = self.progress.epoch, score
+        self._best = {name: tensor.detach().clone() for name, tensor in self._tensors.items()}
+
+    def restore_best(self) -> None:
+        copy_tensors(self._best, self._tensors)
+
+    def save(self, path: Path, fixed: Mapping[str, Any], events: Mapping[str, int]) -> None:
+        """Write all of it, whole or not at all; `fixed` must be the same when it is loaded, `events` are sizes of event files.
+
+        Raises OSError or SafetensorError.
+        """
+        random_tensors, random_rest = random_states()
+        optimizer = {
+            f"{self._parameters[parameter]}/{key}": value
+            for parameter, values in self._optimizer.state.items()
+            for key, value in values.items()
+        }
+        tensors = {
+            f"{kind}/{name}": tensor.detach().to("cpu", copy=True).contiguous()
+            for kind, named in (("model", self._tensors), ("best", self._best), ("optimizer", optimizer), ("random", random_tensors))
+            for name, tensor in named.items()
+        }
+        rest = {
+            "format_version": _FORMAT_VERSION,
+            "fixed": fixed,
+            "frozen": self._frozen,
+            "progress": asdict(self.progress),
+            "groups": [{key: value for key, value in group.items() if key != "params"} for group in self._optimizer.param_groups],
+            "schedule": self._schedule.state_dict(),
+            "random": random_rest,
+            "events": events,
+        }
+        write_whole(path, lambda temporary: save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(rest)}))
+
+    def load(self, path: Path, fixed: Mapping[str, Any]) -> None:
+        """Go back to what `save` wrote.
+
+        Raises GraftError where the file is damaged, or where what is frozen, or something `fixed`, is not what it was.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                rest = json.loads(file.metadata()[METADATA_KEY])
+                kinds: dict[str, Tensors] = {"model": {}, "best": {}, "optimizer": {}, "random": {}}
+                for key in file.keys():  # noqa: SIM118 - it is no mapping
+                    kind, _, name = key.partition("/")
+                    kinds[kind][name] = file.get_tensor(key)
+            version = rest["format_version"]
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise GraftError(f"{path}: the saved state cannot be read: {in_words(error)}; remove it, and --resume begins again") from error
+        if version != _FORMAT_VERSION:
+            raise GraftError(f"{path}: the state has format {version}, this Graft reads format {_FORMAT_VERSION}; use the Graft of the run")
+        self._check_same(path, rest, fixed, kinds["model"])
+        copy_tensors(kinds["model"], self._tensors)
+        self._best = {name: tensor.to(self._tensors[name].device) for name, tensor in kinds["best"].items()}
+        self._load_optimizer(rest["groups"], kinds["optimizer"])
+        self._schedule.load_state_dict(rest["schedule"])
+        set_random_states(kinds["random"], rest["random"])
+        progress = rest["progress"]
+        self.progress = Progress(**{**progress, "best_score": tuple(progress["best_score"])})
+
+    def _check_same(self, path: Path, rest: Mapping[str, Any], fixed: Mapping[str, Any], tensors: Tensors) -> None:
+        run_dir = path.parent.parent
+        then = rest["frozen"]
+        differing = [name for name in {**then, **self._frozen} if then.get(name) != self._frozen.get(name)]
+        if differing:
+            raise GraftError(
+                f"--resume {run_dir}: {len(differing)} of {len(then)} frozen tensors are not what they were when the run began "
+                f"({', '.join(differing[:4])}); it needs the backbone's weights and code as they were then, or a run of its own"
+            )
+        if tensors.keys() != self._tensors.keys():
+            raise GraftError(f"--resume {run_dir}: the backbone's code has changed: other tensors train now than when the run began")
+        for name, value in fixed.items():
+            if rest["fixed"].get(name) != value:
+                raise GraftError(f"--resume {run_dir}: {name} was {rest['fixed'].get(name)} when the run began, and is {value} now")
+
+    def _load_optimizer(self, groups: list[dict[str, Any]], tensors: Tensors) -> None:
+        # In place: Fabric's optimizer shares groups and state with the one that it wraps, which `load_state_dict` would replace.
+        for group, saved in zip(self._optimizer.param_groups, groups, strict=True):
+            group.update(saved)
+        by_name = {name: parameter for parameter, name in self._parameters.items()}
+        for key, value in tensors.items():
+            name, _, kind = key.rpartition("/")
+            parameter = by_name[name]
+            # The fused kernels ask for the parameter's own layout, channels_last on a GPU.
+            like = torch.empty_like(parameter) if value.shape == parameter.shape else torch.empty_like(value, device=parameter.device)
+            self._optimizer.state[parameter][kind] = like.detach().copy_(value)
+
+
+class StateFile:
+    """A training's state at `path`, saved when it is due; with `path` None nothing is kept."""
+
+    def __init__(
+        self, path: Path | None, state: TrainingState, *, minutes: float, fixed: Mapping[str, Any], flush: Callable[[], Mapping[str, int]]
+    ) -> None:
+        """`flush` brings the curves to disk and gives the sizes of their files."""
+        self._path = path
+        self._state = state
+        self._seconds = 60 * minutes
+        self._fixed = fixed
+        self._flush = flush
+        self._saved = time.monotonic()
+
+    def load(self) -> bool:
+        """Whether there was a state to go on from."""
+        if self._path is None or not self._path.exists():
+            return False
+        self._state.load(self._path, self._fixed)
+        return True
+
+    def save_if_due(self) -> None:
+        if time.monotonic() - self._saved >= self._seconds:
+            self.save()
+
+    def save(self) -> None:
+        """A state that cannot be saved ends no training, but is told of."""
+        if self._path is None:
+            return
+        try:
+            self._state.save(self._path, self._fixed, self._flush())
+        except (OSError, SafetensorError) as error:
+            logger.warning("%s: the state could not be saved (%s); the run goes on from the one before if it ends now", self._path, error)
+        self._saved = time.monotonic()
+
+    def remove(self) -> None:
+        """It leads nowhere."""
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+
+
+def changing_tensors(model: nn.Module, freezing: Freezing) -> Tensors:
+    """The parameters and buffers that are not frozen, by name: the network's own, no copies."""
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: tensor for name, tensor in named.items() if name not in freezing.digests}
+
+
+def copy_tensors(source: Tensors, target: Tensors) -> None:
+    with torch.no_grad():
+        for name, tensor in target.items():
+            tensor.copy_(source[name])
+
+
+def draw_batches(num_images: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """The images of each gradient step of an epoch, by index: from seed and epoch alone, so that an epoch can be entered anywhere.
+
+    A last batch that is not full is left out: of one image, it would break BatchNorm in training, and tell little.
+    """
+    order = np.random.default_rng((seed, epoch)).permutation(num_images).tolist()
+    return [order[start : start + batch_size] for start in range(0, max(1, num_images - batch_size + 1), batch_size)]
+
+
+def random_states() -> tuple[Tensors, Any]:
+    """torch's generators as tensors; Python's and numpy's as JSON."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        states |= {f"cuda{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    return states, {"python": random.getstate(), "numpy": [kind, np.asarray(keys).tolist(), *rest]}
+
+
+def set_random_states(states: Tensors, rest: Any) -> None:
+    torch.set_rng_state(states["cpu"])
+    for name, state in states.items():
+        if name.startswith("cuda"):
+            torch.cuda.set_rng_state(state, int(name.removeprefix("cuda")))
+    version, internal, gauss = rest["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *others = rest["numpy"]
+    np.random.set_state((kind, np.array(keys, np.uint32), *others))
