@@ -23,8 +23,8 @@ from tests.service_fixtures import PROJECT_DIR
 DEPLOY_DIR = PROJECT_DIR / "deploy"
 KUBERNETES_DIR = DEPLOY_DIR / "kubernetes"
 DASHBOARD_PATH = DEPLOY_DIR / "grafana" / "dashboards" / "graft.json"
-# Not the service's own settings: BentoML's, where it writes, and the builder's.
-OTHER_VARIABLES = {"GRAFT_IMAGE", "GRAFT_IMAGE_DIR", "GRAFT_PARENT_PID"}
+# Not the settings of the service: the builder's, the tests' own, and where it writes itself.
+OTHER_VARIABLES = {"GRAFT_IMAGE", "GRAFT_IMAGE_DIR", "GRAFT_KILLS", "GRAFT_PARENT_PID"}
 # Of the scrape itself, and of the adapter's rule.
 OTHER_METRICS = {"up", "graft_queue_seconds_mean"}
 
