@@ -6,6 +6,7 @@ and std inside, several batches in flight. Torch is imported by `TorchEngine` al
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 import queue
@@ -37,7 +38,7 @@ _OPENVINO_PRECISION = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 # What the search tries on the CPU. One image at a time fits the cache, larger batches amortise big weights.
 _BATCH_SIZES = (1, 4, 16)
 _SEARCH_SECONDS = 0.15
-_NUM_SPARE_SLOTS = 3
+NUM_SPARE_SLOTS = 3
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,11 @@ def num_cpus() -> int:
         return os.cpu_count() or 1
 
 
+def openvino_name() -> str:
+    """The engine's name with its version, without loading it."""
+    return f"openvino {importlib.metadata.version('openvino')}"
+
+
 @cache
 def openvino_core() -> ov.Core:
     """The process's one `Core`, never let go of.
@@ -159,7 +165,6 @@ class OpenVINOEngine:
         """What is given of batch, streams and speed (all three: as recorded on this machine) is not searched for.
 
         Raises GraftError where the IR cannot be read or the precision is not to be had on this CPU."""
-        import openvino as ov
 
         self._model_path = model_path
         self._image_shape = (preprocess.height, preprocess.width, 3)
@@ -171,12 +176,12 @@ class OpenVINOEngine:
         except RuntimeError as error:
             raise GraftError(f"{model_path}: OpenVINO cannot load it: {str(error).strip().splitlines()[-1]}") from error
         self.num_features = int(by_size[1].output(0).partial_shape[1].get_length())
-        self.info = EngineInfo(f"openvino {ov.__version__.split('-')[0]}", cpu_name(), chosen, batch_size, num_streams, images_per_second)
+        self.info = EngineInfo(openvino_name(), cpu_name(), chosen, batch_size, num_streams, images_per_second)
         # Streams do not wait while images are made, results copied out and the next batch is fetched from an event loop: 8 % more
         # requests/s than with one slot more than streams, on two cores.
         self._slots = [
             {size: _Request(compiled, size, self.num_features) for size, compiled in by_size.items()}
-            for _ in range(num_streams + _NUM_SPARE_SLOTS)
+            for _ in range(num_streams + NUM_SPARE_SLOTS)
         ]
         # A thread a slot waits for its requests. Callbacks of OpenVINO's would run on its streams, which then wait for Python's lock, and
         # a request that is let go of before its callback is (2026.4) ends in a deadlock or in the process's abort.
@@ -187,7 +192,7 @@ class OpenVINOEngine:
 
     @property
     def num_slots(self) -> int:
-        return self.info.num_streams + _NUM_SPARE_SLOTS
+        return self.info.num_streams + NUM_SPARE_SLOTS
 
     def submit(self, images: Images) -> Future[Features]:
         future: Future[Features] = Future()

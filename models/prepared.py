@@ -7,6 +7,7 @@ file names of a checkpoint, which is a prepared backbone with a head.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -23,7 +24,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from models.checkpoint import CONFIG_FILE, OPENVINO_FILE, WEIGHTS_FILE, Array, CheckpointError, fingerprint, hash_file
-from models.engine import Engine, OpenVINOEngine, Precision, TorchEngine, cpu_name, num_cpus
+from models.deferred import DeferredEngine
+from models.engine import Engine, EngineInfo, OpenVINOEngine, Precision, TorchEngine, cpu_name, num_cpus, openvino_name
 from models.errors import GraftError, in_words
 from models.freeze_policy import resolve_policy
 from models.preprocess import Preprocess
@@ -63,25 +65,27 @@ class PreparedBackbone:
         resolve_policy(policy, self.module_names, classifier=self.classifier, prefix=self.module_prefix, stages=self.stages)
 
     def open_engine(self, device: Device, precision: Precision) -> Engine:
-        """The engine for this backbone; batch, streams and speed are searched for once on a machine and then remembered beside it."""
+        """The engine for this backbone; batch, streams and speed are searched for once on a machine and then remembered beside it.
+
+        Where they are, it is loaded with the first batch.
+        """
+        if resolve_device(device) != "cpu":
+            logger.info("searching for the engine's fastest batch …")
+            return build_engine(self.folder, self.preprocess, self.config, device=device, precision=precision)
         path = self.folder / f"engine-{precision}.json"
-        found: dict[str, Any] = {}
-        is_cpu = resolve_device(device) == "cpu"
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            recorded = json.loads(path.read_text())
+        known = _recall_engine(path)
+        if known is not None:
             names = ("batch_size", "num_streams", "images_per_second")
-            is_same = recorded["device"] == cpu_name() and recorded["num_cpus"] == num_cpus()
-            if is_cpu and is_same and all(1 <= recorded[name] <= 1e6 for name in names):
-                found = {name: recorded[name] for name in names}
-        if not found:
-            # Compiling for each batch size takes up to 4 s.
-            logger.info("searching for the engine's fastest batch%s …", " (once)" if is_cpu else "")
-        engine = build_engine(self.folder, self.preprocess, self.config, device=device, precision=precision, **found)
-        if is_cpu and not found:
-            temporary = path.with_name(f".tmp-{uuid.uuid4().hex}")
-            with contextlib.suppress(OSError):
-                temporary.write_text(json.dumps({**engine.info.to_dict(), "num_cpus": num_cpus()}))
-                temporary.replace(path)
+            found = {name: getattr(known, name) for name in names}
+            build = functools.partial(build_engine, self.folder, self.preprocess, self.config, device=device, precision=precision, **found)
+            return DeferredEngine(known, self.num_features, build)
+        # Compiling for each batch size takes up to 4 s.
+        logger.info("searching for the engine's fastest batch (once) …")
+        engine = build_engine(self.folder, self.preprocess, self.config, device=device, precision=precision)
+        temporary = path.with_name(f".tmp-{uuid.uuid4().hex}")
+        with contextlib.suppress(OSError):
+            temporary.write_text(json.dumps({**engine.info.to_dict(), "num_cpus": num_cpus()}))
+            temporary.replace(path)
         return engine
 
     def read_tensors(self) -> dict[str, Array]:
@@ -192,6 +196,18 @@ def hash_openvino(folder: Path) -> str:
     """The hashes of a folder's IR."""
     path = folder / OPENVINO_FILE
     return hash_file(path) + hash_file(path.with_suffix(".bin"))
+
+
+def _recall_engine(path: Path) -> EngineInfo | None:
+    """What was found on this machine, with this OpenVINO; None where that is not known."""
+    # A damaged file can be wrong in any of these ways; whatever it is, the search can be made again.
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        recorded = json.loads(path.read_text())
+        is_here = recorded.pop("num_cpus") == num_cpus() and recorded["device"] == cpu_name()
+        is_sound = all(1 <= recorded[name] <= 1e6 for name in ("batch_size", "num_streams", "images_per_second"))
+        if is_here and is_sound and recorded["engine"] == openvino_name() and isinstance(recorded["precision"], str):
+            return EngineInfo(**recorded)
+    return None
 
 
 def _hash_files(folder: Path) -> dict[str, str]:

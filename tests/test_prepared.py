@@ -202,6 +202,34 @@ def test_the_search_for_batch_and_streams_is_remembered(prepared: PreparedBackbo
     again.close()
     # The speed is measured, so two searches would not agree on it to the last digit.
     assert again.info == first.info
+    path = prepared.folder / "engine-fp32.json"
+    recorded = json.loads(path.read_text())
+    for changed in ({"num_cpus": 1000}, {"device": "another"}, {"engine": "openvino 2020.1"}, {"batch_size": 0}, {"precision": None}):
+        path.write_text(json.dumps({**recorded, **changed}))
+        other = prepared.open_engine("cpu", "fp32")
+        other.close()
+        assert other.info != again.info
+        assert json.loads(path.read_text()) == {**other.info.to_dict(), "num_cpus": recorded["num_cpus"]}
+
+
+def test_an_engine_that_is_known_is_loaded_with_its_first_batch(prepared: PreparedBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared.open_engine("cpu", "fp32").close()
+    loaded = []
+    monkeypatch.setattr("models.prepared.OpenVINOEngine", lambda *args, **options: loaded.append(1) or OpenVINOEngine(*args, **options))
+    never = prepared.open_engine("cpu", "fp32")
+    never.close()
+    assert not loaded
+    engine = prepared.open_engine("cpu", "fp32")
+    at_once = build_engine(prepared.folder, prepared.preprocess, prepared.config, device="cpu", precision="fp32", batch_size=1)
+    loaded.clear()
+    crops = np.random.default_rng(0).integers(0, 256, (5, prepared.preprocess.height, prepared.preprocess.width, 3), np.uint8)
+    found = [engine.submit(crops) for _ in range(3)]
+    for future in found:
+        np.testing.assert_array_equal(future.result(), run(at_once, crops))
+    assert len(loaded) == 1
+    assert (engine.num_features, engine.num_slots) == (at_once.num_features, at_once.num_slots)
+    for one in (engine, at_once):
+        one.close()
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "backbone.bin", "backbone.xml", "config.json"])
