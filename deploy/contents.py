@@ -131,7 +131,11 @@ def _licence_of(one: Distribution) -> str:
     if classifiers:
         return " AND ".join(_OLD_CLASSIFIERS.get(name, name) for name in classifiers)
     lines = str(fields.get("license", "")).strip().splitlines()
-    return lines[0][:100] if lines else ""
+    if lines:
+        return lines[0][:100]
+    # A name for a set of requirements, such as cuda-toolkit's.
+    is_empty = all(file.parts[0].endswith(".dist-info") for file in one.files or ())
+    return "nothing of its own to license" if is_empty else ""
 
 
 def _debian_licence(package: str) -> str:
