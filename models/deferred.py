@@ -6,7 +6,8 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 
-from models.engine import NUM_SPARE_SLOTS, Engine, EngineInfo, Features, Images
+from models.engine import NUM_SPARE_SLOTS, Engine, EngineInfo, Features
+from models.preprocess import Pixels
 
 
 class DeferredEngine:
@@ -26,12 +27,18 @@ class DeferredEngine:
     def num_slots(self) -> int:
         return self.info.num_streams + NUM_SPARE_SLOTS
 
-    def submit(self, images: Images) -> Future[Features]:
-        with self._is_opening:
-            if self._engine is None:
-                self._engine = self._open_engine()
-        return self._engine.submit(images)
+    def submit(self, images: Pixels) -> Future[Features]:
+        return self._opened().submit(images)
+
+    def run_here(self, images: Pixels) -> Features:
+        return self._opened().run_here(images)
 
     def close(self) -> None:
         if self._engine is not None:
             self._engine.close()
+
+    def _opened(self) -> Engine:
+        with self._is_opening:
+            if self._engine is None:
+                self._engine = self._open_engine()
+        return self._engine

@@ -12,7 +12,6 @@ import platform
 import queue
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
     import torch
 
 Features = npt.NDArray[np.float32]
-# Images, or what makes them: it is called in the thread that then runs them, so that nothing is handed over between the two.
-Images = Pixels | Callable[[], Pixels]
 Precision = Literal["auto", "fp32", "bf16", "fp16", "int8"]
 
 _OPENVINO_PRECISION = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
@@ -72,8 +69,11 @@ class Engine(Protocol):
     def num_slots(self) -> int:
         """How many batches may be in flight before `submit` blocks."""
 
-    def submit(self, images: Images) -> Future[Features]:
-        """Start `uint8 [B,H,W,3]` → `float32 [B,F]`; blocks only while every slot is taken. What making them raises, the future does."""
+    def submit(self, images: Pixels) -> Future[Features]:
+        """Start `uint8 [B,H,W,3]` → `float32 [B,F]`; blocks only while every slot is taken."""
+
+    def run_here(self, images: Pixels) -> Features:
+        """The same in the calling thread, one of `num_slots` at most, or one waits for another."""
 
     def close(self) -> None:
         """Wait for what is in flight and let go of the memory."""
@@ -194,11 +194,8 @@ class OpenVINOEngine:
     def num_slots(self) -> int:
         return self.info.num_streams + NUM_SPARE_SLOTS
 
-    def submit(self, images: Images) -> Future[Features]:
+    def submit(self, images: Pixels) -> Future[Features]:
         future: Future[Features] = Future()
-        if callable(images):
-            self._threads.submit(self._make_and_run, self._idle.get(), images, future)
-            return future
         features = np.empty((len(images), self.num_features), np.float32)
         size = self.info.batch_size
         starts = range(0, len(images), size)
@@ -210,31 +207,32 @@ class OpenVINOEngine:
             self._threads.submit(self._run, self._idle.get(), chunk, out, pending)
         return future
 
-    def _make_and_run(self, slot: dict[int, _Request], make: Callable[[], Pixels], future: Future[Features]) -> None:
+    def run_here(self, images: Pixels) -> Features:
+        features = np.empty((len(images), self.num_features), np.float32)
+        slot = self._idle.get()
         try:
-            images = make()
-            features = np.empty((len(images), self.num_features), np.float32)
-        # As below.
-        except Exception as error:
+            self._run_on(slot, images, features)
+        finally:
             self._idle.put(slot)
-            future.set_exception(error)
-        else:
-            self._run(slot, images, features, _Countdown(1, future, features))
+        return features
 
     def _run(self, slot: dict[int, _Request], chunk: Pixels, out: Features, pending: _Countdown) -> None:
         error = None
         try:
-            size = self.info.batch_size
-            num_whole = len(chunk) - len(chunk) % size
-            for start in range(0, num_whole, size):
-                slot[size].run(chunk[start : start + size], out[start : start + size])
-            for index in range(num_whole, len(chunk)):
-                slot[1].run(chunk[index : index + 1], out[index : index + 1])
+            self._run_on(slot, chunk, out)
         # It is the future's to raise, and the slot goes back whatever it is: the last one lost would block `submit` for ever.
         except Exception as raised:
             error = raised
         self._idle.put(slot)
         pending.finish_one(error)
+
+    def _run_on(self, slot: dict[int, _Request], images: Pixels, out: Features) -> None:
+        size = self.info.batch_size
+        num_whole = len(images) - len(images) % size
+        for start in range(0, num_whole, size):
+            slot[size].run(images[start : start + size], out[start : start + size])
+        for index in range(num_whole, len(images)):
+            slot[1].run(images[index : index + 1], out[index : index + 1])
 
     def close(self) -> None:
         self._threads.shutdown()
@@ -377,14 +375,16 @@ class TorchEngine:
     def num_slots(self) -> int:
         return 2
 
-    def submit(self, images: Images) -> Future[Features]:
+    def submit(self, images: Pixels) -> Future[Features]:
         return self._threads.submit(self._run, images)
+
+    def run_here(self, images: Pixels) -> Features:
+        return self._threads.submit(self._run, images).result()
 
     def close(self) -> None:
         self._threads.shutdown()
 
-    def _run(self, images: Images) -> Features:
-        images = images() if callable(images) else images
+    def _run(self, images: Pixels) -> Features:
         size = self.info.batch_size
         chunks = [self._forward(images[start : start + size]) for start in range(0, len(images), size)]
         return np.concatenate(chunks) if chunks else np.empty((0, self.num_features), np.float32)

@@ -1,7 +1,6 @@
 """The queue in front of an engine: bounded, fair, and honest at the door about how long it will take.
 
-What waits is encoded, a fraction of a crop's size. The thread that runs a batch decodes it first: an image is handed from thread
-to thread twice, there and back, for each hand-over waits for Python's lock and wakes another core.
+What waits is encoded, a fraction of a crop's size: the engine's process decodes it, in the thread that then runs it.
 
 A batch starts as soon as the engine has a free slot, with whatever waits, up to the engine's best batch; there is no waiting
 window. Requests take turns image by image, so one with 64 images does not hold up one with a single image. What has expired
@@ -15,14 +14,13 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
-import numpy as np
-
-from models.engine import Engine, Features, num_cpus
+from models.engine import EngineInfo, Features
 from models.preprocess import ImageError, Pixels
 from service import metrics
 from service.errors import RequestError
@@ -33,12 +31,36 @@ logger = logging.getLogger("bentoml.graft")
 # images for more than this fraction: in a storm a longer queue answers no more of them, only later, and holds their bytes.
 _HEADROOM = 0.8
 _PATIENCE = 0.2
-# Gives an image's crop, or raises ImageError. It is called in a thread.
-MakeCrop = Callable[[], Pixels]
-# An image that waits: how to make its crop, who wants its features, and since when.
-Waiting = tuple[MakeCrop, "asyncio.Future[Features]", float]
+# An encoded file, or the crop itself.
+Image = bytes | Pixels
+# Features `float32 [F]`, or why there are none: the image cannot be read, or the engine failed on it.
+Result = Features | Exception
+# An image that waits: itself, who wants its features, and since when.
+Waiting = tuple[Image, "asyncio.Future[Features]", float]
 # The share of one image in the running mean of the speed: it forgets in about 50 images.
 _WEIGHT_PER_IMAGE = 0.02
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a batch: a result and the seconds of decoding for each image, and the engine's seconds for all of them."""
+
+    results: Sequence[Result]
+    decode_seconds: Sequence[float]
+    engine_seconds: float
+
+
+class ImageEngine(Protocol):
+    """What runs batches of images, up to `num_slots` at once."""
+
+    info: EngineInfo
+    num_slots: int
+
+    def start(self, images: Sequence[Image], done: Callable[[Outcome | Exception], None]) -> None:
+        """Run a batch; `done` is called on the event loop, later, with what became of it."""
+
+    def close(self) -> None:
+        """Let go of it; nothing may be in flight."""
 
 
 class Ticket:
@@ -50,9 +72,9 @@ class Ticket:
         self.waiting: deque[Waiting] = deque()
         self._batcher = batcher
 
-    async def features(self, make_crop: MakeCrop) -> Features:
-        """`uint8 [H,W,3]` → `float32 [F]`, when its turn has come. Raises what `make_crop` does, and RequestError past the deadline."""
-        return await self._batcher._enqueue(self, make_crop)
+    async def features(self, image: Image) -> Features:
+        """`float32 [F]`, when its turn has come. Raises ImageError where it cannot be read, and RequestError past the deadline."""
+        return await self._batcher._enqueue(self, image)
 
     def __enter__(self) -> Self:
         return self
@@ -64,7 +86,7 @@ class Ticket:
 class Batcher:
     """Gathers images of many requests into batches for one engine. Deadlines are times of `time.monotonic()`."""
 
-    def __init__(self, engine: Engine, *, max_images: int, name: str = "") -> None:
+    def __init__(self, engine: ImageEngine, *, max_images: int, name: str = "") -> None:
         """`name` is what the metrics call it."""
         self.engine = engine
         self.name = name
@@ -73,9 +95,6 @@ class Batcher:
         self._num_slots = engine.num_slots
         # Below two full rounds of the engine nothing is refused: so many are served at once, and it keeps the speed measured.
         self._round = self._num_slots * self._batch_size
-        # Where the engine's threads alone would leave cores idle while they decode (a GPU has two), a batch is decoded by as many.
-        has_idle_cores = self._batch_size > 1 and self._num_slots < num_cpus()
-        self._decoders = ThreadPoolExecutor(num_cpus(), thread_name_prefix="decode") if has_idle_cores else None
         self._seconds_per_image = 1 / max(engine.info.images_per_second, 0.01)
         self._last_finish: float | None = None
         self._tickets: set[Ticket] = set()
@@ -129,9 +148,7 @@ class Batcher:
         self._is_closing = True
         self._check_drained()
         await self._drained.wait()
-        await asyncio.to_thread(self.engine.close)
-        if self._decoders is not None:
-            self._decoders.shutdown(wait=False)
+        self.engine.close()
         metrics.forget_backbone(self.name)
 
     def _refuse(self, seconds: float) -> None:
@@ -142,10 +159,10 @@ class Batcher:
             retry_after_seconds=retry_after,
         )
 
-    async def _enqueue(self, ticket: Ticket, make_crop: MakeCrop) -> Features:
+    async def _enqueue(self, ticket: Ticket, image: Image) -> Features:
         assert ticket in self._tickets, "features() of a ticket that was given back"
         future: asyncio.Future[Features] = asyncio.get_running_loop().create_future()
-        ticket.waiting.append((make_crop, future, time.monotonic()))
+        ticket.waiting.append((image, future, time.monotonic()))
         if len(ticket.waiting) == 1:
             self._turns.append(ticket)
             self._dispatch()
@@ -167,7 +184,7 @@ class Batcher:
 
     def _dispatch(self) -> None:
         while len(self._in_flight) < self._num_slots and (waiting := self._take_waiting()):
-            self._start(_Batch(waiting, self._decoders))
+            self._start(_Batch(waiting))
 
     def _take_waiting(self) -> list[Waiting]:
         """One image of each waiting request in turn, until the batch is full or nothing waits."""
@@ -176,55 +193,48 @@ class Batcher:
         while self._turns and len(taken) < self._batch_size:
             ticket = self._turns.popleft()
             while ticket.waiting:
-                make_crop, future, since = ticket.waiting.popleft()
+                image, future, since = ticket.waiting.popleft()
                 if future.done():
                     continue
                 if ticket.deadline <= now:
                     future.set_exception(deadline_exceeded())
                     continue
-                taken.append((make_crop, future, since))
+                taken.append((image, future, since))
                 break
             if ticket.waiting:
                 self._turns.append(ticket)
         return taken
 
     def _start(self, batch: _Batch) -> None:
-        loop = asyncio.get_running_loop()
         self._in_flight.add(batch)
         metrics.BATCH_IMAGES.labels(self.name).observe(len(batch.waiting))
         queue_seconds = metrics.QUEUE_SECONDS.labels(self.name)
         for _, _, since in batch.waiting:
             queue_seconds.observe(batch.started - since)
         try:
-            running = self.engine.submit(batch.make_crops)
+            self.engine.start([image for image, _, _ in batch.waiting], partial(self._finish, batch))
         # Whatever an engine raises concerns this batch alone, and must not stop the queue.
         except Exception as error:
-            running = Future()
-            running.set_exception(error)
-        running.add_done_callback(lambda done: loop.call_soon_threadsafe(self._finish, batch, done))
+            asyncio.get_running_loop().call_soon(self._finish, batch, error)
 
-    def _finish(self, batch: _Batch, done: Future[Features]) -> None:
+    def _finish(self, batch: _Batch, outcome: Outcome | Exception) -> None:
         self._in_flight.remove(batch)
         self._measure(len(batch.waiting))
         self._dispatch()
-        error = RuntimeError("cancelled inside the engine") if done.cancelled() else done.exception()
-        if error is None:
-            metrics.ENGINE_SECONDS.labels(self.name).observe(time.monotonic() - batch.decoded)
-        elif not isinstance(error, ImageError):
-            logger.error("the engine failed on a batch of %d images", len(batch.waiting), exc_info=error)
-        rows: Iterator[Features] = iter(done.result() if error is None else ())
-        for index, (_, future, _) in enumerate(batch.waiting):
-            result: Features | Exception
-            if index in batch.unreadable:
-                result = batch.unreadable[index]
-            elif error is None:
-                result = next(rows)
-            else:
-                result = RequestError("engine_failed", "the engine failed on this image; try again")
+        if isinstance(outcome, Exception):
+            logger.error("the engine failed on a batch of %d images", len(batch.waiting), exc_info=outcome)
+            outcome = Outcome([outcome] * len(batch.waiting), (), 0.0)
+        else:
+            metrics.ENGINE_SECONDS.labels(self.name).observe(outcome.engine_seconds)
+        for seconds in outcome.decode_seconds:
+            metrics.DECODE_SECONDS.observe(seconds)
+        for (_, future, _), result in zip(batch.waiting, outcome.results, strict=True):
             if future.done():
                 continue
-            if isinstance(result, Exception):
+            if isinstance(result, ImageError):
                 future.set_exception(result)
+            elif isinstance(result, Exception):
+                future.set_exception(RequestError("engine_failed", "the engine failed on this image; try again"))
             else:
                 future.set_result(result)
         self._check_drained()
@@ -246,32 +256,9 @@ class Batcher:
 class _Batch:
     """Images on their way through the engine together."""
 
-    def __init__(self, waiting: list[Waiting], decoders: ThreadPoolExecutor | None) -> None:
+    def __init__(self, waiting: list[Waiting]) -> None:
         self.waiting = waiting
-        self.unreadable: dict[int, ImageError] = {}
-        self.started = self.decoded = time.monotonic()
-        self._decoders = decoders if len(waiting) > 1 else None
-
-    def make_crops(self) -> Pixels:
-        """Of the readable ones, `uint8 [B,H,W,3]`; raises ImageError where there are none. Called in a thread of the engine's."""
-        apply = map if self._decoders is None else self._decoders.map
-        crops = []
-        for index, crop in enumerate(apply(_try, [make_crop for make_crop, _, _ in self.waiting])):
-            if isinstance(crop, ImageError):
-                self.unreadable[index] = crop
-            else:
-                crops.append(crop)
-        self.decoded = time.monotonic()
-        if not crops:
-            raise self.unreadable[0]
-        return np.stack(crops)
-
-
-def _try(make_crop: MakeCrop) -> Pixels | ImageError:
-    try:
-        return make_crop()
-    except ImageError as error:
-        return error
+        self.started = time.monotonic()
 
 
 def deadline_exceeded() -> RequestError:

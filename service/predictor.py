@@ -9,19 +9,17 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from opentelemetry import trace
-from opentelemetry.context import get_current
 
 from models.checkpoint import is_unsure, logits
 from models.engine import Features
-from models.preprocess import ImageError, Pixels, Preprocess
+from models.preprocess import ImageError, Pixels
 from service import metrics
-from service.batcher import MakeCrop, Ticket, deadline_exceeded
+from service.batcher import Ticket, deadline_exceeded
 from service.repository import Backbone, Model
 from service.schemas import LabelScore, Prediction
 
@@ -41,8 +39,7 @@ class Answer:
 class Predictor:
     """Answers requests on models whose backbones it is given; owns the feature cache."""
 
-    def __init__(self, *, max_pixels: int, cached_images: int = 0, is_traced: bool = False) -> None:
-        self._max_pixels = max_pixels
+    def __init__(self, *, cached_images: int = 0, is_traced: bool = False) -> None:
         self._is_traced = is_traced
         self._cache = FeatureCache(cached_images) if cached_images else None
 
@@ -96,41 +93,22 @@ class Predictor:
             key = hashlib.blake2b(image, digest_size=16).digest()
             if found := self._cache.find(backbones, key):
                 return found
-        # One after the other, so that a crop is made once for all backbones that see images alike.
-        crops: dict[Preprocess, Pixels] = {}
-        found = {}
         try:
-            for name, backbone in backbones.items():
-                make_crop = self._in_span("decode", partial(self._make_crop, backbone.preprocess, image, crops))
-                found[name] = await tickets[name].features(make_crop)
+            # One after the other: a request takes one place at a time, however many backbones it asks.
+            found = {name: await self._features_by(backbone, tickets[name], image) for name, backbone in backbones.items()}
         except ImageError as error:
             return error
         if key and self._cache is not None:
             self._cache.add(key, found)
         return found
 
-    def _make_crop(self, preprocess: Preprocess, image: bytes | Pixels, crops: dict[Preprocess, Pixels]) -> Pixels:
+    async def _features_by(self, backbone: Backbone, ticket: Ticket, image: bytes | Pixels) -> Features:
         if not isinstance(image, bytes):
-            wanted = (preprocess.height, preprocess.width, 3)
+            wanted = (backbone.preprocess.height, backbone.preprocess.width, 3)
             if image.shape != wanted:
                 raise ImageError(f"pixels are of shape {list(image.shape)}, this model takes {list(wanted)}")
-            return image
-        if preprocess not in crops:
-            with metrics.DECODE_SECONDS.time():
-                crops[preprocess] = preprocess(image, max_pixels=self._max_pixels)
-        return crops[preprocess]
-
-    def _in_span(self, name: str, make_crop: MakeCrop) -> MakeCrop:
-        """`make_crop` for another thread, with a span below the one of this request."""
-        if not self._is_traced:
-            return make_crop
-        context = get_current()
-
-        def traced() -> Pixels:
-            with trace.get_tracer("graft").start_as_current_span(name, context=context):
-                return make_crop()
-
-        return traced
+        with self._span("features", {"graft.backbone": backbone.fingerprint[:12]}):
+            return await ticket.features(image)
 
     def _span(self, name: str, attributes: Mapping[str, Any]) -> AbstractContextManager[object]:
         # A span that goes nowhere still costs 50 µs.

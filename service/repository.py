@@ -21,12 +21,13 @@ import numpy as np
 
 from models import checkpoint as checkpoints
 from models.checkpoint import Checkpoint, Golden
-from models.engine import Engine, EngineInfo, Precision, cpu_name, run
+from models.engine import EngineInfo, Precision, cpu_name
 from models.errors import GraftError
-from models.prepared import build_engine, resolve_device
+from models.prepared import resolve_device
 from models.preprocess import Preprocess
 from service import metrics
 from service.batcher import Batcher
+from service.engine_process import EngineProcess
 from service.errors import RequestError
 from service.rollout import ROLLOUT_FILE, Rollout, read_rollout, write_rollout
 from service.settings import Settings
@@ -47,7 +48,7 @@ class Backbone:
 
     fingerprint: str
     preprocess: Preprocess
-    engine: Engine
+    engine: EngineProcess
     batcher: Batcher
 
 
@@ -122,7 +123,9 @@ class Snapshot:
 class Repository:
     """The folder `root` as it is served now. Everything but the loading itself happens on one event loop."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, on_engine_death: Callable[[], None] = lambda: None) -> None:
+        """`on_engine_death` is called on the event loop when an engine's process ends without having been asked to."""
+        self._on_engine_death = on_engine_death
         self.root = settings.checkpoints
         self.current = Snapshot()
         self._settings = settings
@@ -138,7 +141,9 @@ class Repository:
         """
         async with self._loading:
             before = self.current
-            after = await asyncio.to_thread(load_snapshot, self._settings, before, rollouts or {})
+            after = await asyncio.to_thread(load_snapshot, self._settings, before, rollouts or {}, self._on_engine_death)
+            for backbone in after.backbones:
+                backbone.engine.attach()
             self.current = after
             self._let_go(before, after)
             return after
@@ -196,13 +201,18 @@ class Repository:
             metrics.forget(name, version)
 
 
-def load_snapshot(settings: Settings, before: Snapshot | None = None, rollouts: Mapping[str, Rollout] | None = None) -> Snapshot:
+def load_snapshot(
+    settings: Settings,
+    before: Snapshot | None = None,
+    rollouts: Mapping[str, Rollout] | None = None,
+    on_engine_death: Callable[[], None] = lambda: None,
+) -> Snapshot:
     """What the folder holds now; what `before` has loaded or refused and has not changed is taken over.
 
     Takes seconds where a backbone is new: not for the event loop. Raises GraftError where the asked-for device is not there, or one
     of `rollouts` cannot be served.
     """
-    loader = _Loader(settings, before or Snapshot())
+    loader = _Loader(settings, before or Snapshot(), on_engine_death)
     models: dict[str, Served] = {}
     for name in checkpoints.list_names(settings.checkpoints):
         if checkpoints.NAME_PATTERN.fullmatch(name) and (served := loader.load(name, (rollouts or {}).get(name))):
@@ -213,7 +223,8 @@ def load_snapshot(settings: Settings, before: Snapshot | None = None, rollouts: 
 class _Loader:
     """One look through the repository."""
 
-    def __init__(self, settings: Settings, before: Snapshot) -> None:
+    def __init__(self, settings: Settings, before: Snapshot, on_engine_death: Callable[[], None]) -> None:
+        self._on_engine_death = on_engine_death
         self.refused: list[Refusal] = []
         self._settings = settings
         self._root = settings.checkpoints
@@ -286,7 +297,7 @@ class _Loader:
         backbone = self._backbones.get(checkpoint.fingerprint)
         is_new = backbone is None
         if backbone is None:
-            engine = _build_engine(checkpoint, self._device, self._settings.precision)
+            engine = self._build_engine(checkpoint)
             batcher = Batcher(engine, max_images=self._settings.max_queue_images, name=checkpoint.fingerprint[:12])
             backbone = Backbone(checkpoint.fingerprint, checkpoint.preprocess, engine, batcher)
         try:
@@ -299,6 +310,36 @@ class _Loader:
         self._backbones[checkpoint.fingerprint] = backbone
         # Kept for every model would be what only its loading needs.
         return Model(replace(checkpoint, golden=_NO_GOLDEN, config={}), backbone)
+
+    def _build_engine(self, checkpoint: Checkpoint) -> EngineProcess:
+        """The engine in the precision asked for, else in the recorded one, else in what this device can."""
+        if self._settings.precision is not None:
+            return self._start_engine(checkpoint, self._settings.precision)
+        recorded = cast(Precision, checkpoint.engine.get("precision", "auto"))
+        try:
+            return self._start_engine(checkpoint, recorded)
+        except GraftError as error:
+            # Features of a quantised backbone are others than those of the float one, so its heads fit no other precision.
+            if recorded in ("auto", "int8"):
+                raise
+            logger.warning("%s was saved in %s (%s): taking what this device can", checkpoint.path, recorded, error)
+            return self._start_engine(checkpoint, "auto")
+
+    def _start_engine(self, checkpoint: Checkpoint, precision: Precision) -> EngineProcess:
+        recorded = checkpoint.engine
+        # What the search found on this very processor holds, and searching again would cost most of the start.
+        is_same = self._device == "cpu" and recorded.get("device") == cpu_name() and recorded.get("precision") == precision
+        found = {name: recorded.get(name) for name in ("batch_size", "num_streams", "images_per_second")} if is_same else {}
+        return EngineProcess(
+            checkpoint.path,
+            checkpoint.preprocess,
+            checkpoint.config,
+            max_pixels=self._settings.max_pixels,
+            on_death=self._on_engine_death,
+            device=self._device,
+            precision=precision,
+            **found,
+        )
 
     def _describe(self, name: str, version: int, error: Exception) -> str:
         if isinstance(error, GraftError):
@@ -317,30 +358,7 @@ class _Loader:
 
 def _replay_golden(checkpoint: Checkpoint, backbone: Backbone) -> None:
     images = np.stack([backbone.preprocess(image) for image in checkpoint.golden.images])
-    checkpoints.check_golden(checkpoint, checkpoints.logits(checkpoint, run(backbone.engine, images)))
-
-
-def _build_engine(checkpoint: Checkpoint, device: Device, asked: Precision | None) -> Engine:
-    """The engine in the precision asked for, else in the recorded one, else in what this device can."""
-    if asked is not None:
-        return _start_engine(checkpoint, device, asked)
-    recorded = cast(Precision, checkpoint.engine.get("precision", "auto"))
-    try:
-        return _start_engine(checkpoint, device, recorded)
-    except GraftError as error:
-        # Features of a quantised backbone are others than those of the float one, so its heads fit no other precision.
-        if recorded in ("auto", "int8"):
-            raise
-        logger.warning("%s was saved in %s (%s): taking what this device can", checkpoint.path, recorded, error)
-        return _start_engine(checkpoint, device, "auto")
-
-
-def _start_engine(checkpoint: Checkpoint, device: Device, precision: Precision) -> Engine:
-    recorded = checkpoint.engine
-    # What the search found on this very processor holds, and searching again would cost most of the start.
-    is_same = device == "cpu" and recorded.get("device") == cpu_name() and recorded.get("precision") == precision
-    found = {name: recorded.get(name) for name in ("batch_size", "num_streams", "images_per_second")} if is_same else {}
-    return build_engine(checkpoint.path, checkpoint.preprocess, checkpoint.config, device=device, precision=precision, **found)
+    checkpoints.check_golden(checkpoint, checkpoints.logits(checkpoint, backbone.engine.run(images)))
 
 
 def _stamp(path: Path) -> Stamp:

@@ -49,9 +49,8 @@ class Server:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.repository = Repository(settings)
+        self.repository = Repository(settings, on_engine_death=self._end)
         self.predictor = Predictor(
-            max_pixels=settings.max_pixels,
             cached_images=settings.cached_images,
             is_traced=settings.tracing,
         )
@@ -111,7 +110,8 @@ class Server:
             raise RequestError("not_ready", "the engine does not answer; restart this server")
 
     def is_wedged(self) -> bool:
-        return any(backbone.batcher.stalled_seconds() > _WEDGED_SECONDS for backbone in self.repository.current.backbones)
+        backbones = self.repository.current.backbones
+        return any(one.engine.is_dead or one.batcher.stalled_seconds() > _WEDGED_SECONDS for one in backbones)
 
     def choose(self, name: str, version: str = "") -> list[Model]:
         """The model of this name and version, the only one for "", and every one's default for `all`.
@@ -217,6 +217,10 @@ class Server:
         what = "no checkpoint could be loaded, GET /v1/models says why" if self.repository.current.refused else "there is no checkpoint yet"
         then = "it is served as soon as it is there" if self.settings.poll_seconds else "restart"
         return f"{what}: make one with `make run`, or put one at <name>/<version>/ in the folder CHECKPOINTS; {then}"
+
+    def _end(self) -> None:
+        """Without an engine this process is of no use: it answers what it has, and ends for its parent to start another."""
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def _drain_on_sigterm(self) -> None:
         """On SIGTERM turn /readyz first, and let uvicorn stop accepting when load balancers had time to see it."""

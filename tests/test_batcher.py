@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
-from collections.abc import Awaitable
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from collections.abc import Awaitable, Callable, Sequence
 
 import numpy as np
 import pytest
 
-from models.engine import EngineInfo, Features, Images
+from models.engine import EngineInfo
 from models.preprocess import ImageError, Pixels
-from service.batcher import Batcher, Ticket
+from service.batcher import Batcher, Image, Outcome, Ticket
 from service.errors import RequestError
+
+Done = Callable[[Outcome | Exception], None]
 
 
 def image(value: int) -> Pixels:
@@ -23,12 +22,14 @@ def image(value: int) -> Pixels:
     return np.full((1, 1, 3), value, np.uint8)
 
 
-def make(images: Images) -> Pixels:
-    return images() if callable(images) else images
+def outcome_of(images: Sequence[Image]) -> Outcome:
+    """Encoded images cannot be read here."""
+    results = [ImageError(image.decode()) if isinstance(image, bytes) else image[0, 0, :1].astype(np.float32) for image in images]
+    return Outcome(results, [0.001] * len(images), 0.001)
 
 
-def features_of(images: Pixels) -> Features:
-    return images[:, 0, 0, :1].astype(np.float32)
+def value_of(image: Image) -> int:
+    return -1 if isinstance(image, bytes) else int(image[0, 0, 0])
 
 
 class CrankedEngine:
@@ -41,16 +42,13 @@ class CrankedEngine:
         self.num_slots = num_slots
         self.batches: list[list[int]] = []
         self.is_closed = False
-        self._running: list[tuple[Pixels, Future[Features]]] = []
+        self._running: list[tuple[Sequence[Image], Done]] = []
 
-    def submit(self, images: Images) -> Future[Features]:
-        assert len(self._running) < self.num_slots, "a real engine would block the event loop here"
-        images = make(images)
+    def start(self, images: Sequence[Image], done: Done) -> None:
+        assert len(self._running) < self.num_slots
         assert len(images) <= self.info.batch_size
-        self.batches.append([int(value) for value in images[:, 0, 0, 0]])
-        future: Future[Features] = Future()
-        self._running.append((images, future))
-        return future
+        self.batches.append([value_of(one) for one in images])
+        self._running.append((images, done))
 
     def close(self) -> None:
         assert not self._running
@@ -58,11 +56,8 @@ class CrankedEngine:
 
     async def finish(self, error: Exception | None = None) -> None:
         """Finish the oldest batch, and let the event loop hand out its results."""
-        images, future = self._running.pop(0)
-        if error is None:
-            future.set_result(features_of(images))
-        else:
-            future.set_exception(error)
+        images, done = self._running.pop(0)
+        done(outcome_of(images) if error is None else error)
         await settle()
 
     async def finish_all(self) -> None:
@@ -82,7 +77,7 @@ def in_seconds(seconds: float) -> float:
 async def ask(batcher: Batcher, *values: int, seconds: float = 60) -> list[int]:
     """One request with an image for each value."""
     with batcher.admit(len(values), in_seconds(seconds)) as ticket:
-        features = await asyncio.gather(*(ticket.features(partial(image, value)) for value in values))
+        features = await asyncio.gather(*(ticket.features(image(value)) for value in values))
     return [int(feature[0]) for feature in features]
 
 
@@ -278,18 +273,10 @@ def test_a_check_refuses_as_admission_would_and_takes_no_place() -> None:
 
 
 class SlowEngine(CrankedEngine):
-    """Takes 10 ms an image in a thread, and claims to take none."""
+    """Takes 10 ms an image, and claims to take none."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._thread = ThreadPoolExecutor(1)
-
-    def submit(self, images: Images) -> Future[Features]:
-        def compute() -> Features:
-            time.sleep(0.01)
-            return features_of(make(images))
-
-        return self._thread.submit(compute)
+    def start(self, images: Sequence[Image], done: Done) -> None:
+        asyncio.get_running_loop().call_later(0.01, done, outcome_of(images))
 
 
 def test_the_speed_is_measured_under_load() -> None:
@@ -321,10 +308,10 @@ def test_a_failing_batch_fails_alone() -> None:
 
 def test_an_engine_that_refuses_a_batch_does_not_stop_the_queue() -> None:
     class Refusing(CrankedEngine):
-        def submit(self, images: Images) -> Future[Features]:
-            if make(images)[0, 0, 0, 0] == 13:
+        def start(self, images: Sequence[Image], done: Done) -> None:
+            if value_of(images[0]) == 13:
                 raise RuntimeError("unlucky")
-            return super().submit(images)
+            super().start(images, done)
 
     async def scenario() -> None:
         engine = Refusing()
@@ -339,21 +326,18 @@ def test_an_engine_that_refuses_a_batch_does_not_stop_the_queue() -> None:
 
 
 def test_an_image_that_cannot_be_read_fails_alone_and_the_rest_of_its_batch_runs() -> None:
-    def broken() -> Pixels:
-        raise ImageError("the file is empty")
-
     async def scenario() -> None:
         engine = CrankedEngine(batch_size=3)
         batcher = Batcher(engine, max_images=10)
 
         async def ask_broken() -> list[int]:
             with batcher.admit(1, in_seconds(60)) as ticket, pytest.raises(ImageError, match="empty"):
-                await ticket.features(broken)
+                await ticket.features(b"the file is empty")
             return []
 
         first, unread, *fine = await start(ask(batcher, 0), ask_broken(), ask(batcher, 1), ask(batcher, 2))
         await engine.finish_all()
-        assert engine.batches == [[0], [1, 2]]
+        assert engine.batches == [[0], [-1, 1, 2]]
         assert [await task for task in (first, unread, *fine)] == [[0], [], [1], [2]]
         assert batcher.num_admitted == 0
 
@@ -406,10 +390,8 @@ def test_a_wedged_engine_shows() -> None:
 def test_a_thousand_requests_with_every_tenth_abandoned_leave_nothing_behind() -> None:
     async def scenario() -> None:
         class Immediate(CrankedEngine):
-            def submit(self, images: Images) -> Future[Features]:
-                future: Future[Features] = Future()
-                threading.Timer(0.0005, future.set_result, (features_of(make(images)),)).start()
-                return future
+            def start(self, images: Sequence[Image], done: Done) -> None:
+                asyncio.get_running_loop().call_later(0.0005, done, outcome_of(images))
 
         batcher = Batcher(Immediate(batch_size=8, num_slots=3), max_images=100_000)
         tasks = [asyncio.create_task(ask(batcher, *range(index % 5 + 1))) for index in range(1000)]
@@ -430,6 +412,6 @@ def test_a_ticket_given_back_takes_no_more_images() -> None:
         with Batcher(CrankedEngine(), max_images=1).admit(1, in_seconds(1)) as ticket:
             assert isinstance(ticket, Ticket)
         with pytest.raises(AssertionError):
-            await ticket.features(partial(image, 1))
+            await ticket.features(image(1))
 
     asyncio.run(scenario())

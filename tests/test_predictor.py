@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import threading
+import os
+import signal
 import time
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from models.engine import Engine, Features, Images, run
-from models.preprocess import ImageError, Pixels, Preprocess
+from models.preprocess import ImageError
+from service.batcher import Image, Outcome
+from service.engine_process import EngineProcess
 from service.errors import RequestError
 from service.predictor import Predictor, Scores, top_prediction
 from service.repository import Model, load_snapshot
@@ -24,12 +26,12 @@ from tests.service_fixtures import LABELS, change_config, copy_checkpoint, draw_
 def model(colors: Path, tmp_path_factory: pytest.TempPathFactory) -> Model:
     repository_dir = tmp_path_factory.mktemp("repository")
     copy_checkpoint(colors, repository_dir, "colors", 1)
-    return load_snapshot(Settings(CHECKPOINTS=repository_dir)).models["colors"].choose()
+    return load_snapshot(Settings(CHECKPOINTS=repository_dir, max_pixels=1_000_000)).models["colors"].choose()
 
 
 @pytest.fixture(scope="module")
 def predictor() -> Predictor:
-    return Predictor(max_pixels=1_000_000)
+    return Predictor()
 
 
 def predict(predictor: Predictor, model: Model, *images: bytes, seconds: float = 30) -> tuple[Scores | ImageError, ...]:
@@ -37,16 +39,15 @@ def predict(predictor: Predictor, model: Model, *images: bytes, seconds: float =
     return answer.results
 
 
-def count_images(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def count_images(engine: EngineProcess, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The sizes of the batches that the engine is given from now on."""
-    submit, seen = engine.submit, []
+    start, seen = engine.start, []
 
-    def count(images: Images) -> Future[Features]:
-        crops = images() if callable(images) else images
-        seen.append(len(crops))
-        return submit(crops)
+    def count(images: Sequence[Image], done: Callable[[Outcome | Exception], None]) -> None:
+        seen.append(len(images))
+        start(images, done)
 
-    monkeypatch.setattr(engine, "submit", count)
+    monkeypatch.setattr(engine, "start", count)
     return seen
 
 
@@ -63,7 +64,7 @@ def test_labels_come_in_the_order_of_the_images(predictor: Predictor, model: Mod
 def test_scores_are_the_softmax_of_the_logits_over_the_temperature(predictor: Predictor, model: Model) -> None:
     image = draw_image("green", 5)
     checkpoint = model.checkpoint
-    features = run(model.backbone.engine, checkpoint.preprocess(image)[None])[0]
+    features = model.backbone.engine.run(checkpoint.preprocess(image)[None])[0]
     logits = (checkpoint.head_weight @ features + checkpoint.head_bias) / checkpoint.temperature
     expected = np.exp(logits) / np.exp(logits).sum()
     (result,) = predict(predictor, model, image)
@@ -158,7 +159,7 @@ def test_many_models_are_one_decode_and_one_pass_and_say_what_each_says_alone(
 
 
 def test_an_image_that_comes_again_costs_no_pass(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    predictor = Predictor(max_pixels=1_000_000, cached_images=2)
+    predictor = Predictor(cached_images=2)
     images = [draw_image(label, 9) for label in LABELS]
     first = [predict(predictor, model, image) for image in images]
     seen = count_images(model.backbone.engine, monkeypatch)
@@ -179,32 +180,24 @@ def test_a_crop_itself_is_taken_and_one_of_another_size_fails_alone(predictor: P
     assert "[100, 224, 3]" in str(wrong)
 
 
-def test_what_waits_is_not_decoded(predictor: Predictor, colors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It waits encoded, or a queue of a thousand images would hold a thousand crops."""
-    # A queue belongs to one event loop as soon as something waits in it.
+def test_what_waits_is_encoded_and_stays_here(predictor: Predictor, colors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a queue of a thousand images would hold a thousand crops."""
     copy_checkpoint(colors, tmp_path, "colors", 1)
     model = load_snapshot(Settings(CHECKPOINTS=tmp_path)).models["colors"].choose()
     engine = model.backbone.engine
-    decode, may_go_on = Preprocess.__call__, threading.Event()
-    decoded: list[bytes] = []
-
-    def hold(preprocess: Preprocess, image: bytes, *, max_pixels: int) -> Pixels:
-        decoded.append(image)
-        may_go_on.wait(20)
-        return decode(preprocess, image, max_pixels=max_pixels)
+    seen = count_images(engine, monkeypatch)
 
     async def scenario() -> None:
         images = [draw_image(label) for label in LABELS]
-        requests = [asyncio.create_task(predictor.predict([model], images, deadline=time.monotonic() + 30)) for _ in range(20)]
-        async with asyncio.timeout(20):
-            while len(decoded) < engine.num_slots:
-                await asyncio.sleep(0.01)
-        await asyncio.sleep(0.3)
-        assert len(decoded) == engine.num_slots
-        may_go_on.set()
+        os.kill(engine.pid, signal.SIGSTOP)
+        try:
+            requests = [asyncio.create_task(predictor.predict([model], images, deadline=time.monotonic() + 30)) for _ in range(20)]
+            await asyncio.sleep(0.3)
+            assert len(seen) == engine.num_slots
+        finally:
+            os.kill(engine.pid, signal.SIGCONT)
         for answer in await asyncio.gather(*requests):
             assert labels_of(answer[0].results) == LABELS
-        assert len(decoded) == 60
+        assert sum(seen) == 60
 
-    monkeypatch.setattr(Preprocess, "__call__", hold)
     asyncio.run(scenario())

@@ -1,0 +1,188 @@
+"""A backbone's engine in a process of its own: encoded images in, features out. `EngineProcess` starts it.
+
+    python -m service.engine_worker FD
+
+Decoding, the engine and HTTP in one process share Python's lock, and each waits for it: with the engine out of the way the service
+answers 12 % more requests on two cores, and what crashes the engine cannot take the answers with it.
+
+FD is a socket. On it comes what to load, as a line of JSON; back goes what was loaded or why not, with a socket for each batch that may be
+in flight. A thread a socket then does one job after the other. When the other end is closed, by whatever happened there, this
+process ends.
+
+    job     images u32, bytes u64; for each image: what it is u8 (0 encoded, 1 the crop itself), bytes u32; then all of them
+    answer  bytes u32; then the engine's seconds f64, for each image: what it is u8 (0 features `float32 [F]`, else why there are
+            none: 1 unreadable, 2 too large, 3 the engine failed), seconds to decode f64, bytes u32; then all of them
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import os
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import repeat
+from pathlib import Path
+
+import numpy as np
+
+from models.engine import Engine, Features, num_cpus
+from models.errors import GraftError
+from models.prepared import build_engine
+from models.preprocess import ImageError, ImageTooLargeError, Pixels, Preprocess
+
+JOB = struct.Struct("<IQ")
+JOB_IMAGE = struct.Struct("<BI")
+ANSWER = struct.Struct("<I")
+ANSWER_SECONDS = struct.Struct("<d")
+ANSWER_IMAGE = struct.Struct("<BdI")
+ENCODED, CROP = range(2)
+FEATURES, UNREADABLE, TOO_LARGE, FAILED = range(4)
+
+logger = logging.getLogger("graft.engine")
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    crop: Pixels | Exception
+    seconds: float
+
+
+class _Worker:
+    def __init__(self, engine: Engine, preprocess: Preprocess, max_pixels: int) -> None:
+        self._engine = engine
+        self._preprocess = preprocess
+        self._max_pixels = max_pixels
+        # Where the threads of the sockets alone would leave cores idle while they decode (a GPU has two), a batch is decoded by as many.
+        has_idle_cores = engine.info.batch_size > 1 and engine.num_slots < num_cpus()
+        self._decoders = ThreadPoolExecutor(num_cpus(), thread_name_prefix="decode") if has_idle_cores else None
+
+    def serve(self, connection: socket.socket) -> None:
+        """Do what comes on this connection until its other end is closed, and end the process then."""
+        try:
+            while True:
+                num_images, num_bytes = JOB.unpack(_receive(connection, JOB.size))
+                connection.sendall(self._answer(num_images, _receive(connection, num_images * JOB_IMAGE.size + num_bytes)))
+        except (EOFError, OSError):
+            os._exit(0)
+
+    def _answer(self, num_images: int, job: bytes) -> bytes:
+        at = num_images * JOB_IMAGE.size
+        images = []
+        for kind, size in JOB_IMAGE.iter_unpack(job[:at]):
+            images.append((kind, job[at : at + size]))
+            at += size
+        apply = map if self._decoders is None or num_images == 1 else self._decoders.map
+        decoded = list(apply(self._decode, images))
+        started = time.monotonic()
+        crops = [one.crop for one in decoded if not isinstance(one.crop, Exception)]
+        rows: Iterator[Features | Exception]
+        try:
+            rows = iter(self._engine.run_here(np.stack(crops)) if crops else ())
+        # It concerns this batch alone: whatever an engine raises, the next one is tried.
+        except Exception as error:
+            logger.exception("the engine failed on a batch of %d images", len(crops))
+            rows = repeat(error)
+        seconds = time.monotonic() - started
+        heads, bodies = [ANSWER_SECONDS.pack(seconds)], []
+        for one in decoded:
+            result = one.crop if isinstance(one.crop, Exception) else next(rows)
+            kind, body = _pack(result)
+            heads.append(ANSWER_IMAGE.pack(kind, one.seconds, len(body)))
+            bodies.append(body)
+        answer = b"".join(heads + bodies)
+        return ANSWER.pack(len(answer)) + answer
+
+    def _decode(self, image: tuple[int, bytes]) -> _Decoded:
+        kind, data = image
+        started = time.monotonic()
+        try:
+            if kind == CROP:
+                crop: Pixels | Exception = np.frombuffer(data, np.uint8).reshape(self._preprocess.height, self._preprocess.width, 3)
+            else:
+                crop = self._preprocess(data, max_pixels=self._max_pixels)
+        except ImageError as error:
+            crop = error
+        # The others of its batch are nobody's fault.
+        except Exception as error:
+            logger.exception("an image of %d bytes cannot be made a crop", len(data))
+            crop = error
+        return _Decoded(crop, time.monotonic() - started)
+
+
+def _pack(result: Features | Exception) -> tuple[int, bytes]:
+    if not isinstance(result, Exception):
+        return FEATURES, result.tobytes()
+    if isinstance(result, ImageError):
+        return TOO_LARGE if isinstance(result, ImageTooLargeError) else UNREADABLE, str(result).encode()
+    return FAILED, b"the engine failed"
+
+
+def _receive(connection: socket.socket, num_bytes: int) -> bytes:
+    parts = []
+    while num_bytes:
+        part = connection.recv(num_bytes, socket.MSG_WAITALL)
+        if not part:
+            raise EOFError
+        parts.append(part)
+        num_bytes -= len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _read_line(control: socket.socket) -> bytes:
+    line = b""
+    while not line.endswith(b"\n"):
+        part = control.recv(65536)
+        if not part:
+            raise EOFError
+        line += part
+    return line
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    (fd,) = sys.argv[1:] if arguments is None else arguments
+    # Ctrl-C and SIGTERM reach the whole group; what is in flight is finished, and this process ends when the other one has.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    control = socket.socket(fileno=int(fd))
+    try:
+        asked = json.loads(_read_line(control))
+    except EOFError:
+        return
+    preprocess = Preprocess.from_dict(asked["preprocess"])
+    try:
+        engine = build_engine(Path(asked["folder"]), preprocess, asked["config"], **asked["options"])
+    except Exception as error:
+        if not isinstance(error, GraftError):
+            logger.exception("the engine cannot be loaded")
+        reason = str(error) if isinstance(error, GraftError) else f"it cannot be loaded ({type(error).__name__})"
+        control.sendall(json.dumps({"error": reason}).encode() + b"\n")
+        return
+    worker = _Worker(engine, preprocess, asked["max_pixels"])
+    # One more than the engine takes at once: for the golden images of checkpoints that come later.
+    pairs = [socket.socketpair() for _ in range(engine.num_slots + 1)]
+    threads = [threading.Thread(target=worker.serve, args=(inner,), daemon=True) for inner, _ in pairs]
+    loaded = {"info": engine.info.to_dict(), "num_features": engine.num_features, "num_slots": engine.num_slots}
+    socket.send_fds(control, [json.dumps(loaded).encode() + b"\n"], [outer.fileno() for _, outer in pairs])
+    for _, outer in pairs:
+        outer.close()
+    gc.collect()
+    gc.freeze()
+    for thread in threads:
+        thread.start()
+    # Nothing more is said on it: it ends with the other process.
+    control.recv(1)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
