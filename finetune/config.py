@@ -41,7 +41,8 @@ class SharedOptions(BaseSettings):
         Field(
             min_length=1,
             description="where the images are: a folder with train/ and val/ (and perhaps test/), a folder of class folders, a CSV with "
-            "path,label[,split], torchvision:NAME (such as torchvision:OxfordIIITPet), or digits",
+            "path,label[,split] (or path,labels[,split], several with | between), torchvision:NAME (such as "
+            "torchvision:OxfordIIITPet), or digits",
         ),
     ] = "digits"
     data_root: Annotated[Path, Field(description="where torchvision:NAME keeps its files, and looks for them without a network")] = Path(

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from finetune.broken_batch import BrokenLossError, keep_broken_batch
 from finetune.config import Options
 from finetune.data import Splits
-from finetune.evaluate import Metrics, evaluate
+from finetune.evaluate import AnyMetrics, evaluate
 from finetune.inputs import Batch, Inputs, open_inputs
 from finetune.memory import is_out_of_memory, run_in_parts
 from finetune.monitor import Monitor
@@ -147,8 +147,9 @@ def _run_epochs(
     )
     if state_file.load():
         at = state.progress
+        metric = "mean average precision" if splits.is_multi_label else "accuracy"
         where = f"epoch {at.epoch}, step {at.step}" if at.epoch <= options.epochs else "the end of its epochs"
-        logger.info("resumed at %s; best so far: epoch %d, val accuracy %.4f", where, at.best_epoch, at.best_score[0])
+        logger.info("resumed at %s; best so far: epoch %d, val %s %.4f", where, at.best_epoch, metric, at.best_score[0])
     elif options.preflight:
         _preflight(training)
     try:
@@ -177,7 +178,7 @@ def _run_epoch(training: _Training) -> None:
         _train_epoch(training)
     metrics = _validate(training)
     _report_epoch(training.monitor, at, metrics)
-    score = (metrics.accuracy, -metrics.loss)
+    score = (metrics.score, -metrics.loss)
     if at.epoch == 0 or (math.isfinite(metrics.loss) and score > at.best_score):
         training.state.keep_as_best(score)
     at.begin_next_epoch()
@@ -236,7 +237,7 @@ def _learn(training: _Training, images: torch.Tensor, labels: torch.Tensor) -> t
     states = random_states()
 
     def work(part: torch.Tensor, part_labels: torch.Tensor) -> torch.Tensor:
-        losses = nn.functional.cross_entropy(training.network(training.inputs.prepare(part)), part_labels, reduction="none")
+        losses = _losses(training.network(training.inputs.prepare(part)), part_labels)
         loss = losses.sum() / len(labels)
         if torch.isfinite(loss):
             training.fabric.backward(loss)
@@ -250,12 +251,19 @@ def _learn(training: _Training, images: torch.Tensor, labels: torch.Tensor) -> t
     return torch.cat(parts)
 
 
+def _losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Of each image `[B]`: cross-entropy of logits `[B,C]` with labels `[B]`; with labels `[B,C]`, the mean of the labels' own."""
+    if labels.ndim == 2:
+        return nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(dim=1)
+    return nn.functional.cross_entropy(logits, labels, reduction="none")
+
+
 def _broken(training: _Training, loss: float, norm: float, losses: torch.Tensor, indices: list[int]) -> BrokenLossError:
     at, options = training.at, training.options
     rate = training.optimizer.param_groups[0]["lr"]
     what = f"the gradient is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
     samples = [training.splits.train[index] for index in indices]
-    kept = keep_broken_batch(training.monitor.run_dir, samples, training.splits.label_names, losses.tolist(), training.backbone.preprocess)
+    kept = keep_broken_batch(training.monitor.run_dir, samples, training.splits, losses.tolist(), training.backbone.preprocess)
     fp32 = ", or say --precision fp32" if training.precision == "bf16" else ""
     return BrokenLossError(
         f"epoch {at.epoch}, step {at.step}: {what} at a rate of {rate:.1e}; lower --lr and --backbone-lr, to a tenth for a start "
@@ -263,7 +271,7 @@ def _broken(training: _Training, loss: float, norm: float, losses: torch.Tensor,
     )
 
 
-def _validate(training: _Training) -> Metrics:
+def _validate(training: _Training) -> AnyMetrics:
     at, inputs = training.at, training.inputs
     training.network.eval()
     all_logits, all_labels = [], []
@@ -278,7 +286,7 @@ def _validate(training: _Training) -> Metrics:
             all_logits += parts
             all_labels.append(labels.cpu())
             _stop_if_asked(training)
-    return evaluate(torch.cat(all_logits).numpy(), torch.cat(all_labels).numpy())
+    return evaluate(torch.cat(all_logits).numpy(), torch.cat(all_labels).long().numpy())
 
 
 def _stop_if_asked(training: _Training) -> None:
@@ -358,19 +366,21 @@ def _num_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def _report_epoch(monitor: Monitor, at: Progress, metrics: Metrics) -> None:
-    curves = {"epoch/val_loss": metrics.loss, "epoch/val_accuracy": metrics.accuracy}
+def _report_epoch(monitor: Monitor, at: Progress, metrics: AnyMetrics) -> None:
+    attribute, name = next(iter(metrics.NAMES.items()))
+    curves = {"epoch/val_loss": metrics.loss, f"epoch/val_{attribute}": metrics.score}
     if at.epoch == 0:
-        logger.info("epoch 0, the probe's head: val loss %.3f, val accuracy %.4f", metrics.loss, metrics.accuracy)
+        logger.info("epoch 0, the probe's head: val loss %.3f, val %s %.4f", metrics.loss, name, metrics.score)
     else:
         train_loss, speed, waiting = float(np.mean(at.losses)), at.num_images / at.seconds, at.waiting_seconds / at.seconds
         curves |= {"epoch/train_loss": train_loss, "train/images_per_second": speed, "train/waiting_for_data": waiting}
         logger.info(
-            "epoch %d: train loss %.3f, val loss %.3f, val accuracy %.4f; %.0f images/s, %.0f%% of the time waiting for data",
+            "epoch %d: train loss %.3f, val loss %.3f, val %s %.4f; %.0f images/s, %.0f%% of the time waiting for data",
             at.epoch,
             train_loss,
             metrics.loss,
-            metrics.accuracy,
+            name,
+            metrics.score,
             speed,
             100 * waiting,
         )

@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from finetune.evaluate import Interval, draw_counts
+from finetune.interval import Interval, draw_counts, draw_weights
+from finetune.label_metrics import evaluate_labels, mean_of_present, measure_average_precision, num_resamples
 from finetune.probe import Floats, Labels
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Validation accuracies of both, the 95 % interval of their difference over the images, and what each cost.
+    """Validation accuracies of both (or what else `metric` names), the 95 % interval of their difference over the images, and their cost.
 
     The epoch was chosen on the same images, which flatters the fine-tuned model a little; the probe wins a tie, also because models of
     one frozen backbone are served together for the price of one.
@@ -24,6 +25,7 @@ class Verdict:
     interval: Interval
     probe_seconds: float
     train_seconds: float
+    metric: str = "accuracy"
 
     @property
     def publishes(self) -> str:
@@ -32,8 +34,8 @@ class Verdict:
     def to_dict(self) -> dict[str, Any]:
         return {
             "published": self.publishes,
-            "probe_accuracy": self.probe_accuracy,
-            "fine_tuned_accuracy": self.tuned_accuracy,
+            f"probe_{self.metric}": self.probe_accuracy,
+            f"fine_tuned_{self.metric}": self.tuned_accuracy,
             "difference": self.tuned_accuracy - self.probe_accuracy,
             "interval": self.interval.to_list(),
             "probe_seconds": self.probe_seconds,
@@ -58,7 +60,12 @@ class Verdict:
 def compare_with_probe(
     probe_logits: Floats, tuned_logits: Floats, labels: Labels, *, probe_seconds: float, train_seconds: float
 ) -> Verdict:
-    """The paired bootstrap of logits `[N,C]` of the same N validation images."""
+    """The paired bootstrap of logits `[N,C]` of the same N validation images; with labels `[N,C]`, of the mean average precision."""
+    if labels.ndim == 2:
+        weights = draw_weights(len(labels), num_resamples(labels))
+        means = [mean_of_present(measure_average_precision(logits, labels, weights)) for logits in (probe_logits, tuned_logits)]
+        scores = [evaluate_labels(logits, labels, logits >= 0).score for logits in (probe_logits, tuned_logits)]
+        return Verdict(scores[0], scores[1], Interval.of(means[1] - means[0]), probe_seconds, train_seconds, "mean_average_precision")
     probe_right, tuned_right = (logits.argmax(axis=1) == labels for logits in (probe_logits, tuned_logits))
     gained, lost = int((tuned_right & ~probe_right).sum()), int((probe_right & ~tuned_right).sum())
     # All that the difference depends on is how many images each one alone gets right.
