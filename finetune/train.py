@@ -237,7 +237,8 @@ def _learn(training: _Training, images: torch.Tensor, labels: torch.Tensor) -> t
     states = random_states()
 
     def work(part: torch.Tensor, part_labels: torch.Tensor) -> torch.Tensor:
-        losses = _losses(training.network(training.inputs.prepare(part)), part_labels)
+        logits = training.network(training.inputs.prepare(part))
+        losses = _losses(logits, part_labels, is_multi_label=training.splits.is_multi_label)
         loss = losses.sum() / len(labels)
         if torch.isfinite(loss):
             training.fabric.backward(loss)
@@ -251,9 +252,9 @@ def _learn(training: _Training, images: torch.Tensor, labels: torch.Tensor) -> t
     return torch.cat(parts)
 
 
-def _losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Of each image `[B]`: cross-entropy of logits `[B,C]` with labels `[B]`; with labels `[B,C]`, the mean of the labels' own."""
-    if labels.ndim == 2:
+def _losses(logits: torch.Tensor, labels: torch.Tensor, *, is_multi_label: bool) -> torch.Tensor:
+    """Of each image `[B]`: cross-entropy of logits `[B,C]` with labels `[B]`; with rows of labels `[B,C]`, the mean of each label's own."""
+    if is_multi_label:
         return nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(dim=1)
     return nn.functional.cross_entropy(logits, labels, reduction="none")
 

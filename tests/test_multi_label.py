@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,18 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from finetune.config import Options
+from finetune.data import NO_LABEL, EncodedImage, Sample, Splits
 from finetune.evaluate import evaluate
+from finetune.resume import Choices, keep_choices, lock, restore_splits
 from finetune.run import run
+from finetune.train import _losses, train
 from models.checkpoint import load_checkpoint
 from models.errors import GraftError
+from tests import tiny
 from tests.drawn import SHAPES, draw_shape
 from tests.service_fixtures import serve
 
@@ -108,6 +114,67 @@ def test_layers_train_past_the_probe(finetune: Finetune, caplog: pytest.LogCaptu
     assert set(metrics["verdict"]) >= {"probe_mean_average_precision", "fine_tuned_mean_average_precision"}
     assert metrics["verdict"]["fine_tuned_mean_average_precision"] > 0.8
     assert any(message.startswith("epoch 1: ") and "val mean average precision" in message for message in caplog.messages)
+
+
+def draw_splits() -> Splits:
+    """Tiny images in which any of three colours are a little brighter."""
+
+    def draw(split: str, count: int, first_seed: int) -> tuple[Sample, ...]:
+        generator = np.random.default_rng(first_seed)
+        samples = []
+        for index in range(count):
+            labels = np.flatnonzero(generator.random(3) < 0.5)
+            pixels = generator.integers(0, 200, (tiny.SIZE, tiny.SIZE, 3))
+            pixels[..., labels] += 30
+            buffer = io.BytesIO()
+            Image.fromarray(pixels.astype(np.uint8)).save(buffer, "PNG")
+            samples.append(Sample(f"{split} {index}", NO_LABEL, EncodedImage(buffer.getvalue()), tuple(map(int, labels))))
+        return tuple(samples)
+
+    return Splits(tiny.LABELS, draw("train", 24, 0), draw("val", 12, 1), is_multi_label=True)
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_a_training_learns_and_can_be_stopped_and_resumed(tmp_path: Path, cache: bool) -> None:
+    splits, options = draw_splits(), tiny.options(cache=cache, epochs=3)
+
+    def train_in(folder: Path, after: Callable[[int], None] | None = None) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        folder.mkdir(exist_ok=True)
+        backbone, monitor = tiny.build(), tiny.Recorder(folder, after)
+        try:
+            train(backbone, splits, tiny.probe_of(backbone), options, monitor, folder, state_dir=folder)
+        finally:
+            monitor.close()
+        return tiny.snapshot(backbone), monitor.curves
+
+    def stop(num_steps: int) -> None:
+        if num_steps == 6:
+            signal.raise_signal(signal.SIGINT)
+
+    whole, curves = train_in(tmp_path / "whole")
+    assert curves["epoch/val_mean_average_precision"][-1][1] > curves["epoch/val_mean_average_precision"][0][1]
+    with pytest.raises(KeyboardInterrupt):
+        train_in(tmp_path / "stopped", stop)
+    resumed, _ = train_in(tmp_path / "stopped")
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+
+
+def test_a_resumed_run_has_its_own_labels(tmp_path: Path) -> None:
+    splits = draw_splits()
+    with lock(tmp_path):
+        keep_choices(tmp_path, Choices(splits, splits, "fp32", "it was asked for"))
+    restored = restore_splits(tmp_path, splits)
+    assert restored is not None
+    assert [(sample.key, sample.label, sample.labels) for sample in restored.train] == [
+        (sample.key, NO_LABEL, sample.labels) for sample in splits.train
+    ]
+    assert restored.is_multi_label
+
+
+def test_the_loss_of_an_image_is_the_mean_of_its_labels() -> None:
+    logits, labels = torch.tensor([[2.0, -1.0], [0.0, 0.0]]), torch.tensor([[1.0, 1.0], [0.0, 1.0]])
+    expected = -(labels * torch.sigmoid(logits).log() + (1 - labels) * (1 - torch.sigmoid(logits)).log()).mean(dim=1)
+    assert torch.allclose(_losses(logits, labels, is_multi_label=True), expected)
 
 
 def test_comparing_backbones_says_why_not(labelled: Path, tmp_path: Path) -> None:
