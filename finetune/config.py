@@ -136,6 +136,13 @@ class Options(BackboneOptions):
             "(for images far from the pretraining's, with large batches)"
         ),
     ] = "keep"
+    balance: Annotated[
+        Literal["none", "weights", "sampler"],
+        Field(
+            description="for uneven classes. weights: the loss weighs each class the same, the probe's too. sampler: gradient epochs draw "
+            "them equally often, and the probe is weighted"
+        ),
+    ] = "none"
     augment: Annotated[
         Literal["none", "light", "flip"],
         Field(description="light: shifted and scaled crops. flip: mirrored too (not for digits or letters). none: the plain crop"),
@@ -184,9 +191,14 @@ class Options(BackboneOptions):
         return self
 
     @model_validator(mode="after")
-    def _preflight_has_something_to_look_at(self) -> Self:
-        if self.preflight and self.freeze == "backbone" and self.resume is None:
-            raise ValueError("--preflight: it tries gradient epochs, and --freeze backbone has none; say --freeze until:NAME or none")
+    def _gradient_epochs_are_there_where_they_are_spoken_of(self) -> Self:
+        if self.freeze != "backbone" or self.resume is not None:
+            return self
+        way_out = "--freeze backbone has none; say --freeze until:NAME or none"
+        if self.preflight:
+            raise ValueError(f"--preflight: it tries gradient epochs, and {way_out}")
+        if self.balance == "sampler":
+            raise ValueError(f"--balance sampler: it draws the batches of gradient epochs, and {way_out}, or --balance weights")
         return self
 
     @property

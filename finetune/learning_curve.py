@@ -57,7 +57,7 @@ def measure_learning_curve(
         chosen = np.flatnonzero(ranks < fraction)
         rows = np.concatenate([chosen + view * len(labels) for view in range(num_views)])
         l2 = probe.l2 * len(labels) / len(chosen)
-        start = solve_head(features[rows], np.tile(labels[chosen], num_views), num_classes, l2, start)
+        start = solve_head(features[rows], np.tile(labels[chosen], num_views), num_classes, l2, start, probe.class_weights)
         weight, bias = start
         num_images.append(len(chosen))
         is_right.append((val_features @ weight.T + bias).argmax(axis=1) == val_labels)

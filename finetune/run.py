@@ -31,6 +31,7 @@ if __name__ == "__main__":
 import numpy as np
 
 from finetune.audit import inspect, write_audit
+from finetune.balance import class_weights, say_if_uneven
 from finetune.broken_batch import FOLDER as BROKEN_BATCH_DIR
 from finetune.calibration import calibrate_probe, calibrate_trained, describe_calibration
 from finetune.card import write_card
@@ -231,6 +232,8 @@ def _say_audit(audit: Audit, paths: tuple[Path, Path], options: Options) -> None
 def _log_splits(options: Options, splits: Splits) -> None:
     sizes = ", ".join(f"{len(samples):,} {split}" for split, samples in splits.named())
     logger.info("%s: %d classes, images: %s", options.data, len(splits.label_names), sizes)
+    if options.balance == "none":
+        say_if_uneven(_labels(splits.train), splits.label_names)
 
 
 def _make_run_dir(options: Options) -> Path:
@@ -263,11 +266,13 @@ def _write(path: Path, text: str) -> None:
 def _solve(features: Features, labels: Labels, num_classes: int, options: Options) -> Probe:
     """The probe on all views of the training images, or on the plain ones alone where cross-validation finds that as good."""
     num_views = len(features) // max(1, len(labels))
-    plain = solve_probe(features[: len(labels)], labels, num_classes, seed=options.seed)
+    # Balanced drawing comes to the same, and full batches need no luck.
+    weights = None if options.balance == "none" else class_weights(labels, num_classes)
+    plain = solve_probe(features[: len(labels)], labels, num_classes, seed=options.seed, class_weights=weights)
     if num_views == 1:
         return plain
-    augmented = solve_probe(features, labels, num_classes, seed=options.seed, num_views=num_views)
-    losses = [log_loss(probe.out_of_fold_logits, labels) for probe in (plain, augmented)]
+    augmented = solve_probe(features, labels, num_classes, seed=options.seed, num_views=num_views, class_weights=weights)
+    losses = [log_loss(probe.out_of_fold_logits, labels, weights) for probe in (plain, augmented)]
     helps = losses[1] < losses[0]
     verdict = "they help" if helps else "they do not help, and the plain crop alone is used"
     logger.info("%d views: out-of-fold log loss %.4f, without %.4f: %s", num_views, losses[1], losses[0], verdict)

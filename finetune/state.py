@@ -23,7 +23,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from finetune.balance import draw_balanced
 from finetune.files import write_whole
+from finetune.probe import Floats
 from finetune.resume import METADATA_KEY
 from models.errors import GraftError, in_words
 from models.freezing import Freezing
@@ -38,8 +40,8 @@ _FORMAT_VERSION = 1
 class Progress:
     """Where training stands: `batch` batches of `epoch` are done (0 is the probe's own validation), `step` of all epochs.
 
-    `losses`, `num_images` and the seconds are the epoch's so far; `best_score` is an epoch's accuracy and its loss, negative.
-    `train_at_once` and `val_at_once` say how many images fitted into memory.
+    `losses`, `num_images` and the seconds are the epoch's so far; `best_score` is an epoch's accuracy (with `--balance` the balanced one)
+    and its loss, negative. `train_at_once` and `val_at_once` say how many images fitted into memory.
     """
 
     train_at_once: int
@@ -221,12 +223,17 @@ def copy_tensors(source: Tensors, target: Tensors) -> None:
             tensor.copy_(source[name])
 
 
-def draw_batches(num_images: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+def draw_batches(num_images: int, batch_size: int, seed: int, epoch: int, weights: Floats | None = None) -> list[list[int]]:
     """The images of each gradient step of an epoch, by index: from seed and epoch alone, so that an epoch can be entered anywhere.
 
-    A last batch that is not full is left out: of one image, it would break BatchNorm in training, and tell little.
+    With `weights` `[num_images]`, 1 on average, an image comes as often as its own says. A last batch that is not full is left out: of
+    one image, it would break BatchNorm in training, and tell little.
     """
-    order = np.random.default_rng((seed, epoch)).permutation(num_images).tolist()
+    generator = np.random.default_rng((seed, epoch))
+    drawn = generator.permutation(num_images)
+    if weights is not None:
+        drawn = generator.permutation(draw_balanced(drawn, weights, generator.random()))
+    order = drawn.tolist()
     return [order[start : start + batch_size] for start in range(0, max(1, num_images - batch_size + 1), batch_size)]
 
 

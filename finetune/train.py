@@ -17,15 +17,17 @@ from lightning_fabric import Fabric
 from torch import nn
 from torch.utils.data import DataLoader
 
+from finetune.balance import class_weights
 from finetune.broken_batch import BrokenLossError, keep_broken_batch
 from finetune.config import Options
 from finetune.data import Splits
 from finetune.evaluate import Metrics, evaluate
 from finetune.inputs import Batch, Inputs, open_inputs
+from finetune.loss import image_losses
 from finetune.memory import is_out_of_memory, run_in_parts
 from finetune.monitor import Monitor
 from finetune.preflight import check_disk, check_learning, estimate_time, warn_if_starved
-from finetune.probe import Probe
+from finetune.probe import Floats, Labels, Probe
 from finetune.resume import TRAINING_FILE, event_sizes
 from finetune.state import Progress, StateFile, TrainingState, changing_tensors, draw_batches, random_states, set_random_states
 from finetune.terminal import progress_bar, stop_softly
@@ -55,6 +57,7 @@ class _Training:
     monitor: Monitor
     fabric: Fabric
     precision: str
+    class_weights: Floats
     network: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
@@ -65,6 +68,12 @@ class _Training:
     @property
     def at(self) -> Progress:
         return self.state.progress
+
+    def draw_batches(self, epoch: int) -> list[list[int]]:
+        """The images of each step of an epoch, by index."""
+        options = self.options
+        weights = self.class_weights[_labels(self.splits)] if options.balance == "sampler" else None
+        return draw_batches(len(self.inputs.train), options.batch_size, options.seed, epoch, weights)
 
 
 def train(
@@ -138,6 +147,7 @@ def _run_epochs(
         monitor=monitor,
         fabric=fabric,
         precision=precision,
+        class_weights=class_weights(_labels(splits), len(splits.label_names)),
         network=network,
         optimizer=optimizer,
         schedule=schedule,
@@ -148,7 +158,7 @@ def _run_epochs(
     if state_file.load():
         at = state.progress
         where = f"epoch {at.epoch}, step {at.step}" if at.epoch <= options.epochs else "the end of its epochs"
-        logger.info("resumed at %s; best so far: epoch %d, val accuracy %.4f", where, at.best_epoch, at.best_score[0])
+        logger.info("resumed at %s; best so far: epoch %d, at %.4f", where, at.best_epoch, at.best_score[0])
     elif options.preflight:
         _preflight(training)
     try:
@@ -177,7 +187,8 @@ def _run_epoch(training: _Training) -> None:
         _train_epoch(training)
     metrics = _validate(training)
     _report_epoch(training.monitor, at, metrics)
-    score = (metrics.accuracy, -metrics.loss)
+    accuracy = metrics.accuracy if training.options.balance == "none" else metrics.balanced_accuracy
+    score = (accuracy, -metrics.loss)
     if at.epoch == 0 or (math.isfinite(metrics.loss) and score > at.best_score):
         training.state.keep_as_best(score)
     at.begin_next_epoch()
@@ -187,7 +198,7 @@ def _run_epoch(training: _Training) -> None:
 
 def _train_epoch(training: _Training) -> None:
     at, inputs, options = training.at, training.inputs, training.options
-    batches = draw_batches(len(inputs.train), options.batch_size, options.seed, at.epoch)
+    batches = training.draw_batches(at.epoch)
     left = batches[at.batch :]
     inputs.train.epoch = at.epoch
     set_train_mode(training.backbone.model, training.freezing, update_batch_norm=options.batch_norm == "update")
@@ -234,9 +245,10 @@ def _step(training: _Training, images: torch.Tensor, labels: torch.Tensor, indic
 def _learn(training: _Training, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Leave the gradients of a batch's mean loss, and give each image's loss `[B]`; in parts where memory asks for it."""
     states = random_states()
+    weights = torch.from_numpy(training.class_weights).to(images.device) if training.options.balance == "weights" else None
 
     def work(part: torch.Tensor, part_labels: torch.Tensor) -> torch.Tensor:
-        losses = nn.functional.cross_entropy(training.network(training.inputs.prepare(part)), part_labels, reduction="none")
+        losses = image_losses(training.network(training.inputs.prepare(part)), part_labels, class_weights=weights)
         loss = losses.sum() / len(labels)
         if torch.isfinite(loss):
             training.fabric.backward(loss)
@@ -293,7 +305,7 @@ def _preflight(training: _Training) -> None:
     inputs, options, model = training.inputs, training.options, training.backbone.model
     changing = changing_tensors(model, training.freezing)
     check_disk(training.monitor.run_dir, options.repository, changing, _num_bytes(model.state_dict()))
-    batches = draw_batches(len(inputs.train), options.batch_size, options.seed, 1)
+    batches = training.draw_batches(1)
     set_train_mode(model, training.freezing, update_batch_norm=options.batch_norm == "update")
     optimizer = torch.optim.AdamW(_groups(training.backbone, options), fused=True)
     images, labels = next(iter(_load(training, batches[:1])))
@@ -348,6 +360,10 @@ def _groups(backbone: Backbone, options: Options) -> list[dict[str, object]]:
         backbone_lr=options.backbone_lr,
         weight_decay=options.weight_decay,
     )
+
+
+def _labels(splits: Splits) -> Labels:
+    return np.array([sample.label for sample in splits.train], np.int64)
 
 
 def _num_batches(inputs: Inputs, options: Options) -> int:
