@@ -143,6 +143,16 @@ class Options(BackboneOptions):
             "them equally often, and the probe is weighted"
         ),
     ] = "none"
+    label_smoothing: Annotated[
+        float, Field(ge=0, lt=1, description="part of every label that gradient epochs spread over all classes; 0: off")
+    ] = 0.0
+    mix: Annotated[
+        Literal["none", "mixup", "cutmix", "both"],
+        Field(
+            description="gradient epochs learn from blends of two images and of their labels. mixup: one fades into the other (or their "
+            "activations do, where they are kept at the freeze boundary). cutmix: a part of one is pasted into the other. both: by turns"
+        ),
+    ] = "none"
     augment: Annotated[
         Literal["none", "light", "flip"],
         Field(description="light: shifted and scaled crops. flip: mirrored too (not for digits or letters). none: the plain crop"),
@@ -199,6 +209,20 @@ class Options(BackboneOptions):
             raise ValueError(f"--preflight: it tries gradient epochs, and {way_out}")
         if self.balance == "sampler":
             raise ValueError(f"--balance sampler: it draws the batches of gradient epochs, and {way_out}, or --balance weights")
+        for name in ("label_smoothing", "mix"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{_flag(name)} {getattr(self, name)}: it is for gradient epochs, and {way_out}")
+        return self
+
+    @model_validator(mode="after")
+    def _there_is_something_to_mix(self) -> Self:
+        if self.mix in ("cutmix", "both") and self.freeze.startswith("until:") and self.cache:
+            raise ValueError(
+                f"--mix {self.mix}: it pastes pixels, and --freeze {self.freeze} learns from activations kept at {self.freeze[6:]}; "
+                "say --mix mixup, which blends activations too, or --no-cache, which runs the frozen layers anew in each epoch"
+            )
+        if self.mix != "none" and self.batch_size == 1:
+            raise ValueError(f"--mix {self.mix}: it blends the images of a batch, and --batch-size 1 has only one; say 2 or more")
         return self
 
     @property

@@ -25,6 +25,7 @@ from finetune.evaluate import Metrics, evaluate
 from finetune.inputs import Batch, Inputs, open_inputs
 from finetune.loss import image_losses
 from finetune.memory import is_out_of_memory, run_in_parts
+from finetune.mix import Mix, build_mix
 from finetune.monitor import Monitor
 from finetune.preflight import check_disk, check_learning, estimate_time, warn_if_starved
 from finetune.probe import Floats, Labels, Probe
@@ -58,6 +59,7 @@ class _Training:
     fabric: Fabric
     precision: str
     class_weights: Floats
+    mix: Mix
     network: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
@@ -148,6 +150,7 @@ def _run_epochs(
         fabric=fabric,
         precision=precision,
         class_weights=class_weights(_labels(splits), len(splits.label_names)),
+        mix=build_mix(options.mix, len(splits.label_names)),
         network=network,
         optimizer=optimizer,
         schedule=schedule,
@@ -209,7 +212,7 @@ def _train_epoch(training: _Training) -> None:
             asked = time.perf_counter()
             images, labels = next(loaded)
             waited = time.perf_counter() - asked
-            loss = _step(training, images, labels, indices)
+            loss = _step(training, *training.mix(images, labels), indices)
             training.monitor.scalar("train/loss", loss, at.step)
             for group in training.optimizer.param_groups:
                 training.monitor.scalar(f"rate/{group['name']}", group["lr"], at.step)
@@ -225,9 +228,9 @@ def _train_epoch(training: _Training) -> None:
             _stop_if_asked(training)
 
 
-def _step(training: _Training, images: torch.Tensor, labels: torch.Tensor, indices: list[int]) -> float:
+def _step(training: _Training, images: torch.Tensor, targets: torch.Tensor, indices: list[int]) -> float:
     """One step of the optimizer; gives the batch's loss before it. Raises BrokenLossError."""
-    losses = _learn(training, images, labels)
+    losses = _learn(training, images, targets)
     loss = losses.mean().item()
     norm = math.nan
     if math.isfinite(loss):
@@ -242,14 +245,18 @@ def _step(training: _Training, images: torch.Tensor, labels: torch.Tensor, indic
     return loss
 
 
-def _learn(training: _Training, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Leave the gradients of a batch's mean loss, and give each image's loss `[B]`; in parts where memory asks for it."""
-    states = random_states()
-    weights = torch.from_numpy(training.class_weights).to(images.device) if training.options.balance == "weights" else None
+def _learn(training: _Training, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Leave the gradients of a batch's mean loss, and give each image's loss `[B]`; in parts where memory asks for it.
 
-    def work(part: torch.Tensor, part_labels: torch.Tensor) -> torch.Tensor:
-        losses = image_losses(training.network(training.inputs.prepare(part)), part_labels, class_weights=weights)
-        loss = losses.sum() / len(labels)
+    `targets` are labels `[B]`, or shares of classes `[B,C]`.
+    """
+    states, options = random_states(), training.options
+    weights = torch.from_numpy(training.class_weights).to(images.device) if options.balance == "weights" else None
+
+    def work(part: torch.Tensor, part_targets: torch.Tensor) -> torch.Tensor:
+        logits = training.network(training.inputs.prepare(part))
+        losses = image_losses(logits, part_targets, class_weights=weights, label_smoothing=options.label_smoothing)
+        loss = losses.sum() / len(targets)
         if torch.isfinite(loss):
             training.fabric.backward(loss)
         return losses.detach().float()
@@ -258,7 +265,7 @@ def _learn(training: _Training, images: torch.Tensor, labels: torch.Tensor) -> t
         training.optimizer.zero_grad(set_to_none=True)
         set_random_states(*states)
 
-    parts, training.at.train_at_once = run_in_parts(images, labels, training.at.train_at_once, work, undo)
+    parts, training.at.train_at_once = run_in_parts(images, targets, training.at.train_at_once, work, undo)
     return torch.cat(parts)
 
 
