@@ -153,6 +153,15 @@ class Options(BackboneOptions):
             "activations do, where they are kept at the freeze boundary). cutmix: a part of one is pasted into the other. both: by turns"
         ),
     ] = "none"
+    ema: Annotated[
+        float,
+        Field(
+            ge=0,
+            lt=1,
+            description="decay of a moving average of the weights over the steps, such as 0.99: the average is validated and published; "
+            "0: off",
+        ),
+    ] = 0.0
     augment: Annotated[
         Literal["none", "light", "flip"],
         Field(description="light: shifted and scaled crops. flip: mirrored too (not for digits or letters). none: the plain crop"),
@@ -209,7 +218,7 @@ class Options(BackboneOptions):
             raise ValueError(f"--preflight: it tries gradient epochs, and {way_out}")
         if self.balance == "sampler":
             raise ValueError(f"--balance sampler: it draws the batches of gradient epochs, and {way_out}, or --balance weights")
-        for name in ("label_smoothing", "mix"):
+        for name in ("label_smoothing", "mix", "ema"):
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{_flag(name)} {getattr(self, name)}: it is for gradient epochs, and {way_out}")
         return self

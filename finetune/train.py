@@ -17,6 +17,7 @@ from lightning_fabric import Fabric
 from torch import nn
 from torch.utils.data import DataLoader
 
+from finetune.average import Average
 from finetune.balance import class_weights
 from finetune.broken_batch import BrokenLossError, keep_broken_batch
 from finetune.config import Options
@@ -30,7 +31,8 @@ from finetune.monitor import Monitor
 from finetune.preflight import check_disk, check_learning, estimate_time, warn_if_starved
 from finetune.probe import Floats, Labels, Probe
 from finetune.resume import TRAINING_FILE, event_sizes
-from finetune.state import Progress, StateFile, TrainingState, changing_tensors, draw_batches, random_states, set_random_states
+from finetune.state import Progress, StateFile, TrainingState, draw_batches, random_states, set_random_states
+from finetune.tensors import changing_tensors
 from finetune.terminal import progress_bar, stop_softly
 from models.backbone import Backbone
 from models.boundary import TrainablePart
@@ -137,7 +139,8 @@ def _run_epochs(
         return event_sizes(monitor.run_dir)
 
     source = f"activations at {inputs.network.boundary}" if isinstance(inputs.network, TrainablePart) else "crops"
-    state = TrainingState(backbone.model, freezing, adamw, schedule, Progress(options.batch_size, 2 * options.batch_size))
+    average = Average(changing_tensors(backbone.model, freezing), options.ema) if options.ema else None
+    state = TrainingState(backbone.model, freezing, adamw, schedule, Progress(options.batch_size, 2 * options.batch_size), average)
     fixed = {"what the epochs read": source, "the precision": precision}
     state_file = StateFile(state_path, state, minutes=options.save_minutes, fixed=fixed, flush=flush)
     training = _Training(
@@ -242,6 +245,8 @@ def _step(training: _Training, images: torch.Tensor, targets: torch.Tensor, indi
         raise _broken(training, loss, norm, losses, indices)
     training.optimizer.step()
     training.optimizer.zero_grad(set_to_none=True)
+    if training.state.average is not None:
+        training.state.average.update(training.at.step + 1)
     return loss
 
 
@@ -283,6 +288,7 @@ def _broken(training: _Training, loss: float, norm: float, losses: torch.Tensor,
 
 
 def _validate(training: _Training) -> Metrics:
+    """Metrics on the validation images of the network, or of its average where there is one."""
     at, inputs = training.at, training.inputs
     training.network.eval()
     all_logits, all_labels = [], []
@@ -291,12 +297,20 @@ def _validate(training: _Training) -> Metrics:
         logits: torch.Tensor = training.network(inputs.prepare(images)).float().cpu()
         return logits
 
-    with torch.inference_mode(), _reading(_load_val(training)) as loaded:
+    average = training.state.average
+    with (
+        contextlib.nullcontext() if average is None else average.in_place(),
+        torch.inference_mode(),
+        _reading(_load_val(training)) as loaded,
+    ):
         for images, labels in loaded:
             parts, at.val_at_once = run_in_parts(images, labels, at.val_at_once, work)
             all_logits += parts
             all_labels.append(labels.cpu())
-            _stop_if_asked(training)
+            if training.stop_asked() is not None:
+                break
+    # Not before the network is its own again: this saves it.
+    _stop_if_asked(training)
     return evaluate(torch.cat(all_logits).numpy(), torch.cat(all_labels).numpy())
 
 
@@ -311,7 +325,8 @@ def _preflight(training: _Training) -> None:
     """Raise GraftError where it can be known now that the run will come to nothing."""
     inputs, options, model = training.inputs, training.options, training.backbone.model
     changing = changing_tensors(model, training.freezing)
-    check_disk(training.monitor.run_dir, options.repository, changing, _num_bytes(model.state_dict()))
+    model_bytes = _num_bytes(model.state_dict())
+    check_disk(training.monitor.run_dir, options.repository, changing, model_bytes, has_average=training.state.average is not None)
     batches = training.draw_batches(1)
     set_train_mode(model, training.freezing, update_batch_norm=options.batch_norm == "update")
     optimizer = torch.optim.AdamW(_groups(training.backbone, options), fused=True)
