@@ -162,6 +162,18 @@ class Options(BackboneOptions):
             "0: off",
         ),
     ] = 0.0
+    gradual: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="of what is not frozen, head and last stage train first, and every so many epochs the stage before them joins; 0: "
+            "all of it from the start",
+        ),
+    ] = 0
+    layer_decay: Annotated[
+        float,
+        Field(gt=0, le=1, description="rate of each stage of the backbone over that of the next one, such as 0.7; 1: all have the same"),
+    ] = 1.0
     augment: Annotated[
         Literal["none", "light", "flip"],
         Field(description="light: shifted and scaled crops. flip: mirrored too (not for digits or letters). none: the plain crop"),
@@ -218,7 +230,7 @@ class Options(BackboneOptions):
             raise ValueError(f"--preflight: it tries gradient epochs, and {way_out}")
         if self.balance == "sampler":
             raise ValueError(f"--balance sampler: it draws the batches of gradient epochs, and {way_out}, or --balance weights")
-        for name in ("label_smoothing", "mix", "ema"):
+        for name in ("label_smoothing", "mix", "ema", "gradual", "layer_decay"):
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{_flag(name)} {getattr(self, name)}: it is for gradient epochs, and {way_out}")
         return self

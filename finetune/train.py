@@ -28,6 +28,7 @@ from finetune.loss import image_losses
 from finetune.memory import is_out_of_memory, run_in_parts
 from finetune.mix import Mix, build_mix
 from finetune.monitor import Monitor
+from finetune.optimize import build_groups, open_stages, rate_share, say_stages
 from finetune.preflight import check_disk, check_learning, estimate_time, warn_if_starved
 from finetune.probe import Floats, Labels, Probe
 from finetune.resume import TRAINING_FILE, event_sizes
@@ -38,13 +39,11 @@ from models.backbone import Backbone
 from models.boundary import TrainablePart
 from models.engine import supports_bf16
 from models.errors import GraftError
-from models.freezing import Freezing, FrozenDriftError, freeze, parameter_groups, prove_frozen, set_train_mode
+from models.freezing import Freezing, FrozenDriftError, freeze, prove_frozen, set_train_mode
 from models.prepared import resolve_device
 
 logger = logging.getLogger("graft.train")
 
-# The share of all steps over which the rates rise to their peak; from there they follow a cosine to zero.
-_WARMUP_FRACTION = 0.1
 _MAX_GRADIENT_NORM = 1.0
 
 
@@ -127,12 +126,14 @@ def _run_epochs(
     stop_asked: Callable[[], KeyboardInterrupt | None],
 ) -> TrainingState:
     """All epochs, or those that a saved state has left; gives the state after them."""
-    adamw = torch.optim.AdamW(_groups(backbone, options), fused=True)
+    adamw = torch.optim.AdamW(build_groups(backbone, options), fused=True)
     network, optimizer = fabric.setup(inputs.network, adamw)
     num_steps = options.epochs * _num_batches(inputs, options)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, num_steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_share(step, num_steps))
     num_trainable = sum(parameter.numel() for parameter in backbone.model.parameters() if parameter.requires_grad)
     logger.info("training %s parameters in %s, %d tensors frozen", f"{num_trainable:,}", precision, freezing.num_frozen_tensors)
+    if options.gradual:
+        say_stages(backbone, freezing, options)
 
     def flush() -> dict[str, int]:
         monitor.flush()
@@ -203,12 +204,12 @@ def _run_epoch(training: _Training) -> None:
 
 
 def _train_epoch(training: _Training) -> None:
-    at, inputs, options = training.at, training.inputs, training.options
+    at, inputs = training.at, training.inputs
     batches = training.draw_batches(at.epoch)
     left = batches[at.batch :]
     inputs.train.epoch = at.epoch
-    set_train_mode(training.backbone.model, training.freezing, update_batch_norm=options.batch_norm == "update")
-    bar = progress_bar(f"epoch {at.epoch}/{options.epochs}", sum(map(len, batches)))
+    _set_train_mode(training)
+    bar = progress_bar(f"epoch {at.epoch}/{training.options.epochs}", sum(map(len, batches)))
     with bar as advance, _reading(_load(training, left)) as loaded:
         advance(sum(map(len, batches[: at.batch])))
         for indices in left:
@@ -229,6 +230,11 @@ def _train_epoch(training: _Training) -> None:
             advance(len(labels))
             training.state_file.save_if_due()
             _stop_if_asked(training)
+
+
+def _set_train_mode(training: _Training) -> None:
+    frozen_now = open_stages(training.backbone, training.freezing, training.options, max(1, training.at.epoch))
+    set_train_mode(training.backbone.model, frozen_now, update_batch_norm=training.options.batch_norm == "update")
 
 
 def _step(training: _Training, images: torch.Tensor, targets: torch.Tensor, indices: list[int]) -> float:
@@ -328,8 +334,8 @@ def _preflight(training: _Training) -> None:
     model_bytes = _num_bytes(model.state_dict())
     check_disk(training.monitor.run_dir, options.repository, changing, model_bytes, has_average=training.state.average is not None)
     batches = training.draw_batches(1)
-    set_train_mode(model, training.freezing, update_batch_norm=options.batch_norm == "update")
-    optimizer = torch.optim.AdamW(_groups(training.backbone, options), fused=True)
+    optimizer = torch.optim.AdamW(build_groups(training.backbone, options), fused=True)
+    _set_train_mode(training)
     images, labels = next(iter(_load(training, batches[:1])))
     step_seconds = check_learning(lambda: float(_learn(training, images, labels).mean()), optimizer, changing)
     num_val_batches = math.ceil(len(inputs.val) / (2 * options.batch_size))
@@ -374,16 +380,6 @@ def _reading(loader: DataLoader[Batch]) -> Iterator[Iterator[tuple[torch.Tensor,
         batches.close()
 
 
-def _groups(backbone: Backbone, options: Options) -> list[dict[str, object]]:
-    return parameter_groups(
-        backbone.model,
-        backbone.classifier,
-        head_lr=options.lr,
-        backbone_lr=options.backbone_lr,
-        weight_decay=options.weight_decay,
-    )
-
-
 def _labels(splits: Splits) -> Labels:
     return np.array([sample.label for sample in splits.train], np.int64)
 
@@ -415,14 +411,6 @@ def _report_epoch(monitor: Monitor, at: Progress, metrics: Metrics) -> None:
         warn_if_starved(waiting)
     for tag, value in curves.items():
         monitor.scalar(tag, value, at.epoch)
-
-
-def _rate(step: int, num_steps: int) -> float:
-    """The share of the peak rate at a step: linear warm-up, then cosine."""
-    num_warmup = max(1, round(num_steps * _WARMUP_FRACTION))
-    if step < num_warmup:
-        return (step + 1) / (num_warmup + 1)
-    return 0.5 * (1 + math.cos(math.pi * (step - num_warmup) / max(1, num_steps - num_warmup)))
 
 
 def _precision(options: Options, device: str) -> str:
