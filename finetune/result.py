@@ -16,6 +16,13 @@ from finetune.verdict import Verdict
 from models.engine import EngineInfo
 from models.prepared import PreparedBackbone
 
+# What shapes a probe, and what shapes the gradient epochs besides.
+_PROBE_OPTIONS = ("balance", "augment", "views")
+_EPOCH_OPTIONS = (
+    *("epochs", "batch_size", "lr", "backbone_lr", "weight_decay", "batch_norm"),
+    *("label_smoothing", "mix", "ema", "gradual", "layer_decay"),
+)
+
 
 @dataclass(frozen=True)
 class Head:
@@ -55,6 +62,13 @@ class Result:
     def freeze(self) -> str:
         """The policy of the published model: where the probe won, its backbone is frozen whatever was asked for."""
         return "backbone" if self.verdict is not None and self.verdict.publishes == "probe" else self.options.freeze
+
+    @property
+    def trained_with(self) -> str:
+        """The options that shaped the published model and are not at their defaults, as flags."""
+        is_probe = self.freeze == "backbone"
+        chosen = self.options.model_dump(include={*_PROBE_OPTIONS, *(() if is_probe else _EPOCH_OPTIONS)}, exclude_defaults=True)
+        return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in chosen.items()) or "the default options"
 
     def to_dict(self) -> dict[str, Any]:
         """As metrics.json holds it."""
