@@ -281,9 +281,13 @@ def read_outcome(run_dir: Path, repository: Path, version: int) -> dict[str, Any
 
 
 def test_a_run_killed_again_and_again_ends_as_one_that_never_was(tmp_path: Path, arguments: list[str], run_forked: RunForked) -> None:
-    """Without the cache, so that processes decode images, and outlive the killed one. Three times; GRAFT_KILLS=20 asks for more."""
+    """With every option, and without the cache, so that processes decode images, and outlive the killed one.
+
+    Three times; GRAFT_KILLS=20 asks for more.
+    """
     num_kills = int(os.environ.get("GRAFT_KILLS", "3"))
-    arguments = " ".join(arguments).replace("--epochs 3 ", f"--epochs {max(3, num_kills)} ").split()
+    every_option = "--balance sampler --label-smoothing 0.1 --mix mixup --ema 0.6 --gradual 1 --layer-decay 0.5"
+    arguments = f"{' '.join(arguments)} {every_option}".replace("--epochs 3 ", f"--epochs {max(3, num_kills)} ").split()
     generator = random.Random(num_kills)
 
     def finetune(given: list[str], points: int = 0) -> tuple[int, str]:
