@@ -158,7 +158,8 @@ def _fit(options: Options, loaded: Splits, duplicates: Duplicates, monitor: Moni
         trained_engine.close()
         trained_logits = _compute_logits(trained_head, features)
         seconds = {"probe_seconds": at[2] - at[1], "train_seconds": time.perf_counter() - at[4]}
-        verdict = compare_with_probe(logits["val"], trained_logits["val"], labels["val"], **seconds)
+        weights = None if options.balance == "none" else class_weights(labels["val"], len(splits.label_names))
+        verdict = compare_with_probe(logits["val"], trained_logits["val"], labels["val"], class_weights=weights, **seconds)
         logger.info("%s", verdict)
         if verdict.publishes == "fine-tuned":
             backbone, engine, head, logits = trained, trained_engine, trained_head, trained_logits

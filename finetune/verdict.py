@@ -13,7 +13,8 @@ from finetune.probe import Floats, Labels
 
 @dataclass(frozen=True)
 class Verdict:
-    """Validation accuracies of both, the 95 % interval of their difference over the images, and what each cost.
+    """Validation accuracies of both (`is_balanced`: the means of their classes' recalls), the 95 % interval of their difference over the
+    images, and what each cost.
 
     The epoch was chosen on the same images, which flatters the fine-tuned model a little; the probe wins a tie, also because models of
     one frozen backbone are served together for the price of one.
@@ -24,6 +25,7 @@ class Verdict:
     interval: Interval
     probe_seconds: float
     train_seconds: float
+    is_balanced: bool = False
 
     @property
     def publishes(self) -> str:
@@ -32,6 +34,7 @@ class Verdict:
     def to_dict(self) -> dict[str, Any]:
         return {
             "published": self.publishes,
+            "by": "balanced_accuracy" if self.is_balanced else "accuracy",
             "probe_accuracy": self.probe_accuracy,
             "fine_tuned_accuracy": self.tuned_accuracy,
             "difference": self.tuned_accuracy - self.probe_accuracy,
@@ -51,17 +54,28 @@ class Verdict:
             outcome = "a tie, so the probe is published"
         return (
             f"fine-tuned {self.tuned_accuracy:.4f} in {self.train_seconds:.0f} s, probe {self.probe_accuracy:.4f} in "
-            f"{self.probe_seconds:.1f} s: {difference:+.1f} points (95%: {low:+.1f} to {high:+.1f}): {outcome}"
+            f"{self.probe_seconds:.1f} s: {difference:+.1f} points{' of balanced accuracy' if self.is_balanced else ''} "
+            f"(95%: {low:+.1f} to {high:+.1f}): {outcome}"
         )
 
 
 def compare_with_probe(
-    probe_logits: Floats, tuned_logits: Floats, labels: Labels, *, probe_seconds: float, train_seconds: float
+    probe_logits: Floats,
+    tuned_logits: Floats,
+    labels: Labels,
+    *,
+    class_weights: Floats | None = None,
+    probe_seconds: float,
+    train_seconds: float,
 ) -> Verdict:
-    """The paired bootstrap of logits `[N,C]` of the same N validation images."""
-    probe_right, tuned_right = (logits.argmax(axis=1) == labels for logits in (probe_logits, tuned_logits))
-    gained, lost = int((tuned_right & ~probe_right).sum()), int((probe_right & ~tuned_right).sum())
-    # All that the difference depends on is how many images each one alone gets right.
-    draws = draw_counts(np.array([gained, lost, len(labels) - gained - lost]))
-    differences = (draws[:, 0] - draws[:, 1]) / len(labels)
-    return Verdict(float(probe_right.mean()), float(tuned_right.mean()), Interval.of(differences), probe_seconds, train_seconds)
+    """The paired bootstrap of logits `[N,C]` of the same N validation images.
+
+    With their own `class_weights` `[C]`, an image counts as much as its class is rare: accuracies are balanced.
+    """
+    weights = np.ones(len(labels)) if class_weights is None else class_weights[labels].astype(np.float64)
+    probe_right, tuned_right = (weights * (logits.argmax(axis=1) == labels) for logits in (probe_logits, tuned_logits))
+    # All that the difference depends on is how many images give how much to it.
+    gains, counts = np.unique(tuned_right - probe_right, return_counts=True)
+    differences = draw_counts(counts) @ gains / len(labels)
+    accuracies = float(probe_right.mean()), float(tuned_right.mean())
+    return Verdict(*accuracies, Interval.of(differences), probe_seconds, train_seconds, class_weights is not None)
