@@ -39,6 +39,7 @@ pipeline_tag: image-classification
 | pretrained weights | {backbone.weights} |
 | licence of the weights | {backbone.license or "not known; ask whoever made them"} |
 | frozen | `--freeze {result.freeze}` |
+| trained with | {result.trained_with} |
 | data | `{options.data}`: {sizes} |
 | audit of the data | {result.audit.summary} |
 | input | {backbone.preprocess.width}x{backbone.preprocess.height}, {backbone.preprocess.interpolation} |

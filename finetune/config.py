@@ -137,6 +137,44 @@ class Options(BackboneOptions):
             "(for images far from the pretraining's, with large batches)"
         ),
     ] = "keep"
+    balance: Annotated[
+        Literal["none", "weights", "sampler"],
+        Field(
+            description="for uneven classes. weights: the loss weighs each class the same, the probe's too. sampler: gradient epochs draw "
+            "them equally often, and the probe is weighted"
+        ),
+    ] = "none"
+    label_smoothing: Annotated[
+        float, Field(ge=0, lt=1, description="part of every label that gradient epochs spread over all classes; 0: off")
+    ] = 0.0
+    mix: Annotated[
+        Literal["none", "mixup", "cutmix", "both"],
+        Field(
+            description="gradient epochs learn from blends of two images and of their labels. mixup: one fades into the other (or their "
+            "activations do, where they are kept at the freeze boundary). cutmix: a part of one is pasted into the other. both: by turns"
+        ),
+    ] = "none"
+    ema: Annotated[
+        float,
+        Field(
+            ge=0,
+            lt=1,
+            description="decay of a moving average of the weights over the steps, such as 0.99: the average is validated and published; "
+            "0: off",
+        ),
+    ] = 0.0
+    gradual: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="of what is not frozen, head and last stage train first, and every so many epochs the stage before them joins; 0: "
+            "all of it from the start",
+        ),
+    ] = 0
+    layer_decay: Annotated[
+        float,
+        Field(gt=0, le=1, description="rate of each stage of the backbone over that of the next one, such as 0.7; 1: all have the same"),
+    ] = 1.0
     augment: Annotated[
         Literal["none", "light", "flip"],
         Field(description="light: shifted and scaled crops. flip: mirrored too (not for digits or letters). none: the plain crop"),
@@ -185,9 +223,28 @@ class Options(BackboneOptions):
         return self
 
     @model_validator(mode="after")
-    def _preflight_has_something_to_look_at(self) -> Self:
-        if self.preflight and self.freeze == "backbone" and self.resume is None:
-            raise ValueError("--preflight: it tries gradient epochs, and --freeze backbone has none; say --freeze until:NAME or none")
+    def _gradient_epochs_are_there_where_they_are_spoken_of(self) -> Self:
+        if self.freeze != "backbone" or self.resume is not None:
+            return self
+        way_out = "--freeze backbone has none; say --freeze until:NAME or none"
+        if self.preflight:
+            raise ValueError(f"--preflight: it tries gradient epochs, and {way_out}")
+        if self.balance == "sampler":
+            raise ValueError(f"--balance sampler: it draws the batches of gradient epochs, and {way_out}, or --balance weights")
+        for name in ("label_smoothing", "mix", "ema", "gradual", "layer_decay"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{_flag(name)} {getattr(self, name)}: it is for gradient epochs, and {way_out}")
+        return self
+
+    @model_validator(mode="after")
+    def _there_is_something_to_mix(self) -> Self:
+        if self.mix in ("cutmix", "both") and self.freeze.startswith("until:") and self.cache:
+            raise ValueError(
+                f"--mix {self.mix}: it pastes pixels, and --freeze {self.freeze} learns from activations kept at {self.freeze[6:]}; "
+                "say --mix mixup, which blends activations too, or --no-cache, which runs the frozen layers anew in each epoch"
+            )
+        if self.mix != "none" and self.batch_size == 1:
+            raise ValueError(f"--mix {self.mix}: it blends the images of a batch, and --batch-size 1 has only one; say 2 or more")
         return self
 
     @property

@@ -233,6 +233,7 @@ def _making(result: Result) -> str:
         ("pretrained weights", backbone.weights),
         ("licence of the weights", backbone.license or "not known; ask whoever made them"),
         ("frozen", f"--freeze {result.freeze}"),
+        ("trained with", result.trained_with),
         ("data", result.options.data),
         ("audit of the data", result.audit.summary),
         ("input", f"{preprocess.width}x{preprocess.height}, {preprocess.interpolation}"),

@@ -18,6 +18,13 @@ from finetune.verdict import Verdict
 from models.engine import EngineInfo
 from models.prepared import PreparedBackbone
 
+# What shapes a probe, and what shapes the gradient epochs besides.
+_PROBE_OPTIONS = ("balance", "augment", "views")
+_EPOCH_OPTIONS = (
+    *("epochs", "batch_size", "lr", "backbone_lr", "weight_decay", "batch_norm"),
+    *("label_smoothing", "mix", "ema", "gradual", "layer_decay"),
+)
+
 
 @dataclass(frozen=True)
 class Head:
@@ -80,6 +87,13 @@ class Result:
         if isinstance(self.calibration, LabelCalibration):
             return describe_thresholds(self.calibration)
         return describe_unsure(self.calibration)
+
+    @property
+    def trained_with(self) -> str:
+        """The options that shaped the published model and are not at their defaults, as flags."""
+        is_probe = self.freeze == "backbone"
+        chosen = self.options.model_dump(include={*_PROBE_OPTIONS, *(() if is_probe else _EPOCH_OPTIONS)}, exclude_defaults=True)
+        return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in chosen.items()) or "the default options"
 
     def to_dict(self) -> dict[str, Any]:
         """As metrics.json holds it."""

@@ -33,6 +33,7 @@ import numpy as np
 import numpy.typing as npt
 
 from finetune.audit import inspect, write_audit
+from finetune.balance import class_weights, say_if_uneven
 from finetune.broken_batch import FOLDER as BROKEN_BATCH_DIR
 from finetune.calibration import Calibrated, Calibration, calibrate_probe, calibrate_trained
 from finetune.card import write_card
@@ -90,6 +91,7 @@ def run(options: Options) -> Path:
         options = read_options(options)
     run_dir = options.resume
     splits, duplicates = load_lasting_splits(options, restore=None if run_dir is None else functools.partial(restore_splits, run_dir))
+    _check_task(options, splits)
     _log_splits(options, splits)
     run_dir = run_dir or _make_run_dir(options)
     try:
@@ -161,7 +163,8 @@ def _fit(options: Options, loaded: Splits, duplicates: Duplicates, monitor: Moni
         trained_engine.close()
         trained_logits = _compute_logits(trained_head, features)
         seconds = {"probe_seconds": at[2] - at[1], "train_seconds": time.perf_counter() - at[4]}
-        verdict = compare_with_probe(logits["val"], trained_logits["val"], labels["val"], **seconds)
+        weights = None if options.balance == "none" else class_weights(labels["val"], len(splits.label_names))
+        verdict = compare_with_probe(logits["val"], trained_logits["val"], labels["val"], class_weights=weights, **seconds)
         logger.info("%s", verdict)
         if verdict.publishes == "fine-tuned":
             backbone, engine, head, logits = trained, trained_engine, trained_head, trained_logits
@@ -246,10 +249,21 @@ def _say_audit(audit: Audit, paths: tuple[Path, Path], options: Options) -> None
         logger.info("audit: look at %s", paths[1])
 
 
+def _check_task(options: Options, splits: Splits) -> None:
+    """Raise GraftError for an option that means nothing where images have several labels."""
+    for name in ("balance", "mix", "label_smoothing"):
+        value = getattr(options, name)
+        if splits.is_multi_label and value != type(options).model_fields[name].default:
+            flag = f"--{name.replace('_', '-')}"
+            raise GraftError(f"{flag} {value}: it is for one label an image, and {options.data} has a column labels; leave it out")
+
+
 def _log_splits(options: Options, splits: Splits) -> None:
     sizes = ", ".join(f"{len(samples):,} {split}" for split, samples in splits.named())
     classes = "labels, any number an image" if splits.is_multi_label else "classes"
     logger.info("%s: %d %s, images: %s", options.data, len(splits.label_names), classes, sizes)
+    if options.balance == "none" and not splits.is_multi_label:
+        say_if_uneven(splits.labels(splits.train), splits.label_names)
 
 
 def _make_run_dir(options: Options) -> Path:
@@ -282,11 +296,13 @@ def _write(path: Path, text: str) -> None:
 def _solve(features: Features, labels: Labels, num_classes: int, options: Options) -> Probe:
     """The probe on all views of the training images, or on the plain ones alone where cross-validation finds that as good."""
     num_views = len(features) // max(1, len(labels))
-    plain = solve_probe(features[: len(labels)], labels, num_classes, seed=options.seed)
+    # Balanced drawing comes to the same, and full batches need no luck.
+    weights = None if options.balance == "none" else class_weights(labels, num_classes)
+    plain = solve_probe(features[: len(labels)], labels, num_classes, seed=options.seed, class_weights=weights)
     if num_views == 1:
         return plain
-    augmented = solve_probe(features, labels, num_classes, seed=options.seed, num_views=num_views)
-    losses = [log_loss(probe.out_of_fold_logits, labels) for probe in (plain, augmented)]
+    augmented = solve_probe(features, labels, num_classes, seed=options.seed, num_views=num_views, class_weights=weights)
+    losses = [log_loss(probe.out_of_fold_logits, labels, weights) for probe in (plain, augmented)]
     helps = losses[1] < losses[0]
     verdict = "they help" if helps else "they do not help, and the plain crop alone is used"
     logger.info("%d views: out-of-fold log loss %.4f, without %.4f: %s", num_views, losses[1], losses[0], verdict)

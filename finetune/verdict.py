@@ -34,8 +34,9 @@ class Verdict:
     def to_dict(self) -> dict[str, Any]:
         return {
             "published": self.publishes,
-            f"probe_{self.metric}": self.probe_accuracy,
-            f"fine_tuned_{self.metric}": self.tuned_accuracy,
+            "by": self.metric,
+            f"probe_{self.metric.removeprefix('balanced_')}": self.probe_accuracy,
+            f"fine_tuned_{self.metric.removeprefix('balanced_')}": self.tuned_accuracy,
             "difference": self.tuned_accuracy - self.probe_accuracy,
             "interval": self.interval.to_list(),
             "probe_seconds": self.probe_seconds,
@@ -51,24 +52,37 @@ class Verdict:
             outcome = "the probe is better and is published"
         else:
             outcome = "a tie, so the probe is published"
+        of_what = "" if self.metric == "accuracy" else f" of {self.metric.replace('_', ' ')}"
         return (
             f"fine-tuned {self.tuned_accuracy:.4f} in {self.train_seconds:.0f} s, probe {self.probe_accuracy:.4f} in "
-            f"{self.probe_seconds:.1f} s: {difference:+.1f} points (95%: {low:+.1f} to {high:+.1f}): {outcome}"
+            f"{self.probe_seconds:.1f} s: {difference:+.1f} points{of_what} "
+            f"(95%: {low:+.1f} to {high:+.1f}): {outcome}"
         )
 
 
 def compare_with_probe(
-    probe_logits: Floats, tuned_logits: Floats, labels: Labels, *, probe_seconds: float, train_seconds: float
+    probe_logits: Floats,
+    tuned_logits: Floats,
+    labels: Labels,
+    *,
+    class_weights: Floats | None = None,
+    probe_seconds: float,
+    train_seconds: float,
 ) -> Verdict:
-    """The paired bootstrap of logits `[N,C]` of the same N validation images; with labels `[N,C]`, of the mean average precision."""
+    """The paired bootstrap of logits `[N,C]` of the same N validation images; with labels `[N,C]`, of the mean average precision.
+
+    With their own `class_weights` `[C]`, an image counts as much as its class is rare: accuracies are balanced.
+    """
     if labels.ndim == 2:
-        weights = draw_weights(len(labels), num_resamples(labels))
-        means = [mean_of_present(measure_average_precision(logits, labels, weights)) for logits in (probe_logits, tuned_logits)]
+        drawn = draw_weights(len(labels), num_resamples(labels))
+        means = [mean_of_present(measure_average_precision(logits, labels, drawn)) for logits in (probe_logits, tuned_logits)]
         scores = [evaluate_labels(logits, labels, logits >= 0).score for logits in (probe_logits, tuned_logits)]
         return Verdict(scores[0], scores[1], Interval.of(means[1] - means[0]), probe_seconds, train_seconds, "mean_average_precision")
-    probe_right, tuned_right = (logits.argmax(axis=1) == labels for logits in (probe_logits, tuned_logits))
-    gained, lost = int((tuned_right & ~probe_right).sum()), int((probe_right & ~tuned_right).sum())
-    # All that the difference depends on is how many images each one alone gets right.
-    draws = draw_counts(np.array([gained, lost, len(labels) - gained - lost]))
-    differences = (draws[:, 0] - draws[:, 1]) / len(labels)
-    return Verdict(float(probe_right.mean()), float(tuned_right.mean()), Interval.of(differences), probe_seconds, train_seconds)
+    weights = np.ones(len(labels)) if class_weights is None else class_weights[labels].astype(np.float64)
+    probe_right, tuned_right = (weights * (logits.argmax(axis=1) == labels) for logits in (probe_logits, tuned_logits))
+    # All that the difference depends on is how many images give how much to it.
+    gains, counts = np.unique(tuned_right - probe_right, return_counts=True)
+    differences = draw_counts(counts) @ gains / len(labels)
+    accuracies = float(probe_right.mean()), float(tuned_right.mean())
+    metric = "accuracy" if class_weights is None else "balanced_accuracy"
+    return Verdict(*accuracies, Interval.of(differences), probe_seconds, train_seconds, metric)

@@ -19,9 +19,10 @@ from PIL import Image
 from finetune.config import Options
 from finetune.data import NO_LABEL, EncodedImage, Sample, Splits
 from finetune.evaluate import evaluate
+from finetune.loss import label_losses
 from finetune.resume import Choices, keep_choices, lock, restore_splits
 from finetune.run import run
-from finetune.train import _losses, train
+from finetune.train import train
 from models.checkpoint import load_checkpoint
 from models.errors import GraftError
 from tests import tiny
@@ -174,7 +175,16 @@ def test_a_resumed_run_has_its_own_labels(tmp_path: Path) -> None:
 def test_the_loss_of_an_image_is_the_mean_of_its_labels() -> None:
     logits, labels = torch.tensor([[2.0, -1.0], [0.0, 0.0]]), torch.tensor([[1.0, 1.0], [0.0, 1.0]])
     expected = -(labels * torch.sigmoid(logits).log() + (1 - labels) * (1 - torch.sigmoid(logits)).log()).mean(dim=1)
-    assert torch.allclose(_losses(logits, labels, is_multi_label=True), expected)
+    assert torch.allclose(label_losses(logits, labels), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "more"),
+    [("balance", "weights", {}), ("label_smoothing", 0.1, {"freeze": "none"}), ("mix", "mixup", {"freeze": "none"})],
+)
+def test_what_single_labels_alone_have_is_refused(finetune: Finetune, name: str, value: object, more: dict[str, Any]) -> None:
+    with pytest.raises(GraftError, match=f"--{name.replace('_', '-')} {value}: it is for one label an image"):
+        finetune(**{name: value}, **more)
 
 
 def test_comparing_backbones_says_why_not(labelled: Path, tmp_path: Path) -> None:
