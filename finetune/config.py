@@ -136,6 +136,13 @@ class Options(BackboneOptions):
             "(for images far from the pretraining's, with large batches)"
         ),
     ] = "keep"
+    head_init: Annotated[
+        str,
+        Field(
+            description="what the head is when gradient epochs begin. probe: as the probe solved it. zeros: nothing. "
+            "package.module:function: as your function leaves it, which nn.Module.apply calls with it"
+        ),
+    ] = "probe"
     augment: Annotated[
         Literal["none", "light", "flip"],
         Field(description="light: shifted and scaled crops. flip: mirrored too (not for digits or letters). none: the plain crop"),
@@ -177,6 +184,21 @@ class Options(BackboneOptions):
     def _name_fits_a_folder(cls, name: str | None) -> str | None:
         return None if name is None else check_name(name)
 
+    @field_validator("head_init")
+    @classmethod
+    def _head_init_is_known(cls, head_init: str) -> str:
+        if head_init not in ("probe", "zeros") and not re.fullmatch(r"[\w.]+:\w+", head_init):
+            raise ValueError("it must be probe, zeros or package.module:function")
+        return head_init
+
+    @model_validator(mode="after")
+    def _head_init_has_epochs_to_begin(self) -> Self:
+        if self.head_init != "probe" and self.freeze == "backbone" and self.resume is None:
+            raise ValueError(
+                f"--head-init {self.head_init}: --freeze backbone solves the head, from no beginning; say --freeze until:NAME or none"
+            )
+        return self
+
     @model_validator(mode="after")
     def _int8_fits_the_policy(self) -> Self:
         if self.precision == "int8" and self.freeze != "backbone":
@@ -188,6 +210,11 @@ class Options(BackboneOptions):
         if self.preflight and self.freeze == "backbone" and self.resume is None:
             raise ValueError("--preflight: it tries gradient epochs, and --freeze backbone has none; say --freeze until:NAME or none")
         return self
+
+    @property
+    def first_head(self) -> str:
+        """What gradient epochs begin with, in words."""
+        return "the probe's head" if self.head_init == "probe" else f"the head of --head-init {self.head_init}"
 
     @property
     def model_name(self) -> str:

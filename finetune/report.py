@@ -229,6 +229,7 @@ def _making(result: Result) -> str:
         ("pretrained weights", backbone.weights),
         ("licence of the weights", backbone.license or "not known; ask whoever made them"),
         ("frozen", f"--freeze {result.freeze}"),
+        *([("training began from", result.options.first_head)] if result.best_epoch is not None else []),
         ("data", result.options.data),
         ("audit of the data", result.audit.summary),
         ("input", f"{preprocess.width}x{preprocess.height}, {preprocess.interpolation}"),

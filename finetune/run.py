@@ -67,6 +67,7 @@ from finetune.verdict import compare_with_probe
 from models.checkpoint import FORMAT_VERSION, Golden, publish
 from models.engine import Features
 from models.errors import GraftError
+from models.named import import_named
 from models.prepared import PreparedBackbone
 
 logger = logging.getLogger("graft.run")
@@ -85,6 +86,8 @@ def run(options: Options) -> Path:
     started = time.perf_counter()
     if options.resume is not None:
         options = read_options(options)
+    if ":" in options.head_init:
+        import_named("--head-init", options.head_init)  # known to be wrong before any work
     run_dir = options.resume
     splits, duplicates = load_lasting_splits(options, restore=None if run_dir is None else functools.partial(restore_splits, run_dir))
     _log_splits(options, splits)

@@ -21,6 +21,7 @@ from finetune.broken_batch import BrokenLossError, keep_broken_batch
 from finetune.config import Options
 from finetune.data import Splits
 from finetune.evaluate import Metrics, evaluate
+from finetune.head import start_head
 from finetune.inputs import Batch, Inputs, open_inputs
 from finetune.memory import is_out_of_memory, run_in_parts
 from finetune.monitor import Monitor
@@ -82,7 +83,7 @@ def train(
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     fabric = Fabric(accelerator=device, devices=1, precision="bf16-mixed" if precision == "bf16" else "32-true")
     fabric.seed_everything(options.seed, verbose=False)
-    _set_head(backbone, probe)
+    start_head(backbone, probe, options.head_init)
     freezing = freeze(backbone.model, options.freeze, backbone.classifier, backbone.module_prefix)
     state_path = None if state_dir is None else state_dir / TRAINING_FILE
     try:
@@ -90,7 +91,7 @@ def train(
         with contextlib.closing(opened) as inputs, stop_softly() as stop_asked:
             state = _run_epochs(backbone, freezing, splits, inputs, options, monitor, fabric, precision, state_path, stop_asked)
         if state.progress.best_epoch == 0:
-            logger.info("no epoch validated better than the probe: the probe is kept")
+            logger.info("no epoch validated better than %s, which is kept", options.first_head)
         state.restore_best()
         backbone.model.eval()
         prove_frozen(backbone.model, freezing)
@@ -176,7 +177,7 @@ def _run_epoch(training: _Training) -> None:
     if at.epoch > 0:
         _train_epoch(training)
     metrics = _validate(training)
-    _report_epoch(training.monitor, at, metrics)
+    _report_epoch(training, metrics)
     score = (metrics.accuracy, -metrics.loss)
     if at.epoch == 0 or (math.isfinite(metrics.loss) and score > at.best_score):
         training.state.keep_as_best(score)
@@ -358,10 +359,12 @@ def _num_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def _report_epoch(monitor: Monitor, at: Progress, metrics: Metrics) -> None:
+def _report_epoch(training: _Training, metrics: Metrics) -> None:
+    at = training.at
     curves = {"epoch/val_loss": metrics.loss, "epoch/val_accuracy": metrics.accuracy}
     if at.epoch == 0:
-        logger.info("epoch 0, the probe's head: val loss %.3f, val accuracy %.4f", metrics.loss, metrics.accuracy)
+        start = training.options.first_head
+        logger.info("epoch 0, %s: val loss %.3f, val accuracy %.4f", start, metrics.loss, metrics.accuracy)
     else:
         train_loss, speed, waiting = float(np.mean(at.losses)), at.num_images / at.seconds, at.waiting_seconds / at.seconds
         curves |= {"epoch/train_loss": train_loss, "train/images_per_second": speed, "train/waiting_for_data": waiting}
@@ -376,7 +379,7 @@ def _report_epoch(monitor: Monitor, at: Progress, metrics: Metrics) -> None:
         )
         warn_if_starved(waiting)
     for tag, value in curves.items():
-        monitor.scalar(tag, value, at.epoch)
+        training.monitor.scalar(tag, value, at.epoch)
 
 
 def _rate(step: int, num_steps: int) -> float:
@@ -392,9 +395,3 @@ def _precision(options: Options, device: str) -> str:
     if options.precision in ("fp32", "bf16"):
         return options.precision
     return "bf16" if device == "cuda" or supports_bf16() else "fp32"
-
-
-def _set_head(backbone: Backbone, probe: Probe) -> None:
-    with torch.no_grad():
-        backbone.head.weight.copy_(torch.from_numpy(probe.weight))
-        backbone.head.bias.copy_(torch.from_numpy(probe.bias))
