@@ -23,6 +23,7 @@ from finetune.data import Splits
 from finetune.evaluate import Metrics, evaluate
 from finetune.head import start_head
 from finetune.inputs import Batch, Inputs, open_inputs
+from finetune.inside import Inside
 from finetune.memory import is_out_of_memory, run_in_parts
 from finetune.monitor import Monitor
 from finetune.preflight import check_disk, check_learning, estimate_time, warn_if_starved
@@ -61,6 +62,7 @@ class _Training:
     schedule: torch.optim.lr_scheduler.LRScheduler
     state: TrainingState
     state_file: StateFile
+    inside: Inside
     stop_asked: Callable[[], KeyboardInterrupt | None]
 
     @property
@@ -144,6 +146,7 @@ def _run_epochs(
         schedule=schedule,
         state=state,
         state_file=state_file,
+        inside=Inside(backbone, freezing, options, monitor),
         stop_asked=stop_asked,
     )
     if state_file.load():
@@ -217,17 +220,19 @@ def _train_epoch(training: _Training) -> None:
 
 def _step(training: _Training, images: torch.Tensor, labels: torch.Tensor, indices: list[int]) -> float:
     """One step of the optimizer; gives the batch's loss before it. Raises BrokenLossError."""
-    losses = _learn(training, images, labels)
-    loss = losses.mean().item()
-    norm = math.nan
-    if math.isfinite(loss):
-        limited = training.fabric.clip_gradients(
-            training.network, training.optimizer, max_norm=_MAX_GRADIENT_NORM, error_if_nonfinite=False
-        )
-        norm = float(limited)
-    if not math.isfinite(norm):
-        raise _broken(training, loss, norm, losses, indices)
-    training.optimizer.step()
+    with training.inside.watch(training.at) as see_gradients:
+        losses = _learn(training, images, labels)
+        loss = losses.mean().item()
+        norm = math.nan
+        if math.isfinite(loss):
+            see_gradients()
+            limited = training.fabric.clip_gradients(
+                training.network, training.optimizer, max_norm=_MAX_GRADIENT_NORM, error_if_nonfinite=False
+            )
+            norm = float(limited)
+        if not math.isfinite(norm):
+            raise _broken(training, images, labels, loss, norm, losses, indices)
+        training.optimizer.step()
     training.optimizer.zero_grad(set_to_none=True)
     return loss
 
@@ -251,16 +256,20 @@ def _learn(training: _Training, images: torch.Tensor, labels: torch.Tensor) -> t
     return torch.cat(parts)
 
 
-def _broken(training: _Training, loss: float, norm: float, losses: torch.Tensor, indices: list[int]) -> BrokenLossError:
+def _broken(
+    training: _Training, images: torch.Tensor, labels: torch.Tensor, loss: float, norm: float, losses: torch.Tensor, indices: list[int]
+) -> BrokenLossError:
     at, options = training.at, training.options
     rate = training.optimizer.param_groups[0]["lr"]
     what = f"the gradient is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
     samples = [training.splits.train[index] for index in indices]
     kept = keep_broken_batch(training.monitor.run_dir, samples, training.splits.label_names, losses.tolist(), training.backbone.preprocess)
+    training.optimizer.zero_grad(set_to_none=True)  # the limit on their norm has made all of them NaN
+    where = training.inside.find_broken(lambda: _learn(training, images, labels))
     fp32 = ", or say --precision fp32" if training.precision == "bf16" else ""
     return BrokenLossError(
         f"epoch {at.epoch}, step {at.step}: {what} at a rate of {rate:.1e}; lower --lr and --backbone-lr, to a tenth for a start "
-        f"(now {options.lr:.1e} and {options.backbone_lr:.1e}){fp32}; {kept}"
+        f"(now {options.lr:.1e} and {options.backbone_lr:.1e}){fp32}{where}; {kept}"
     )
 
 
