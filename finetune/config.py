@@ -168,6 +168,13 @@ class Options(BackboneOptions):
     save_minutes: Annotated[
         float, Field(ge=0, allow_inf_nan=False, description="gradient epochs are saved for --resume this often, and after each epoch")
     ] = 10.0
+    explain: Annotated[
+        Literal["auto", "yes", "no"],
+        Field(
+            description="pictures of where the network looked for its worst mistakes (Grad-CAM), and thumbnails in TensorBoard's "
+            "projector. auto: after gradient epochs; a probe would take seconds longer, for it needs no torch"
+        ),
+    ] = "auto"
     preflight: Annotated[
         bool,
         Field(
@@ -215,6 +222,11 @@ class Options(BackboneOptions):
     def first_head(self) -> str:
         """What gradient epochs begin with, in words."""
         return "the probe's head" if self.head_init == "probe" else f"the head of --head-init {self.head_init}"
+
+    @property
+    def explains(self) -> bool:
+        """Whether seconds are spent on pictures of where the network looked, and on thumbnails."""
+        return self.explain == "yes" or (self.explain == "auto" and self.freeze != "backbone")
 
     @property
     def model_name(self) -> str:

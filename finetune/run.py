@@ -43,9 +43,10 @@ from finetune.files import write_whole
 from finetune.findings import Audit
 from finetune.learning_curve import measure_learning_curve
 from finetune.monitor import Monitor
-from finetune.plots import Mistake, draw_confusion, draw_mistakes
+from finetune.plots import Mistake, draw_confusion, draw_heat, draw_mistakes
 from finetune.precision import Chosen, choose_engine, compare_with_fp32
 from finetune.probe import Floats, Labels, Probe, log_loss, softmax, solve_probe
+from finetune.projector import write_projector
 from finetune.report import write_report
 from finetune.result import Head, Result
 from finetune.resume import (
@@ -117,6 +118,8 @@ def _run_in(run_dir: Path, options: Options, splits: Splits, duplicates: Duplica
         golden = _choose_golden(result)
         checkpoint = (find_published(options, run_dir) if options.resume else None) or _publish(result, golden, run_dir)
         mistakes = _worst_mistakes(result)
+        if mistakes and options.explains:
+            mistakes = _explain(result, mistakes)
         _show_in_tensorboard(monitor, result, mistakes)
     result.seconds["total"] = time.perf_counter() - started
     result.splits.write_csv(run_dir / "splits.csv")
@@ -156,14 +159,14 @@ def _fit(options: Options, loaded: Splits, duplicates: Duplicates, monitor: Moni
     if options.freeze != "backbone":
         trained, trained_head, best_epoch = _train(options, splits, probe, monitor, scratch)
         trained_engine = open_engine(trained, options)
-        splits, features = extract_splits(splits, trained, trained_engine, options, only=("val", "test"), keep=False)
+        splits, trained_features = extract_splits(splits, trained, trained_engine, options, only=("val", "test"), keep=False)
         trained_engine.close()
-        trained_logits = _compute_logits(trained_head, features)
+        trained_logits = _compute_logits(trained_head, trained_features)
         seconds = {"probe_seconds": at[2] - at[1], "train_seconds": time.perf_counter() - at[4]}
         verdict = compare_with_probe(logits["val"], trained_logits["val"], labels["val"], **seconds)
         logger.info("%s", verdict)
         if verdict.publishes == "fine-tuned":
-            backbone, engine, head, logits = trained, trained_engine, trained_head, trained_logits
+            backbone, engine, head, logits, features = trained, trained_engine, trained_head, trained_logits, trained_features
     at.append(time.perf_counter())
     if backbone is chosen.backbone:
         calibration, calibrated = calibrate_probe(probe, labels["train"], logits, labels, options.coverage)
@@ -183,6 +186,7 @@ def _fit(options: Options, loaded: Splits, duplicates: Duplicates, monitor: Moni
         l2=probe.l2,
         learning_curve=learning_curve,
         val_logits=logits["val"],
+        val_features=features["val"],
         audit=audit,
         best_epoch=best_epoch,
         verdict=verdict,
@@ -363,6 +367,9 @@ def _show_in_tensorboard(monitor: Monitor, result: Result, mistakes: Sequence[Mi
     val = result.metrics["val"]
     monitor.image("val/confusion", draw_confusion(val, label_names))
     monitor.image("val/worst_mistakes", draw_mistakes(mistakes))
+    if explained := [replace(mistake, crop=mistake.looked_at) for mistake in mistakes if mistake.looked_at is not None]:
+        monitor.image("val/worst_mistakes_looked_at", draw_mistakes(explained))
+    write_projector(monitor.run_dir, result, with_thumbnails=result.options.explains)
     monitor.scalar("probe/accuracy", result.probe_metrics.accuracy)
     final = {"val/accuracy": val.accuracy, "val/macro_f1": val.macro_f1, "val/loss": val.loss}
     monitor.options(result.options.model_dump(mode="json"), final)
@@ -385,6 +392,21 @@ def _worst_mistakes(result: Result) -> list[Mistake]:
         )
         for index in worst
     ]
+
+
+def _explain(result: Result, mistakes: Sequence[Mistake]) -> list[Mistake]:
+    """The same, each with a picture of where the network looked; without where that cannot be had."""
+    # Imported here: torch and captum take longer to import than a probe to solve.
+    from finetune.explain import explain
+
+    names = result.splits.label_names
+    answers = [names.index(mistake.predicted) for mistake in mistakes]
+    try:
+        heats = explain(result.backbone, result.head, [mistake.crop for mistake in mistakes], answers)
+    except GraftError as error:
+        logger.warning("no pictures of where the network looked: %s", error)
+        return list(mistakes)
+    return [replace(mistake, looked_at=draw_heat(mistake.crop, heat)) for mistake, heat in zip(mistakes, heats, strict=True)]
 
 
 def _write_example(run_dir: Path, splits: Splits) -> Path:
