@@ -175,6 +175,13 @@ class Options(BackboneOptions):
         float,
         Field(gt=0, le=1, description="rate of each stage of the backbone over that of the next one, such as 0.7; 1: all have the same"),
     ] = 1.0
+    head_init: Annotated[
+        str,
+        Field(
+            description="what the head is when gradient epochs begin. probe: as the probe solved it. zeros: nothing. "
+            "package.module:function: as your function leaves it, which nn.Module.apply calls with it"
+        ),
+    ] = "probe"
     augment: Annotated[
         Literal["none", "light", "flip"],
         Field(description="light: shifted and scaled crops. flip: mirrored too (not for digits or letters). none: the plain crop"),
@@ -200,6 +207,13 @@ class Options(BackboneOptions):
     save_minutes: Annotated[
         float, Field(ge=0, allow_inf_nan=False, description="gradient epochs are saved for --resume this often, and after each epoch")
     ] = 10.0
+    explain: Annotated[
+        Literal["auto", "yes", "no"],
+        Field(
+            description="pictures of where the network looked for its worst mistakes (Grad-CAM), and thumbnails in TensorBoard's "
+            "projector. auto: after gradient epochs; a probe would take seconds longer, for it needs no torch"
+        ),
+    ] = "auto"
     preflight: Annotated[
         bool,
         Field(
@@ -215,6 +229,21 @@ class Options(BackboneOptions):
     @classmethod
     def _name_fits_a_folder(cls, name: str | None) -> str | None:
         return None if name is None else check_name(name)
+
+    @field_validator("head_init")
+    @classmethod
+    def _head_init_is_known(cls, head_init: str) -> str:
+        if head_init not in ("probe", "zeros") and not re.fullmatch(r"[\w.]+:\w+", head_init):
+            raise ValueError("it must be probe, zeros or package.module:function")
+        return head_init
+
+    @model_validator(mode="after")
+    def _head_init_has_epochs_to_begin(self) -> Self:
+        if self.head_init != "probe" and self.freeze == "backbone" and self.resume is None:
+            raise ValueError(
+                f"--head-init {self.head_init}: --freeze backbone solves the head, from no beginning; say --freeze until:NAME or none"
+            )
+        return self
 
     @model_validator(mode="after")
     def _int8_fits_the_policy(self) -> Self:
@@ -246,6 +275,16 @@ class Options(BackboneOptions):
         if self.mix != "none" and self.batch_size == 1:
             raise ValueError(f"--mix {self.mix}: it blends the images of a batch, and --batch-size 1 has only one; say 2 or more")
         return self
+
+    @property
+    def first_head(self) -> str:
+        """What gradient epochs begin with, in words."""
+        return "the probe's head" if self.head_init == "probe" else f"the head of --head-init {self.head_init}"
+
+    @property
+    def explains(self) -> bool:
+        """Whether seconds are spent on pictures of where the network looked, and on thumbnails."""
+        return self.explain == "yes" or (self.explain == "auto" and self.freeze != "backbone")
 
     @property
     def model_name(self) -> str:

@@ -17,6 +17,7 @@ from finetune.evaluate import AnyMetrics, Metrics, tabulate
 from finetune.plots import Mistake
 from finetune.result import Result
 from finetune.thresholds import LabelCalibrated
+from models.preprocess import Pixels
 
 # A matrix of more classes is too wide to read; the most confused pairs are listed in any case.
 _MAX_MATRIX = 30
@@ -65,7 +66,7 @@ svg .ring { fill: var(--ground); stroke: var(--faint); stroke-width: 1.5; }
 svg .line { fill: none; stroke: var(--accent); stroke-width: 2; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); gap: 1rem; }
 figure { margin: 0; }
-figure img { display: block; width: 100%; border-radius: .35rem; }
+figure img { display: block; width: 100%; border-radius: .35rem; margin-bottom: .25rem; }
 figcaption { font-size: .8rem; line-height: 1.35; overflow-wrap: anywhere; }
 figcaption b { color: var(--ink); font-weight: 600; }
 pre { background: var(--card); border-radius: .5rem; padding: .75rem 1rem; overflow-x: auto; }
@@ -207,12 +208,14 @@ def _mistakes(mistakes: Sequence[Mistake]) -> str:
     if not mistakes:
         return "<p>None on val.</p>"
     drawn = (
-        f"<figure><img alt='' title='{escape(mistake.key)}' src='{_to_uri(mistake)}'><figcaption><b>{escape(mistake.true)}</b>, answered "
+        f"<figure>{_pictures(mistake)}<figcaption><b>{escape(mistake.true)}</b>, answered "
         f"<b>{escape(mistake.predicted)}</b> at {mistake.score:.0%}<br>{escape(_shorten(mistake.key))}</figcaption></figure>"
         for mistake in mistakes
     )
-    words = "<p class='faint'>The wrong answers of highest score on val, as the model sees the images.</p>"
-    return f"{words}<div class='pictures'>{''.join(drawn)}</div>"
+    words = "The wrong answers of highest score on val, as the model sees the images."
+    if any(mistake.looked_at is not None for mistake in mistakes):
+        words += " Below each, where it looked: the redder a place, the more it spoke for the wrong answer (Grad-CAM)."
+    return f"<p class='faint'>{words}</p><div class='pictures'>{''.join(drawn)}</div>"
 
 
 def _shorten(key: str) -> str:
@@ -220,9 +223,14 @@ def _shorten(key: str) -> str:
     return "/".join(key.split("/")[-2:])
 
 
-def _to_uri(mistake: Mistake) -> str:
+def _pictures(mistake: Mistake) -> str:
+    crops = (crop for crop in (mistake.crop, mistake.looked_at) if crop is not None)
+    return "".join(f"<img alt='' title='{escape(mistake.key)}' src='{_to_uri(crop)}'>" for crop in crops)
+
+
+def _to_uri(crop: Pixels) -> str:
     buffer = io.BytesIO()
-    Image.fromarray(mistake.crop).save(buffer, "JPEG", quality=85)
+    Image.fromarray(crop).save(buffer, "JPEG", quality=85)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
@@ -234,6 +242,7 @@ def _making(result: Result) -> str:
         ("licence of the weights", backbone.license or "not known; ask whoever made them"),
         ("frozen", f"--freeze {result.freeze}"),
         ("trained with", result.trained_with),
+        *([("training began from", result.options.first_head)] if result.best_epoch is not None else []),
         ("data", result.options.data),
         ("audit of the data", result.audit.summary),
         ("input", f"{preprocess.width}x{preprocess.height}, {preprocess.interpolation}"),

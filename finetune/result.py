@@ -39,7 +39,7 @@ class Result:
     """`metrics` and `calibrated` are of the published model by split, "val" always among them; `probe_metrics` of the probe on "val".
 
     `why_precision` says what spoke for the engine's. `best_epoch` and `verdict` are None for a run without gradient epochs; the epoch
-    is 0 where none of them was better than the probe.
+    is 0 where none of them was better than the probe. `val_logits` `[N,C]` and `val_features` `[N,F]` are the published model's.
     """
 
     options: Options
@@ -55,6 +55,7 @@ class Result:
     l2: float
     learning_curve: LearningCurve
     val_logits: Floats
+    val_features: Floats
     audit: Audit
     best_epoch: int | None
     verdict: Verdict | None

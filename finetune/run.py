@@ -46,9 +46,10 @@ from finetune.files import write_whole
 from finetune.findings import Audit
 from finetune.learning_curve import measure_learning_curve
 from finetune.monitor import Monitor
-from finetune.plots import Mistake, draw_confusion, draw_mistakes
+from finetune.plots import Mistake, draw_confusion, draw_heat, draw_mistakes
 from finetune.precision import Chosen, choose_engine, compare_with_fp32
 from finetune.probe import Floats, Labels, Probe, log_loss, softmax, solve_probe
+from finetune.projector import write_projector
 from finetune.report import write_report
 from finetune.result import Head, Result
 from finetune.resume import (
@@ -71,6 +72,7 @@ from finetune.verdict import compare_with_probe
 from models.checkpoint import FORMAT_VERSION, Golden, publish, sigmoid
 from models.engine import Features
 from models.errors import GraftError
+from models.named import import_named
 from models.prepared import PreparedBackbone
 
 logger = logging.getLogger("graft.run")
@@ -89,6 +91,8 @@ def run(options: Options) -> Path:
     started = time.perf_counter()
     if options.resume is not None:
         options = read_options(options)
+    if ":" in options.head_init:
+        import_named("--head-init", options.head_init)  # known to be wrong before any work
     run_dir = options.resume
     splits, duplicates = load_lasting_splits(options, restore=None if run_dir is None else functools.partial(restore_splits, run_dir))
     _check_task(options, splits)
@@ -119,6 +123,8 @@ def _run_in(run_dir: Path, options: Options, splits: Splits, duplicates: Duplica
         golden = _choose_golden(result)
         checkpoint = (find_published(options, run_dir) if options.resume else None) or _publish(result, golden, run_dir)
         mistakes = _worst_mistakes(result)
+        if mistakes and options.explains:
+            mistakes = _explain(result, mistakes)
         _show_in_tensorboard(monitor, result, mistakes)
     result.seconds["total"] = time.perf_counter() - started
     result.splits.write_csv(run_dir / "splits.csv")
@@ -159,15 +165,15 @@ def _fit(options: Options, loaded: Splits, duplicates: Duplicates, monitor: Moni
     if options.freeze != "backbone":
         trained, trained_head, best_epoch = _train(options, splits, probe, monitor, scratch)
         trained_engine = open_engine(trained, options)
-        splits, features = extract_splits(splits, trained, trained_engine, options, only=("val", "test"), keep=False)
+        splits, trained_features = extract_splits(splits, trained, trained_engine, options, only=("val", "test"), keep=False)
         trained_engine.close()
-        trained_logits = _compute_logits(trained_head, features)
+        trained_logits = _compute_logits(trained_head, trained_features)
         seconds = {"probe_seconds": at[2] - at[1], "train_seconds": time.perf_counter() - at[4]}
         weights = None if options.balance == "none" else class_weights(labels["val"], len(splits.label_names))
         verdict = compare_with_probe(logits["val"], trained_logits["val"], labels["val"], class_weights=weights, **seconds)
         logger.info("%s", verdict)
         if verdict.publishes == "fine-tuned":
-            backbone, engine, head, logits = trained, trained_engine, trained_head, trained_logits
+            backbone, engine, head, logits, features = trained, trained_engine, trained_head, trained_logits, trained_features
     at.append(time.perf_counter())
     calibration, calibrated = _calibrate(probe if backbone is chosen.backbone else None, logits, labels, options)
     return Result(
@@ -184,6 +190,7 @@ def _fit(options: Options, loaded: Splits, duplicates: Duplicates, monitor: Moni
         l2=probe.l2,
         learning_curve=learning_curve,
         val_logits=logits["val"],
+        val_features=features["val"],
         audit=audit,
         best_epoch=best_epoch,
         verdict=verdict,
@@ -400,6 +407,9 @@ def _show_in_tensorboard(monitor: Monitor, result: Result, mistakes: Sequence[Mi
     if isinstance(val, Metrics):
         monitor.image("val/confusion", draw_confusion(val, label_names))
     monitor.image("val/worst_mistakes", draw_mistakes(mistakes))
+    if explained := [replace(mistake, crop=mistake.looked_at) for mistake in mistakes if mistake.looked_at is not None]:
+        monitor.image("val/worst_mistakes_looked_at", draw_mistakes(explained))
+    write_projector(monitor.run_dir, result, with_thumbnails=result.options.explains)
     monitor.scalar(f"probe/{result.metric}", result.probe_metrics.score)
     final = {f"val/{result.metric}": val.score, "val/macro_f1": val.macro_f1, "val/loss": val.loss}
     monitor.options(result.options.model_dump(mode="json"), final)
@@ -421,6 +431,7 @@ def _worst_mistakes(result: Result) -> list[Mistake]:
             splits.label_names[predicted[index]],
             float(scores[index, predicted[index]]),
             splits.val[index].key,
+            label=int(predicted[index]),
         )
         for index in worst
     ]
@@ -441,10 +452,25 @@ def _worst_decisions(result: Result, calibration: LabelCalibration) -> list[Mist
             f"not {names[worst[index]]}" if has_label[index, worst[index]] else names[worst[index]],
             float(wrongness[index, worst[index]]),
             splits.val[index].key,
+            label=int(worst[index]),
         )
         for index in order
         if wrongness[index].any()
     ]
+
+
+def _explain(result: Result, mistakes: Sequence[Mistake]) -> list[Mistake]:
+    """The same, each with a picture of where the network looked; without where that cannot be had."""
+    # Imported here: torch and captum take longer to import than a probe to solve.
+    from finetune.explain import explain
+
+    answers = [mistake.label for mistake in mistakes]
+    try:
+        heats = explain(result.backbone, result.head, [mistake.crop for mistake in mistakes], answers)
+    except GraftError as error:
+        logger.warning("no pictures of where the network looked: %s", error)
+        return list(mistakes)
+    return [replace(mistake, looked_at=draw_heat(mistake.crop, heat)) for mistake, heat in zip(mistakes, heats, strict=True)]
 
 
 def _write_example(run_dir: Path, splits: Splits) -> Path:

@@ -23,7 +23,9 @@ from finetune.broken_batch import BrokenLossError, keep_broken_batch
 from finetune.config import Options
 from finetune.data import Splits
 from finetune.evaluate import AnyMetrics, Metrics, evaluate
+from finetune.head import start_head
 from finetune.inputs import Batch, Inputs, open_inputs
+from finetune.inside import Inside
 from finetune.loss import image_losses, label_losses
 from finetune.memory import is_out_of_memory, run_in_parts
 from finetune.mix import Mix, build_mix
@@ -66,6 +68,7 @@ class _Training:
     schedule: torch.optim.lr_scheduler.LRScheduler
     state: TrainingState
     state_file: StateFile
+    inside: Inside
     stop_asked: Callable[[], KeyboardInterrupt | None]
 
     @property
@@ -94,7 +97,7 @@ def train(
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     fabric = Fabric(accelerator=device, devices=1, precision="bf16-mixed" if precision == "bf16" else "32-true")
     fabric.seed_everything(options.seed, verbose=False)
-    _set_head(backbone, probe)
+    start_head(backbone, probe, options.head_init)
     freezing = freeze(backbone.model, options.freeze, backbone.classifier, backbone.module_prefix)
     state_path = None if state_dir is None else state_dir / TRAINING_FILE
     try:
@@ -102,7 +105,7 @@ def train(
         with contextlib.closing(opened) as inputs, stop_softly() as stop_asked:
             state = _run_epochs(backbone, freezing, splits, inputs, options, monitor, fabric, precision, state_path, stop_asked)
         if state.progress.best_epoch == 0:
-            logger.info("no epoch validated better than the probe: the probe is kept")
+            logger.info("no epoch validated better than %s, which is kept", options.first_head)
         state.restore_best()
         backbone.model.eval()
         prove_frozen(backbone.model, freezing)
@@ -160,6 +163,7 @@ def _run_epochs(
         schedule=schedule,
         state=state,
         state_file=state_file,
+        inside=Inside(backbone, freezing, options, monitor),
         stop_asked=stop_asked,
     )
     if state_file.load():
@@ -193,7 +197,7 @@ def _run_epoch(training: _Training) -> None:
     if at.epoch > 0:
         _train_epoch(training)
     metrics = _validate(training)
-    _report_epoch(training.monitor, at, metrics)
+    _report_epoch(training, metrics)
     goal = metrics.balanced_accuracy if isinstance(metrics, Metrics) and training.options.balance != "none" else metrics.score
     score = (goal, -metrics.loss)
     if at.epoch == 0 or (math.isfinite(metrics.loss) and score > at.best_score):
@@ -239,17 +243,19 @@ def _set_train_mode(training: _Training) -> None:
 
 def _step(training: _Training, images: torch.Tensor, targets: torch.Tensor, indices: list[int]) -> float:
     """One step of the optimizer; gives the batch's loss before it. Raises BrokenLossError."""
-    losses = _learn(training, images, targets)
-    loss = losses.mean().item()
-    norm = math.nan
-    if math.isfinite(loss):
-        limited = training.fabric.clip_gradients(
-            training.network, training.optimizer, max_norm=_MAX_GRADIENT_NORM, error_if_nonfinite=False
-        )
-        norm = float(limited)
-    if not math.isfinite(norm):
-        raise _broken(training, loss, norm, losses, indices)
-    training.optimizer.step()
+    with training.inside.watch(training.at) as see_gradients:
+        losses = _learn(training, images, targets)
+        loss = losses.mean().item()
+        norm = math.nan
+        if math.isfinite(loss):
+            see_gradients()
+            limited = training.fabric.clip_gradients(
+                training.network, training.optimizer, max_norm=_MAX_GRADIENT_NORM, error_if_nonfinite=False
+            )
+            norm = float(limited)
+        if not math.isfinite(norm):
+            raise _broken(training, images, targets, loss, norm, losses, indices)
+        training.optimizer.step()
     training.optimizer.zero_grad(set_to_none=True)
     if training.state.average is not None:
         training.state.average.update(training.at.step + 1)
@@ -283,16 +289,20 @@ def _learn(training: _Training, images: torch.Tensor, targets: torch.Tensor) -> 
     return torch.cat(parts)
 
 
-def _broken(training: _Training, loss: float, norm: float, losses: torch.Tensor, indices: list[int]) -> BrokenLossError:
+def _broken(
+    training: _Training, images: torch.Tensor, labels: torch.Tensor, loss: float, norm: float, losses: torch.Tensor, indices: list[int]
+) -> BrokenLossError:
     at, options = training.at, training.options
     rate = training.optimizer.param_groups[0]["lr"]
     what = f"the gradient is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
     samples = [training.splits.train[index] for index in indices]
     kept = keep_broken_batch(training.monitor.run_dir, samples, training.splits, losses.tolist(), training.backbone.preprocess)
+    training.optimizer.zero_grad(set_to_none=True)  # the limit on their norm has made all of them NaN
+    where = training.inside.find_broken(lambda: _learn(training, images, labels))
     fp32 = ", or say --precision fp32" if training.precision == "bf16" else ""
     return BrokenLossError(
         f"epoch {at.epoch}, step {at.step}: {what} at a rate of {rate:.1e}; lower --lr and --backbone-lr, to a tenth for a start "
-        f"(now {options.lr:.1e} and {options.backbone_lr:.1e}){fp32}; {kept}"
+        f"(now {options.lr:.1e} and {options.backbone_lr:.1e}){fp32}{where}; {kept}"
     )
 
 
@@ -397,11 +407,12 @@ def _num_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def _report_epoch(monitor: Monitor, at: Progress, metrics: AnyMetrics) -> None:
+def _report_epoch(training: _Training, metrics: AnyMetrics) -> None:
+    at = training.at
     attribute, name = next(iter(metrics.NAMES.items()))
     curves = {"epoch/val_loss": metrics.loss, f"epoch/val_{attribute}": metrics.score}
     if at.epoch == 0:
-        logger.info("epoch 0, the probe's head: val loss %.3f, val %s %.4f", metrics.loss, name, metrics.score)
+        logger.info("epoch 0, %s: val loss %.3f, val %s %.4f", training.options.first_head, metrics.loss, name, metrics.score)
     else:
         train_loss, speed, waiting = float(np.mean(at.losses)), at.num_images / at.seconds, at.waiting_seconds / at.seconds
         curves |= {"epoch/train_loss": train_loss, "train/images_per_second": speed, "train/waiting_for_data": waiting}
@@ -417,7 +428,7 @@ def _report_epoch(monitor: Monitor, at: Progress, metrics: AnyMetrics) -> None:
         )
         warn_if_starved(waiting)
     for tag, value in curves.items():
-        monitor.scalar(tag, value, at.epoch)
+        training.monitor.scalar(tag, value, at.epoch)
 
 
 def _precision(options: Options, device: str) -> str:
@@ -425,9 +436,3 @@ def _precision(options: Options, device: str) -> str:
     if options.precision in ("fp32", "bf16"):
         return options.precision
     return "bf16" if device == "cuda" or supports_bf16() else "fp32"
-
-
-def _set_head(backbone: Backbone, probe: Probe) -> None:
-    with torch.no_grad():
-        backbone.head.weight.copy_(torch.from_numpy(probe.weight))
-        backbone.head.bias.copy_(torch.from_numpy(probe.bias))

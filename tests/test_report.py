@@ -89,6 +89,7 @@ def make_result(num_classes: int = 3, *, is_trained: bool = False) -> Result:
         l2=probe.l2,
         learning_curve=measure_learning_curve(features, labels, probe, val_features, val_labels, seed=0),
         val_logits=logits,
+        val_features=val_features,
         audit=Audit((), {"val": (metrics.accuracy, metrics.accuracy)}, 100 * num_classes),
         best_epoch=3 if is_trained else None,
         verdict=verdict if is_trained else None,
