@@ -13,7 +13,6 @@ import logging
 import shlex
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -26,14 +25,16 @@ import numpy as np
 
 from finetune.audit_page import write_page
 from finetune.config import AuditOptions, name_of_data, parse_options
-from finetune.data import Sample, SplitName, Splits
+from finetune.data import Sample, SplitName, Splits, count_labels
 from finetune.duplicates import Duplicates
+from finetune.evaluate import evaluate
 from finetune.features import extract_splits, open_engine, prepare
 from finetune.findings import WORDING, Audit, Finding, Kind
-from finetune.mislabelled import confident_thresholds, judge_labels
-from finetune.probe import Floats, Labels, Probe, softmax, solve_probe
+from finetune.mislabelled import confident_thresholds, judge_label_rows, judge_labels
+from finetune.probe import Floats, Probe, softmax, solve_probe
 from finetune.split import load_lasting_splits
 from finetune.terminal import run_program
+from models.checkpoint import sigmoid
 from models.engine import Features
 from models.errors import GraftError
 from models.preprocess import ImageError, Preprocess
@@ -78,8 +79,8 @@ def audit(options: AuditOptions) -> Audit:
         engine = open_engine(backbone, options)
         splits, features = extract_splits(loaded, backbone, engine, lenient, check=False)
         engine.close()
-    labels = np.array([sample.label for sample in splits.train], np.int64)
-    if len(np.unique(labels)) < 2:
+    labels = splits.labels(splits.train)
+    if len(count_labels(splits.train)) < (1 if splits.is_multi_label else 2):
         raise GraftError(f"--data {options.data}: fewer than two classes have images to train on that can be read")
     probe = solve_probe(features["train"], labels, len(splits.label_names), seed=options.seed)
     found = inspect(loaded, splits, features, probe, duplicates, backbone.preprocess, min_images=options.min_images)
@@ -108,20 +109,22 @@ def inspect(
     accuracy: dict[SplitName, tuple[float, float | None]] = {}
     for split, samples in splits.named():
         if split != "train" and samples:
-            is_right = probe.logits(features[split]).argmax(axis=1) == _labels(samples)
+            logits, labels = probe.logits(features[split]), splits.labels(samples)
             is_clean = np.array([id(sample) not in leaked for sample in samples])
-            accuracy[split] = float(is_right.mean()), float(is_right[is_clean].mean()) if is_clean.any() else None
+            clean = evaluate(logits[is_clean], labels[is_clean]).score if labels[is_clean].size else None
+            accuracy[split] = evaluate(logits, labels).score, clean
     findings = [
         *_find_unreadable(loaded, splits, preprocess),
         *_find_small_classes(splits, min_images),
         *_find_wrong_extensions(splits),
         *copies,
-        *_find_wrong_labels(splits, features, probe),
+        *(_find_wrong_label_rows if splits.is_multi_label else _find_wrong_labels)(splits, features, probe),
         *_find_odd(splits, features),
     ]
     order = list(WORDING)
     findings.sort(key=lambda finding: (order.index(finding.kind), -(finding.score or 0)))
-    return Audit(tuple(findings), accuracy, sum(len(samples) for _, samples in loaded.named()))
+    metric = "mean average precision" if splits.is_multi_label else "accuracy"
+    return Audit(tuple(findings), accuracy, sum(len(samples) for _, samples in loaded.named()), metric)
 
 
 def write_audit(found: Audit, folder: Path, stem: str, data: str) -> tuple[Path, Path]:
@@ -144,7 +147,7 @@ def _find_unreadable(loaded: Splits, splits: Splits, preprocess: Preprocess) -> 
     for split, samples in loaded.named():
         for sample in samples:
             if sample.key not in read:
-                yield Finding("unreadable", split, loaded.label_names[sample.label], _why_unreadable(sample, preprocess), sample=sample)
+                yield Finding("unreadable", split, loaded.describe(sample), _why_unreadable(sample, preprocess), sample=sample)
 
 
 def _why_unreadable(sample: Sample, preprocess: Preprocess) -> str:
@@ -158,7 +161,7 @@ def _why_unreadable(sample: Sample, preprocess: Preprocess) -> str:
 
 
 def _find_small_classes(splits: Splits, min_images: int) -> Iterator[Finding]:
-    counts = {split: Counter(sample.label for sample in samples) for split, samples in splits.named()}
+    counts = {split: count_labels(samples) for split, samples in splits.named()}
     for label, name in enumerate(splits.label_names):
         for split, count in counts.items():
             if not count[label]:
@@ -179,12 +182,11 @@ def _find_wrong_extensions(splits: Splits) -> Iterator[Finding]:
             for magic, name, suffixes in _FORMATS:
                 if start.startswith(magic) and sample.image.suffix.lower() not in suffixes:
                     detail = f"named {sample.image.suffix}, but its content is {name}; rename it to {suffixes[0]}"
-                    yield Finding("wrong_extension", split, splits.label_names[sample.label], detail, sample=sample)
+                    yield Finding("wrong_extension", split, splits.describe(sample), detail, sample=sample)
 
 
 def _find_copies(splits: Splits, duplicates: Duplicates) -> Iterator[Finding]:
     """For each image with a copy before it: in an earlier split, which it leaks from, or else in its own."""
-    names = splits.label_names
     order: list[SplitName] = [split for split, _ in splits.named()]
     split_of = {id(sample): split for split, samples in splits.named() for sample in samples}
     for group in duplicates.groups:
@@ -198,26 +200,44 @@ def _find_copies(splits: Splits, duplicates: Duplicates) -> Iterator[Finding]:
             kind: Kind = "exact_duplicate" if is_exact else "near_duplicate"
             if other_split != split:
                 kind = "exact_leak" if is_exact else "near_leak"
-            but = "" if sample.label == other.label else f", but labelled {names[other.label]!r} there"
+            label, other_label = splits.describe(sample), splits.describe(other)
+            but = "" if label == other_label else f", but labelled {other_label!r} there"
             detail = f"the same {'file' if is_exact else 'picture'} as {other.key} in {other_split}{but}"
             similarity = duplicates.similarity(sample, other)
-            yield Finding(kind, split, names[sample.label], detail, similarity, sample, (other_split, names[other.label], other))
+            yield Finding(kind, split, label, detail, similarity, sample, (other_split, other_label, other))
 
 
 def _find_wrong_labels(splits: Splits, features: Mapping[SplitName, Features], probe: Probe) -> Iterator[Finding]:
     """By the probe's out-of-fold predictions on train, and by the probe itself on the splits that it did not see."""
     out_of_fold = softmax(probe.out_of_fold_logits / probe.temperature)
-    thresholds = confident_thresholds(out_of_fold, _labels(splits.train))
+    thresholds = confident_thresholds(out_of_fold, splits.labels(splits.train))
     for split, samples in splits.named():
         if not samples:
             continue
         held_out = out_of_fold if split == "train" else softmax(probe.logits(features[split]) / probe.temperature)
-        quality = judge_labels(held_out, _labels(samples), thresholds)
+        quality = judge_labels(held_out, splits.labels(samples), thresholds)
         for index in np.flatnonzero(quality.is_issue):
             sample, suggested = samples[index], quality.suggested[index]
             label, other = splits.label_names[sample.label], splits.label_names[suggested]
             shares = f"{held_out[index, suggested]:.0%}, {label!r} {held_out[index, sample.label]:.0%}"
             yield Finding("wrong_label", split, label, f"rather {other!r} ({shares})", float(quality.score[index]), sample, suggested=other)
+
+
+def _find_wrong_label_rows(splits: Splits, features: Mapping[SplitName, Features], probe: Probe) -> Iterator[Finding]:
+    """The same for images of any number of labels: each that looks wrong or missing is a finding of its own."""
+    temperature = np.float32(probe.temperature)
+    out_of_fold, train_rows = sigmoid(probe.out_of_fold_logits / temperature), splits.labels(splits.train)
+    for split, samples in splits.named():
+        if not samples:
+            continue
+        held_out = out_of_fold if split == "train" else sigmoid(probe.logits(features[split]) / temperature)
+        for label, quality in judge_label_rows(held_out, splits.labels(samples), out_of_fold, train_rows):
+            for index in np.flatnonzero(quality.is_issue):
+                sample = samples[index]
+                is_there = label in sample.labels
+                rather = splits.join(sorted({*sample.labels} ^ {label})) or "no label"
+                detail = f"rather {'without' if is_there else 'with'} {splits.label_names[label]!r} ({held_out[index, label]:.0%})"
+                yield Finding("wrong_label", split, splits.describe(sample), detail, float(quality.score[index]), sample, suggested=rather)
 
 
 def _find_odd(splits: Splits, features: Mapping[SplitName, Features]) -> Iterator[Finding]:
@@ -232,7 +252,7 @@ def _find_odd(splits: Splits, features: Mapping[SplitName, Features]) -> Iterato
             break
         split, sample = samples[index]
         detail = f"at distance {distances[index]:.2f} from its neighbours, others at {center:.2f}"
-        yield Finding("odd", split, splits.label_names[sample.label], detail, float(distances[index]), sample)
+        yield Finding("odd", split, splits.describe(sample), detail, float(distances[index]), sample)
 
 
 def _neighbour_distances(features: Sequence[Features]) -> Floats:
@@ -258,10 +278,6 @@ def _neighbour_distances(features: Sequence[Features]) -> Floats:
 
 def _unit(vectors: Floats) -> Floats:
     return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12), np.float32)
-
-
-def _labels(samples: Sequence[Sample]) -> Labels:
-    return np.array([sample.label for sample in samples], np.int64)
 
 
 def _print(found: Audit, paths: tuple[Path, Path], options: AuditOptions) -> None:

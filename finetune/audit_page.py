@@ -46,7 +46,7 @@ def _tile(kind: Kind, number: int) -> str:
 
 def _score(audit: Audit, split: str) -> str:
     whole, clean = next(scores for name, scores in audit.accuracy.items() if name == split)
-    text = f"The probe's {split} accuracy is <b>{whole:.1%}</b>"
+    text = f"The probe's {split} {audit.metric} is <b>{whole:.1%}</b>"
     if any(finding.split == split for finding in audit.leaks):
         text += ", with nothing but images of other splits" if clean is None else f", and <b>{clean:.1%}</b> without the leaks"
     return f"<p>{text}.</p>"

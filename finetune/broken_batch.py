@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from finetune.data import Sample
+from finetune.data import Sample, Splits
 from models.errors import GraftError, in_words
 from models.preprocess import ImageError, Preprocess
 
@@ -22,9 +22,7 @@ class BrokenLossError(GraftError):
     """The loss, or its gradient, is NaN or infinite."""
 
 
-def keep_broken_batch(
-    run_dir: Path, samples: Sequence[Sample], label_names: Sequence[str], losses: Sequence[float], preprocess: Preprocess
-) -> str:
+def keep_broken_batch(run_dir: Path, samples: Sequence[Sample], splits: Splits, losses: Sequence[float], preprocess: Preprocess) -> str:
     """Write each image's plain crop as a PNG and `batch.csv`, and say in words where they are."""
     folder = run_dir / FOLDER
     try:
@@ -37,7 +35,7 @@ def keep_broken_batch(
                 name = f"{index:03d}.png"
                 with contextlib.suppress(ImageError):
                     Image.fromarray(preprocess(sample.read())).save(folder / name)
-                rows.writerow((name, sample.key, label_names[sample.label], loss))
+                rows.writerow((name, sample.key, splits.describe(sample), loss))
     except OSError as error:
         return f"the {len(samples)} images of the batch could not be written to {folder}: {in_words(error)}"
     broken = [sample.key for sample, loss in zip(samples, losses, strict=True) if not math.isfinite(loss)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from finetune.calibration import describe_calibration, describe_unsure
+from finetune.evaluate import Metrics, tabulate
 from finetune.result import Result
 
 _RANDOM_WARNING = (
@@ -13,20 +13,15 @@ _RANDOM_WARNING = (
 def write_card(result: Result, version: int) -> str:
     """Markdown with the front matter that model hubs read."""
     options, backbone, splits = result.options, result.backbone, result.splits
+    averages = " | ".join(result.probe_metrics.NAMES.values())
     results = "\n".join(
         f"| {split} | {' | '.join(metrics.with_interval(name) for name in metrics.intervals)} | {metrics.loss:.4f} "
-        f"| {metrics.confusion.sum():,} |"
+        f"| {metrics.num_images:,} |"
         for split, metrics in result.metrics.items()
     )
-    shown = result.metrics.get("test", result.metrics["val"])
-    per_class = "\n".join(
-        f"| {name} | {shown.precision[label]:.3f} | {shown.recall[label]:.3f} | {shown.f1[label]:.3f} | {shown.support[label]:,} |"
-        for label, name in enumerate(splits.label_names)
-    )
-    confused = "; ".join(
-        f"{splits.label_names[true]} taken for {splits.label_names[predicted]} ({count:,})"
-        for true, predicted, count in result.metrics["val"].most_confused(5)
-    )
+    head, *rows = tabulate(result.metrics.get("test", result.metrics["val"]), splits.label_names)
+    per_class = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    kind, classes = ("A multi-label", "labels") if splits.is_multi_label else ("An", "classes")
     verdict = "" if result.verdict is None else f"\n{result.verdict}.\n"
     sizes = ", ".join(f"{len(samples):,} {split}" for split, samples in splits.named())
     license_line = f"license: {backbone.license}\n" if backbone.license else ""
@@ -36,7 +31,7 @@ pipeline_tag: image-classification
 {license_line}---
 # {options.model_name}, version {version}
 
-{"" if backbone.is_pretrained else _RANDOM_WARNING}An image classifier of {len(splits.label_names)} classes, made by Graft.
+{"" if backbone.is_pretrained else _RANDOM_WARNING}{kind} image classifier of {len(rows)} {classes}, made by Graft.
 
 | | |
 |---|---|
@@ -44,30 +39,29 @@ pipeline_tag: image-classification
 | pretrained weights | {backbone.weights} |
 | licence of the weights | {backbone.license or "not known; ask whoever made them"} |
 | frozen | `--freeze {result.freeze}` |
+| trained with | {result.trained_with} |
 | data | `{options.data}`: {sizes} |
 | audit of the data | {result.audit.summary} |
 | input | {backbone.preprocess.width}x{backbone.preprocess.height}, {backbone.preprocess.interpolation} |
 | engine at save time | {result.engine} |
 | precision | {result.engine.precision}: {result.why_precision} |
-| probe alone | val accuracy {result.probe_metrics.accuracy:.4f} |
+| probe alone | val {result.metric_name} {result.probe_metrics.score:.4f} |
 
 ## Results
 
-| split | accuracy | balanced accuracy | macro F1 | log loss | images |
-|---|---|---|---|---|---|
+| split | {averages} | log loss | images |
+|---{"|---" * len(result.probe_metrics.NAMES)}|---|---|
 {results}
 
 In brackets, 95 % intervals over resampled images.
 {verdict}
-| class | precision | recall | F1 | images |
-|---|---|---|---|---|
+| {" | ".join(head)} |
+{"|---" * len(head)}|
 {per_class}
-
-Most confused on val: {confused or "none"}.
-
+{_confused(result)}
 ## How far to trust it
 
-On val, {describe_calibration(result.calibration, result.calibrated["val"])}. {describe_unsure(result.calibration)}
+On val, {result.describe_calibration()}. {result.describe_answers()}
 
 Would more images help? On val, {result.learning_curve}.
 
@@ -81,3 +75,11 @@ curl -F images=@photo.jpg 'http://localhost:3000/predict?model={options.model_na
 model = timm.create_model("local-dir:{options.repository}/{options.model_name}/{version}", pretrained=True)
 ```
 """
+
+
+def _confused(result: Result) -> str:
+    val, names = result.metrics["val"], result.splits.label_names
+    if not isinstance(val, Metrics):
+        return ""
+    pairs = (f"{names[true]} taken for {names[predicted]} ({count:,})" for true, predicted, count in val.most_confused(5))
+    return f"\nMost confused on val: {'; '.join(pairs) or 'none'}.\n"

@@ -11,8 +11,9 @@ _LEFT, _TOP, _RIGHT, _BOTTOM = 58, 12, 14, 40
 _Ticks = Iterable[tuple[float, str]]
 
 
-def chart_reliability(before: Reliability, after: Reliability) -> str:
+def chart_reliability(before: Reliability, after: Reliability, *, is_multi_label: bool = False) -> str:
     """Accuracy against score, by bin: bars after temperature, rings before; on the diagonal, scores are what they say."""
+    counted, right = ("decisions", "have the label") if is_multi_label else ("images", "right")
     width, height = 340, 320
     across, up = width - _LEFT - _RIGHT, height - _TOP - _BOTTOM
     ticks = [(value / 4, f"{value / 4:g}") for value in range(5)]
@@ -20,16 +21,17 @@ def chart_reliability(before: Reliability, after: Reliability) -> str:
     for index in range(NUM_BINS):
         if after.counts[index]:
             x, tall = _LEFT + across * index / NUM_BINS, up * after.accuracies[index]
-            said = f"{after.counts[index]:,} images of score {after.scores[index]:.2f}: {after.accuracies[index]:.0%} right"
+            said = f"{after.counts[index]:,} {counted} of score {after.scores[index]:.2f}: {after.accuracies[index]:.0%} {right}"
             box = f'x="{x + 1:.1f}" y="{_TOP + up - tall:.1f}" width="{across / NUM_BINS - 2:.1f}" height="{tall:.1f}"'
             parts.append(f'<rect class="bar" {box}><title>{said}</title></rect>')
     parts.append(f'<line class="dashed" x1="{_LEFT}" y1="{_TOP + up}" x2="{_LEFT + across}" y2="{_TOP}"/>')
     for index in range(NUM_BINS):
         if before.counts[index]:
             x, y = _LEFT + across * before.scores[index], _TOP + up * (1 - before.accuracies[index])
-            said = f"before temperature: {before.counts[index]:,} images of score {before.scores[index]:.2f}"
+            said = f"before temperature: {before.counts[index]:,} {counted} of score {before.scores[index]:.2f}"
             parts.append(f'<circle class="ring" cx="{x:.1f}" cy="{y:.1f}" r="4"><title>{said}</title></circle>')
-    return _frame(width, height, ticks, ticks, "score", "share of right answers", parts)
+    name = "share that has the label" if is_multi_label else "share of right answers"
+    return _frame(width, height, ticks, ticks, "score", name, parts)
 
 
 def chart_learning_curve(curve: LearningCurve) -> str:
@@ -58,7 +60,7 @@ def chart_learning_curve(curve: LearningCurve) -> str:
         parts.append(f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="4"><title>{size:,} images: {accuracy:.4f}</title></circle>')
     columns = [(size / (2 * sizes[-1]), f"{size:,}") for size in (*sizes[:2], sizes[-1], 2 * sizes[-1])]
     rows = [(share, f"{low + share * (high - low):.3f}") for share in (0.1, 0.5, 0.9)]
-    return _frame(width, height, columns, rows, "training images", "validation accuracy", parts)
+    return _frame(width, height, columns, rows, "training images", f"validation {curve.metric.replace('_', ' ')}", parts)
 
 
 def _frame(width: int, height: int, columns: _Ticks, rows: _Ticks, x_name: str, y_name: str, parts: list[str]) -> str:

@@ -53,6 +53,11 @@ def compare(options: CompareOptions) -> Comparison:
     Raises GraftError where none is left.
     """
     splits, _ = load_lasting_splits(options)
+    if splits.is_multi_label:
+        raise GraftError(
+            f"--data {options.data}: backbones are compared by the accuracy of single labels, and its images have several; try them with "
+            "finetune/run.py --backbone NAME"
+        )
     candidates = []
     for name in _names(options):
         try:

@@ -41,7 +41,8 @@ class SharedOptions(BaseSettings):
         Field(
             min_length=1,
             description="where the images are: a folder with train/ and val/ (and perhaps test/), a folder of class folders, a CSV with "
-            "path,label[,split], torchvision:NAME (such as torchvision:OxfordIIITPet), or digits",
+            "path,label[,split] (or path,labels[,split], several with | between), torchvision:NAME (such as "
+            "torchvision:OxfordIIITPet), or digits",
         ),
     ] = "digits"
     data_root: Annotated[Path, Field(description="where torchvision:NAME keeps its files, and looks for them without a network")] = Path(
@@ -136,6 +137,51 @@ class Options(BackboneOptions):
             "(for images far from the pretraining's, with large batches)"
         ),
     ] = "keep"
+    balance: Annotated[
+        Literal["none", "weights", "sampler"],
+        Field(
+            description="for uneven classes. weights: the loss weighs each class the same, the probe's too. sampler: gradient epochs draw "
+            "them equally often, and the probe is weighted"
+        ),
+    ] = "none"
+    label_smoothing: Annotated[
+        float, Field(ge=0, lt=1, description="part of every label that gradient epochs spread over all classes; 0: off")
+    ] = 0.0
+    mix: Annotated[
+        Literal["none", "mixup", "cutmix", "both"],
+        Field(
+            description="gradient epochs learn from blends of two images and of their labels. mixup: one fades into the other (or their "
+            "activations do, where they are kept at the freeze boundary). cutmix: a part of one is pasted into the other. both: by turns"
+        ),
+    ] = "none"
+    ema: Annotated[
+        float,
+        Field(
+            ge=0,
+            lt=1,
+            description="decay of a moving average of the weights over the steps, such as 0.99: the average is validated and published; "
+            "0: off",
+        ),
+    ] = 0.0
+    gradual: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="of what is not frozen, head and last stage train first, and every so many epochs the stage before them joins; 0: "
+            "all of it from the start",
+        ),
+    ] = 0
+    layer_decay: Annotated[
+        float,
+        Field(gt=0, le=1, description="rate of each stage of the backbone over that of the next one, such as 0.7; 1: all have the same"),
+    ] = 1.0
+    head_init: Annotated[
+        str,
+        Field(
+            description="what the head is when gradient epochs begin. probe: as the probe solved it. zeros: nothing. "
+            "package.module:function: as your function leaves it, which nn.Module.apply calls with it"
+        ),
+    ] = "probe"
     augment: Annotated[
         Literal["none", "light", "flip"],
         Field(description="light: shifted and scaled crops. flip: mirrored too (not for digits or letters). none: the plain crop"),
@@ -161,6 +207,13 @@ class Options(BackboneOptions):
     save_minutes: Annotated[
         float, Field(ge=0, allow_inf_nan=False, description="gradient epochs are saved for --resume this often, and after each epoch")
     ] = 10.0
+    explain: Annotated[
+        Literal["auto", "yes", "no"],
+        Field(
+            description="pictures of where the network looked for its worst mistakes (Grad-CAM), and thumbnails in TensorBoard's "
+            "projector. auto: after gradient epochs; a probe would take seconds longer, for it needs no torch"
+        ),
+    ] = "auto"
     preflight: Annotated[
         bool,
         Field(
@@ -177,6 +230,21 @@ class Options(BackboneOptions):
     def _name_fits_a_folder(cls, name: str | None) -> str | None:
         return None if name is None else check_name(name)
 
+    @field_validator("head_init")
+    @classmethod
+    def _head_init_is_known(cls, head_init: str) -> str:
+        if head_init not in ("probe", "zeros") and not re.fullmatch(r"[\w.]+:\w+", head_init):
+            raise ValueError("it must be probe, zeros or package.module:function")
+        return head_init
+
+    @model_validator(mode="after")
+    def _head_init_has_epochs_to_begin(self) -> Self:
+        if self.head_init != "probe" and self.freeze == "backbone" and self.resume is None:
+            raise ValueError(
+                f"--head-init {self.head_init}: --freeze backbone solves the head, from no beginning; say --freeze until:NAME or none"
+            )
+        return self
+
     @model_validator(mode="after")
     def _int8_fits_the_policy(self) -> Self:
         if self.precision == "int8" and self.freeze != "backbone":
@@ -184,10 +252,39 @@ class Options(BackboneOptions):
         return self
 
     @model_validator(mode="after")
-    def _preflight_has_something_to_look_at(self) -> Self:
-        if self.preflight and self.freeze == "backbone" and self.resume is None:
-            raise ValueError("--preflight: it tries gradient epochs, and --freeze backbone has none; say --freeze until:NAME or none")
+    def _gradient_epochs_are_there_where_they_are_spoken_of(self) -> Self:
+        if self.freeze != "backbone" or self.resume is not None:
+            return self
+        way_out = "--freeze backbone has none; say --freeze until:NAME or none"
+        if self.preflight:
+            raise ValueError(f"--preflight: it tries gradient epochs, and {way_out}")
+        if self.balance == "sampler":
+            raise ValueError(f"--balance sampler: it draws the batches of gradient epochs, and {way_out}, or --balance weights")
+        for name in ("label_smoothing", "mix", "ema", "gradual", "layer_decay"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{_flag(name)} {getattr(self, name)}: it is for gradient epochs, and {way_out}")
         return self
+
+    @model_validator(mode="after")
+    def _there_is_something_to_mix(self) -> Self:
+        if self.mix in ("cutmix", "both") and self.freeze.startswith("until:") and self.cache:
+            raise ValueError(
+                f"--mix {self.mix}: it pastes pixels, and --freeze {self.freeze} learns from activations kept at {self.freeze[6:]}; "
+                "say --mix mixup, which blends activations too, or --no-cache, which runs the frozen layers anew in each epoch"
+            )
+        if self.mix != "none" and self.batch_size == 1:
+            raise ValueError(f"--mix {self.mix}: it blends the images of a batch, and --batch-size 1 has only one; say 2 or more")
+        return self
+
+    @property
+    def first_head(self) -> str:
+        """What gradient epochs begin with, in words."""
+        return "the probe's head" if self.head_init == "probe" else f"the head of --head-init {self.head_init}"
+
+    @property
+    def explains(self) -> bool:
+        """Whether seconds are spent on pictures of where the network looked, and on thumbnails."""
+        return self.explain == "yes" or (self.explain == "auto" and self.freeze != "backbone")
 
     @property
     def model_name(self) -> str:

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
+from finetune.strata import stratify_val
 from models.errors import GraftError, in_words
 
 logger = logging.getLogger("graft.data")
@@ -32,8 +34,13 @@ _SPLIT_FOLDERS: dict[str, SplitName] = {
     "test": "test",
     "testing": "test",
 }
+# Between the names of an image's labels in the column `labels` of a CSV.
+SEPARATOR = "|"
+NO_LABEL = -1
 # What operating systems leave in folders; nobody means them as images.
 _LITTER = {"Thumbs.db", "desktop.ini"}
+# As finetune/strata.py numbers them.
+_PARTS = {"train": 0, "val": 1}
 
 
 @dataclass(frozen=True)
@@ -60,11 +67,15 @@ class EncodedImage:
 
 @dataclass(frozen=True)
 class Sample:
-    """One labelled image; `key` names it in messages, and `label` is its place in `Splits.label_names`."""
+    """One labelled image; `key` names it in messages, and `label` is its place in `Splits.label_names`.
+
+    In multi-label data `labels` are the places of all that it shows, perhaps none, in order, and `label` is NO_LABEL.
+    """
 
     key: str
     label: int
     image: Path | EncodedImage | TorchvisionImage
+    labels: tuple[int, ...] = ()
 
     @property
     def place(self) -> str:
@@ -77,19 +88,37 @@ class Sample:
 
 @dataclass(frozen=True)
 class Splits:
-    """The labelled images of a run; `test` may be empty. `is_drawn` where Graft split train and val, and the source did not."""
+    """The labelled images of a run; `test` may be empty. `is_drawn` where Graft split train and val, and the source did not.
+
+    `is_multi_label` where an image has any number of labels, and not just one.
+    """
 
     label_names: tuple[str, ...]
     train: tuple[Sample, ...]
     val: tuple[Sample, ...]
     test: tuple[Sample, ...] = ()
     is_drawn: bool = field(default=False, compare=False)
+    is_multi_label: bool = False
 
     def named(self) -> Iterable[tuple[SplitName, tuple[Sample, ...]]]:
         yield "train", self.train
         yield "val", self.val
         if self.test:
             yield "test", self.test
+
+    def labels(self, samples: Sequence[Sample]) -> npt.NDArray[np.int64]:
+        """Of each sample its label, `[N]`; in multi-label data a row with 1 for each label that it has and 0 for the others, `[N,C]`."""
+        if self.is_multi_label:
+            return _label_rows(samples, len(self.label_names))
+        return np.array([sample.label for sample in samples], np.int64)
+
+    def describe(self, sample: Sample) -> str:
+        """The name of a sample's label; in multi-label data those of all its labels with `|` between them, as a CSV has them."""
+        return self.join(sample.labels) if self.is_multi_label else self.label_names[sample.label]
+
+    def join(self, labels: Iterable[int]) -> str:
+        """Names with `|` between them."""
+        return SEPARATOR.join(self.label_names[label] for label in labels)
 
     def without(self, unreadable: Iterable[str], *, check: bool = True) -> Splits:
         """The same splits less some keys; where a class loses its last image of a split that it needs, `check` raises GraftError."""
@@ -104,14 +133,14 @@ class Splits:
         return kept
 
     def write_csv(self, path: Path) -> None:
-        """`path,label,split`, as `--data FILE.csv` reads it; whole or not at all, for a later run goes by it."""
+        """`path,label,split` (`labels` in multi-label data), as `--data FILE.csv` reads it; whole or not at all: a later run goes by it."""
         unfinished = path.with_name(f"{path.name}.unfinished")
         with unfinished.open("w", newline="") as file:
             rows = csv.writer(file)
-            rows.writerow(("path", "label", "split"))
+            rows.writerow(("path", "labels" if self.is_multi_label else "label", "split"))
             for split, samples in self.named():
                 for sample in samples:
-                    rows.writerow((sample.place, self.label_names[sample.label], split))
+                    rows.writerow((sample.place, self.describe(sample), split))
         unfinished.replace(path)
 
 
@@ -144,8 +173,8 @@ def load_splits(data: str, *, data_root: Path, val_fraction: float, seed: int, k
     return _to_splits(data, labelled, fixed, val_fraction, seed, kept, check)
 
 
-# A source gives (key, label name, image) and, where it has splits of its own, the split of each.
-_Labelled = list[tuple[str, str, "Path | EncodedImage | TorchvisionImage"]]
+# A source gives (key, label name, image) and, where it has splits of its own, the split of each. Multi-label data has tuples of names.
+_Labelled = list[tuple[str, str | tuple[str, ...], "Path | EncodedImage | TorchvisionImage"]]
 _FixedSplits = list[SplitName] | None
 
 
@@ -216,14 +245,21 @@ def _load_csv(path: Path) -> tuple[_Labelled, _FixedSplits]:
     except UnicodeDecodeError as error:
         encoding = "text in UTF-16" if path.read_bytes()[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "not text in UTF-8"
         raise GraftError(f"--data {path}: it is {encoding}; save it as CSV in UTF-8, separated by commas") from error
-    if not {"path", "label"} <= set(columns):
-        raise GraftError(f"--data {path}: it needs the columns path,label and perhaps split; it has {_describe_columns(columns)}")
+    is_multi_label = "labels" in columns
+    if is_multi_label and "label" in columns:
+        raise GraftError(f"--data {path}: it has both label and labels; keep label for one an image, or labels for any number of them")
+    if "path" not in columns or not (is_multi_label or "label" in columns):
+        raise GraftError(
+            f"--data {path}: it needs the columns path,label and perhaps split; it has {_describe_columns(columns)} (where images have "
+            f"several labels, path,labels, with {SEPARATOR} between their names)"
+        )
     labelled: _Labelled = []
     splits: list[SplitName] = []
     for number, row in rows:
-        if not row["path"] or not row["label"]:
+        if not row["path"] or not (is_multi_label or row["label"]):
             raise GraftError(f"--data {path}: line {number} has no {'path' if not row['path'] else 'label'}")
-        labelled.append((row["path"], row["label"], path.parent / row["path"]))
+        label = _split_names(row["labels"] or "") if is_multi_label else row["label"]
+        labelled.append((row["path"], label, path.parent / row["path"]))
         if "split" in columns:
             split = _SPLIT_FOLDERS.get((row["split"] or "").lower())
             if split is None:
@@ -232,13 +268,19 @@ def _load_csv(path: Path) -> tuple[_Labelled, _FixedSplits]:
     return labelled, splits if "split" in columns else None
 
 
+def _split_names(text: str) -> tuple[str, ...]:
+    """Each name once, in order; an empty text has none."""
+    return tuple(sorted({name.strip() for name in text.split(SEPARATOR)} - {""}))
+
+
 def _describe_columns(columns: Sequence[str]) -> str:
     """What a CSV has in place of path,label and why they were not found, where that can be seen."""
     if len(columns) == 1:
         for separator, name in ((";", "semicolons"), ("\t", "tabs")):
             if separator in columns[0]:
                 return f"{columns[0]!r}, separated by {name}; save it separated by commas"
-    if {"path", "label"} <= {column.strip().lower() for column in columns}:
+    lowered = {column.strip().lower() for column in columns}
+    if "path" in lowered and lowered & {"label", "labels"}:
         return f"{', '.join(map(repr, columns))}; write them in small letters, without spaces around them"
     return ", ".join(columns) or "none"
 
@@ -304,19 +346,29 @@ def _to_splits(
 ) -> Splits:
     if not labelled:
         raise GraftError(f"--data {data}: there is no image in it")
-    label_names = tuple(sorted({label for _, label, _ in labelled}))
+    is_multi_label = isinstance(labelled[0][1], tuple)
+    label_names = tuple(sorted({name for _, label, _ in labelled for name in ([label] if isinstance(label, str) else label)}))
     numbers = {name: number for number, name in enumerate(label_names)}
-    samples = [Sample(key, numbers[label], image) for key, label, image in labelled]
+    samples = [
+        Sample(key, numbers[label], image)
+        if isinstance(label, str)
+        else Sample(key, NO_LABEL, image, tuple(numbers[name] for name in label))
+        for key, label, image in labelled
+    ]
     chosen: list[SplitName] = list(fixed) if fixed is not None else ["train"] * len(samples)
-    if len(label_names) < 2:
+    if is_multi_label and not label_names:
+        raise GraftError(f"--data {data}: no image has a label; the column labels takes names with {SEPARATOR} between them")
+    if not is_multi_label and len(label_names) < 2:
         raise GraftError(f"--data {data}: only one class, {label_names[0]!r}; a classifier needs two or more")
     is_drawn = "val" not in chosen
-    if is_drawn:
+    if is_drawn and is_multi_label:
+        _split_off_val_of_many(samples, len(label_names), chosen, val_fraction, seed, kept)
+    elif is_drawn:
         _split_off_val(data, samples, label_names, chosen, val_fraction, seed, kept, check)
     by_split = {
         name: tuple(sample for sample, split in zip(samples, chosen, strict=True) if split == name) for name in ("train", "val", "test")
     }
-    splits = Splits(label_names, by_split["train"], by_split["val"], by_split["test"], is_drawn)
+    splits = Splits(label_names, by_split["train"], by_split["val"], by_split["test"], is_drawn, is_multi_label)
     if check:
         _check_classes(splits, f"--data {data}")
     return splits
@@ -352,15 +404,48 @@ def _split_off_val(
         num_kept += len(members) - len(new)
         num_to_train += len(new) - num_new
         num_to_val += num_new
+    _say_kept(kept, num_kept, num_to_train, num_to_val)
+
+
+def _split_off_val_of_many(
+    samples: list[Sample], num_labels: int, chosen: list[SplitName], val_fraction: float, seed: int, kept: KeptSplit | None
+) -> None:
+    """The same for images of any number of labels; what an earlier run had counts for the share of each label."""
+    pool = [index for index, split in enumerate(chosen) if split == "train"]
+    rows = _label_rows([samples[index] for index in pool], num_labels)
+    was = [None if kept is None else kept.split_of.get(samples[index].place) for index in pool]
+    placed = np.array([_PARTS.get(split or "", -1) for split in was], np.int64)
+    is_val = stratify_val(rows, val_fraction, seed, placed) == _PARTS["val"]
+    for index, to_val in zip(pool, is_val, strict=True):
+        chosen[index] = "val" if to_val else "train"
+    is_new = placed < 0
+    _say_kept(kept, int((~is_new).sum()), int((is_new & ~is_val).sum()), int((is_new & is_val).sum()))
+
+
+def _say_kept(kept: KeptSplit | None, num_kept: int, num_to_train: int, num_to_val: int) -> None:
     if kept is not None and num_kept:
         new_ones = f"; new: {num_to_train:,} to train, {num_to_val:,} to val" if num_to_train + num_to_val else ""
         logger.info("split: %d images stay where %s has them%s (--new-split draws anew)", num_kept, kept.path, new_ones)
 
 
+def _label_rows(samples: Sequence[Sample], num_labels: int) -> npt.NDArray[np.int64]:
+    rows = np.zeros((len(samples), num_labels), np.int64)
+    for row, sample in zip(rows, samples, strict=True):
+        row[list(sample.labels)] = 1
+    return rows
+
+
+def count_labels(samples: Iterable[Sample]) -> Counter[int]:
+    """How many samples have each label."""
+    return Counter(label for sample in samples for label in ((sample.label,) if sample.label != NO_LABEL else sample.labels))
+
+
 def _check_classes(splits: Splits, where: str) -> None:
     anew = ", or say --new-split where an earlier run had it otherwise" if splits.is_drawn else ""
-    counts = {split: Counter(sample.label for sample in samples) for split, samples in splits.named()}
+    counts = {split: count_labels(samples) for split, samples in splits.named()}
     for label, name in enumerate(splits.label_names):
+        if splits.is_multi_label and counts["train"][label] == len(splits.train) > 0:
+            raise GraftError(f"{where}: every image to train on has the label {name!r}, so that it cannot be learnt; take it out{anew}")
         if not counts["train"][label]:
             raise GraftError(f"{where}: class {name!r} has no image to train on; add some to train/, or take the class out{anew}")
         if not counts["val"][label]:

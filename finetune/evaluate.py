@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
+from finetune.interval import NUM_RESAMPLES, Interval, draw_counts
+from finetune.label_metrics import LabelMetrics, evaluate_labels
 from finetune.probe import Floats, Labels, log_loss
 
-NUM_RESAMPLES = 2000
 # Counts drawn at once, so that a thousand classes do not fill the memory.
 _MAX_DRAWN = 2_000_000
-
-
-@dataclass(frozen=True)
-class Interval:
-    """The middle 95 % of what a number came to over resampled images: the percentile bootstrap (Efron & Tibshirani 1993, chapter 13)."""
-
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, resampled: npt.NDArray[np.float64]) -> Interval:
-        low, high = np.percentile(resampled, (2.5, 97.5))
-        return cls(float(low), float(high))
-
-    def to_list(self) -> list[float]:
-        return [self.low, self.high]
 
 
 @dataclass(frozen=True)
@@ -39,8 +25,19 @@ class Metrics:
     A class without a prediction has precision 0, one without an image takes no part in the averages.
     """
 
+    # The averages that have intervals, by attribute; the first is what runs and epochs are judged by.
+    NAMES: ClassVar[dict[str, str]] = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro F1"}
+
     loss: float
     confusion: npt.NDArray[np.int64]
+
+    @property
+    def num_images(self) -> int:
+        return int(self.confusion.sum())
+
+    @property
+    def score(self) -> float:
+        return self.accuracy
 
     @property
     def accuracy(self) -> float:
@@ -71,6 +68,11 @@ class Metrics:
         total = self.precision + self.recall
         return np.asarray(np.divide(2 * self.precision * self.recall, total, out=np.zeros_like(total), where=total > 0))
 
+    @property
+    def per_class(self) -> dict[str, npt.NDArray[Any]]:
+        """The columns of a table of classes."""
+        return {"precision": self.precision, "recall": self.recall, "F1": self.f1, "images": self.support}
+
     @cached_property
     def intervals(self) -> dict[str, Interval]:
         """95 % intervals of accuracy, balanced_accuracy and macro_f1 over the images; the same at every call."""
@@ -94,7 +96,7 @@ class Metrics:
             "macro_f1": self.macro_f1,
             "intervals": {name: interval.to_list() for name, interval in self.intervals.items()},
             "loss": self.loss,
-            "num_images": int(self.confusion.sum()),
+            "num_images": self.num_images,
             "per_class": {
                 name: {
                     "precision": float(self.precision[label]),
@@ -107,21 +109,28 @@ class Metrics:
         }
 
 
-def evaluate(logits: Floats, labels: Labels) -> Metrics:
-    """Metrics of logits `[N,C]` against labels `[N]`; the loss is cross-entropy in nats of the logits as they are."""
+AnyMetrics = Metrics | LabelMetrics
+
+
+def evaluate(logits: Floats, labels: Labels, answers: npt.NDArray[np.bool_] | None = None) -> AnyMetrics:
+    """Metrics of logits `[N,C]` against labels `[N]`; the loss is cross-entropy in nats of the logits as they are.
+
+    Against labels `[N,C]` those of multi-label data, of the `answers` `[N,C]` or else of those with a score of at least a half.
+    """
+    if labels.ndim == 2:
+        return evaluate_labels(logits, labels, logits >= 0 if answers is None else answers)
     num_classes = logits.shape[1]
     predicted = logits.argmax(axis=1)
     confusion = np.bincount(labels * num_classes + predicted, minlength=num_classes**2).reshape(num_classes, num_classes)
     return Metrics(log_loss(logits, labels), confusion)
 
 
-def draw_counts(counts: npt.NDArray[np.int64], num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> npt.NDArray[np.float64]:
-    """Resampled `counts` `[K]` of N images in K kinds: `[num_resamples,K]`.
-
-    Where a statistic depends only on how many images are of which kind, drawing N of them with replacement is one multinomial draw.
-    """
-    shares = counts / counts.sum()
-    return np.random.default_rng(seed).multinomial(int(counts.sum()), shares, num_resamples).astype(np.float64)
+def tabulate(metrics: AnyMetrics, label_names: Sequence[str]) -> list[tuple[str, ...]]:
+    """The head of a table of classes, then a row for each, as people read them."""
+    columns = metrics.per_class
+    rows = zip(label_names, *columns.values(), strict=True)
+    head = ("label" if isinstance(metrics, LabelMetrics) else "class", *columns)
+    return [head, *((name, *(f"{number:.3f}" if number.dtype.kind == "f" else f"{number:,}" for number in row)) for name, *row in rows)]
 
 
 def _bootstrap(confusion: npt.NDArray[np.int64]) -> dict[str, Interval]:

@@ -116,7 +116,8 @@ class Finding:
 
 @dataclass(frozen=True)
 class Audit:
-    """`findings` by kind and score; `accuracy` of the probe on each split that it did not train on, with all images and without leaks.
+    """`findings` by kind and score; `accuracy` of the probe (or what else `metric` names) on each split that it did not train on, with
+    all images and without leaks.
 
     The second is None where nothing but leaks is left.
     """
@@ -124,6 +125,7 @@ class Audit:
     findings: tuple[Finding, ...]
     accuracy: Mapping[SplitName, tuple[float, float | None]]
     num_images: int
+    metric: str = "accuracy"
 
     def of_kind(self, *kinds: Kind) -> list[Finding]:
         return [finding for finding in self.findings if finding.kind in kinds]
@@ -150,7 +152,7 @@ class Audit:
     def to_dict(self) -> dict[str, Any]:
         """As metrics.json holds it."""
         accuracy = {split: {"all": whole, "without_leaks": clean} for split, (whole, clean) in self.accuracy.items()}
-        return {"num_images": self.num_images, "found": self.count(), "accuracy": accuracy}
+        return {"num_images": self.num_images, "found": self.count(), self.metric.replace(" ", "_"): accuracy}
 
     def to_csv(self) -> str:
         """`kind,split,path,label,detail,score`, a row for each finding."""
@@ -177,7 +179,9 @@ class Audit:
             num_leaks = sum(finding.split == split for finding in self.leaks)
             if num_leaks:
                 without = "nothing else is left" if clean is None else f"{clean:.4f} without"
-                lines.append(f"audit: {split} accuracy {whole:.4f} with {_count(num_leaks, 'image', 'images')} of another split, {without}")
+                lines.append(
+                    f"audit: {split} {self.metric} {whole:.4f} with {_count(num_leaks, 'image', 'images')} of another split, {without}"
+                )
         return lines
 
 

@@ -34,14 +34,27 @@ _MAX_VIEWS = 4
 # Never more than this share of what is free where the activations go.
 _MAX_DISK_FRACTION = 0.5
 
-Batch = tuple[torch.Tensor, int]
+# A label's number or, in multi-label data, a row of zeros and ones `float32 [C]`.
+Target = int | npt.NDArray[np.float32]
+Batch = tuple[torch.Tensor, Target]
 
 
 class Crops(Dataset[Batch]):
-    """Samples as `uint8 [H,W,3]` crops with their labels; each epoch draws views of its own, the same in every worker."""
+    """Samples as `uint8 [H,W,3]` crops with their `targets`, by default their labels; each epoch draws views of its own, the same in
+    every worker.
+    """
 
-    def __init__(self, samples: Sequence[Sample], preprocess: Preprocess, *, augment: Augment = "none", seed: int = 0) -> None:
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        preprocess: Preprocess,
+        *,
+        targets: Sequence[Target] | None = None,
+        augment: Augment = "none",
+        seed: int = 0,
+    ) -> None:
         self._samples = samples
+        self._targets = [sample.label for sample in samples] if targets is None else targets
         self._preprocess = preprocess
         self._augment: Augment = augment
         self._seed = seed
@@ -53,22 +66,22 @@ class Crops(Dataset[Batch]):
     def __getitem__(self, index: int) -> Batch:
         sample = self._samples[index]
         view = draw_view(self._augment, self._seed, self.epoch, index)
-        return torch.from_numpy(self._preprocess(sample.read(), view=view).copy()), sample.label
+        return torch.from_numpy(self._preprocess(sample.read(), view=view).copy()), self._targets[index]
 
 
 class Activations(Dataset[Batch]):
-    """Activations `bfloat16 [D]` with their labels, on disk; with several views, each epoch reads the next one."""
+    """Activations `bfloat16 [D]` with their targets, on disk; with several views, each epoch reads the next one."""
 
-    def __init__(self, views: Sequence[Bf16File], labels: Sequence[int]) -> None:
+    def __init__(self, views: Sequence[Bf16File], targets: Sequence[Target]) -> None:
         self._views = views
-        self._labels = labels
+        self._targets = targets
         self.epoch = 1
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self._targets)
 
     def __getitem__(self, index: int) -> Batch:
-        return self._views[(self.epoch - 1) % len(self._views)].read(index), self._labels[index]
+        return self._views[(self.epoch - 1) % len(self._views)].read(index), self._targets[index]
 
 
 class Bf16File:
@@ -143,8 +156,8 @@ def open_inputs(backbone: Backbone, freezing: Freezing, splits: Splits, options:
     # On the CPU the backward pass of a depthwise convolution is five times slower in channels_last (torch 2.14, EfficientNet-Lite0).
     memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     return Inputs(
-        Crops(splits.train, backbone.preprocess, augment=options.augment, seed=options.seed),
-        Crops(splits.val, backbone.preprocess),
+        Crops(splits.train, backbone.preprocess, targets=_targets(splits, splits.train), augment=options.augment, seed=options.seed),
+        Crops(splits.val, backbone.preprocess, targets=_targets(splits, splits.val)),
         backbone.model.to(memory_format=memory_format),
         Normalise(backbone.preprocess, device, memory_format),
         options.workers,
@@ -216,12 +229,17 @@ def _keep_activations(
     logger.info("kept activations at %s: %d values an image, %d views", rest.boundary, size, num_views)
     rest.open()
     return Inputs(
-        Activations(views, [sample.label for sample in splits.train]),
-        Activations([val], [sample.label for sample in splits.val]),
+        Activations(views, _targets(splits, splits.train)),
+        Activations([val], _targets(splits, splits.val)),
         rest,
         torch.Tensor.float,
         0,
     )
+
+
+def _targets(splits: Splits, samples: Sequence[Sample]) -> Sequence[Target]:
+    labels = splits.labels(samples)
+    return list(labels.astype(np.float32)) if splits.is_multi_label else [int(label) for label in labels]
 
 
 def _frozen_engine(backbone: Backbone, boundary: str, options: Options, scratch: Path, device: torch.device) -> Engine:

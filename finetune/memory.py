@@ -35,7 +35,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def run_in_parts(
     images: torch.Tensor,
-    labels: torch.Tensor,
+    targets: torch.Tensor,
     at_once: int,
     work: Callable[[torch.Tensor, torch.Tensor], _Done],
     undo: Callable[[], None] = lambda: None,
@@ -46,7 +46,7 @@ def run_in_parts(
     """
     while True:
         try:
-            return [work(*part) for part in zip(torch.split(images, at_once), torch.split(labels, at_once), strict=True)], at_once
+            return [work(*part) for part in zip(torch.split(images, at_once), torch.split(targets, at_once), strict=True)], at_once
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise

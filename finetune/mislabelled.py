@@ -7,6 +7,7 @@ would take longer than a probe.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +32,21 @@ def confident_thresholds(probabilities: Floats, labels: Labels) -> Floats:
     counts = np.bincount(labels, minlength=num_classes)
     sums = np.bincount(labels, weights=own, minlength=num_classes)
     return np.where(counts > 0, sums / np.maximum(counts, 1), 1).astype(np.float32)
+
+
+def judge_label_rows(probabilities: Floats, rows: Labels, out_of_fold: Floats, train_rows: Labels) -> Iterator[tuple[int, LabelQuality]]:
+    """For each label of multi-label data its number, and of each sample whether it is rightly there or missing.
+
+    A label is a classification into 0, without it, and 1, with it, of its own: held-out `probabilities` and `rows` are `[N,C]`, and
+    what each class gets on its own samples is taken from the training split's `out_of_fold` and `train_rows`.
+    """
+    for label in range(rows.shape[1]):
+        thresholds = confident_thresholds(_with_and_without(out_of_fold[:, label]), train_rows[:, label])
+        yield label, judge_labels(_with_and_without(probabilities[:, label]), rows[:, label], thresholds)
+
+
+def _with_and_without(probabilities: Floats) -> Floats:
+    return np.stack([1 - probabilities, probabilities], axis=1)
 
 
 def judge_labels(probabilities: Floats, labels: Labels, thresholds: Floats) -> LabelQuality:

@@ -23,8 +23,9 @@ from tensorboard.plugins.text.metadata import create_summary_metadata
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from finetune.calibration import Calibrated
-from finetune.evaluate import Metrics
+from finetune.evaluate import AnyMetrics, tabulate
 from finetune.plots import Picture
+from finetune.thresholds import LabelCalibrated
 
 # One curve a class is of use up to here; beyond, the table in the text tab remains.
 _MAX_CLASS_CURVES = 50
@@ -51,9 +52,9 @@ class Monitor:
         metadata = create_summary_metadata(display_name=tag, description="")
         self._write(Summary.Value(tag=f"{tag}/text_summary", metadata=metadata, tensor=tensor), 0)
 
-    def metrics(self, split: str, metrics: Metrics, label_names: tuple[str, ...], step: int = 0) -> None:
+    def metrics(self, split: str, metrics: AnyMetrics, label_names: tuple[str, ...], step: int = 0) -> None:
         """The averages as curves, each class's precision, recall and support as curves (where not too many) and as a table."""
-        for name in ("accuracy", "balanced_accuracy", "macro_f1", "loss"):
+        for name in (*metrics.NAMES, "loss"):
             self.scalar(f"{split}/{name}", getattr(metrics, name), step)
         for name, interval in metrics.intervals.items():
             self.scalar(f"{split}_interval/{name}_low", interval.low, step)
@@ -62,11 +63,11 @@ class Monitor:
             for label, name in enumerate(label_names):
                 self.scalar(f"{split}_precision/{name}", float(metrics.precision[label]), step)
                 self.scalar(f"{split}_recall/{name}", float(metrics.recall[label]), step)
-        columns = zip(label_names, metrics.precision, metrics.recall, metrics.f1, metrics.support, strict=True)
-        rows = "\n".join(f"| {name} | {p:.3f} | {r:.3f} | {f1:.3f} | {support} |" for name, p, r, f1, support in columns)
-        self.text(f"{split} per class", f"| class | precision | recall | F1 | images |\n|---|---|---|---|---|\n{rows}")
+        head, *rows = tabulate(metrics, label_names)
+        lines = (f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(row)} |" for row in rows))
+        self.text(f"{split} per class", "\n".join(lines))
 
-    def calibration(self, split: str, calibrated: Calibrated) -> None:
+    def calibration(self, split: str, calibrated: Calibrated | LabelCalibrated) -> None:
         for name, value in calibrated.to_dict().items():
             if value is not None:
                 self.scalar(f"{split}_calibration/{name}", value)

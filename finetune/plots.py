@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from finetune.evaluate import Metrics
+from finetune.probe import Floats
 from models.preprocess import Pixels
 
 _INK, _FAINT = "#1f2933", "#9aa5b1"
@@ -23,6 +24,8 @@ _PAD = 12
 _TEXT, _SMALL_TEXT = 14, 11
 # The shades of a cell: no image, half, and all of a true class's.
 _SHADES = ((247, 251, 255), (107, 174, 214), (8, 48, 107))
+# From what hardly counts to what counts most.
+_HEAT = ((50, 70, 200), (40, 190, 200), (240, 215, 60), (205, 25, 25))
 _LONGEST_NAME = 170
 _TILE = 160
 _DPI = 110
@@ -39,13 +42,19 @@ class Picture:
 
 @dataclass(frozen=True)
 class Mistake:
-    """A wrong answer: its crop, the true and the predicted label's name, the predicted one's score, and the sample's key."""
+    """A wrong answer: its crop, the true and the predicted label's name, the predicted one's score, and the sample's key.
+
+    `label` is the number of the label that the answer is about; `looked_at` is the crop under a heat map of what spoke for the answer,
+    where that was computed.
+    """
 
     crop: Pixels
     true: str
     predicted: str
     score: float
     key: str = ""
+    looked_at: Pixels | None = None
+    label: int = 0
 
 
 def draw_confusion(metrics: Metrics, label_names: tuple[str, ...]) -> Picture:
@@ -62,8 +71,7 @@ def draw_confusion(metrics: Metrics, label_names: tuple[str, ...]) -> Picture:
     image = Image.new("RGB", (left + side + _PAD, bottom + _TEXT + 2 * _PAD), "white")
     draw = ImageDraw.Draw(image)
     shares = metrics.confusion / metrics.confusion.sum(axis=1, keepdims=True).clip(min=1)
-    shaded = np.stack([np.interp(shares, (0, 0.5, 1), channel) for channel in zip(*_SHADES, strict=True)], axis=-1)
-    cells = Image.fromarray(shaded.round().astype(np.uint8)).resize((cell * num_classes,) * 2, Image.Resampling.NEAREST)
+    cells = Image.fromarray(_shade(shares, _SHADES).round().astype(np.uint8)).resize((cell * num_classes,) * 2, Image.Resampling.NEAREST)
     image.paste(cells, (left, top))
     centre = [cell * label + cell // 2 for label in range(num_classes)]
     if num_classes <= 30:
@@ -103,6 +111,19 @@ def draw_mistakes(mistakes: Sequence[Mistake]) -> Picture:
     if not mistakes:
         draw.text((image.width / 2, image.height / 2), "no mistakes", _FAINT, font, anchor="mm")
     return _to_picture(image)
+
+
+def draw_heat(crop: Pixels, heat: Floats) -> Pixels:
+    """A crop `uint8 [H,W,3]` in grey, with `heat` `[H,W]` from 0 to 1 in colours over it; what is cold stays grey."""
+    grey = crop.mean(axis=2, keepdims=True)
+    opacity = 0.7 * heat[..., None]
+    return np.asarray((1 - opacity) * grey + opacity * _shade(heat, _HEAT), np.uint8)
+
+
+def _shade(values: Floats, shades: Sequence[tuple[int, int, int]]) -> Floats:
+    """Values from 0 to 1, of any shape, as colours between `shades`, with a last axis for red, green and blue."""
+    at = np.linspace(0, 1, len(shades))
+    return np.stack([np.interp(values, at, channel) for channel in zip(*shades, strict=True)], axis=-1)
 
 
 @cache

@@ -203,7 +203,7 @@ def _judge(
     allow_chance: bool,
 ) -> Verdict:
     """By out-of-fold predictions of a probe on the `features` `[N,F]` of each, with the same folds."""
-    labels = np.array([sample.label for sample in samples], np.int64)
+    labels = splits.labels(samples)
     right = [_is_right(found, labels, len(splits.label_names), options.seed) for found in features]
     num_lost = int(right[1].sum()) - int(right[0].sum())
     allowed = tolerance * len(labels)
@@ -224,7 +224,10 @@ def _judge(
 def _is_right(features: Features, labels: Labels, num_classes: int, seed: int) -> npt.NDArray[np.bool_]:
     if not np.isfinite(features).all():
         return np.zeros(len(labels), bool)
-    return np.asarray(solve_probe(features, labels, num_classes, seed=seed).out_of_fold_logits.argmax(axis=1) == labels)
+    logits = solve_probe(features, labels, num_classes, seed=seed).out_of_fold_logits
+    if labels.ndim == 2:
+        return np.asarray(((logits >= 0) == labels).all(axis=1))
+    return np.asarray(logits.argmax(axis=1) == labels)
 
 
 def _why_not_int8(backbone: PreparedBackbone, options: Options) -> str | None:
@@ -247,8 +250,11 @@ def _num_compared(splits: Splits) -> int:
 
 def _draw_order(splits: Splits, options: Options) -> npt.NDArray[np.int64]:
     """The training images in a seeded order of which any first part is stratified."""
-    labels = np.array([sample.label for sample in splits.train], np.int64)
+    labels = splits.labels(splits.train)
     generator = np.random.default_rng(options.seed)
+    if splits.is_multi_label:
+        # By chance alone: of a hundred images and more, any first part is near enough.
+        return generator.permutation(len(labels))
     places = np.empty(len(labels))
     for label in np.unique(labels):
         members = generator.permutation(np.flatnonzero(labels == label))

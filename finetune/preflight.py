@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from finetune.state import Tensors, copy_tensors, random_states, set_random_states
+from finetune.state import random_states, set_random_states
+from finetune.tensors import Tensors, copy_tensors
 from models.engine import cpu_name
 from models.errors import GraftError
 
@@ -30,11 +31,11 @@ _MAX_WAITING = 0.3
 _VALIDATION_COST = 2 / 3
 
 
-def check_disk(run_dir: Path, repository: Path, changing: Tensors, model_bytes: int) -> None:
+def check_disk(run_dir: Path, repository: Path, changing: Tensors, model_bytes: int, *, has_average: bool) -> None:
     """Raise GraftError where a run's folder or the repository has no room for what the run will write."""
-    # The state has the tensors, their best and the optimizer's two moments, and is written beside the one before. A checkpoint has the
-    # network as tensors and as the engine's backbone.
-    state_bytes = 2 * 4 * sum(tensor.numel() * tensor.element_size() for tensor in changing.values())
+    # The state has the tensors, their best and perhaps their average, and the optimizer's two moments, and is written beside the one
+    # before. A checkpoint has the network as tensors and as the engine's backbone.
+    state_bytes = 2 * (4 + has_average) * sum(tensor.numel() * tensor.element_size() for tensor in changing.values())
     for what, folder, num_bytes in (("the state of the training", run_dir, state_bytes), ("the checkpoint", repository, 2 * model_bytes)):
         free = shutil.disk_usage(folder).free
         if num_bytes > free:

@@ -1,5 +1,7 @@
 """Solve the head on features of a frozen backbone: multinomial logistic regression, its strength of regularisation by cross-validation.
 
+Labels are `[N]`, or `[N,C]` of 0 and 1 in multi-label data: then it is a logistic regression for each label, independent of the others.
+
 Full-batch L-BFGS (Nocedal & Wright, Numerical Optimization, algorithm 7.5) runs all folds in lockstep, so that one matrix product serves
 them all, and starts each strength of the path where the one before ended.
 """
@@ -11,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from finetune.strata import stratify_folds
+from models.checkpoint import sigmoid
 from models.engine import Features
 
 Floats = npt.NDArray[np.float32]
@@ -30,7 +34,7 @@ class Probe:
     """A solved head: weight `[C,F]`, bias `[C]`, and what cross-validation on the training split alone said of it.
 
     `out_of_fold_logits` `[N,C]` come from the folds' heads, each sample's from the one that did not train on it. `num_views` is of each
-    image, among what it was solved on.
+    image, among what it was solved on, and `class_weights` `[C]` say how much an image of each class counted there, where not the same.
     """
 
     weight: Floats
@@ -39,6 +43,7 @@ class Probe:
     out_of_fold_logits: Floats
     temperature: float
     num_views: int = 1
+    class_weights: Floats | None = None
 
     def logits(self, features: Features) -> Floats:
         """Features `[B,F]` → logits `[B,C]`, before temperature."""
@@ -46,26 +51,35 @@ class Probe:
 
 
 def solve_probe(
-    features: Features, labels: Labels, num_classes: int, *, seed: int, num_views: int = 1, l2_path: tuple[float, ...] = L2_PATH
+    features: Features,
+    labels: Labels,
+    num_classes: int,
+    *,
+    seed: int,
+    num_views: int = 1,
+    class_weights: Floats | None = None,
+    l2_path: tuple[float, ...] = L2_PATH,
 ) -> Probe:
-    """Fit `features` `float32 [N,F]` to `labels` `[N]`: choose L2 by cross-validated log loss, then refit on all of them.
+    """Fit `features` `float32 [N,F]` to `labels` `[N]` or `[N,C]`: choose L2 by cross-validated log loss, then refit on all of them.
 
     With `num_views` V, `features` are `[V·N,F]`: all images in their first, plain view, then all in their second, and so on. An
-    image's views are never on both sides of a fold, and only plain views are predicted.
+    image's views are never on both sides of a fold, and only plain views are predicted. `class_weights` `[C]` weigh the loss, also the
+    one that chooses; the temperature is fitted to the images as they come.
     """
     assert len(features) == num_views * len(labels)
     scaling = _Scaling.of(features)
     folds = assign_folds(labels, NUM_FOLDS, seed)
     num_folds = int(folds.max()) + 1
-    in_training = np.tile(np.stack([folds != fold for fold in range(num_folds)]).astype(np.float32), num_views)
-    all_labels, plain = np.tile(labels, num_views), features[: len(labels)]
+    all_labels, plain = np.concatenate([labels] * num_views), features[: len(labels)]
+    weights = _image_weights(all_labels, class_weights)
+    in_training = np.tile(np.stack([folds != fold for fold in range(num_folds)]).astype(np.float32), num_views) * weights
     solution = np.zeros((num_folds, features.shape[1] + 1, num_classes), np.float32)
     best_loss, best = np.inf, (l2_path[0], solution, np.zeros((len(labels), num_classes), np.float32))
     num_worse = 0
     for l2 in l2_path:
         solution = _minimise(features, all_labels, in_training, l2, scaling, solution)
         held_out = _held_out_logits(plain, scaling, solution, folds)
-        loss = log_loss(held_out, labels)
+        loss = log_loss(held_out, labels, class_weights)
         if loss < best_loss:
             best_loss, best, num_worse = loss, (l2, solution, held_out), 0
         else:
@@ -73,29 +87,39 @@ def solve_probe(
             if num_worse == 2:
                 break
     l2, solution, held_out = best
-    everything = np.ones((1, len(all_labels)), np.float32)
     start = solution.mean(axis=0, keepdims=True)
-    weight, bias = scaling.fold_in(_minimise(features, all_labels, everything, l2, scaling, start)[0])
-    return Probe(np.ascontiguousarray(weight.T), bias, l2, held_out, fit_temperature(held_out, labels), num_views)
+    weight, bias = scaling.fold_in(_minimise(features, all_labels, weights[None], l2, scaling, start)[0])
+    temperature = fit_temperature(held_out, labels)
+    return Probe(np.ascontiguousarray(weight.T), bias, l2, held_out, temperature, num_views, class_weights)
 
 
 def solve_head(
-    features: Features, labels: Labels, num_classes: int, l2: float, start: tuple[Floats, Floats] | None = None
+    features: Features,
+    labels: Labels,
+    num_classes: int,
+    l2: float,
+    start: tuple[Floats, Floats] | None = None,
+    class_weights: Floats | None = None,
 ) -> tuple[Floats, Floats]:
-    """Weight `[C,F]` and bias `[C]` for `features` `[N,F]` at one strength; `start`, the head of similar features, saves steps."""
+    """Weight `[C,F]` and bias `[C]` for `features` `[N,F]` at one strength; `start`, the head of similar features, saves steps.
+
+    `class_weights` `[C]` weigh the loss.
+    """
     scaling = _Scaling.of(features)
     solution = np.zeros((1, features.shape[1] + 1, num_classes), np.float32)
     if start is not None:
         weight, bias = start
         solution[0, :-1] = weight.T * np.where(np.isinf(scaling.scale), 0, scaling.scale)[:, None]
         solution[0, -1] = bias + weight @ scaling.mean
-    everything = np.ones((1, len(labels)), np.float32)
+    everything = _image_weights(labels, class_weights)[None]
     solved, bias = scaling.fold_in(_minimise(features, labels, everything, l2, scaling, solution)[0])
     return np.ascontiguousarray(solved.T), bias
 
 
 def assign_folds(labels: Labels, num_folds: int, seed: int) -> npt.NDArray[np.int64]:
     """A fold for each sample `[N]`, seeded and stratified; two folds at least, no more than the smallest class has images."""
+    if labels.ndim == 2:
+        return stratify_folds(labels, min(num_folds, len(labels)), seed)
     counts = np.bincount(labels)
     num_folds = max(2, min(num_folds, int(counts[counts > 0].min())))
     generator = np.random.default_rng(seed)
@@ -114,10 +138,15 @@ def fit_temperature(logits: Floats, labels: Labels) -> float:
     inverse = 1.0
     rows = np.arange(len(labels))
     for _ in range(50):
-        probabilities = softmax(logits * inverse)
-        expected = (probabilities * logits).sum(axis=1)
-        slope = float((expected - logits[rows, labels]).mean())
-        curvature = float(((probabilities * logits**2).sum(axis=1) - expected**2).mean())
+        if labels.ndim == 2:
+            probabilities = sigmoid(logits * np.float32(inverse))
+            slope = float(((probabilities - labels) * logits).mean())
+            curvature = float((probabilities * (1 - probabilities) * logits**2).mean())
+        else:
+            probabilities = softmax(logits * inverse)
+            expected = (probabilities * logits).sum(axis=1)
+            slope = float((expected - logits[rows, labels]).mean())
+            curvature = float(((probabilities * logits**2).sum(axis=1) - expected**2).mean())
         step = slope / max(curvature, 1e-12)
         inverse = float(np.clip(inverse - np.clip(step, -inverse / 2, inverse), 0.05, 20.0))
         if abs(step) < 1e-5 * inverse:
@@ -131,10 +160,21 @@ def softmax(logits: Floats) -> Floats:
     return np.asarray(exponents / exponents.sum(axis=-1, keepdims=True), np.float32)
 
 
-def log_loss(logits: Floats, labels: Labels) -> float:
-    """Mean cross-entropy in nats of logits `[N,C]` against labels `[N]`."""
+def log_loss(logits: Floats, labels: Labels, class_weights: Floats | None = None) -> float:
+    """Mean cross-entropy in nats of logits `[N,C]` against labels `[N]`, an image of a class counting as its weight of `[C]` says.
+
+    Against labels `[N,C]`, the mean over images and labels; there are no weights then.
+    """
+    if labels.ndim == 2:
+        return float((np.logaddexp(0, logits) - labels * logits).mean())
     shifted = logits - logits.max(axis=1, keepdims=True)
-    return float((np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(len(labels)), labels]).mean())
+    losses = np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(len(labels)), labels]
+    return float(losses.mean() if class_weights is None else np.average(losses, weights=class_weights[labels]))
+
+
+def _image_weights(labels: Labels, class_weights: Floats | None) -> Floats:
+    """How much each image of `labels` `[N]` counts, `[N]`."""
+    return np.ones(len(labels), np.float32) if class_weights is None else class_weights[labels]
 
 
 @dataclass(frozen=True)
@@ -168,10 +208,10 @@ def _held_out_logits(features: Features, scaling: _Scaling, solution: Floats, fo
 
 
 def _minimise(features: Features, labels: Labels, in_training: Floats, l2: float, scaling: _Scaling, start: Floats) -> Floats:
-    """L-BFGS on K problems at once: `in_training` `[K,N]` says which samples each sees; solutions are `[K,F+1,C]`."""
+    """L-BFGS on K problems at once: `in_training` `[K,N]` says how much each counts each sample, 0 for none; solutions are `[K,F+1,C]`."""
     num_problems, size, num_classes = start.shape
     shares = in_training / in_training.sum(axis=1, keepdims=True)
-    rows = np.arange(len(labels))
+    lose = _lose_by_softmax if labels.ndim == 1 else _lose_by_sigmoid
 
     def evaluate(points: Floats) -> tuple[Floats, Floats]:
         """Losses `[K]` and gradients `[K,D]` of flat points `[K,D]`."""
@@ -179,13 +219,7 @@ def _minimise(features: Features, labels: Labels, in_training: Floats, l2: float
         weights, biases = scaling.fold_in(unknowns)
         logits = (features @ weights.transpose(1, 0, 2).reshape(size - 1, -1)).reshape(len(labels), num_problems, num_classes)
         logits += biases
-        logits -= logits.max(axis=2, keepdims=True)
-        chosen = logits[rows, :, labels]
-        np.exp(logits, out=logits)
-        sums = logits.sum(axis=2)
-        losses = ((np.log(sums) - chosen) * shares.T).sum(axis=0)
-        logits *= (shares.T / sums)[:, :, None]
-        logits[rows, :, labels] -= shares.T
+        losses = lose(logits, labels, shares)
         residual = logits.sum(axis=0)
         products = (features.T @ logits.reshape(len(labels), -1)).reshape(size - 1, num_problems, num_classes).transpose(1, 0, 2)
         gradients = np.empty_like(unknowns)
@@ -227,6 +261,27 @@ def _minimise(features: Features, labels: Labels, in_training: Floats, l2: float
         if is_done.all():
             break
     return points.reshape(num_problems, size, num_classes)
+
+
+def _lose_by_softmax(logits: Floats, labels: Labels, shares: Floats) -> Floats:
+    """Losses `[K]` of logits `[N,K,C]`, weighted by shares `[K,N]`; the logits become the gradient by themselves."""
+    rows = np.arange(len(labels))
+    logits -= logits.max(axis=2, keepdims=True)
+    chosen = logits[rows, :, labels]
+    np.exp(logits, out=logits)
+    sums = logits.sum(axis=2)
+    losses: Floats = ((np.log(sums) - chosen) * shares.T).sum(axis=0)
+    logits *= (shares.T / sums)[:, :, None]
+    logits[rows, :, labels] -= shares.T
+    return losses
+
+
+def _lose_by_sigmoid(logits: Floats, labels: Labels, shares: Floats) -> Floats:
+    """The same for labels `[N,C]`, summed over the labels, so that each is a regression of its own."""
+    targets = labels[:, None, :].astype(np.float32)
+    losses: Floats = ((np.logaddexp(np.float32(0), logits) - targets * logits).sum(axis=2) * shares.T).sum(axis=0)
+    logits[:] = (sigmoid(logits) - targets) * shares.T[:, :, None]
+    return losses
 
 
 def _direction(gradients: Floats, history: list[tuple[Floats, Floats, Floats]]) -> Floats:

@@ -7,14 +7,17 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
+import numpy as np
 from PIL import Image
 
-from finetune.calibration import describe_calibration, describe_unsure
+from finetune.calibration import Calibrated, Calibration
 from finetune.charts import chart_learning_curve, chart_reliability
 from finetune.data import SplitName
-from finetune.evaluate import Metrics
+from finetune.evaluate import AnyMetrics, Metrics, tabulate
 from finetune.plots import Mistake
 from finetune.result import Result
+from finetune.thresholds import LabelCalibrated
+from models.preprocess import Pixels
 
 # A matrix of more classes is too wide to read; the most confused pairs are listed in any case.
 _MAX_MATRIX = 30
@@ -63,7 +66,7 @@ svg .ring { fill: var(--ground); stroke: var(--faint); stroke-width: 1.5; }
 svg .line { fill: none; stroke: var(--accent); stroke-width: 2; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); gap: 1rem; }
 figure { margin: 0; }
-figure img { display: block; width: 100%; border-radius: .35rem; }
+figure img { display: block; width: 100%; border-radius: .35rem; margin-bottom: .25rem; }
 figcaption { font-size: .8rem; line-height: 1.35; overflow-wrap: anywhere; }
 figcaption b { color: var(--ink); font-weight: 600; }
 pre { background: var(--card); border-radius: .5rem; padding: .75rem 1rem; overflow-x: auto; }
@@ -85,8 +88,8 @@ def write_report(result: Result, mistakes: Sequence[Mistake], *, version: int, c
             f"<p>{escape(_sentence(str(result.learning_curve)))}</p>",
             chart_learning_curve(result.learning_curve),
         ),
-        _section("Confusion", _confusion(result.metrics["val"], result.splits.label_names)),
-        _section("Classes", _classes(result.metrics, result.splits.label_names)),
+        *_confusion_section(result),
+        _section("Labels" if result.splits.is_multi_label else "Classes", _classes(result.metrics, result.splits.label_names)),
         _section("Worst mistakes", _mistakes(mistakes)),
         _section(
             "How it was made", _making(result), f"<details><summary>All options</summary><pre>{escape(options.to_yaml())}</pre></details>"
@@ -110,7 +113,8 @@ def write_report(result: Result, mistakes: Sequence[Mistake], *, version: int, c
 def _head(result: Result, title: str) -> str:
     splits, options = result.splits, result.options
     sizes = ", ".join(f"{len(samples):,} {split}" for split, samples in splits.named())
-    about = f"{len(splits.label_names)} classes of {options.data} ({sizes} images) on {result.backbone.name}, --freeze {options.freeze}"
+    classes = "labels, any number an image," if splits.is_multi_label else "classes"
+    about = f"{len(splits.label_names)} {classes} of {options.data} ({sizes} images) on {result.backbone.name}, --freeze {options.freeze}"
     warning = (
         "" if result.backbone.is_pretrained else "<p class='warning'>No pretrained weights: the backbone started from random values.</p>"
     )
@@ -120,18 +124,18 @@ def _head(result: Result, title: str) -> str:
 def _tiles(result: Result) -> str:
     split: SplitName = "test" if "test" in result.metrics else "val"
     metrics, calibrated = result.metrics[split], result.calibrated[split]
-    names = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro F1"}
     tiles = [
         (
             f"{getattr(metrics, name):.1%}",
             f"{shown} on {split}",
             f"95%: {metrics.intervals[name].low:.1%} to {metrics.intervals[name].high:.1%}",
         )
-        for name, shown in names.items()
+        for name, shown in metrics.NAMES.items()
     ]
+    tiles.append((f"{calibrated.after.error:.3f}", "calibration error", f"{calibrated.before.error:.3f} before temperature"))
+    if isinstance(calibrated, Calibrated) and isinstance(result.calibration, Calibration):
+        tiles.append((f"{calibrated.unsure:.1%}", "unsure answers", f"at {100 * result.calibration.coverage:.4g}% coverage"))
     tiles += [
-        (f"{calibrated.after.error:.3f}", "calibration error", f"{calibrated.before.error:.3f} before temperature"),
-        (f"{calibrated.unsure:.1%}", "unsure answers", f"at {100 * result.calibration.coverage:.4g}% coverage"),
         (f"{result.seconds['total']:.1f} s", "the whole run", f"{result.engine.precision} on {result.engine.device}"),
     ]
     drawn = (f"<div class='tile'><span>{name}</span><b>{value}</b><span>{below}</span></div>" for value, name, below in tiles)
@@ -140,31 +144,36 @@ def _tiles(result: Result) -> str:
 
 def _results(result: Result) -> str:
     rows = [
-        (split, *(metrics.with_interval(name) for name in metrics.intervals), f"{metrics.loss:.4f}", f"{metrics.confusion.sum():,}")
+        (split, *(metrics.with_interval(name) for name in metrics.intervals), f"{metrics.loss:.4f}", f"{metrics.num_images:,}")
         for split, metrics in result.metrics.items()
     ]
-    note = f"In brackets, 95 % intervals over resampled images. The probe alone: val accuracy {result.probe_metrics.accuracy:.4f}."
-    head = ("split", "accuracy", "balanced accuracy", "macro F1", "log loss", "images")
+    alone = f"val {result.metric_name} {result.probe_metrics.score:.4f}"
+    note = f"In brackets, 95 % intervals over resampled images. The probe alone: {alone}."
+    head = ("split", *result.probe_metrics.NAMES.values(), "log loss", "images")
     return f"{_table(head, rows)}<p class='faint'>{note}</p>"
 
 
 def _calibration(result: Result) -> str:
-    calibration, calibrated = result.calibration, result.calibrated["val"]
-    rows = [
-        (
-            split,
-            f"{one.before.error:.3f}",
-            f"{one.after.error:.3f}",
-            f"{one.covered:.1%}",
-            f"{one.unsure:.1%}",
-            "none" if one.sure_accuracy != one.sure_accuracy else f"{one.sure_accuracy:.1%}",
-        )
-        for split, one in result.calibrated.items()
-    ]
-    head = ("split", "error before temperature", "error", "covered", "unsure", "right where sure")
+    calibrated, is_multi_label = result.calibrated["val"], result.splits.is_multi_label
+    rows = [(split, f"{one.before.error:.3f}", f"{one.after.error:.3f}", *_coverage(one)) for split, one in result.calibrated.items()]
+    of_sets = () if is_multi_label else ("covered", "unsure", "right where sure")
+    head = ("split", "error before temperature", "error", *of_sets)
     legend = "<p class='faint'>On val: bars are after temperature, rings before; on the dashed line, scores are what they say.</p>"
-    summary = escape(f"{_sentence(describe_calibration(calibration, calibrated))} {describe_unsure(calibration)}")
-    return f"<p>{summary}</p>{_table(head, rows)}{chart_reliability(calibrated.before, calibrated.after)}{legend}"
+    summary = escape(f"{_sentence(result.describe_calibration())} {result.describe_answers()}")
+    chart = chart_reliability(calibrated.before, calibrated.after, is_multi_label=is_multi_label)
+    return f"<p>{summary}</p>{_table(head, rows)}{chart}{legend}"
+
+
+def _coverage(one: Calibrated | LabelCalibrated) -> tuple[str, ...]:
+    if isinstance(one, LabelCalibrated):
+        return ()
+    sure = "none" if one.sure_accuracy != one.sure_accuracy else f"{one.sure_accuracy:.1%}"
+    return f"{one.covered:.1%}", f"{one.unsure:.1%}", sure
+
+
+def _confusion_section(result: Result) -> list[str]:
+    val = result.metrics["val"]
+    return [_section("Confusion", _confusion(val, result.splits.label_names))] if isinstance(val, Metrics) else []
 
 
 def _confusion(metrics: Metrics, label_names: Sequence[str]) -> str:
@@ -187,15 +196,11 @@ def _cell(count: int, share: float) -> str:
     return f"<td{' class=deep' if share > 0.55 else ''} style='--share:{share:.3f}'>{count or ''}</td>"
 
 
-def _classes(metrics: Mapping[SplitName, Metrics], label_names: Sequence[str]) -> str:
+def _classes(metrics: Mapping[SplitName, AnyMetrics], label_names: Sequence[str]) -> str:
     split: SplitName = "test" if "test" in metrics else "val"
     shown = metrics[split]
-    columns = zip(label_names, shown.precision, shown.recall, shown.f1, shown.support, strict=True)
-    rows = sorted(columns, key=lambda row: float(row[3]))
-    table = _table(
-        ("class", "precision", "recall", "F1", "images"),
-        ((name, f"{precision:.3f}", f"{recall:.3f}", f"{f1:.3f}", f"{support:,}") for name, precision, recall, f1, support in rows),
-    )
+    head, *rows = tabulate(shown, label_names)
+    table = _table(head, (rows[label] for label in np.argsort(shown.f1, kind="stable")))
     return f"<p class='faint'>On {split}, the hardest first.</p>{table}"
 
 
@@ -203,12 +208,14 @@ def _mistakes(mistakes: Sequence[Mistake]) -> str:
     if not mistakes:
         return "<p>None on val.</p>"
     drawn = (
-        f"<figure><img alt='' title='{escape(mistake.key)}' src='{_to_uri(mistake)}'><figcaption><b>{escape(mistake.true)}</b>, answered "
+        f"<figure>{_pictures(mistake)}<figcaption><b>{escape(mistake.true)}</b>, answered "
         f"<b>{escape(mistake.predicted)}</b> at {mistake.score:.0%}<br>{escape(_shorten(mistake.key))}</figcaption></figure>"
         for mistake in mistakes
     )
-    words = "<p class='faint'>The wrong answers of highest score on val, as the model sees the images.</p>"
-    return f"{words}<div class='pictures'>{''.join(drawn)}</div>"
+    words = "The wrong answers of highest score on val, as the model sees the images."
+    if any(mistake.looked_at is not None for mistake in mistakes):
+        words += " Below each, where it looked: the redder a place, the more it spoke for the wrong answer (Grad-CAM)."
+    return f"<p class='faint'>{words}</p><div class='pictures'>{''.join(drawn)}</div>"
 
 
 def _shorten(key: str) -> str:
@@ -216,9 +223,14 @@ def _shorten(key: str) -> str:
     return "/".join(key.split("/")[-2:])
 
 
-def _to_uri(mistake: Mistake) -> str:
+def _pictures(mistake: Mistake) -> str:
+    crops = (crop for crop in (mistake.crop, mistake.looked_at) if crop is not None)
+    return "".join(f"<img alt='' title='{escape(mistake.key)}' src='{_to_uri(crop)}'>" for crop in crops)
+
+
+def _to_uri(crop: Pixels) -> str:
     buffer = io.BytesIO()
-    Image.fromarray(mistake.crop).save(buffer, "JPEG", quality=85)
+    Image.fromarray(crop).save(buffer, "JPEG", quality=85)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
@@ -229,6 +241,8 @@ def _making(result: Result) -> str:
         ("pretrained weights", backbone.weights),
         ("licence of the weights", backbone.license or "not known; ask whoever made them"),
         ("frozen", f"--freeze {result.freeze}"),
+        ("trained with", result.trained_with),
+        *([("training began from", result.options.first_head)] if result.best_epoch is not None else []),
         ("data", result.options.data),
         ("audit of the data", result.audit.summary),
         ("input", f"{preprocess.width}x{preprocess.height}, {preprocess.interpolation}"),

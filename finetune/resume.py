@@ -92,7 +92,7 @@ def restore_splits(run_dir: Path, splits: Splits) -> Splits | None:
     if kept is None:
         return None
     images = {sample.key: sample.image for _, samples in splits.named() for sample in samples}
-    gone = [key for split in kept["splits"].values() for key, _ in split if key not in images]
+    gone = [key for split in kept["splits"].values() for key, *_ in split if key not in images]
     if gone:
         more = f" and {len(gone) - 5} more" if len(gone) > 5 else ""
         raise GraftError(
@@ -100,7 +100,7 @@ def restore_splits(run_dir: Path, splits: Splits) -> Splits | None:
         )
 
     def restore(split: SplitName) -> tuple[Sample, ...]:
-        return tuple(Sample(key, label, images[key]) for key, label in kept["splits"][split])
+        return tuple(Sample(key, label, images[key], tuple(labels)) for key, label, *labels in kept["splits"][split])
 
     label_names = tuple(kept["label_names"])
     return replace(splits, label_names=label_names, train=restore("train"), val=restore("val"), test=restore("test"))
@@ -121,7 +121,7 @@ def keep_choices(run_dir: Path, choices: Choices) -> str:
             "precision": choices.precision,
             "reason": choices.reason,
             "label_names": choices.loaded.label_names,
-            "splits": {name: [[sample.key, sample.label] for sample in getattr(choices.loaded, name)] for name in names},
+            "splits": {name: [[sample.key, sample.label, *sample.labels] for sample in getattr(choices.loaded, name)] for name in names},
             "unreadable": unreadable,
         }
         _write(run_dir / STATE_DIR / _RUN_FILE, json.dumps(chosen))

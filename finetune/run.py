@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 # Run as a file, Python would look for modules in finetune/; the project's root and the user's own folder are what is meant.
 if __name__ == "__main__":
@@ -29,23 +30,26 @@ if __name__ == "__main__":
     sys.path.append(str(Path.cwd()))
 
 import numpy as np
+import numpy.typing as npt
 
 from finetune.audit import inspect, write_audit
+from finetune.balance import class_weights, say_if_uneven
 from finetune.broken_batch import FOLDER as BROKEN_BATCH_DIR
-from finetune.calibration import calibrate_probe, calibrate_trained, describe_calibration
+from finetune.calibration import Calibrated, Calibration, calibrate_probe, calibrate_trained
 from finetune.card import write_card
 from finetune.config import Options, parse_options
-from finetune.data import Sample, SplitName, Splits
+from finetune.data import SplitName, Splits
 from finetune.duplicates import Duplicates
-from finetune.evaluate import evaluate
+from finetune.evaluate import Metrics, evaluate
 from finetune.features import extract_splits, open_engine, prepare
 from finetune.files import write_whole
 from finetune.findings import Audit
 from finetune.learning_curve import measure_learning_curve
 from finetune.monitor import Monitor
-from finetune.plots import Mistake, draw_confusion, draw_mistakes
+from finetune.plots import Mistake, draw_confusion, draw_heat, draw_mistakes
 from finetune.precision import Chosen, choose_engine, compare_with_fp32
 from finetune.probe import Floats, Labels, Probe, log_loss, softmax, solve_probe
+from finetune.projector import write_projector
 from finetune.report import write_report
 from finetune.result import Head, Result
 from finetune.resume import (
@@ -63,10 +67,12 @@ from finetune.resume import (
 )
 from finetune.split import load_lasting_splits
 from finetune.terminal import run_program
+from finetune.thresholds import LabelCalibrated, LabelCalibration, calibrate_probe_of_labels, calibrate_trained_of_labels
 from finetune.verdict import compare_with_probe
-from models.checkpoint import FORMAT_VERSION, Golden, publish
+from models.checkpoint import FORMAT_VERSION, Golden, publish, sigmoid
 from models.engine import Features
 from models.errors import GraftError
+from models.named import import_named
 from models.prepared import PreparedBackbone
 
 logger = logging.getLogger("graft.run")
@@ -85,8 +91,11 @@ def run(options: Options) -> Path:
     started = time.perf_counter()
     if options.resume is not None:
         options = read_options(options)
+    if ":" in options.head_init:
+        import_named("--head-init", options.head_init)  # known to be wrong before any work
     run_dir = options.resume
     splits, duplicates = load_lasting_splits(options, restore=None if run_dir is None else functools.partial(restore_splits, run_dir))
+    _check_task(options, splits)
     _log_splits(options, splits)
     run_dir = run_dir or _make_run_dir(options)
     try:
@@ -114,6 +123,8 @@ def _run_in(run_dir: Path, options: Options, splits: Splits, duplicates: Duplica
         golden = _choose_golden(result)
         checkpoint = (find_published(options, run_dir) if options.resume else None) or _publish(result, golden, run_dir)
         mistakes = _worst_mistakes(result)
+        if mistakes and options.explains:
+            mistakes = _explain(result, mistakes)
         _show_in_tensorboard(monitor, result, mistakes)
     result.seconds["total"] = time.perf_counter() - started
     result.splits.write_csv(run_dir / "splits.csv")
@@ -137,13 +148,14 @@ def _fit(options: Options, loaded: Splits, duplicates: Duplicates, monitor: Moni
     why_precision = keep_choices(run_dir, Choices(loaded, splits, engine.info.precision, chosen.reason))
     options = options.model_copy(update={"precision": engine.info.precision})
     at.append(time.perf_counter())
-    labels = {split: _labels(samples) for split, samples in splits.named()}
+    labels = {split: splits.labels(samples) for split, samples in splits.named()}
     probe = _solve(features["train"], labels["train"], len(splits.label_names), options)
     at.append(time.perf_counter())
     head, best_epoch, verdict = Head(probe.weight, probe.bias), None, None
     logits = _compute_logits(head, features)
     probe_metrics = evaluate(logits["val"], labels["val"])
-    logger.info("probe: val accuracy %.4f, in %.1f s (L2 %.0e)", probe_metrics.accuracy, at[2] - at[1], probe.l2)
+    metric = next(iter(probe_metrics.NAMES.values()))
+    logger.info("probe: val %s %.4f, in %.1f s (L2 %.0e)", metric, probe_metrics.score, at[2] - at[1], probe.l2)
     audit = inspect(loaded, splits, features, probe, duplicates, backbone.preprocess)
     _say_audit(audit, write_audit(audit, run_dir, "audit", options.data), options)
     at.append(time.perf_counter())
@@ -153,19 +165,17 @@ def _fit(options: Options, loaded: Splits, duplicates: Duplicates, monitor: Moni
     if options.freeze != "backbone":
         trained, trained_head, best_epoch = _train(options, splits, probe, monitor, scratch)
         trained_engine = open_engine(trained, options)
-        splits, features = extract_splits(splits, trained, trained_engine, options, only=("val", "test"), keep=False)
+        splits, trained_features = extract_splits(splits, trained, trained_engine, options, only=("val", "test"), keep=False)
         trained_engine.close()
-        trained_logits = _compute_logits(trained_head, features)
+        trained_logits = _compute_logits(trained_head, trained_features)
         seconds = {"probe_seconds": at[2] - at[1], "train_seconds": time.perf_counter() - at[4]}
-        verdict = compare_with_probe(logits["val"], trained_logits["val"], labels["val"], **seconds)
+        weights = None if options.balance == "none" else class_weights(labels["val"], len(splits.label_names))
+        verdict = compare_with_probe(logits["val"], trained_logits["val"], labels["val"], class_weights=weights, **seconds)
         logger.info("%s", verdict)
         if verdict.publishes == "fine-tuned":
-            backbone, engine, head, logits = trained, trained_engine, trained_head, trained_logits
+            backbone, engine, head, logits, features = trained, trained_engine, trained_head, trained_logits, trained_features
     at.append(time.perf_counter())
-    if backbone is chosen.backbone:
-        calibration, calibrated = calibrate_probe(probe, labels["train"], logits, labels, options.coverage)
-    else:
-        calibration, calibrated = calibrate_trained(logits, labels, options.coverage, options.seed)
+    calibration, calibrated = _calibrate(probe if backbone is chosen.backbone else None, logits, labels, options)
     return Result(
         options=options,
         splits=splits,
@@ -173,13 +183,14 @@ def _fit(options: Options, loaded: Splits, duplicates: Duplicates, monitor: Moni
         engine=engine.info,
         why_precision=why_precision,
         head=head,
-        metrics={split: evaluate(logits[split], labels[split]) for split in logits},
+        metrics={split: evaluate(logits[split], labels[split], _answers(calibrated[split])) for split in logits},
         calibration=calibration,
         calibrated=calibrated,
         probe_metrics=probe_metrics,
         l2=probe.l2,
         learning_curve=learning_curve,
         val_logits=logits["val"],
+        val_features=features["val"],
         audit=audit,
         best_epoch=best_epoch,
         verdict=verdict,
@@ -192,6 +203,23 @@ def _fit(options: Options, loaded: Splits, duplicates: Duplicates, monitor: Moni
             "train": at[5] - at[4],
         },
     )
+
+
+def _calibrate(
+    probe: Probe | None, logits: Mapping[SplitName, Floats], labels: Mapping[SplitName, Labels], options: Options
+) -> tuple[Calibration | LabelCalibration, Mapping[SplitName, Calibrated | LabelCalibrated]]:
+    """Of the probe where it is published; None where it is not."""
+    if labels["train"].ndim == 2:
+        if probe is not None:
+            return calibrate_probe_of_labels(probe, labels["train"], logits, labels)
+        return calibrate_trained_of_labels(logits, labels, options.seed)
+    if probe is not None:
+        return calibrate_probe(probe, labels["train"], logits, labels, options.coverage)
+    return calibrate_trained(logits, labels, options.coverage, options.seed)
+
+
+def _answers(calibrated: Calibrated | LabelCalibrated) -> npt.NDArray[np.bool_] | None:
+    return calibrated.answers if isinstance(calibrated, LabelCalibrated) else None
 
 
 def _compute_logits(head: Head, features: Mapping[SplitName, Features]) -> dict[SplitName, Floats]:
@@ -228,9 +256,21 @@ def _say_audit(audit: Audit, paths: tuple[Path, Path], options: Options) -> None
         logger.info("audit: look at %s", paths[1])
 
 
+def _check_task(options: Options, splits: Splits) -> None:
+    """Raise GraftError for an option that means nothing where images have several labels."""
+    for name in ("balance", "mix", "label_smoothing"):
+        value = getattr(options, name)
+        if splits.is_multi_label and value != type(options).model_fields[name].default:
+            flag = f"--{name.replace('_', '-')}"
+            raise GraftError(f"{flag} {value}: it is for one label an image, and {options.data} has a column labels; leave it out")
+
+
 def _log_splits(options: Options, splits: Splits) -> None:
     sizes = ", ".join(f"{len(samples):,} {split}" for split, samples in splits.named())
-    logger.info("%s: %d classes, images: %s", options.data, len(splits.label_names), sizes)
+    classes = "labels, any number an image" if splits.is_multi_label else "classes"
+    logger.info("%s: %d %s, images: %s", options.data, len(splits.label_names), classes, sizes)
+    if options.balance == "none" and not splits.is_multi_label:
+        say_if_uneven(splits.labels(splits.train), splits.label_names)
 
 
 def _make_run_dir(options: Options) -> Path:
@@ -263,19 +303,17 @@ def _write(path: Path, text: str) -> None:
 def _solve(features: Features, labels: Labels, num_classes: int, options: Options) -> Probe:
     """The probe on all views of the training images, or on the plain ones alone where cross-validation finds that as good."""
     num_views = len(features) // max(1, len(labels))
-    plain = solve_probe(features[: len(labels)], labels, num_classes, seed=options.seed)
+    # Balanced drawing comes to the same, and full batches need no luck.
+    weights = None if options.balance == "none" else class_weights(labels, num_classes)
+    plain = solve_probe(features[: len(labels)], labels, num_classes, seed=options.seed, class_weights=weights)
     if num_views == 1:
         return plain
-    augmented = solve_probe(features, labels, num_classes, seed=options.seed, num_views=num_views)
-    losses = [log_loss(probe.out_of_fold_logits, labels) for probe in (plain, augmented)]
+    augmented = solve_probe(features, labels, num_classes, seed=options.seed, num_views=num_views, class_weights=weights)
+    losses = [log_loss(probe.out_of_fold_logits, labels, weights) for probe in (plain, augmented)]
     helps = losses[1] < losses[0]
     verdict = "they help" if helps else "they do not help, and the plain crop alone is used"
     logger.info("%d views: out-of-fold log loss %.4f, without %.4f: %s", num_views, losses[1], losses[0], verdict)
     return augmented if helps else plain
-
-
-def _labels(samples: Sequence[Sample]) -> Labels:
-    return np.array([sample.label for sample in samples], np.int64)
 
 
 def _train(options: Options, splits: Splits, probe: Probe, monitor: Monitor, scratch: Path) -> tuple[PreparedBackbone, Head, int]:
@@ -321,7 +359,7 @@ def _publish(result: Result, golden: Golden, run_dir: Path) -> Path:
             "freeze": result.freeze,
             "head": backbone.classifier,
             "temperature": result.calibration.temperature,
-            "conformal": {"coverage": result.calibration.coverage, "threshold": result.calibration.threshold},
+            **_describe_task(result),
             "preprocess": backbone.preprocess.to_dict(),
             "metrics": {name: report[name] for name in (*result.metrics, "probe")},
             "engine": report["engine"],
@@ -348,26 +386,40 @@ def _publish(result: Result, golden: Golden, run_dir: Path) -> Path:
     )
 
 
+def _describe_task(result: Result) -> dict[str, Any]:
+    """What tells the service how to answer."""
+    calibration = result.calibration
+    if isinstance(calibration, LabelCalibration):
+        return {"task": "multi-label", "thresholds": calibration.thresholds.tolist()}
+    return {"conformal": {"coverage": calibration.coverage, "threshold": calibration.threshold}}
+
+
 def _show_in_tensorboard(monitor: Monitor, result: Result, mistakes: Sequence[Mistake]) -> None:
     label_names, curve = result.splits.label_names, result.learning_curve
     for split, metrics in result.metrics.items():
         monitor.metrics(split, metrics, label_names)
         monitor.calibration(split, result.calibrated[split])
     for num_images, accuracy in zip(curve.num_images, curve.accuracies, strict=True):
-        monitor.scalar("probe/accuracy_by_training_images", accuracy, num_images)
+        monitor.scalar(f"probe/{result.metric}_by_training_images", accuracy, num_images)
     if result.verdict is not None:
         monitor.text("verdict", str(result.verdict))
     val = result.metrics["val"]
-    monitor.image("val/confusion", draw_confusion(val, label_names))
+    if isinstance(val, Metrics):
+        monitor.image("val/confusion", draw_confusion(val, label_names))
     monitor.image("val/worst_mistakes", draw_mistakes(mistakes))
-    monitor.scalar("probe/accuracy", result.probe_metrics.accuracy)
-    final = {"val/accuracy": val.accuracy, "val/macro_f1": val.macro_f1, "val/loss": val.loss}
+    if explained := [replace(mistake, crop=mistake.looked_at) for mistake in mistakes if mistake.looked_at is not None]:
+        monitor.image("val/worst_mistakes_looked_at", draw_mistakes(explained))
+    write_projector(monitor.run_dir, result, with_thumbnails=result.options.explains)
+    monitor.scalar(f"probe/{result.metric}", result.probe_metrics.score)
+    final = {f"val/{result.metric}": val.score, "val/macro_f1": val.macro_f1, "val/loss": val.loss}
     monitor.options(result.options.model_dump(mode="json"), final)
     monitor.close()
 
 
 def _worst_mistakes(result: Result) -> list[Mistake]:
     """The wrong answers of highest score."""
+    if isinstance(result.calibration, LabelCalibration):
+        return _worst_decisions(result, result.calibration)
     splits, scores = result.splits, softmax(result.val_logits / result.calibration.temperature)
     predicted = scores.argmax(axis=1)
     wrong = [index for index, sample in enumerate(splits.val) if predicted[index] != sample.label]
@@ -379,9 +431,46 @@ def _worst_mistakes(result: Result) -> list[Mistake]:
             splits.label_names[predicted[index]],
             float(scores[index, predicted[index]]),
             splits.val[index].key,
+            label=int(predicted[index]),
         )
         for index in worst
     ]
+
+
+def _worst_decisions(result: Result, calibration: LabelCalibration) -> list[Mistake]:
+    """Multi-label: of each image the label that it was most wrongly given or denied, the worst ones first."""
+    splits, names = result.splits, result.splits.label_names
+    scores = sigmoid(result.val_logits / np.float32(calibration.temperature))
+    has_label = splits.labels(splits.val) == 1
+    wrongness = np.where((scores >= calibration.thresholds) == has_label, 0, np.where(has_label, 1 - scores, scores))
+    worst = wrongness.argmax(axis=1)
+    order = np.argsort(-wrongness.max(axis=1), kind="stable")[:_NUM_MISTAKES]
+    return [
+        Mistake(
+            result.backbone.preprocess(splits.val[index].read()),
+            splits.describe(splits.val[index]) or "no label",
+            f"not {names[worst[index]]}" if has_label[index, worst[index]] else names[worst[index]],
+            float(wrongness[index, worst[index]]),
+            splits.val[index].key,
+            label=int(worst[index]),
+        )
+        for index in order
+        if wrongness[index].any()
+    ]
+
+
+def _explain(result: Result, mistakes: Sequence[Mistake]) -> list[Mistake]:
+    """The same, each with a picture of where the network looked; without where that cannot be had."""
+    # Imported here: torch and captum take longer to import than a probe to solve.
+    from finetune.explain import explain
+
+    answers = [mistake.label for mistake in mistakes]
+    try:
+        heats = explain(result.backbone, result.head, [mistake.crop for mistake in mistakes], answers)
+    except GraftError as error:
+        logger.warning("no pictures of where the network looked: %s", error)
+        return list(mistakes)
+    return [replace(mistake, looked_at=draw_heat(mistake.crop, heat)) for mistake, heat in zip(mistakes, heats, strict=True)]
 
 
 def _write_example(run_dir: Path, splits: Splits) -> Path:
@@ -410,12 +499,15 @@ def _commands(options: Options, example: Path) -> str:
 def _say_what_next(result: Result, run_dir: Path, checkpoint: Path, commands: str) -> None:
     val = result.metrics["val"]
     verdict = "" if result.verdict is None else f"{result.verdict}\n"
-    test = f", test {result.metrics['test'].with_interval('accuracy')}" if "test" in result.metrics else ""
-    averages = f"balanced {val.balanced_accuracy:.4f}, macro F1 {val.macro_f1:.4f}"
+    test = f", test {result.metrics['test'].with_interval(result.metric)}" if "test" in result.metrics else ""
+    if isinstance(val, Metrics):
+        averages = f"balanced {val.balanced_accuracy:.4f}, macro F1 {val.macro_f1:.4f}"
+    else:
+        averages = f"macro F1 {val.macro_f1:.4f}, exact match {val.exact_match:.4f}"
     print(
         f"""
-val accuracy {val.with_interval("accuracy")}{test}, {averages}; {result.seconds["total"]:.1f} s
-{verdict}{describe_calibration(result.calibration, result.calibrated["val"])}
+val {result.metric_name} {val.with_interval(result.metric)}{test}, {averages}; {result.seconds["total"]:.1f} s
+{verdict}{result.describe_calibration()}
 {result.learning_curve}
 
   report       {run_dir / "report.html"}

@@ -10,11 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import yaml
 
 from finetune.config import SharedOptions, source_of
 from finetune.data import KeptSplit, Sample, SplitName, Splits, load_splits
 from finetune.duplicates import Duplicates, find_duplicates, open_grids
+from finetune.strata import Labels, stratify
 
 logger = logging.getLogger("graft.split")
 
@@ -69,7 +71,7 @@ def keep_together(splits: Splits, groups: Sequence[Sequence[Sample]], kept: Kept
     if not splits.is_drawn:
         return splits
     pool = [*splits.train, *splits.val]
-    labels = np.array([sample.label for sample in pool], np.int64)
+    labels = splits.labels(pool)
     before = np.arange(len(pool)) >= len(splits.train)
     is_val, is_bound = before.copy(), np.zeros(len(pool), bool)
     was = [None] * len(pool) if kept is None else [kept.split_of.get(sample.place) for sample in pool]
@@ -82,8 +84,11 @@ def keep_together(splits: Splits, groups: Sequence[Sequence[Sample]], kept: Kept
             is_val[members] = "val" in sides and "train" not in sides
     if (is_val == before).all():
         return splits
+    if splits.is_multi_label:
+        can_move = ~is_val & ~is_bound & np.array([side is None for side in was])
+        is_val = _fill_val(labels, before, is_val, can_move, seed)
     generator = np.random.default_rng(seed)
-    for label in np.unique(labels):
+    for label in () if splits.is_multi_label else np.unique(labels):
         of_class = labels == label
         can_move = np.array([index for index in np.flatnonzero(of_class & ~is_val & ~is_bound) if was[index] is None], np.int64)
         num_missing = max(0, int(before[of_class].sum() - is_val[of_class].sum()))
@@ -95,9 +100,26 @@ def keep_together(splits: Splits, groups: Sequence[Sequence[Sample]], kept: Kept
         return splits
     logger.info("split: %d images changed sides, so that duplicates are on one", num_moved)
     # In one order, whichever side they come from: the next run finds them in their source's.
-    order = sorted(range(len(pool)), key=lambda index: (pool[index].label, pool[index].key))
+    order = sorted(range(len(pool)), key=lambda index: (pool[index].label, pool[index].labels, pool[index].key))
     train, val = (tuple(pool[index] for index in order if is_val[index] == side) for side in (False, True))
     return replace(splits, train=train, val=val)
+
+
+def _fill_val(
+    labels: Labels, before: npt.NDArray[np.bool_], is_val: npt.NDArray[np.bool_], can_move: npt.NDArray[np.bool_], seed: int
+) -> npt.NDArray[np.bool_]:
+    """Who of a multi-label pool `[N]` validates: `is_val`, and as many of those that can move as each label in `labels` `[N,C]` lost."""
+    counted = np.column_stack([np.ones(len(labels), np.int64), labels])
+    in_val = counted[before].sum(axis=0)
+    wanted = np.stack([counted.sum(axis=0) - in_val, in_val]).astype(np.float64)
+
+    def fill(is_val: npt.NDArray[np.bool_], can_move: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        return np.asarray(stratify(labels, wanted, seed=seed, placed=np.where(can_move, -1, is_val)) == 1)
+
+    filled = fill(is_val, can_move)
+    num_left = labels[filled].sum(axis=0)
+    lost = labels[:, (num_left == 0) | (num_left == labels.sum(axis=0))].any(axis=1)
+    return fill(np.where(lost, before, is_val), can_move & ~lost) if lost.any() else filled
 
 
 def _source_of_run(run_dir: Path) -> str | None:

@@ -23,14 +23,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from finetune.average import Average
+from finetune.balance import draw_balanced
 from finetune.files import write_whole
+from finetune.probe import Floats
 from finetune.resume import METADATA_KEY
+from finetune.tensors import Tensors, changing_tensors, copy_tensors
 from models.errors import GraftError, in_words
 from models.freezing import Freezing
 
 logger = logging.getLogger("graft.state")
 
-Tensors = dict[str, torch.Tensor]
 _FORMAT_VERSION = 1
 
 
@@ -38,8 +41,8 @@ _FORMAT_VERSION = 1
 class Progress:
     """Where training stands: `batch` batches of `epoch` are done (0 is the probe's own validation), `step` of all epochs.
 
-    `losses`, `num_images` and the seconds are the epoch's so far; `best_score` is an epoch's accuracy and its loss, negative.
-    `train_at_once` and `val_at_once` say how many images fitted into memory.
+    `losses`, `num_images` and the seconds are the epoch's so far; `best_score` is an epoch's accuracy (with `--balance` the balanced one)
+    and its loss, negative. `train_at_once` and `val_at_once` say how many images fitted into memory.
     """
 
     train_at_once: int
@@ -60,7 +63,10 @@ class Progress:
 
 
 class TrainingState:
-    """What training changes: tensors of the network, optimizer, schedule, progress, and the tensors after the best epoch."""
+    """What training changes: tensors of the network, optimizer, schedule, progress, and the tensors that validated best.
+
+    With an `average`, that is what is validated.
+    """
 
     def __init__(
         self,
@@ -69,8 +75,10 @@ class TrainingState:
         optimizer: torch.optim.Optimizer,
         schedule: torch.optim.lr_scheduler.LRScheduler,
         progress: Progress,
+        average: Average | None = None,
     ) -> None:
         self.progress = progress
+        self.average = average
         self._frozen = freezing.digests
         self._tensors = changing_tensors(model, freezing)
         self._parameters: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
@@ -81,7 +89,8 @@ class TrainingState:
     def keep_as_best(self, score: tuple[float, float]) -> None:
         """The epoch under way is the best so far."""
         self.progress.best_epoch, self.progress.best_score = self.progress.epoch, score
-        self._best = {name: tensor.detach().clone() for name, tensor in self._tensors.items()}
+        validated = self._tensors if self.average is None else self.average.tensors
+        self._best = {name: tensor.detach().clone() for name, tensor in validated.items()}
 
     def restore_best(self) -> None:
         copy_tensors(self._best, self._tensors)
@@ -97,9 +106,12 @@ class TrainingState:
             for parameter, values in self._optimizer.state.items()
             for key, value in values.items()
         }
+        kinds = {"model": self._tensors, "best": self._best, "optimizer": optimizer, "random": random_tensors}
+        if self.average is not None:
+            kinds["average"] = self.average.tensors
         tensors = {
             f"{kind}/{name}": tensor.detach().to("cpu", copy=True).contiguous()
-            for kind, named in (("model", self._tensors), ("best", self._best), ("optimizer", optimizer), ("random", random_tensors))
+            for kind, named in kinds.items()
             for name, tensor in named.items()
         }
         rest = {
@@ -122,7 +134,7 @@ class TrainingState:
         try:
             with safe_open(path, framework="pt") as file:
                 rest = json.loads(file.metadata()[METADATA_KEY])
-                kinds: dict[str, Tensors] = {"model": {}, "best": {}, "optimizer": {}, "random": {}}
+                kinds: dict[str, Tensors] = {"model": {}, "best": {}, "average": {}, "optimizer": {}, "random": {}}
                 for key in file.keys():  # noqa: SIM118 - it is no mapping
                     kind, _, name = key.partition("/")
                     kinds[kind][name] = file.get_tensor(key)
@@ -133,6 +145,8 @@ class TrainingState:
             raise GraftError(f"{path}: the state has format {version}, this Graft reads format {_FORMAT_VERSION}; use the Graft of the run")
         self._check_same(path, rest, fixed, kinds["model"])
         copy_tensors(kinds["model"], self._tensors)
+        if self.average is not None:
+            copy_tensors(kinds["average"], self.average.tensors)
         self._best = {name: tensor.to(self._tensors[name].device) for name, tensor in kinds["best"].items()}
         self._load_optimizer(rest["groups"], kinds["optimizer"])
         self._schedule.load_state_dict(rest["schedule"])
@@ -209,24 +223,17 @@ class StateFile:
             self._path.unlink(missing_ok=True)
 
 
-def changing_tensors(model: nn.Module, freezing: Freezing) -> Tensors:
-    """The parameters and buffers that are not frozen, by name: the network's own, no copies."""
-    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {name: tensor for name, tensor in named.items() if name not in freezing.digests}
-
-
-def copy_tensors(source: Tensors, target: Tensors) -> None:
-    with torch.no_grad():
-        for name, tensor in target.items():
-            tensor.copy_(source[name])
-
-
-def draw_batches(num_images: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+def draw_batches(num_images: int, batch_size: int, seed: int, epoch: int, weights: Floats | None = None) -> list[list[int]]:
     """The images of each gradient step of an epoch, by index: from seed and epoch alone, so that an epoch can be entered anywhere.
 
-    A last batch that is not full is left out: of one image, it would break BatchNorm in training, and tell little.
+    With `weights` `[num_images]`, 1 on average, an image comes as often as its own says. A last batch that is not full is left out: of
+    one image, it would break BatchNorm in training, and tell little.
     """
-    order = np.random.default_rng((seed, epoch)).permutation(num_images).tolist()
+    generator = np.random.default_rng((seed, epoch))
+    drawn = generator.permutation(num_images)
+    if weights is not None:
+        drawn = generator.permutation(draw_balanced(drawn, weights, generator.random()))
+    order = drawn.tolist()
     return [order[start : start + batch_size] for start in range(0, max(1, num_images - batch_size + 1), batch_size)]
 
 

@@ -17,29 +17,35 @@ from lightning_fabric import Fabric
 from torch import nn
 from torch.utils.data import DataLoader
 
+from finetune.average import Average
+from finetune.balance import class_weights
 from finetune.broken_batch import BrokenLossError, keep_broken_batch
 from finetune.config import Options
 from finetune.data import Splits
-from finetune.evaluate import Metrics, evaluate
+from finetune.evaluate import AnyMetrics, Metrics, evaluate
+from finetune.head import start_head
 from finetune.inputs import Batch, Inputs, open_inputs
+from finetune.inside import Inside
+from finetune.loss import image_losses, label_losses
 from finetune.memory import is_out_of_memory, run_in_parts
+from finetune.mix import Mix, build_mix
 from finetune.monitor import Monitor
+from finetune.optimize import build_groups, open_stages, rate_share, say_stages
 from finetune.preflight import check_disk, check_learning, estimate_time, warn_if_starved
-from finetune.probe import Probe
+from finetune.probe import Floats, Probe
 from finetune.resume import TRAINING_FILE, event_sizes
-from finetune.state import Progress, StateFile, TrainingState, changing_tensors, draw_batches, random_states, set_random_states
+from finetune.state import Progress, StateFile, TrainingState, draw_batches, random_states, set_random_states
+from finetune.tensors import changing_tensors
 from finetune.terminal import progress_bar, stop_softly
 from models.backbone import Backbone
 from models.boundary import TrainablePart
 from models.engine import supports_bf16
 from models.errors import GraftError
-from models.freezing import Freezing, FrozenDriftError, freeze, parameter_groups, prove_frozen, set_train_mode
+from models.freezing import Freezing, FrozenDriftError, freeze, prove_frozen, set_train_mode
 from models.prepared import resolve_device
 
 logger = logging.getLogger("graft.train")
 
-# The share of all steps over which the rates rise to their peak; from there they follow a cosine to zero.
-_WARMUP_FRACTION = 0.1
 _MAX_GRADIENT_NORM = 1.0
 
 
@@ -55,16 +61,25 @@ class _Training:
     monitor: Monitor
     fabric: Fabric
     precision: str
+    class_weights: Floats
+    mix: Mix
     network: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     state: TrainingState
     state_file: StateFile
+    inside: Inside
     stop_asked: Callable[[], KeyboardInterrupt | None]
 
     @property
     def at(self) -> Progress:
         return self.state.progress
+
+    def draw_batches(self, epoch: int) -> list[list[int]]:
+        """The images of each step of an epoch, by index."""
+        options = self.options
+        weights = self.class_weights[self.splits.labels(self.splits.train)] if options.balance == "sampler" else None
+        return draw_batches(len(self.inputs.train), options.batch_size, options.seed, epoch, weights)
 
 
 def train(
@@ -82,7 +97,7 @@ def train(
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     fabric = Fabric(accelerator=device, devices=1, precision="bf16-mixed" if precision == "bf16" else "32-true")
     fabric.seed_everything(options.seed, verbose=False)
-    _set_head(backbone, probe)
+    start_head(backbone, probe, options.head_init)
     freezing = freeze(backbone.model, options.freeze, backbone.classifier, backbone.module_prefix)
     state_path = None if state_dir is None else state_dir / TRAINING_FILE
     try:
@@ -90,7 +105,7 @@ def train(
         with contextlib.closing(opened) as inputs, stop_softly() as stop_asked:
             state = _run_epochs(backbone, freezing, splits, inputs, options, monitor, fabric, precision, state_path, stop_asked)
         if state.progress.best_epoch == 0:
-            logger.info("no epoch validated better than the probe: the probe is kept")
+            logger.info("no epoch validated better than %s, which is kept", options.first_head)
         state.restore_best()
         backbone.model.eval()
         prove_frozen(backbone.model, freezing)
@@ -114,19 +129,22 @@ def _run_epochs(
     stop_asked: Callable[[], KeyboardInterrupt | None],
 ) -> TrainingState:
     """All epochs, or those that a saved state has left; gives the state after them."""
-    adamw = torch.optim.AdamW(_groups(backbone, options), fused=True)
+    adamw = torch.optim.AdamW(build_groups(backbone, options), fused=True)
     network, optimizer = fabric.setup(inputs.network, adamw)
     num_steps = options.epochs * _num_batches(inputs, options)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, num_steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_share(step, num_steps))
     num_trainable = sum(parameter.numel() for parameter in backbone.model.parameters() if parameter.requires_grad)
     logger.info("training %s parameters in %s, %d tensors frozen", f"{num_trainable:,}", precision, freezing.num_frozen_tensors)
+    if options.gradual:
+        say_stages(backbone, freezing, options)
 
     def flush() -> dict[str, int]:
         monitor.flush()
         return event_sizes(monitor.run_dir)
 
     source = f"activations at {inputs.network.boundary}" if isinstance(inputs.network, TrainablePart) else "crops"
-    state = TrainingState(backbone.model, freezing, adamw, schedule, Progress(options.batch_size, 2 * options.batch_size))
+    average = Average(changing_tensors(backbone.model, freezing), options.ema) if options.ema else None
+    state = TrainingState(backbone.model, freezing, adamw, schedule, Progress(options.batch_size, 2 * options.batch_size), average)
     fixed = {"what the epochs read": source, "the precision": precision}
     state_file = StateFile(state_path, state, minutes=options.save_minutes, fixed=fixed, flush=flush)
     training = _Training(
@@ -138,17 +156,20 @@ def _run_epochs(
         monitor=monitor,
         fabric=fabric,
         precision=precision,
+        class_weights=_class_weights(splits),
+        mix=build_mix(options.mix, len(splits.label_names)),
         network=network,
         optimizer=optimizer,
         schedule=schedule,
         state=state,
         state_file=state_file,
+        inside=Inside(backbone, freezing, options, monitor),
         stop_asked=stop_asked,
     )
     if state_file.load():
         at = state.progress
         where = f"epoch {at.epoch}, step {at.step}" if at.epoch <= options.epochs else "the end of its epochs"
-        logger.info("resumed at %s; best so far: epoch %d, val accuracy %.4f", where, at.best_epoch, at.best_score[0])
+        logger.info("resumed at %s; best so far: epoch %d, at %.4f", where, at.best_epoch, at.best_score[0])
     elif options.preflight:
         _preflight(training)
     try:
@@ -176,8 +197,9 @@ def _run_epoch(training: _Training) -> None:
     if at.epoch > 0:
         _train_epoch(training)
     metrics = _validate(training)
-    _report_epoch(training.monitor, at, metrics)
-    score = (metrics.accuracy, -metrics.loss)
+    _report_epoch(training, metrics)
+    goal = metrics.balanced_accuracy if isinstance(metrics, Metrics) and training.options.balance != "none" else metrics.score
+    score = (goal, -metrics.loss)
     if at.epoch == 0 or (math.isfinite(metrics.loss) and score > at.best_score):
         training.state.keep_as_best(score)
     at.begin_next_epoch()
@@ -186,19 +208,19 @@ def _run_epoch(training: _Training) -> None:
 
 
 def _train_epoch(training: _Training) -> None:
-    at, inputs, options = training.at, training.inputs, training.options
-    batches = draw_batches(len(inputs.train), options.batch_size, options.seed, at.epoch)
+    at, inputs = training.at, training.inputs
+    batches = training.draw_batches(at.epoch)
     left = batches[at.batch :]
     inputs.train.epoch = at.epoch
-    set_train_mode(training.backbone.model, training.freezing, update_batch_norm=options.batch_norm == "update")
-    bar = progress_bar(f"epoch {at.epoch}/{options.epochs}", sum(map(len, batches)))
+    _set_train_mode(training)
+    bar = progress_bar(f"epoch {at.epoch}/{training.options.epochs}", sum(map(len, batches)))
     with bar as advance, _reading(_load(training, left)) as loaded:
         advance(sum(map(len, batches[: at.batch])))
         for indices in left:
             asked = time.perf_counter()
             images, labels = next(loaded)
             waited = time.perf_counter() - asked
-            loss = _step(training, images, labels, indices)
+            loss = _step(training, *training.mix(images, labels), indices)
             training.monitor.scalar("train/loss", loss, at.step)
             for group in training.optimizer.param_groups:
                 training.monitor.scalar(f"rate/{group['name']}", group["lr"], at.step)
@@ -214,30 +236,47 @@ def _train_epoch(training: _Training) -> None:
             _stop_if_asked(training)
 
 
-def _step(training: _Training, images: torch.Tensor, labels: torch.Tensor, indices: list[int]) -> float:
+def _set_train_mode(training: _Training) -> None:
+    frozen_now = open_stages(training.backbone, training.freezing, training.options, max(1, training.at.epoch))
+    set_train_mode(training.backbone.model, frozen_now, update_batch_norm=training.options.batch_norm == "update")
+
+
+def _step(training: _Training, images: torch.Tensor, targets: torch.Tensor, indices: list[int]) -> float:
     """One step of the optimizer; gives the batch's loss before it. Raises BrokenLossError."""
-    losses = _learn(training, images, labels)
-    loss = losses.mean().item()
-    norm = math.nan
-    if math.isfinite(loss):
-        limited = training.fabric.clip_gradients(
-            training.network, training.optimizer, max_norm=_MAX_GRADIENT_NORM, error_if_nonfinite=False
-        )
-        norm = float(limited)
-    if not math.isfinite(norm):
-        raise _broken(training, loss, norm, losses, indices)
-    training.optimizer.step()
+    with training.inside.watch(training.at) as see_gradients:
+        losses = _learn(training, images, targets)
+        loss = losses.mean().item()
+        norm = math.nan
+        if math.isfinite(loss):
+            see_gradients()
+            limited = training.fabric.clip_gradients(
+                training.network, training.optimizer, max_norm=_MAX_GRADIENT_NORM, error_if_nonfinite=False
+            )
+            norm = float(limited)
+        if not math.isfinite(norm):
+            raise _broken(training, images, targets, loss, norm, losses, indices)
+        training.optimizer.step()
     training.optimizer.zero_grad(set_to_none=True)
+    if training.state.average is not None:
+        training.state.average.update(training.at.step + 1)
     return loss
 
 
-def _learn(training: _Training, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Leave the gradients of a batch's mean loss, and give each image's loss `[B]`; in parts where memory asks for it."""
-    states = random_states()
+def _learn(training: _Training, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Leave the gradients of a batch's mean loss, and give each image's loss `[B]`; in parts where memory asks for it.
 
-    def work(part: torch.Tensor, part_labels: torch.Tensor) -> torch.Tensor:
-        losses = nn.functional.cross_entropy(training.network(training.inputs.prepare(part)), part_labels, reduction="none")
-        loss = losses.sum() / len(labels)
+    `targets` are labels `[B]`, shares of classes `[B,C]`, or in multi-label data rows of labels `[B,C]`.
+    """
+    states, options, is_multi_label = random_states(), training.options, training.splits.is_multi_label
+    weights = torch.from_numpy(training.class_weights).to(images.device) if options.balance == "weights" else None
+
+    def work(part: torch.Tensor, part_targets: torch.Tensor) -> torch.Tensor:
+        logits = training.network(training.inputs.prepare(part))
+        if is_multi_label:
+            losses = label_losses(logits, part_targets)
+        else:
+            losses = image_losses(logits, part_targets, class_weights=weights, label_smoothing=options.label_smoothing)
+        loss = losses.sum() / len(targets)
         if torch.isfinite(loss):
             training.fabric.backward(loss)
         return losses.detach().float()
@@ -246,24 +285,29 @@ def _learn(training: _Training, images: torch.Tensor, labels: torch.Tensor) -> t
         training.optimizer.zero_grad(set_to_none=True)
         set_random_states(*states)
 
-    parts, training.at.train_at_once = run_in_parts(images, labels, training.at.train_at_once, work, undo)
+    parts, training.at.train_at_once = run_in_parts(images, targets, training.at.train_at_once, work, undo)
     return torch.cat(parts)
 
 
-def _broken(training: _Training, loss: float, norm: float, losses: torch.Tensor, indices: list[int]) -> BrokenLossError:
+def _broken(
+    training: _Training, images: torch.Tensor, labels: torch.Tensor, loss: float, norm: float, losses: torch.Tensor, indices: list[int]
+) -> BrokenLossError:
     at, options = training.at, training.options
     rate = training.optimizer.param_groups[0]["lr"]
     what = f"the gradient is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
     samples = [training.splits.train[index] for index in indices]
-    kept = keep_broken_batch(training.monitor.run_dir, samples, training.splits.label_names, losses.tolist(), training.backbone.preprocess)
+    kept = keep_broken_batch(training.monitor.run_dir, samples, training.splits, losses.tolist(), training.backbone.preprocess)
+    training.optimizer.zero_grad(set_to_none=True)  # the limit on their norm has made all of them NaN
+    where = training.inside.find_broken(lambda: _learn(training, images, labels))
     fp32 = ", or say --precision fp32" if training.precision == "bf16" else ""
     return BrokenLossError(
         f"epoch {at.epoch}, step {at.step}: {what} at a rate of {rate:.1e}; lower --lr and --backbone-lr, to a tenth for a start "
-        f"(now {options.lr:.1e} and {options.backbone_lr:.1e}){fp32}; {kept}"
+        f"(now {options.lr:.1e} and {options.backbone_lr:.1e}){fp32}{where}; {kept}"
     )
 
 
-def _validate(training: _Training) -> Metrics:
+def _validate(training: _Training) -> AnyMetrics:
+    """Metrics on the validation images of the network, or of its average where there is one."""
     at, inputs = training.at, training.inputs
     training.network.eval()
     all_logits, all_labels = [], []
@@ -272,13 +316,21 @@ def _validate(training: _Training) -> Metrics:
         logits: torch.Tensor = training.network(inputs.prepare(images)).float().cpu()
         return logits
 
-    with torch.inference_mode(), _reading(_load_val(training)) as loaded:
+    average = training.state.average
+    with (
+        contextlib.nullcontext() if average is None else average.in_place(),
+        torch.inference_mode(),
+        _reading(_load_val(training)) as loaded,
+    ):
         for images, labels in loaded:
             parts, at.val_at_once = run_in_parts(images, labels, at.val_at_once, work)
             all_logits += parts
             all_labels.append(labels.cpu())
-            _stop_if_asked(training)
-    return evaluate(torch.cat(all_logits).numpy(), torch.cat(all_labels).numpy())
+            if training.stop_asked() is not None:
+                break
+    # Not before the network is its own again: this saves it.
+    _stop_if_asked(training)
+    return evaluate(torch.cat(all_logits).numpy(), torch.cat(all_labels).long().numpy())
 
 
 def _stop_if_asked(training: _Training) -> None:
@@ -292,10 +344,11 @@ def _preflight(training: _Training) -> None:
     """Raise GraftError where it can be known now that the run will come to nothing."""
     inputs, options, model = training.inputs, training.options, training.backbone.model
     changing = changing_tensors(model, training.freezing)
-    check_disk(training.monitor.run_dir, options.repository, changing, _num_bytes(model.state_dict()))
-    batches = draw_batches(len(inputs.train), options.batch_size, options.seed, 1)
-    set_train_mode(model, training.freezing, update_batch_norm=options.batch_norm == "update")
-    optimizer = torch.optim.AdamW(_groups(training.backbone, options), fused=True)
+    model_bytes = _num_bytes(model.state_dict())
+    check_disk(training.monitor.run_dir, options.repository, changing, model_bytes, has_average=training.state.average is not None)
+    batches = training.draw_batches(1)
+    optimizer = torch.optim.AdamW(build_groups(training.backbone, options), fused=True)
+    _set_train_mode(training)
     images, labels = next(iter(_load(training, batches[:1])))
     step_seconds = check_learning(lambda: float(_learn(training, images, labels).mean()), optimizer, changing)
     num_val_batches = math.ceil(len(inputs.val) / (2 * options.batch_size))
@@ -340,14 +393,10 @@ def _reading(loader: DataLoader[Batch]) -> Iterator[Iterator[tuple[torch.Tensor,
         batches.close()
 
 
-def _groups(backbone: Backbone, options: Options) -> list[dict[str, object]]:
-    return parameter_groups(
-        backbone.model,
-        backbone.classifier,
-        head_lr=options.lr,
-        backbone_lr=options.backbone_lr,
-        weight_decay=options.weight_decay,
-    )
+def _class_weights(splits: Splits) -> Floats:
+    """All 1 in multi-label data, where classes are not weighed."""
+    num_classes = len(splits.label_names)
+    return np.ones(num_classes, np.float32) if splits.is_multi_label else class_weights(splits.labels(splits.train), num_classes)
 
 
 def _num_batches(inputs: Inputs, options: Options) -> int:
@@ -358,33 +407,28 @@ def _num_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def _report_epoch(monitor: Monitor, at: Progress, metrics: Metrics) -> None:
-    curves = {"epoch/val_loss": metrics.loss, "epoch/val_accuracy": metrics.accuracy}
+def _report_epoch(training: _Training, metrics: AnyMetrics) -> None:
+    at = training.at
+    attribute, name = next(iter(metrics.NAMES.items()))
+    curves = {"epoch/val_loss": metrics.loss, f"epoch/val_{attribute}": metrics.score}
     if at.epoch == 0:
-        logger.info("epoch 0, the probe's head: val loss %.3f, val accuracy %.4f", metrics.loss, metrics.accuracy)
+        logger.info("epoch 0, %s: val loss %.3f, val %s %.4f", training.options.first_head, metrics.loss, name, metrics.score)
     else:
         train_loss, speed, waiting = float(np.mean(at.losses)), at.num_images / at.seconds, at.waiting_seconds / at.seconds
         curves |= {"epoch/train_loss": train_loss, "train/images_per_second": speed, "train/waiting_for_data": waiting}
         logger.info(
-            "epoch %d: train loss %.3f, val loss %.3f, val accuracy %.4f; %.0f images/s, %.0f%% of the time waiting for data",
+            "epoch %d: train loss %.3f, val loss %.3f, val %s %.4f; %.0f images/s, %.0f%% of the time waiting for data",
             at.epoch,
             train_loss,
             metrics.loss,
-            metrics.accuracy,
+            name,
+            metrics.score,
             speed,
             100 * waiting,
         )
         warn_if_starved(waiting)
     for tag, value in curves.items():
-        monitor.scalar(tag, value, at.epoch)
-
-
-def _rate(step: int, num_steps: int) -> float:
-    """The share of the peak rate at a step: linear warm-up, then cosine."""
-    num_warmup = max(1, round(num_steps * _WARMUP_FRACTION))
-    if step < num_warmup:
-        return (step + 1) / (num_warmup + 1)
-    return 0.5 * (1 + math.cos(math.pi * (step - num_warmup) / max(1, num_steps - num_warmup)))
+        training.monitor.scalar(tag, value, at.epoch)
 
 
 def _precision(options: Options, device: str) -> str:
@@ -392,9 +436,3 @@ def _precision(options: Options, device: str) -> str:
     if options.precision in ("fp32", "bf16"):
         return options.precision
     return "bf16" if device == "cuda" or supports_bf16() else "fp32"
-
-
-def _set_head(backbone: Backbone, probe: Probe) -> None:
-    with torch.no_grad():
-        backbone.head.weight.copy_(torch.from_numpy(probe.weight))
-        backbone.head.bias.copy_(torch.from_numpy(probe.bias))

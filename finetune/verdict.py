@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from finetune.evaluate import Interval, draw_counts
+from finetune.interval import Interval, draw_counts, draw_weights
+from finetune.label_metrics import evaluate_labels, mean_of_present, measure_average_precision, num_resamples
 from finetune.probe import Floats, Labels
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Validation accuracies of both, the 95 % interval of their difference over the images, and what each cost.
+    """Validation accuracies of both (or what else `metric` names), the 95 % interval of their difference over the images, and their cost.
 
     The epoch was chosen on the same images, which flatters the fine-tuned model a little; the probe wins a tie, also because models of
     one frozen backbone are served together for the price of one.
@@ -24,6 +25,7 @@ class Verdict:
     interval: Interval
     probe_seconds: float
     train_seconds: float
+    metric: str = "accuracy"
 
     @property
     def publishes(self) -> str:
@@ -32,8 +34,9 @@ class Verdict:
     def to_dict(self) -> dict[str, Any]:
         return {
             "published": self.publishes,
-            "probe_accuracy": self.probe_accuracy,
-            "fine_tuned_accuracy": self.tuned_accuracy,
+            "by": self.metric,
+            f"probe_{self.metric.removeprefix('balanced_')}": self.probe_accuracy,
+            f"fine_tuned_{self.metric.removeprefix('balanced_')}": self.tuned_accuracy,
             "difference": self.tuned_accuracy - self.probe_accuracy,
             "interval": self.interval.to_list(),
             "probe_seconds": self.probe_seconds,
@@ -49,19 +52,37 @@ class Verdict:
             outcome = "the probe is better and is published"
         else:
             outcome = "a tie, so the probe is published"
+        of_what = "" if self.metric == "accuracy" else f" of {self.metric.replace('_', ' ')}"
         return (
             f"fine-tuned {self.tuned_accuracy:.4f} in {self.train_seconds:.0f} s, probe {self.probe_accuracy:.4f} in "
-            f"{self.probe_seconds:.1f} s: {difference:+.1f} points (95%: {low:+.1f} to {high:+.1f}): {outcome}"
+            f"{self.probe_seconds:.1f} s: {difference:+.1f} points{of_what} "
+            f"(95%: {low:+.1f} to {high:+.1f}): {outcome}"
         )
 
 
 def compare_with_probe(
-    probe_logits: Floats, tuned_logits: Floats, labels: Labels, *, probe_seconds: float, train_seconds: float
+    probe_logits: Floats,
+    tuned_logits: Floats,
+    labels: Labels,
+    *,
+    class_weights: Floats | None = None,
+    probe_seconds: float,
+    train_seconds: float,
 ) -> Verdict:
-    """The paired bootstrap of logits `[N,C]` of the same N validation images."""
-    probe_right, tuned_right = (logits.argmax(axis=1) == labels for logits in (probe_logits, tuned_logits))
-    gained, lost = int((tuned_right & ~probe_right).sum()), int((probe_right & ~tuned_right).sum())
-    # All that the difference depends on is how many images each one alone gets right.
-    draws = draw_counts(np.array([gained, lost, len(labels) - gained - lost]))
-    differences = (draws[:, 0] - draws[:, 1]) / len(labels)
-    return Verdict(float(probe_right.mean()), float(tuned_right.mean()), Interval.of(differences), probe_seconds, train_seconds)
+    """The paired bootstrap of logits `[N,C]` of the same N validation images; with labels `[N,C]`, of the mean average precision.
+
+    With their own `class_weights` `[C]`, an image counts as much as its class is rare: accuracies are balanced.
+    """
+    if labels.ndim == 2:
+        drawn = draw_weights(len(labels), num_resamples(labels))
+        means = [mean_of_present(measure_average_precision(logits, labels, drawn)) for logits in (probe_logits, tuned_logits)]
+        scores = [evaluate_labels(logits, labels, logits >= 0).score for logits in (probe_logits, tuned_logits)]
+        return Verdict(scores[0], scores[1], Interval.of(means[1] - means[0]), probe_seconds, train_seconds, "mean_average_precision")
+    weights = np.ones(len(labels)) if class_weights is None else class_weights[labels].astype(np.float64)
+    probe_right, tuned_right = (weights * (logits.argmax(axis=1) == labels) for logits in (probe_logits, tuned_logits))
+    # All that the difference depends on is how many images give how much to it.
+    gains, counts = np.unique(tuned_right - probe_right, return_counts=True)
+    differences = draw_counts(counts) @ gains / len(labels)
+    accuracies = float(probe_right.mean()), float(tuned_right.mean())
+    metric = "accuracy" if class_weights is None else "balanced_accuracy"
+    return Verdict(*accuracies, Interval.of(differences), probe_seconds, train_seconds, metric)

@@ -13,7 +13,7 @@ import logging
 import pickle
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from models.errors import GraftError
+from models.named import import_named
 from models.preprocess import Preprocess
 
 logger = logging.getLogger("graft.backbone")
@@ -416,14 +417,7 @@ def _build_custom(name: str, num_classes: int, weights: Path | None, image_size:
 
 
 def _call_builder(name: str) -> nn.Module:
-    module_name, _, attribute = name.partition(":")
-    try:
-        build: Callable[[], Any] = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise GraftError(f"--backbone {name}: {error}; package.module:callable must be importable from the current folder") from error
-    # The user's own code: whatever it raises is theirs to read.
-    except (Exception, SystemExit) as error:
-        raise GraftError(f"--backbone {name}: importing it raised {type(error).__name__}: {error}") from error
+    build = import_named("--backbone", name)
     try:
         module = build()
     # The user's own code: whatever it raises is theirs to read, with the place it came from.

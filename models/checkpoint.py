@@ -66,6 +66,7 @@ class Checkpoint:
     temperature: float
     coverage: float | None  # asked of the conformal sets; None in checkpoints without them
     threshold: float | None  # the least score of a label in the set
+    thresholds: npt.NDArray[np.float32] | None  # [C], the least score at which an image has a label; None but for multi-label
     head_weight: npt.NDArray[np.float32]  # [C,F]
     head_bias: npt.NDArray[np.float32]  # [C]
     golden: Golden
@@ -193,6 +194,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             temperature=float(graft["temperature"]),
             coverage=coverage,
             threshold=threshold,
+            thresholds=_read_thresholds(graft),
             head_weight=head_weight,
             head_bias=head_bias,
             golden=_read_golden(path / GOLDEN_FILE),
@@ -207,12 +209,19 @@ def load_checkpoint(path: Path) -> Checkpoint:
     num_classes = len(checkpoint.label_names)
     if head_weight.shape != (num_classes, config["num_features"]) or head_bias.shape != (num_classes,):
         raise CheckpointError(f"{path}: the head is {head_weight.shape}, its labels are {num_classes}")
+    if checkpoint.thresholds is not None and checkpoint.thresholds.shape != (num_classes,):
+        raise CheckpointError(f"{path}: there are {len(checkpoint.thresholds)} thresholds, its labels are {num_classes}")
     return checkpoint
 
 
 def logits(checkpoint: Checkpoint, features: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Features `[B,F]` → logits `[B,C]`, before temperature."""
     return np.asarray(features @ checkpoint.head_weight.T + checkpoint.head_bias, np.float32)
+
+
+def sigmoid(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Each label's probability by itself, as multi-label models give it; written with tanh, which never overflows."""
+    return np.asarray(0.5 * np.tanh(0.5 * logits) + 0.5, np.float32)
 
 
 def is_unsure(scores: npt.NDArray[np.float32], threshold: float | npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
@@ -224,9 +233,12 @@ def check_golden(checkpoint: Checkpoint, computed: npt.NDArray[np.float32]) -> N
     """Raise CheckpointError unless `computed` (logits of the golden images, here and now) are those of save time.
 
     Another CPU or precision moves logits a little (bf16 rounds at 2^-8), other labels, weights or preprocessing a lot: the largest
-    difference may be 5 % of the logits' spread, both without what they have in common over the classes, which softmax ignores.
+    difference may be 5 % of the logits' spread, both without what they have in common over the classes, which softmax ignores and
+    sigmoid does not.
     """
-    expected, found = (values - values.mean(axis=1, keepdims=True) for values in (checkpoint.golden.logits, computed))
+    expected, found = checkpoint.golden.logits, computed
+    if checkpoint.thresholds is None:
+        expected, found = (values - values.mean(axis=1, keepdims=True) for values in (expected, found))
     spread = float(np.ptp(expected)) or 1.0
     drift = float(np.abs(expected - found).max()) / spread
     if not drift <= 0.05:
@@ -249,6 +261,18 @@ def _read_conformal(graft: Mapping[str, Any]) -> tuple[float | None, float | Non
     if not (0 < coverage < 1 and 0 <= threshold <= 1):
         raise ValueError(f"coverage {coverage} and threshold {threshold} are no shares")
     return coverage, threshold
+
+
+def _read_thresholds(graft: Mapping[str, Any]) -> npt.NDArray[np.float32] | None:
+    task = graft.get("task", "single-label")
+    if task == "single-label":
+        return None
+    if task != "multi-label":
+        raise ValueError(f"task {task!r}; this Graft knows single-label and multi-label")
+    thresholds = np.array(graft["thresholds"], np.float32)
+    if not ((thresholds >= 0) & (thresholds <= 1)).all():
+        raise ValueError("a threshold is no share")
+    return thresholds
 
 
 def _write_golden(path: Path, golden: Golden) -> None:

@@ -45,11 +45,17 @@ def freeze(model: nn.Module, policy: str, classifier: str, prefix: str = "") -> 
         prefix=prefix,
         stages=stages(model, classifier, prefix),
     )
+    digests = {name: _digest(tensor) for name, tensor in _frozen_tensors(model, frozen)}
+    freezing = Freezing(policy, frozen, digests)
+    set_trainable(model, freezing)
+    return freezing
+
+
+def set_trainable(model: nn.Module, freezing: Freezing) -> None:
+    """`requires_grad` for what is not frozen, and for that alone."""
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
-            parameter.requires_grad_(name not in frozen)
-    digests = {name: _digest(tensor) for name, tensor in _frozen_tensors(model, frozen)}
-    return Freezing(policy, frozen, digests)
+            parameter.requires_grad_(name not in freezing.frozen_modules)
 
 
 def set_train_mode(model: nn.Module, freezing: Freezing, *, update_batch_norm: bool) -> None:
@@ -84,23 +90,59 @@ def prove_frozen(model: nn.Module, freezing: Freezing) -> None:
 
 
 def parameter_groups(
-    model: nn.Module, classifier: str, *, head_lr: float, backbone_lr: float, weight_decay: float
+    model: nn.Module,
+    classifier: str,
+    *,
+    head_lr: float,
+    backbone_lr: float,
+    weight_decay: float,
+    layer_decay: float = 1.0,
+    prefix: str = "",
 ) -> list[dict[str, object]]:
-    """The trainable parameters only, for an optimizer: head and backbone at their own rates, no decay on biases and norms."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    """The trainable parameters only, for an optimizer: head and backbone at their own rates, no decay on biases and norms.
+
+    `backbone_lr` is the last stage's; each stage before it has `layer_decay` times the rate of the one behind it (ULMFiT, arXiv
+    1801.06146; BEiT, arXiv 2106.08254). Groups are named by what they hold; with a layer decay, `backbone_1` is the last stage.
+    """
+    depth_of = depths(model, classifier, prefix)
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_head = name.startswith(f"{classifier}.")
-            groups.setdefault((is_head, parameter.ndim > 1), []).append(parameter)
+            depth = depth_of[name.rpartition(".")[0]]
+            # Without a layer decay all stages are one group.
+            groups.setdefault((depth if layer_decay < 1 else min(depth, 1), parameter.ndim > 1), []).append(parameter)
+    backbone = "backbone" if layer_decay == 1 else "backbone_{}"
     return [
         {
-            "name": f"{'head' if is_head else 'backbone'}{'' if decays else '_no_decay'}",
+            "name": f"{backbone.format(depth) if depth else 'head'}{'' if decays else '_no_decay'}",
             "params": parameters,
-            "lr": head_lr if is_head else backbone_lr,
+            "lr": head_lr if depth == 0 else backbone_lr * layer_decay ** (depth - 1),
             "weight_decay": weight_decay if decays else 0.0,
         }
-        for (is_head, decays), parameters in groups.items()
+        for (depth, decays), parameters in groups.items()
     ]
+
+
+def depths(model: nn.Module, classifier: str, prefix: str = "") -> dict[str, int]:
+    """How far each module is from the end, by its name: 0 the classifier, 1 the last stage, and so on to the first.
+
+    What has no weights, such as a norm between two stages, and what stands in no stage belong to the stage before them; the network's own
+    tensors to the first.
+    """
+    number, number_of = 0, {}
+    for stage in stages(model, classifier, prefix):
+        has_weights = any(parameter.ndim > 1 for parameter in model.get_submodule(prefix + stage).parameters())
+        number = max(1, number + has_weights)
+        number_of[prefix + stage] = number
+    last, now, depth_of = max(1, number), 1, {}
+    for name, _ in model.named_modules():
+        now = next((number for stage, number in number_of.items() if _is_within(name, stage)), now)
+        depth_of[name] = 0 if _is_within(name, classifier) else 1 + last - now
+    return depth_of
+
+
+def _is_within(name: str, ancestor: str) -> bool:
+    return name == ancestor or name.startswith(f"{ancestor}.")
 
 
 def stages(model: nn.Module, classifier: str, prefix: str = "") -> list[str]:

@@ -122,7 +122,9 @@ class Graft:
         images: Annotated[list[Path], Field(description="One or more image files.")],
         model: Annotated[str, Field(description="The model's name, or all; needed where several are served.")] = "",
         version: Annotated[str, Field(description="A version's number, a label, or latest; by default what the rollout says.")] = "",
-        top_k: Annotated[int, Field(ge=1, description="How many labels to list per image.")] = DEFAULT_TOP_K,
+        top_k: Annotated[
+            int, Field(ge=1, description="How many labels to list per image; left out, a multi-label model lists all.")
+        ] = DEFAULT_TOP_K,
     ) -> PredictResponse:
         """Classify images. The answer has one entry per image, in order; one that cannot be read has an error in its place."""
         raise AssertionError("the Routes middleware answers /predict")

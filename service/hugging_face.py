@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from service.errors import RequestError
 from service.predict import DEFAULT_TOP_K
-from service.predictor import top_prediction
+from service.predictor import rank
 from service.protocols import check_uncompressed, choose_one, decode_base64, parse_json, read_scores
 from service.routes import json_response
 from service.server import Server
@@ -27,12 +27,14 @@ _MAX_KEYS = 100
 
 
 class ImageClassificationParameters(BaseModel):
-    """How many labels; the scores are calibrated probabilities, so there is no other function to apply."""
+    """How many labels; the scores are calibrated probabilities, so there is no other function to apply than the model's own."""
 
     model_config = ConfigDict(extra="forbid")
 
     top_k: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
-    function_to_apply: Literal["softmax"] | None = None
+    function_to_apply: Literal["softmax", "sigmoid"] | None = Field(
+        default=None, description="sigmoid for a multi-label model, softmax for others."
+    )
 
 
 class ImageClassificationRequest(BaseModel):
@@ -46,7 +48,7 @@ async def classify_image(request: Request, server: Server) -> Response:
     """`POST /hf/NAME`: labels and scores of one image, best first."""
     server.check_room()
     check_uncompressed(request)
-    top_k = DEFAULT_TOP_K
+    parameters = ImageClassificationParameters()
     with server.buffered.hold() as hold:
         image = await read_body(request, server.settings, hold)
         if not image:
@@ -54,11 +56,14 @@ async def classify_image(request: Request, server: Server) -> Response:
         # No image format starts so.
         if image.lstrip()[:1] == b"{":
             asked = parse_json(image, ImageClassificationRequest, example=_EXAMPLE, max_keys=_MAX_KEYS, max_values=_MAX_KEYS)
-            if asked.parameters is not None and asked.parameters.top_k is not None:
-                top_k = asked.parameters.top_k
+            parameters = asked.parameters or parameters
             image = decode_base64(asked.inputs, "inputs")
         model = choose_one(server, request.path_params["name"], request.path_params.get("version", ""))
+        function = "softmax" if model.checkpoint.thresholds is None else "sigmoid"
+        if parameters.function_to_apply not in (None, function):
+            asked_for = parameters.function_to_apply
+            raise RequestError("bad_parameter", f"function_to_apply={asked_for}: this model's is {function!r}; leave it out")
         (answer,) = await server.classify(request, [model], [image])
     (scores,) = read_scores(answer, lambda index: "the image")
-    prediction = top_prediction(scores, model.checkpoint.label_names, top_k)
-    return json_response([one.model_dump() for one in prediction.top])
+    ranked = rank(scores, model.checkpoint.label_names, parameters.top_k or DEFAULT_TOP_K)
+    return json_response([one.model_dump() for one in ranked])

@@ -40,6 +40,9 @@ _API_VERSION = "1"
 _EXTENSIONS = ["binary_tensor_data", "classification"]
 _HEADER_LENGTH = "Inference-Header-Content-Length"
 _EXAMPLE = '{"inputs": [{"name": "image", "shape": [1], "datatype": "BYTES", "data": ["<an image file in base64>"]}]}'
+# Of each output, and which have a value for every class.
+_DATATYPES = {"label": "BYTES", "score": "FP32", "probabilities": "FP32", "present": "BOOL"}
+_BY_CLASS = {"probabilities", "present"}
 _MAX_KEYS = 1000
 # Three crops of 224x224; more come as binary data.
 _MAX_VALUES = 500_000
@@ -60,9 +63,9 @@ class RequestInput(BaseModel):
 
 
 class RequestOutput(BaseModel):
-    """An output that is wanted; its parameters are `binary_data` and, for `probabilities`, `classification`."""
+    """An output that is wanted, one of the model's; its parameters are `binary_data` and, for `probabilities`, `classification`."""
 
-    name: Literal["label", "score", "probabilities"]
+    name: Literal["label", "score", "probabilities", "present"]
     parameters: dict[str, Any] = {}
 
 
@@ -79,14 +82,17 @@ class ResponseOutput(BaseModel):
     """A tensor; its elements are in `data`, flat, or follow the JSON as `binary_data_size` bytes."""
 
     name: str
-    datatype: Literal["BYTES", "FP32"]
+    datatype: Literal["BYTES", "FP32", "BOOL"]
     shape: list[int]
     parameters: dict[str, int] | None = None
-    data: list[float] | list[str] | None = None
+    data: list[float] | list[str] | list[bool] | None = None
 
 
 class InferResponse(BaseModel):
-    """Label BYTES [N], score FP32 [N] and probabilities FP32 [N,C], or those of them that were wanted."""
+    """Label BYTES [N], score FP32 [N] and probabilities FP32 [N,C], or those of them that were wanted.
+
+    A multi-label model has probabilities and present BOOL [N,C]: whether each label's probability reaches its threshold.
+    """
 
     model_name: str
     model_version: str
@@ -190,9 +196,8 @@ async def model_metadata(request: Request, server: Server) -> Response:
                 TensorMetadata(name="pixels", datatype="UINT8", shape=[-1, preprocess.height, preprocess.width, 3]),
             ],
             outputs=[
-                TensorMetadata(name="label", datatype="BYTES", shape=[-1]),
-                TensorMetadata(name="score", datatype="FP32", shape=[-1]),
-                TensorMetadata(name="probabilities", datatype="FP32", shape=[-1, num_classes]),
+                TensorMetadata(name=one, datatype=_DATATYPES[one], shape=[-1, num_classes] if one in _BY_CLASS else [-1])
+                for one in _outputs_of(model)
             ],
         )
     )
@@ -213,6 +218,9 @@ async def infer(request: Request, server: Server) -> Response:
             raise RequestError("bad_request", f"shape {str(tensor.shape)[:100]} is none; its first size is the number of images")
         check_num_images(tensor.shape[0], server)
         model = choose_one(server, request.path_params["name"], request.path_params.get("version", ""))
+        wanted = wanted or [Wanted(name, _is_binary(asked)) for name in _outputs_of(model)]
+        if foreign := [one.name for one in wanted if one.name not in _outputs_of(model)]:
+            raise RequestError("bad_parameter", f"outputs: this model has no {foreign[0]!r}; it has {', '.join(_outputs_of(model))}")
         images = _read_images(tensor, elements) if tensor.name == "image" else _read_pixels(tensor, elements, model.backbone.preprocess)
         (answer,) = await server.classify(request, [model], images)
     scores = read_scores(answer, lambda index: f"{tensor.name}[{index}]")
@@ -231,12 +239,21 @@ def _split(body: bytes, header_length: str | None) -> tuple[bytes, memoryview]:
 
 
 def _read_outputs(asked: InferRequest) -> list[Wanted]:
-    default = _flag(asked.parameters, "binary_data_output", default=False)
+    """Those that are named; none of them stands for all of the model's."""
+    default = _is_binary(asked)
     if not asked.outputs:
-        return [Wanted(name, default) for name in ("label", "score", "probabilities")]
+        return []
     if len({output.name for output in asked.outputs}) < len(asked.outputs):
         raise RequestError("bad_request", "outputs: one is wanted twice; name each once")
     return [_read_output(output, default) for output in asked.outputs]
+
+
+def _is_binary(asked: InferRequest) -> bool:
+    return _flag(asked.parameters, "binary_data_output", default=False)
+
+
+def _outputs_of(model: Model) -> tuple[str, ...]:
+    return ("label", "score", "probabilities") if model.checkpoint.thresholds is None else ("probabilities", "present")
 
 
 def _read_output(output: RequestOutput, default: bool) -> Wanted:
@@ -362,7 +379,14 @@ def _respond(request_id: str | None, model: Model, wanted: Sequence[Wanted], sco
     for one in wanted:
         texts, numbers, shape = _compute(one, model.checkpoint.label_names, scores)
         output = ResponseOutput(name=one.name, datatype="FP32" if texts is None else "BYTES", shape=shape)
-        if one.is_binary:
+        if one.name == "present" and model.checkpoint.thresholds is not None:
+            output.datatype, present = "BOOL", scores >= model.checkpoint.thresholds
+            if one.is_binary:
+                parts.append(present.tobytes())
+                output.parameters = {"binary_data_size": present.size}
+            else:
+                output.data = present.ravel().tolist()
+        elif one.is_binary:
             parts.append(numbers.astype("<f4").tobytes() if texts is None else _join_bytes(texts))
             output.parameters = {"binary_data_size": len(parts[-1])}
         else:
@@ -383,7 +407,7 @@ def _compute(wanted: Wanted, names: tuple[str, ...], scores: Scores) -> tuple[li
         order = np.argsort(-scores, axis=1, kind="stable")[:, : wanted.num_classes]
         texts = [f"{row[index]:.6f}:{index}:{names[index]}" for row, best in zip(scores, order, strict=True) for index in best]
         return texts, scores, list(order.shape)
-    if wanted.name == "probabilities":
+    if wanted.name in _BY_CLASS:
         return None, scores, list(scores.shape)
     if wanted.name == "score":
         return None, scores.max(axis=1), [len(scores)]

@@ -8,7 +8,8 @@ from starlette.responses import Response
 from models.checkpoint import Checkpoint
 from models.preprocess import ImageError
 from service.errors import RequestError, image_error_code
-from service.predictor import Answer, Scores, top_prediction
+from service.predictor import Answer, Scores, multi_label_prediction, top_prediction
+from service.protocols import rounded
 from service.repository import Served
 from service.routes import json_response
 from service.schemas import (
@@ -17,6 +18,7 @@ from service.schemas import (
     ErrorResponse,
     ModelInfo,
     ModelsResponse,
+    MultiLabelPrediction,
     Prediction,
     PredictResponse,
     RefusedModel,
@@ -53,9 +55,9 @@ async def list_models(request: Request, server: Server) -> Response:
     )
 
 
-def parse_top_k(text: str) -> int:
+def parse_top_k(text: str) -> int | None:
     if not text:
-        return DEFAULT_TOP_K
+        return None
     if not (text.isascii() and text.isdigit() and 1 <= int(text[:10]) <= 1_000_000):
         raise RequestError("bad_parameter", f"top_k={text[:20]!r} is not a whole number from 1 up")
     return int(text)
@@ -69,17 +71,21 @@ def check_readable(answer: Answer, names: list[str]) -> None:
         raise RequestError(image_error_code(errors[0]), f"{prefix}{names[0]}: {errors[0]}")
 
 
-def _predict_response(answer: Answer, images: list[NamedImage], top_k: int) -> PredictResponse:
+def _predict_response(answer: Answer, images: list[NamedImage], top_k: int | None) -> PredictResponse:
     check_readable(answer, [image.name for image in images])
     checkpoint = answer.model.checkpoint
     entries = [_entry(image, result, checkpoint, top_k) for image, result in zip(images, answer.results, strict=True)]
     return PredictResponse(model=checkpoint.name, version=checkpoint.version, predictions=entries)
 
 
-def _entry(image: NamedImage, result: Scores | ImageError, checkpoint: Checkpoint, top_k: int) -> Prediction | ErrorResponse:
+def _entry(
+    image: NamedImage, result: Scores | ImageError, checkpoint: Checkpoint, top_k: int | None
+) -> Prediction | MultiLabelPrediction | ErrorResponse:
     if isinstance(result, ImageError):
         return ErrorResponse(error=ErrorDetail(code=image_error_code(result), message=f"{image.name}: {result}"))
-    return top_prediction(result, checkpoint.label_names, top_k, checkpoint.threshold)
+    if checkpoint.thresholds is not None:
+        return multi_label_prediction(result, checkpoint, top_k)
+    return top_prediction(result, checkpoint.label_names, top_k or DEFAULT_TOP_K, checkpoint.threshold)
 
 
 def _model_info(served: Served) -> ModelInfo:
@@ -96,6 +102,7 @@ def _model_info(served: Served) -> ModelInfo:
         metrics=dict(checkpoint.metrics),
         coverage=checkpoint.coverage,
         threshold=checkpoint.threshold,
+        thresholds=None if checkpoint.thresholds is None else rounded(checkpoint.thresholds),
         device=info.device,
         engine=info.engine,
         precision=info.precision,

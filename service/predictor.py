@@ -15,13 +15,13 @@ import numpy as np
 import numpy.typing as npt
 from opentelemetry import trace
 
-from models.checkpoint import is_unsure, logits
+from models.checkpoint import Checkpoint, is_unsure, logits, sigmoid
 from models.engine import Features
 from models.preprocess import ImageError, Pixels
 from service import metrics
 from service.batcher import Ticket, deadline_exceeded
 from service.repository import Backbone, Model
-from service.schemas import LabelScore, Prediction
+from service.schemas import LabelScore, MultiLabelPrediction, Prediction
 
 Scores = npt.NDArray[np.float32]
 # By fingerprint, the features that each backbone gives for one image.
@@ -30,7 +30,10 @@ FeaturesByBackbone = dict[str, Features]
 
 @dataclass(frozen=True)
 class Answer:
-    """What one model says: calibrated probabilities `[C]` for each image in order, or why that image could not be read."""
+    """What one model says: calibrated probabilities `[C]` for each image in order, or why that image could not be read.
+
+    Those of a multi-label model are each label's own, and do not add up to one.
+    """
 
     model: Model
     results: tuple[Scores | ImageError, ...]
@@ -152,13 +155,34 @@ def _answer(model: Model, features: Sequence[FeaturesByBackbone | ImageError]) -
 def scores(model: Model, features: Features) -> Scores:
     """Features `[B,F]` → calibrated probabilities `[B,C]`."""
     scaled = logits(model.checkpoint, features) / model.checkpoint.temperature
+    if model.checkpoint.thresholds is not None:
+        return sigmoid(scaled)
     exponents = np.exp(scaled - scaled.max(axis=1, keepdims=True))
     return np.asarray(exponents / exponents.sum(axis=1, keepdims=True), np.float32)
 
 
+def rank(row: Scores, label_names: Sequence[str], top_k: int | None = None) -> list[LabelScore]:
+    """Probabilities `[C]` → the `top_k` best labels, or all, ties in the order of the labels."""
+    columns = np.argsort(-row, kind="stable")[:top_k]
+    return [LabelScore(label=label_names[column], score=round(float(row[column]), 6)) for column in columns]
+
+
 def top_prediction(row: Scores, label_names: Sequence[str], top_k: int, threshold: float | None = None) -> Prediction:
     """Probabilities `[C]` → the best label and the `top_k` best, ties in the order of the labels; with a threshold, if unsure."""
-    columns = np.argsort(-row, kind="stable")[:top_k]
-    top = [LabelScore(label=label_names[column], score=round(float(row[column]), 6)) for column in columns]
+    top = rank(row, label_names, top_k)
     unsure = None if threshold is None else bool(is_unsure(row, threshold))
     return Prediction(label=top[0].label, score=top[0].score, unsure=unsure, top=top)
+
+
+def multi_label_prediction(row: Scores, checkpoint: Checkpoint, top_k: int | None) -> MultiLabelPrediction:
+    """Probabilities `[C]` → the labels that reach their thresholds, and the `top_k` best of all, or all."""
+    ranked = rank(row, checkpoint.label_names)
+    named = set(named_labels(row, checkpoint))
+    return MultiLabelPrediction(labels=[one for one in ranked if one.label in named], top=ranked[:top_k])
+
+
+def named_labels(row: Scores, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What an answer of probabilities `[C]` names: the best label; of a multi-label model those that reach their thresholds."""
+    if checkpoint.thresholds is None:
+        return (checkpoint.label_names[int(np.argmax(row))],)
+    return tuple(checkpoint.label_names[column] for column in np.flatnonzero(row >= checkpoint.thresholds))

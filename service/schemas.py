@@ -46,12 +46,21 @@ class Prediction(LabelScore):
     top: list[LabelScore]
 
 
+class MultiLabelPrediction(BaseModel):
+    """What a model whose images have any number of labels says of one: each score is a label's own, and they do not add up to one."""
+
+    labels: list[LabelScore] = Field(
+        description="The labels whose score reaches the model's threshold for it, best first; perhaps none, perhaps several."
+    )
+    top: list[LabelScore] = Field(description="All labels, or the `top_k` asked for, best first.")
+
+
 class PredictResponse(BaseModel):
     """One entry per image, in the order of the request; an image that could not be read has an `error` in its place."""
 
     model: str
     version: int
-    predictions: list[Prediction | ErrorResponse]
+    predictions: list[Prediction | MultiLabelPrediction | ErrorResponse]
 
 
 class AllResponse(BaseModel):
@@ -75,6 +84,9 @@ class ModelInfo(BaseModel):
         description="For how many images like those it was made with the labels that reach the threshold hold the true one."
     )
     threshold: float | None = Field(description="An answer is unsure unless the score of exactly one label is at least this.")
+    thresholds: list[float] | None = Field(
+        description="For each of the labels the score from which on a multi-label model's answer names it; null for other models."
+    )
     device: str
     engine: str
     precision: str

@@ -15,14 +15,13 @@ from contextlib import suppress
 from types import FrameType
 from typing import TypeVar
 
-import numpy as np
 from starlette.requests import ClientDisconnect, Request
 
 from models.errors import GraftError
 from models.preprocess import ImageError, Pixels
 from service import metrics
 from service.errors import RequestError
-from service.predictor import Answer, Predictor
+from service.predictor import Answer, Predictor, named_labels
 from service.repository import Model, Repository, Snapshot
 from service.settings import Settings
 from service.uploads import Buffered
@@ -250,13 +249,12 @@ def _spare_the_collector() -> None:
 
 
 def _count_shadow(answer: Answer, other: Answer) -> None:
-    """Whether the shadow's best label is the one that was sent, image by image."""
+    """Whether the shadow names the labels that were sent, image by image."""
     model = other.model.checkpoint
-    names = answer.model.checkpoint.label_names
     for result, shadowed in zip(answer.results, other.results, strict=True):
         if isinstance(result, ImageError) or isinstance(shadowed, ImageError):
             continue
-        agrees = names[int(np.argmax(result))] == model.label_names[int(np.argmax(shadowed))]
+        agrees = set(named_labels(result, answer.model.checkpoint)) == set(named_labels(shadowed, model))
         metrics.SHADOW.labels(model.name, str(model.version), "agrees" if agrees else "differs").inc()
 
 

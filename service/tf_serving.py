@@ -81,10 +81,18 @@ class PredictRow(BaseModel):
     scores: list[float]
 
 
+class MultiLabelRow(BaseModel):
+    """One image of a multi-label model: every class with its own calibrated probability, and whether that reaches its threshold."""
+
+    classes: list[str]
+    scores: list[float]
+    present: list[bool]
+
+
 class PredictRows(BaseModel):
     """The answer to `instances`."""
 
-    predictions: list[PredictRow]
+    predictions: list[PredictRow] | list[MultiLabelRow]
 
 
 class PredictColumns(BaseModel):
@@ -96,10 +104,18 @@ class PredictColumns(BaseModel):
     scores: list[list[float]]
 
 
+class MultiLabelColumns(BaseModel):
+    """The same of a multi-label model."""
+
+    classes: list[list[str]]
+    scores: list[list[float]]
+    present: list[list[bool]]
+
+
 class PredictOutputs(BaseModel):
     """The answer to `inputs`."""
 
-    outputs: PredictColumns
+    outputs: PredictColumns | MultiLabelColumns
 
 
 class VersionError(BaseModel):
@@ -146,7 +162,10 @@ async def predict(request: Request, server: Server) -> Response:
         model = choose_one(server, request.path_params["name"], _version(request))
         (answer,) = await server.classify(request, [model], images)
     names = list(model.checkpoint.label_names)
-    rows = [_row(names, scores) for scores in read_scores(answer, lambda index: f"{key}[{index}]")]
+    found = read_scores(answer, lambda index: f"{key}[{index}]")
+    if model.checkpoint.thresholds is not None:
+        return _respond_multi_label(names, found, model.checkpoint.thresholds, as_rows=key == "instances")
+    rows = [_row(names, scores) for scores in found]
     if key == "instances":
         return json_response(PredictRows(predictions=rows))
     columns = PredictColumns(
@@ -215,16 +234,29 @@ def _row(names: list[str], scores: Scores) -> PredictRow:
     return PredictRow(label=names[best], score=numbers[best], classes=names, scores=numbers)
 
 
+def _respond_multi_label(names: list[str], found: Scores, thresholds: Scores, *, as_rows: bool) -> Response:
+    rows = [MultiLabelRow(classes=names, scores=rounded(row), present=(row >= thresholds).tolist()) for row in found]
+    if as_rows:
+        return json_response(PredictRows(predictions=rows))
+    columns = MultiLabelColumns(
+        classes=[row.classes for row in rows], scores=[row.scores for row in rows], present=[row.present for row in rows]
+    )
+    return json_response(PredictOutputs(outputs=columns))
+
+
 def _signature(model: Model) -> dict[str, Any]:
     num_classes = len(model.checkpoint.label_names)
+    classes = {
+        "classes": _tensor("classes", "DT_STRING", -1, num_classes),
+        "scores": _tensor("scores", "DT_FLOAT", -1, num_classes),
+    }
+    if model.checkpoint.thresholds is None:
+        outputs = {"label": _tensor("label", "DT_STRING", -1), "score": _tensor("score", "DT_FLOAT", -1), **classes}
+    else:
+        outputs = {**classes, "present": _tensor("present", "DT_BOOL", -1, num_classes)}
     return {
         "inputs": {_INPUT: _tensor(_INPUT, "DT_STRING", -1)},
-        "outputs": {
-            "label": _tensor("label", "DT_STRING", -1),
-            "score": _tensor("score", "DT_FLOAT", -1),
-            "classes": _tensor("classes", "DT_STRING", -1, num_classes),
-            "scores": _tensor("scores", "DT_FLOAT", -1, num_classes),
-        },
+        "outputs": outputs,
         "method_name": "tensorflow/serving/predict",
     }
 

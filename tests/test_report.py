@@ -15,7 +15,7 @@ from finetune.calibration import calibrate_probe
 from finetune.card import write_card
 from finetune.config import Options
 from finetune.data import EncodedImage, Sample, Splits
-from finetune.evaluate import evaluate
+from finetune.evaluate import Interval, evaluate
 from finetune.findings import Audit
 from finetune.learning_curve import measure_learning_curve
 from finetune.plots import Mistake
@@ -89,6 +89,7 @@ def make_result(num_classes: int = 3, *, is_trained: bool = False) -> Result:
         l2=probe.l2,
         learning_curve=measure_learning_curve(features, labels, probe, val_features, val_labels, seed=0),
         val_logits=logits,
+        val_features=val_features,
         audit=Audit((), {"val": (metrics.accuracy, metrics.accuracy)}, 100 * num_classes),
         best_epoch=3 if is_trained else None,
         verdict=verdict if is_trained else None,
@@ -148,6 +149,18 @@ def test_a_verdict_is_told_where_layers_trained(result: Result) -> None:
     assert str(trained.verdict)[1:] in text
     assert str(trained.verdict) in write_card(trained, 7)
     assert trained.freeze == "backbone"
+
+
+def test_what_shaped_the_published_model_is_told_and_nothing_else(result: Result) -> None:
+    assert "| trained with | the default options |" in write_card(result, 7)
+    options = Options(freeze="until:layer3", balance="weights", ema=0.99, label_smoothing=0.1, name="pets")
+    tied = replace(make_result(is_trained=True), options=options)
+    assert tied.trained_with == "--balance weights"
+    assert tied.verdict is not None
+    won = replace(tied, verdict=replace(tied.verdict, interval=Interval(0.1, 0.2)))
+    assert won.trained_with == "--balance weights --label-smoothing 0.1 --ema 0.99"
+    assert won.trained_with in write_card(won, 7)
+    assert won.trained_with in read(won)[1]
 
 
 def test_names_of_others_stay_text(result: Result) -> None:

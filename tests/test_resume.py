@@ -126,18 +126,28 @@ def assert_same_tensors(found: dict[str, torch.Tensor], expected: dict[str, torc
     assert different == []
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["activations", "crops"])
-def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[bool, Fitted]:
-    return request.param, Fitted(tmp_path_factory.mktemp("undisturbed"), cache=request.param)
+EVERY_OPTION = {"label_smoothing": 0.1, "ema": 0.6, "layer_decay": 0.5, "gradual": 1}
+WAYS: dict[str, dict[str, Any]] = {
+    "activations": {},
+    "crops": {"cache": False},
+    "activations, every option": {**EVERY_OPTION, "mix": "mixup", "balance": "sampler"},
+    "crops, every option": {**EVERY_OPTION, "mix": "both", "balance": "weights", "freeze": "none"},
+}
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Fitted]:
+    changes = WAYS[request.param]
+    return changes, Fitted(tmp_path_factory.mktemp("undisturbed"), **changes)
 
 
 @pytest.mark.parametrize("stop_after", [1, 3, 4, 5, 8])
 def test_a_training_stopped_at_any_step_ends_as_one_that_never_was(
-    tmp_path: Path, undisturbed: tuple[bool, Fitted], stop_after: int
+    tmp_path: Path, undisturbed: tuple[dict[str, Any], Fitted], stop_after: int
 ) -> None:
     """Four steps an epoch: within one, at its end, and at the end of all."""
-    cache, expected = undisturbed
-    found = Fitted(tmp_path, stop_after, cache=cache)
+    changes, expected = undisturbed
+    found = Fitted(tmp_path, stop_after, **changes)
     assert found.num_stops == 1
     assert sum(len(curves.get("train/loss", ())) for curves in found.curves) == 8
     assert found.best_epoch == expected.best_epoch
@@ -271,9 +281,13 @@ def read_outcome(run_dir: Path, repository: Path, version: int) -> dict[str, Any
 
 
 def test_a_run_killed_again_and_again_ends_as_one_that_never_was(tmp_path: Path, arguments: list[str], run_forked: RunForked) -> None:
-    """Without the cache, so that processes decode images, and outlive the killed one. Three times; GRAFT_KILLS=20 asks for more."""
+    """With every option, and without the cache, so that processes decode images, and outlive the killed one.
+
+    Three times; GRAFT_KILLS=20 asks for more.
+    """
     num_kills = int(os.environ.get("GRAFT_KILLS", "3"))
-    arguments = " ".join(arguments).replace("--epochs 3 ", f"--epochs {max(3, num_kills)} ").split()
+    every_option = "--balance sampler --label-smoothing 0.1 --mix mixup --ema 0.6 --gradual 1 --layer-decay 0.5"
+    arguments = f"{' '.join(arguments)} {every_option}".replace("--epochs 3 ", f"--epochs {max(3, num_kills)} ").split()
     generator = random.Random(num_kills)
 
     def finetune(given: list[str], points: int = 0) -> tuple[int, str]:

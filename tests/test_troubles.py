@@ -179,12 +179,15 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize("error", ERRORS, ids=lambda error: f"{type(error).__name__} {str(error)[:20]}")
+EVERY_OPTION = {"balance": "weights", "label_smoothing": 0.1, "mix": "both", "ema": 0.6, "layer_decay": 0.5}
+
+
+@pytest.mark.parametrize(("error", "changes"), [*((error, {}) for error in ERRORS), (MemoryError(), EVERY_OPTION)])
 def test_out_of_memory_halves_the_batch_and_moves_the_weights_as_the_whole_would(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, error: Exception
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, error: Exception, changes: dict[str, Any]
 ) -> None:
     # Statistics of a batch are those of its parts, so they are kept.
-    common: dict[str, Any] = {"freeze": "none", "batch_norm": "keep", "batch_size": 8}
+    common: dict[str, Any] = {"freeze": "none", "batch_norm": "keep", "batch_size": 8, **changes}
     whole, whole_monitor = fit(tmp_path / "whole", build(lambda: Greedy(8, error)), **common)
     caplog.clear()
     parts, monitor = fit(tmp_path / "parts", build(lambda: Greedy(2, error)), **common)
@@ -281,11 +284,15 @@ def test_memory_for_not_even_one_image_ends_in_words(tmp_path: Path, run_forked:
 # ----------------------------------------------------------------------------------------------------------------------------- preflight
 
 
-@pytest.mark.parametrize("cache", [True, False], ids=["activations", "crops"])
-def test_preflight_says_what_to_expect_and_leaves_no_trace(tmp_path: Path, caplog: pytest.LogCaptureFixture, cache: bool) -> None:
-    plain, _ = fit(tmp_path / "plain", cache=cache)
+@pytest.mark.parametrize(
+    "changes", [{}, {"cache": False}, {**EVERY_OPTION, "freeze": "none", "gradual": 1}], ids=["activations", "crops", "every option"]
+)
+def test_preflight_says_what_to_expect_and_leaves_no_trace(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, changes: dict[str, Any]
+) -> None:
+    plain, _ = fit(tmp_path / "plain", **changes)
     with caplog.at_level(logging.INFO, "graft.preflight"):
-        checked, _ = fit(tmp_path / "checked", cache=cache, preflight=True, repository=tmp_path)
+        checked, _ = fit(tmp_path / "checked", preflight=True, repository=tmp_path, **changes)
     assert all(torch.equal(tensor, snapshot(plain)[name]) for name, tensor in snapshot(checked).items())
     assert "preflight: disk: the state of the training takes 0 MB of" in caplog.text
     assert "preflight: the loss on one batch went from" in caplog.text

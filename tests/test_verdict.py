@@ -7,6 +7,8 @@ import json
 import numpy as np
 import pytest
 
+from finetune.balance import class_weights
+from finetune.evaluate import evaluate
 from finetune.verdict import Verdict, compare_with_probe
 
 
@@ -44,3 +46,19 @@ def test_the_interval_is_of_the_same_images_and_not_of_two_samples() -> None:
     width = verdict.interval.high - verdict.interval.low
     assert width == pytest.approx(2 * 1.96 * np.sqrt(20 / 400 - (10 / 400) ** 2) / np.sqrt(400), rel=0.1)
     assert verdict.interval.low < 10 / 400 < verdict.interval.high
+
+
+def test_balanced_it_goes_by_what_a_rare_class_gains() -> None:
+    """Of 400 images 360 are of class 0, where the fine-tuned model loses 12; of the 40 others it gains 12."""
+    labels = np.repeat([0, 1], [360, 40])
+    probe, tuned = np.zeros(400, np.int64), np.zeros(400, np.int64)
+    tuned[:12], tuned[-12:] = 1, 1
+    logits = np.eye(2, dtype=np.float32)
+    both = {"probe_logits": logits[probe], "tuned_logits": logits[tuned], "labels": labels, "probe_seconds": 1.5, "train_seconds": 60}
+    assert compare_with_probe(**both).publishes == "probe"  # type: ignore[arg-type]
+    verdict = compare_with_probe(**both, class_weights=class_weights(labels, 2))  # type: ignore[arg-type]
+    assert verdict.publishes == "fine-tuned"
+    assert verdict.probe_accuracy == pytest.approx(0.5)
+    assert verdict.tuned_accuracy == pytest.approx(evaluate(logits[tuned], labels).balanced_accuracy)
+    assert "+13.3 points of balanced accuracy (95%: " in str(verdict)
+    assert verdict.to_dict()["by"] == "balanced_accuracy"
