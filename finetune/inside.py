@@ -88,6 +88,10 @@ class _Look:
         total, num_values = self.totals[stage]
         return float(total) / num_values
 
+    def first_broken(self) -> str | None:
+        """The stage that gave NaN or infinity before any other did."""
+        return next((stage for stage in self.totals if not math.isfinite(self.mean_activation(stage))), None)
+
     def dead_fraction(self, stage: Stage) -> float | None:
         """Of the stage's units, those at or below zero throughout; without ReLU-like modules, those that never change."""
         num_dead = num_units = 0
@@ -139,9 +143,9 @@ class Inside:
             for stage in watched:
                 _place_hooks(stage, look, hooks)
             learn()
-        for name in look.totals:
-            if not math.isfinite(look.mean_activation(name)):
-                return f"; the first stage that gives values which are no numbers is {name}"
+        broken = look.first_broken()
+        if broken is not None:
+            return f"; the first stage that gives values which are no numbers is {broken}"
         for stage in reversed(watched):
             if any(parameter.grad is not None and not parameter.grad.isfinite().all() for parameter in stage.trainable):
                 return f"; on the way back, gradients are first no numbers in {stage.name}"
@@ -162,6 +166,12 @@ class Inside:
         for kind, values in curves.items():
             for name, value in values.items():
                 self._monitor.scalar(f"inside_{kind}/{name}", value, at.step)
+        broken = look.first_broken()
+        if broken is not None:
+            remedy = f"lower --backbone-lr (now {self._options.backbone_lr:.1e}), or say --precision fp32"
+            self._warn(
+                "broken", f"the first stage that gives values which are no numbers is {broken}, though the loss is one; {remedy}", at
+            )
         self._warn_of_dead(dead, at)
         self._warn_of_spread(look.gradients, at)
 

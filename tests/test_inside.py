@@ -164,6 +164,26 @@ def test_gradients_that_explode_or_vanish_are_named(
     assert words in run_steps(backbone, tmp_path, caplog)
 
 
+class Hides(nn.Module):
+    """What its stem overflows to does not reach the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3)
+        self.tail = nn.Conv2d(6, 8, 3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.tail(self.stem(images).clamp(-1, 1)).mean(dim=(2, 3))
+
+
+def test_values_that_are_no_numbers_are_named_though_the_loss_is_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    backbone = own(Hides(), 8)
+    with torch.no_grad():
+        backbone.model.get_submodule("backbone.stem").bias[0] = torch.inf  # type: ignore[index, operator]
+    said = run_steps(backbone, tmp_path, caplog)
+    assert "the first stage that gives values which are no numbers is stem, though the loss is one; lower --backbone-lr" in said
+
+
 def test_what_is_wrong_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     inside = Inside(build(), freeze(build().model, "none", "head", "backbone."), options(), Recorder(tmp_path))
     with caplog.at_level(logging.WARNING, "graft"):
