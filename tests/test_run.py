@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.numpy import load_file
 
 from models.checkpoint import check_golden, list_versions, load_checkpoint, logits
 from models.engine import run
@@ -118,7 +119,7 @@ def test_second_run_publishes_the_next_version(finetune: Finetune, tmp_path: Pat
 
 
 def test_where_training_wins_it_is_published(finetune: Finetune, tmp_path: Path) -> None:
-    """Random convolutions get 94 % of the digits right, trained ones 98 %."""
+    """Random convolutions get 94 % of the digits right; training all but the first gets more, and that one stays as it was."""
     (tmp_path / "small_net.py").write_text(
         "from torch import nn\n"
         "def build():\n"
@@ -126,7 +127,7 @@ def test_where_training_wins_it_is_published(finetune: Finetune, tmp_path: Path)
         "    return nn.Sequential(*pooled, nn.Conv2d(16, 16, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten())\n"
     )
     options = ("--backbone", "small_net:build", "--image-size", 96, "--name", "small")
-    done = finetune(*options, "--freeze", "none", "--epochs", 8, "--lr", 0.01, "--backbone-lr", 0.01)
+    done = finetune(*options, "--freeze", "until:1", "--epochs", 8, "--lr", 0.01, "--backbone-lr", 0.01)
     assert done.returncode == 0, done.stderr
     metrics = read_metrics(tmp_path)
     assert metrics["verdict"]["published"] == "fine-tuned"
@@ -134,7 +135,14 @@ def test_where_training_wins_it_is_published(finetune: Finetune, tmp_path: Path)
     assert metrics["val"]["accuracy"] == metrics["verdict"]["fine_tuned_accuracy"] > metrics["probe"]["accuracy"]
     assert "fine-tuned is better and is published" in done.stdout
     assert "validation images" in metrics["calibration"]["fitted_on"]
-    assert load_checkpoint(tmp_path / "checkpoints" / "small" / "1").config["graft"]["freeze"] == "none"
+    assert load_checkpoint(tmp_path / "checkpoints" / "small" / "1").config["graft"]["freeze"] == "until:1"
+    assert finetune(*options).returncode == 0
+    trained, probed = (load_file(tmp_path / "checkpoints" / "small" / version / "model.safetensors") for version in ("1", "2"))
+    assert trained.keys() == probed.keys()
+    frozen = {name for name in trained if ".1." in f".{name}"}
+    assert len(frozen) == 2
+    for name in trained:
+        assert np.array_equal(trained[name], probed[name]) == (name in frozen), name
 
 
 def test_on_a_tie_the_probe_is_published_as_if_nothing_had_been_trained(finetune: Finetune, tmp_path: Path, shapes: Path) -> None:
