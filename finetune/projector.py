@@ -13,11 +13,11 @@ import numpy.typing as npt
 from PIL import Image
 
 from finetune.data import Sample
-from finetune.files import write_whole
 from finetune.label_metrics import LabelMetrics
 from finetune.probe import Floats, softmax
 from finetune.result import Result
 from models.errors import GraftError
+from models.files import write_whole
 from models.preprocess import ImageError, Pixels, Preprocess
 
 # Beyond, a browser turns slowly.

@@ -24,9 +24,9 @@ from safetensors import SafetensorError, safe_open
 
 from finetune.config import Options, parse_options
 from finetune.data import Sample, SplitName, Splits
-from finetune.files import remove_temporary, write_whole
 from models.checkpoint import CONFIG_FILE, list_versions
 from models.errors import GraftError, in_words
+from models.files import remove_temporary, write_whole
 
 logger = logging.getLogger("graft.resume")
 

@@ -42,7 +42,6 @@ from finetune.data import SplitName, Splits
 from finetune.duplicates import Duplicates
 from finetune.evaluate import Metrics, evaluate
 from finetune.features import extract_splits, open_engine, prepare
-from finetune.files import write_whole
 from finetune.findings import Audit
 from finetune.learning_curve import measure_learning_curve
 from finetune.monitor import Monitor
@@ -72,6 +71,7 @@ from finetune.verdict import compare_with_probe
 from models.checkpoint import FORMAT_VERSION, Golden, publish, sigmoid
 from models.engine import Features
 from models.errors import GraftError
+from models.files import write_whole
 from models.named import import_named
 from models.prepared import PreparedBackbone
 

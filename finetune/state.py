@@ -25,11 +25,11 @@ from torch import nn
 
 from finetune.average import Average
 from finetune.balance import draw_balanced
-from finetune.files import write_whole
 from finetune.probe import Floats
 from finetune.resume import METADATA_KEY
 from finetune.tensors import Tensors, changing_tensors, copy_tensors
 from models.errors import GraftError, in_words
+from models.files import write_whole
 from models.freezing import Freezing
 
 logger = logging.getLogger("graft.state")

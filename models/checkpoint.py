@@ -9,7 +9,6 @@ import contextlib
 import errno
 import hashlib
 import json
-import os
 import re
 import shutil
 import time
@@ -25,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from models.errors import GraftError, in_words
+from models.files import fsync
 from models.preprocess import Preprocess
 
 FORMAT_VERSION = 1
@@ -148,8 +148,8 @@ def publish(
             (temporary / CARD_FILE).write_text(card(version))
             for path in temporary.iterdir():
                 path.chmod(0o644)  # safetensors writes 0600, and the service may be another user
-                _fsync(path)
-            _fsync(temporary)
+                fsync(path)
+            fsync(temporary)
             try:
                 # Renaming onto a folder with files in it fails, so a version published meanwhile by another run stays whole.
                 temporary.rename(folder / str(version))
@@ -158,7 +158,7 @@ def publish(
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
                 version += 1
-        _fsync(folder)
+        fsync(folder)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise GraftError(f"the checkpoint could not be written to {folder}: {in_words(error)}; nothing was published") from error
     finally:
@@ -293,11 +293,3 @@ def _remove_abandoned(folder: Path) -> None:
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
                 shutil.rmtree(path, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
