@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import logging
 import os
 import signal
@@ -18,6 +20,8 @@ from rich.text import Text
 from models.errors import GraftError
 
 _console = Console(stderr=True)
+# Python's own is 700: importing torch makes millions.
+_OBJECTS_BETWEEN_COLLECTIONS = 20_000
 
 
 class ConsoleHandler(logging.Handler):
@@ -44,6 +48,9 @@ def run_program(work: Callable[[], object]) -> int:
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[ConsoleHandler()])
     logging.getLogger("graft").setLevel(logging.INFO)
+    # Where torch and timm are imported, looking for cycles in what stays was 1.7 s of 9, and 1.2 s more when the process ended.
+    gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS)
+    atexit.register(gc.freeze)
     try:
         with _handling({signal.SIGTERM: _raise_terminated}):
             work()
