@@ -6,6 +6,7 @@ and std inside, several batches in flight. Torch is imported by `TorchEngine` al
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -198,6 +199,12 @@ class OpenVINOEngine:
         self._idle: queue.SimpleQueue[dict[int, _Request]] = queue.SimpleQueue()
         for slot in self._slots:
             self._idle.put(slot)
+        self._alone: queue.SimpleQueue[_Request] = queue.SimpleQueue()
+
+    def use_all_cores_for_one(self) -> None:
+        """Compile it once more (half a second), to run an image that is the only one in flight on every core: 1.9 for 3.4 ms."""
+        if self.info.num_streams > 1:
+            self._alone.put(_Request(self._compile(self.info.precision, 1, num_streams=1), 1, self.num_features))
 
     @property
     def num_slots(self) -> int:
@@ -237,15 +244,30 @@ class OpenVINOEngine:
 
     def _run_on(self, slot: dict[int, _Request], images: Pixels, out: Features) -> None:
         size = self.info.batch_size
-        num_whole = len(images) - len(images) % size
+        num_whole = len(images) - len(images) % size if size > 1 else 0
         for start in range(0, num_whole, size):
             slot[size].run(images[start : start + size], out[start : start + size])
-        for index in range(num_whole, len(images)):
-            slot[1].run(images[index : index + 1], out[index : index + 1])
+        if num_whole == len(images):
+            return
+        alone = self._take_alone()
+        try:
+            for index in range(num_whole, len(images)):
+                (alone or slot[1]).run(images[index : index + 1], out[index : index + 1])
+        finally:
+            if alone is not None:
+                self._alone.put(alone)
+
+    def _take_alone(self) -> _Request | None:
+        """The request that runs on every core, where no other slot is taken."""
+        if self._idle.qsize() < self.num_slots - 1:
+            return None
+        with contextlib.suppress(queue.Empty):
+            return self._alone.get_nowait()
+        return None
 
     def close(self) -> None:
         self._threads.shutdown()
-        self._slots, self._idle = [], queue.SimpleQueue()
+        self._slots, self._idle, self._alone = [], queue.SimpleQueue(), queue.SimpleQueue()
         # So that a late `submit` is refused by the threads, and does not wait for ever.
         self._idle.put({})
 

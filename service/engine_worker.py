@@ -34,7 +34,7 @@ from pathlib import Path
 
 import numpy as np
 
-from models.engine import Engine, Features, num_cpus
+from models.engine import Engine, Features, OpenVINOEngine, num_cpus
 from models.errors import GraftError
 from models.prepared import build_engine
 from models.preprocess import ImageError, ImageTooLargeError, Pixels, Preprocess
@@ -118,6 +118,14 @@ class _Worker:
         return _Decoded(crop, time.monotonic() - started)
 
 
+def _speed_up_lone_images(engine: OpenVINOEngine) -> None:
+    """Once requests are served, so that nobody waits for it, and they are served without where it fails."""
+    try:
+        engine.use_all_cores_for_one()
+    except Exception:
+        logger.exception("a lone image runs on one core")
+
+
 def _pack(result: Features | Exception) -> tuple[int, bytes]:
     if not isinstance(result, Exception):
         return FEATURES, result.tobytes()
@@ -179,6 +187,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     gc.freeze()
     for thread in threads:
         thread.start()
+    if isinstance(engine, OpenVINOEngine):
+        _speed_up_lone_images(engine)
     # Nothing more is said on it: it ends with the other process.
     control.recv(1)
     os._exit(0)

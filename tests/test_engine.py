@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from models.backbone import FeatureExtractor, build_from_config, read_state_dict
-from models.engine import Engine, OpenVINOEngine, TorchEngine, cpu_name, num_cpus, run, supports_bf16
+from models.engine import Engine, OpenVINOEngine, TorchEngine, _Request, cpu_name, num_cpus, run, supports_bf16
 from models.errors import GraftError
 from models.prepared import PreparedBackbone, build_engine, resolve_device
 from models.preprocess import Pixels
@@ -50,6 +50,34 @@ def test_features_do_not_depend_on_the_batch_they_come_in(engine: OpenVINOEngine
         assert np.array_equal(apart, together), size
     assert np.array_equal(run(engine, crops[::-1])[::-1], together)
     assert np.array_equal(run(engine, np.stack([crops[3]] * 6)), together[[3] * 6])
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_a_lone_image_runs_on_every_core_and_gives_the_same_bits(
+    prepared: PreparedBackbone, crops: Pixels, monkeypatch: pytest.MonkeyPatch, batch_size: int
+) -> None:
+    engine = OpenVINOEngine(prepared.openvino_path, prepared.preprocess, batch_size=batch_size, num_streams=2)
+    expected = engine.run_here(crops)
+    num_streams: list[int] = []
+    run_it = _Request.run
+
+    def note(request: _Request, images: Pixels, out: np.ndarray) -> None:
+        num_streams.append(request._request.get_compiled_model().get_property("NUM_STREAMS"))
+        run_it(request, images, out)
+
+    monkeypatch.setattr(_Request, "run", note)
+    engine.use_all_cores_for_one()
+    alone = [engine.run_here(crops[index : index + 1]) for index in range(len(crops))]
+    assert np.array_equal(np.concatenate(alone), expected)
+    assert num_streams == [1] * len(crops)
+    # Beside another batch it takes the core that is left.
+    slot = engine._idle.get()
+    assert np.array_equal(engine.run_here(crops[:1]), expected[:1])
+    assert num_streams.pop() == 2
+    engine._idle.put(slot)
+    assert np.array_equal(engine.run_here(crops[:5]), expected[:5])
+    assert num_streams[-2:] == ([1, 1] if batch_size == 1 else [2, 1])
+    engine.close()
 
 
 def test_many_threads_at_once_each_get_their_own_features(any_engine: Engine, crops: Pixels) -> None:
