@@ -25,13 +25,14 @@ import numpy as np
 
 from finetune.audit_page import write_page
 from finetune.config import AuditOptions, name_of_data, parse_options
-from finetune.data import Sample, SplitName, Splits, count_labels
+from finetune.data import Sample, Splits, count_labels
 from finetune.duplicates import Duplicates
 from finetune.evaluate import evaluate
 from finetune.features import extract_splits, open_engine, prepare
 from finetune.findings import WORDING, Audit, Finding, Kind
 from finetune.mislabelled import confident_thresholds, judge_label_rows, judge_labels
 from finetune.probe import Floats, Probe, softmax, solve_probe
+from finetune.sources import SplitName
 from finetune.split import load_lasting_splits
 from finetune.terminal import run_program
 from models.checkpoint import sigmoid

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from finetune.data import SplitName
 from finetune.probe import NUM_FOLDS, Floats, Labels, Probe, assign_folds, fit_temperature, softmax
+from finetune.sources import SplitName
 from models.checkpoint import is_unsure
 
 NUM_BINS = 15

@@ -16,7 +16,8 @@ import numpy as np
 
 from finetune.cache import FeatureCache, digest_image, trim
 from finetune.config import SharedOptions
-from finetune.data import Sample, SplitName, Splits
+from finetune.data import Sample, Splits
+from finetune.sources import SplitName
 from finetune.terminal import progress_bar
 from finetune.views import Augment, draw_view
 from models.engine import Engine, Features

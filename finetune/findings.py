@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from finetune.data import Sample, SplitName
+from finetune.data import Sample
+from finetune.sources import SplitName
 from models.errors import GraftError
 
 Kind = Literal[

@@ -1,4 +1,4 @@
-"""Which precision the engine runs in where `--precision auto` leaves it open: the fastest that costs a probe no accuracy.
+"""Features in the best precision: the one asked for, or, with `--precision auto`, the fastest that costs a probe no accuracy.
 
 int8 is compared with the float engine on a sample of the training images before the pass over all of them, where that pass is long
 enough to pay for it; bf16, and int8 once more, with fp32 on a few images after it. A verdict is remembered for a backbone on a source of
@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,8 +24,9 @@ import numpy.typing as npt
 from finetune.cache import FeatureCache, digest_image
 from finetune.config import Options
 from finetune.data import Sample, Splits
-from finetune.features import extract_features, open_engine, prepare_int8
+from finetune.features import extract_features, extract_splits, open_engine, prepare_int8
 from finetune.probe import Labels, solve_probe
+from finetune.sources import SplitName
 from models.engine import Engine, Features, cpu_name, supports_vnni
 from models.errors import GraftError
 from models.prepared import PreparedBackbone, build_engine, resolve_device
@@ -142,6 +144,26 @@ def compare_with_fp32(
     _remember(path, verdict)
     logger.info("%s", verdict.reason)
     return verdict
+
+
+def extract_in_best_precision(
+    backbone: PreparedBackbone, splits: Splits, options: Options, scratch: Path
+) -> tuple[Chosen, Splits, dict[SplitName, Features], float]:
+    """The engine, the readable part of `splits` and its features, and the seconds that they took; anew where they cost accuracy."""
+    num_views = 1 if options.augment == "none" else options.views
+    while True:
+        chosen = choose_engine(backbone, splits, options, scratch, num_views=num_views)
+        started = time.perf_counter()
+        on = (chosen.backbone, chosen.engine, options)
+        readable, features = extract_splits(splits, *on, num_views=num_views, augment=options.augment)
+        seconds = time.perf_counter() - started
+        verdict = compare_with_fp32(chosen, backbone, readable, features["train"], options, scratch)
+        if verdict is None:
+            return chosen, readable, features, seconds
+        if verdict.holds:
+            return replace(chosen, reason=f"{chosen.reason}; {verdict.reason}"), readable, features, seconds
+        # It is remembered, so the next choice is another one, fp32 in the end.
+        chosen.engine.close()
 
 
 def _open_int8(backbone: PreparedBackbone, engine: Engine, splits: Splits, options: Options, num_views: int) -> Chosen | str:

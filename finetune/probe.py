@@ -8,6 +8,7 @@ them all, and starts each strength of the path where the one before ended.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,8 @@ import numpy.typing as npt
 from finetune.strata import stratify_folds
 from models.checkpoint import sigmoid
 from models.engine import Features
+
+logger = logging.getLogger("graft.probe")
 
 Floats = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
@@ -91,6 +94,20 @@ def solve_probe(
     weight, bias = scaling.fold_in(_minimise(features, all_labels, weights[None], l2, scaling, start)[0])
     temperature = fit_temperature(held_out, labels)
     return Probe(np.ascontiguousarray(weight.T), bias, l2, held_out, temperature, num_views, class_weights)
+
+
+def solve_on_best_views(features: Features, labels: Labels, num_classes: int, *, seed: int, class_weights: Floats | None = None) -> Probe:
+    """`solve_probe` on all views in `features` `[V·N,F]`, or on the plain ones alone where cross-validation finds that as good."""
+    num_views = len(features) // max(1, len(labels))
+    plain = solve_probe(features[: len(labels)], labels, num_classes, seed=seed, class_weights=class_weights)
+    if num_views == 1:
+        return plain
+    augmented = solve_probe(features, labels, num_classes, seed=seed, num_views=num_views, class_weights=class_weights)
+    losses = [log_loss(probe.out_of_fold_logits, labels, class_weights) for probe in (plain, augmented)]
+    helps = losses[1] < losses[0]
+    verdict = "they help" if helps else "they do not help, and the plain crop alone is used"
+    logger.info("%d views: out-of-fold log loss %.4f, without %.4f: %s", num_views, losses[1], losses[0], verdict)
+    return augmented if helps else plain
 
 
 def solve_head(

@@ -12,10 +12,10 @@ from PIL import Image
 
 from finetune.calibration import Calibrated, Calibration
 from finetune.charts import chart_learning_curve, chart_reliability
-from finetune.data import SplitName
 from finetune.evaluate import AnyMetrics, Metrics, tabulate
 from finetune.plots import Mistake
 from finetune.result import Result
+from finetune.sources import SplitName
 from finetune.thresholds import LabelCalibrated
 from models.preprocess import Pixels
 

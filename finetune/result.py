@@ -8,11 +8,12 @@ from typing import Any
 
 from finetune.calibration import Calibrated, Calibration, describe_calibration, describe_unsure
 from finetune.config import Options
-from finetune.data import SplitName, Splits
+from finetune.data import Splits
 from finetune.evaluate import AnyMetrics
 from finetune.findings import Audit
 from finetune.learning_curve import LearningCurve
 from finetune.probe import Floats
+from finetune.sources import SplitName
 from finetune.thresholds import LabelCalibrated, LabelCalibration, describe_label_calibration, describe_thresholds
 from finetune.verdict import Verdict
 from models.engine import EngineInfo

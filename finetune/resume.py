@@ -23,7 +23,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from finetune.config import Options, parse_options
-from finetune.data import Sample, SplitName, Splits
+from finetune.data import Sample, Splits
+from finetune.sources import SplitName
 from models.checkpoint import CONFIG_FILE, list_versions
 from models.errors import GraftError, in_words
 from models.files import remove_temporary, write_whole

@@ -9,20 +9,16 @@ python finetune/run.py --resume runs/photos-20261123-045110      go on with one 
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import json
 import logging
-import shlex
 import shutil
 import sys
 import tempfile
-import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 # Run as a file, Python would look for modules in finetune/; the project's root and the user's own folder are what is meant.
 if __name__ == "__main__":
@@ -36,19 +32,21 @@ from finetune.audit import inspect, write_audit
 from finetune.balance import class_weights, say_if_uneven
 from finetune.broken_batch import FOLDER as BROKEN_BATCH_DIR
 from finetune.calibration import Calibrated, Calibration, calibrate_probe, calibrate_trained
-from finetune.card import write_card
 from finetune.config import Options, parse_options
-from finetune.data import SplitName, Splits
+from finetune.data import Splits
 from finetune.duplicates import Duplicates
 from finetune.evaluate import Metrics, evaluate
 from finetune.features import extract_splits, open_engine, prepare
 from finetune.findings import Audit
 from finetune.learning_curve import measure_learning_curve
+from finetune.mistakes import explain_mistakes, worst_mistakes
 from finetune.monitor import Monitor
-from finetune.plots import Mistake, draw_confusion, draw_heat, draw_mistakes
-from finetune.precision import Chosen, choose_engine, compare_with_fp32
-from finetune.probe import Floats, Labels, Probe, log_loss, softmax, solve_probe
+from finetune.next_steps import commands_to_try, say_what_next, write_example
+from finetune.plots import Mistake, draw_confusion, draw_mistakes
+from finetune.precision import extract_in_best_precision
+from finetune.probe import Floats, Labels, Probe, solve_on_best_views
 from finetune.projector import write_projector
+from finetune.publishing import choose_golden, publish_result
 from finetune.report import write_report
 from finetune.result import Head, Result
 from finetune.resume import (
@@ -64,11 +62,11 @@ from finetune.resume import (
     resume_command,
     trim_events,
 )
+from finetune.sources import SplitName
 from finetune.split import load_lasting_splits
 from finetune.terminal import run_program
 from finetune.thresholds import LabelCalibrated, LabelCalibration, calibrate_probe_of_labels, calibrate_trained_of_labels
 from finetune.verdict import compare_with_probe
-from models.checkpoint import FORMAT_VERSION, Golden, publish, sigmoid
 from models.engine import Features
 from models.errors import GraftError
 from models.files import write_whole
@@ -76,9 +74,6 @@ from models.named import import_named
 from models.prepared import PreparedBackbone
 
 logger = logging.getLogger("graft.run")
-
-_NUM_GOLDEN = 4
-_NUM_MISTAKES = 12
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -120,20 +115,20 @@ def _run_in(run_dir: Path, options: Options, splits: Splits, duplicates: Duplica
     monitor = Monitor(run_dir)
     with tempfile.TemporaryDirectory(prefix="graft-") as scratch:
         result = _fit(options, splits, duplicates, monitor, run_dir, Path(scratch))
-        golden = _choose_golden(result)
-        checkpoint = (find_published(options, run_dir) if options.resume else None) or _publish(result, golden, run_dir)
-        mistakes = _worst_mistakes(result)
+        golden = choose_golden(result)
+        checkpoint = (find_published(options, run_dir) if options.resume else None) or publish_result(result, golden, run_dir)
+        mistakes = worst_mistakes(result)
         if mistakes and options.explains:
-            mistakes = _explain(result, mistakes)
+            mistakes = explain_mistakes(result, mistakes)
         _show_in_tensorboard(monitor, result, mistakes)
     result.seconds["total"] = time.perf_counter() - started
     result.splits.write_csv(run_dir / "splits.csv")
-    commands = _commands(options, _write_example(run_dir, result.splits))
+    commands = commands_to_try(options, write_example(run_dir, result.splits))
     _write(run_dir / "report.html", write_report(result, mistakes, version=int(checkpoint.name), commands=commands))
     # The last of all: it says that the run is done.
     _write(run_dir / "metrics.json", json.dumps(result.to_dict(), indent=2) + "\n")
     remove_state(run_dir)
-    _say_what_next(result, run_dir, checkpoint, commands)
+    say_what_next(result, run_dir, checkpoint, commands)
     return checkpoint
 
 
@@ -142,14 +137,17 @@ def _fit(options: Options, loaded: Splits, duplicates: Duplicates, monitor: Moni
     backbone = prepare(options.backbone, loaded.train, options, scratch, weights=options.weights, pretrained=options.pretrained)
     backbone.check_freeze(options.freeze)
     at = [time.perf_counter()]
-    chosen, splits, features, extract_seconds = _extract(backbone, loaded, options, scratch)
+    chosen, splits, features, extract_seconds = extract_in_best_precision(backbone, loaded, options, scratch)
     backbone, engine = chosen.backbone, chosen.engine
     engine.close()
     why_precision = keep_choices(run_dir, Choices(loaded, splits, engine.info.precision, chosen.reason))
     options = options.model_copy(update={"precision": engine.info.precision})
     at.append(time.perf_counter())
     labels = {split: splits.labels(samples) for split, samples in splits.named()}
-    probe = _solve(features["train"], labels["train"], len(splits.label_names), options)
+    num_classes = len(splits.label_names)
+    # Balanced drawing comes to the same, and full batches need no luck.
+    weights = None if options.balance == "none" else class_weights(labels["train"], num_classes)
+    probe = solve_on_best_views(features["train"], labels["train"], num_classes, seed=options.seed, class_weights=weights)
     at.append(time.perf_counter())
     head, best_epoch, verdict = Head(probe.weight, probe.bias), None, None
     logits = _compute_logits(head, features)
@@ -169,7 +167,7 @@ def _fit(options: Options, loaded: Splits, duplicates: Duplicates, monitor: Moni
         trained_engine.close()
         trained_logits = _compute_logits(trained_head, trained_features)
         seconds = {"probe_seconds": at[2] - at[1], "train_seconds": time.perf_counter() - at[4]}
-        weights = None if options.balance == "none" else class_weights(labels["val"], len(splits.label_names))
+        weights = None if options.balance == "none" else class_weights(labels["val"], num_classes)
         verdict = compare_with_probe(logits["val"], trained_logits["val"], labels["val"], class_weights=weights, **seconds)
         logger.info("%s", verdict)
         if verdict.publishes == "fine-tuned":
@@ -227,26 +225,6 @@ def _compute_logits(head: Head, features: Mapping[SplitName, Features]) -> dict[
     return {split: features[split] @ head.weight.T + head.bias for split in features if split != "train"}
 
 
-def _extract(
-    backbone: PreparedBackbone, splits: Splits, options: Options, scratch: Path
-) -> tuple[Chosen, Splits, dict[SplitName, Features], float]:
-    """The engine, the readable part of `splits` and its features, and the seconds that they took; anew where they cost accuracy."""
-    num_views = 1 if options.augment == "none" else options.views
-    while True:
-        chosen = choose_engine(backbone, splits, options, scratch, num_views=num_views)
-        started = time.perf_counter()
-        on = (chosen.backbone, chosen.engine, options)
-        readable, features = extract_splits(splits, *on, num_views=num_views, augment=options.augment)
-        seconds = time.perf_counter() - started
-        verdict = compare_with_fp32(chosen, backbone, readable, features["train"], options, scratch)
-        if verdict is None:
-            return chosen, readable, features, seconds
-        if verdict.holds:
-            return replace(chosen, reason=f"{chosen.reason}; {verdict.reason}"), readable, features, seconds
-        # It is remembered, so the next choice is another one, fp32 in the end.
-        chosen.engine.close()
-
-
 def _say_audit(audit: Audit, paths: tuple[Path, Path], options: Options) -> None:
     if options.strict:
         audit.refuse_leaks()
@@ -300,22 +278,6 @@ def _write(path: Path, text: str) -> None:
         raise GraftError(f"{path}: it cannot be written: {error.strerror}") from error
 
 
-def _solve(features: Features, labels: Labels, num_classes: int, options: Options) -> Probe:
-    """The probe on all views of the training images, or on the plain ones alone where cross-validation finds that as good."""
-    num_views = len(features) // max(1, len(labels))
-    # Balanced drawing comes to the same, and full batches need no luck.
-    weights = None if options.balance == "none" else class_weights(labels, num_classes)
-    plain = solve_probe(features[: len(labels)], labels, num_classes, seed=options.seed, class_weights=weights)
-    if num_views == 1:
-        return plain
-    augmented = solve_probe(features, labels, num_classes, seed=options.seed, num_views=num_views, class_weights=weights)
-    losses = [log_loss(probe.out_of_fold_logits, labels, weights) for probe in (plain, augmented)]
-    helps = losses[1] < losses[0]
-    verdict = "they help" if helps else "they do not help, and the plain crop alone is used"
-    logger.info("%d views: out-of-fold log loss %.4f, without %.4f: %s", num_views, losses[1], losses[0], verdict)
-    return augmented if helps else plain
-
-
 def _train(options: Options, splits: Splits, probe: Probe, monitor: Monitor, scratch: Path) -> tuple[PreparedBackbone, Head, int]:
     """Gradient epochs; the trained backbone is prepared for the engine in `scratch`."""
     # Imported here: a probe needs neither torch nor timm, which take longer to import than a probe to solve.
@@ -335,63 +297,6 @@ def _train(options: Options, splits: Splits, probe: Probe, monitor: Monitor, scr
     backbone.model.cpu()
     weight, bias = (tensor.detach().numpy().copy() for tensor in (backbone.head.weight, backbone.head.bias))
     return write_prepared(backbone, scratch / "trained"), Head(weight, bias), best_epoch
-
-
-def _choose_golden(result: Result) -> Golden:
-    """Validation images spread over the classes, with their logits, for the service to replay."""
-    samples = result.splits.val
-    chosen = np.unique(np.linspace(0, len(samples) - 1, _NUM_GOLDEN).round().astype(int))
-    return Golden(tuple(samples[index].read() for index in chosen), result.val_logits[chosen])
-
-
-def _publish(result: Result, golden: Golden, run_dir: Path) -> Path:
-    options, backbone, num_classes = result.options, result.backbone, len(result.splits.label_names)
-    report = result.to_dict()
-    config = {
-        **backbone.config,
-        "num_classes": num_classes,
-        "label_names": list(result.splits.label_names),
-        "pretrained_cfg": {**backbone.config["pretrained_cfg"], "num_classes": num_classes},
-        "graft": {
-            "format_version": FORMAT_VERSION,
-            "run": run_dir.name,
-            "fingerprint": backbone.fingerprint,
-            "freeze": result.freeze,
-            "head": backbone.classifier,
-            "temperature": result.calibration.temperature,
-            **_describe_task(result),
-            "preprocess": backbone.preprocess.to_dict(),
-            "metrics": {name: report[name] for name in (*result.metrics, "probe")},
-            "engine": report["engine"],
-            "weights": backbone.weights,
-            "is_pretrained": backbone.is_pretrained,
-            "license": backbone.license,
-            "versions": {name: importlib.metadata.version(name) for name in ("torch", "timm", "openvino", "pillow", "simplejpeg")},
-        },
-    }
-    head = {f"{backbone.classifier}.weight": result.head.weight, f"{backbone.classifier}.bias": result.head.bias}
-
-    def copy_engine(path: Path) -> None:
-        for suffix in (".xml", ".bin"):
-            shutil.copyfile(backbone.openvino_path.with_suffix(suffix), path.with_suffix(suffix))
-
-    return publish(
-        options.repository,
-        options.model_name,
-        state={**backbone.read_tensors(), **head},
-        config=config,
-        golden=golden,
-        write_engine=copy_engine,
-        card=lambda version: write_card(result, version),
-    )
-
-
-def _describe_task(result: Result) -> dict[str, Any]:
-    """What tells the service how to answer."""
-    calibration = result.calibration
-    if isinstance(calibration, LabelCalibration):
-        return {"task": "multi-label", "thresholds": calibration.thresholds.tolist()}
-    return {"conformal": {"coverage": calibration.coverage, "threshold": calibration.threshold}}
 
 
 def _show_in_tensorboard(monitor: Monitor, result: Result, mistakes: Sequence[Mistake]) -> None:
@@ -414,110 +319,6 @@ def _show_in_tensorboard(monitor: Monitor, result: Result, mistakes: Sequence[Mi
     final = {f"val/{result.metric}": val.score, "val/macro_f1": val.macro_f1, "val/loss": val.loss}
     monitor.options(result.options.model_dump(mode="json"), final)
     monitor.close()
-
-
-def _worst_mistakes(result: Result) -> list[Mistake]:
-    """The wrong answers of highest score."""
-    if isinstance(result.calibration, LabelCalibration):
-        return _worst_decisions(result, result.calibration)
-    splits, scores = result.splits, softmax(result.val_logits / result.calibration.temperature)
-    predicted = scores.argmax(axis=1)
-    wrong = [index for index, sample in enumerate(splits.val) if predicted[index] != sample.label]
-    worst = sorted(wrong, key=lambda index: -float(scores[index, predicted[index]]))[:_NUM_MISTAKES]
-    return [
-        Mistake(
-            result.backbone.preprocess(splits.val[index].read()),
-            splits.label_names[splits.val[index].label],
-            splits.label_names[predicted[index]],
-            float(scores[index, predicted[index]]),
-            splits.val[index].key,
-            label=int(predicted[index]),
-        )
-        for index in worst
-    ]
-
-
-def _worst_decisions(result: Result, calibration: LabelCalibration) -> list[Mistake]:
-    """Multi-label: of each image the label that it was most wrongly given or denied, the worst ones first."""
-    splits, names = result.splits, result.splits.label_names
-    scores = sigmoid(result.val_logits / np.float32(calibration.temperature))
-    has_label = splits.labels(splits.val) == 1
-    wrongness = np.where((scores >= calibration.thresholds) == has_label, 0, np.where(has_label, 1 - scores, scores))
-    worst = wrongness.argmax(axis=1)
-    order = np.argsort(-wrongness.max(axis=1), kind="stable")[:_NUM_MISTAKES]
-    return [
-        Mistake(
-            result.backbone.preprocess(splits.val[index].read()),
-            splits.describe(splits.val[index]) or "no label",
-            f"not {names[worst[index]]}" if has_label[index, worst[index]] else names[worst[index]],
-            float(wrongness[index, worst[index]]),
-            splits.val[index].key,
-            label=int(worst[index]),
-        )
-        for index in order
-        if wrongness[index].any()
-    ]
-
-
-def _explain(result: Result, mistakes: Sequence[Mistake]) -> list[Mistake]:
-    """The same, each with a picture of where the network looked; without where that cannot be had."""
-    # Imported here: torch and captum take longer to import than a probe to solve.
-    from finetune.explain import explain
-
-    answers = [mistake.label for mistake in mistakes]
-    try:
-        heats = explain(result.backbone, result.head, [mistake.crop for mistake in mistakes], answers)
-    except GraftError as error:
-        logger.warning("no pictures of where the network looked: %s", error)
-        return list(mistakes)
-    return [replace(mistake, looked_at=draw_heat(mistake.crop, heat)) for mistake, heat in zip(mistakes, heats, strict=True)]
-
-
-def _write_example(run_dir: Path, splits: Splits) -> Path:
-    """A validation image as a file, so that the printed request works as it stands."""
-    sample = splits.val[0]
-    if isinstance(sample.image, Path):
-        return sample.image
-    path = run_dir / "example.png"
-    path.write_bytes(sample.read())
-    return path
-
-
-def _commands(options: Options, example: Path) -> str:
-    """What to type to serve the repository, and to ask the model about an image."""
-    repository = options.repository.resolve()
-    is_default = repository == Path(__file__).resolve().parent.parent / "checkpoints"
-    setting = "" if is_default else f"CHECKPOINTS={shlex.quote(str(repository))} "
-    # Within double quotes, curl's -F takes `;` and `,` for what they are.
-    escaped = str(example).replace("\\", "\\\\").replace('"', '\\"')
-    image = shlex.quote(f'images=@"{escaped}"' if any(char in escaped for char in ';,"\\') else f"images=@{escaped}")
-    home = Path(__file__).resolve().parent.parent
-    make = "make serve" if Path.cwd() == home else f"make -C {shlex.quote(str(home))} serve"
-    return f"{setting}{make}\ncurl -F {image} 'http://localhost:3000/predict?model={options.model_name}'"
-
-
-def _say_what_next(result: Result, run_dir: Path, checkpoint: Path, commands: str) -> None:
-    val = result.metrics["val"]
-    verdict = "" if result.verdict is None else f"{result.verdict}\n"
-    test = f", test {result.metrics['test'].with_interval(result.metric)}" if "test" in result.metrics else ""
-    if isinstance(val, Metrics):
-        averages = f"balanced {val.balanced_accuracy:.4f}, macro F1 {val.macro_f1:.4f}"
-    else:
-        averages = f"macro F1 {val.macro_f1:.4f}, exact match {val.exact_match:.4f}"
-    print(
-        f"""
-val {result.metric_name} {val.with_interval(result.metric)}{test}, {averages}; {result.seconds["total"]:.1f} s
-{verdict}{result.describe_calibration()}
-{result.learning_curve}
-
-  report       {run_dir / "report.html"}
-  checkpoint   {checkpoint}
-  metrics      {run_dir / "metrics.json"}
-  TensorBoard  {run_dir}   (make tensorboard)
-
-Next, in one terminal (again, if it serves already) and in another:
-{textwrap.indent(commands, "  ")}"""
-    )
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ import numpy.typing as npt
 import yaml
 
 from finetune.config import SharedOptions, source_of
-from finetune.data import KeptSplit, Sample, SplitName, Splits, load_splits
+from finetune.data import KeptSplit, Sample, Splits, load_splits
 from finetune.duplicates import Duplicates, find_duplicates, open_grids
+from finetune.sources import SplitName
 from finetune.strata import Labels, stratify
 
 logger = logging.getLogger("graft.split")

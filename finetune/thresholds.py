@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from finetune.calibration import NUM_BINS, Reliability
-from finetune.data import SplitName
 from finetune.probe import NUM_FOLDS, Floats, Labels, Probe, assign_folds, fit_temperature
+from finetune.sources import SplitName
 from models.checkpoint import sigmoid
 
 

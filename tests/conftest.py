@@ -69,6 +69,17 @@ for line in sys.stdin:
 """
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For a file of networks so small that several threads slow torch down."""
+    import torch
+
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _loopback_only() -> Iterator[None]:
     """A test of this process that connects to anything but the loopback fails, in words."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -31,13 +30,7 @@ from tests.tiny import LABELS, PREPROCESS, Recorder, build, draw_samples, option
 COUNTS = [200, 60, 12]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Networks this small are slower on several."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def uneven(seed: int, counts: list[int] | None = None) -> tuple[np.ndarray, np.ndarray]:

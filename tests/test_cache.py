@@ -23,8 +23,9 @@ import pytest
 
 from finetune import cache as cache_module
 from finetune.cache import MAX_SEGMENTS, FeatureCache, digest_image, merge_segments, trim
-from finetune.data import EncodedImage, Sample
+from finetune.data import Sample
 from finetune.features import extract_features
+from finetune.sources import EncodedImage
 from models.engine import EngineInfo, Features, OpenVINOEngine
 from models.errors import GraftError
 from models.prepared import PreparedBackbone
@@ -468,7 +469,8 @@ RUN = """
 import hashlib, logging, os, signal, sys
 from pathlib import Path
 from finetune.cache import FeatureCache
-from finetune.data import EncodedImage, Sample
+from finetune.data import Sample
+from finetune.sources import EncodedImage
 from finetune.features import extract_features
 from models.engine import OpenVINOEngine
 from models.prepared import read_prepared

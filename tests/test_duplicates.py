@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from finetune import duplicates
-from finetune.data import EncodedImage, Sample, Splits
+from finetune.data import Sample, Splits
 from finetune.duplicates import Duplicates, Look, find_duplicates, open_grids
+from finetune.sources import EncodedImage
 from tests.drawn import draw_shape
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from finetune.data import EncodedImage, Sample
+from finetune.data import Sample
 from finetune.features import extract_features
+from finetune.sources import EncodedImage
 from models.engine import Features, OpenVINOEngine, run
 from models.prepared import PreparedBackbone
 from models.preprocess import Pixels

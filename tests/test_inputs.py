@@ -6,7 +6,6 @@ import io
 import logging
 import shutil
 from collections import namedtuple
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from finetune.config import Options
-from finetune.data import EncodedImage, Sample, Splits
+from finetune.data import Sample, Splits
 from finetune.inputs import Activations, Bf16File, Crops, Inputs, Normalise, open_inputs
 from finetune.monitor import Monitor
 from finetune.probe import Probe
+from finetune.sources import EncodedImage
 from finetune.train import train
 from finetune.views import draw_view
 from models.backbone import Backbone, CustomNetwork
@@ -52,13 +52,7 @@ class Trunk(nn.Module):
         return features + images.mean(dim=(1, 2, 3))[:, None] / 255 if self.has_skip else features
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Networks this small are slower on several."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def build(has_skip: bool = False) -> Backbone:

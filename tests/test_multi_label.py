@@ -17,11 +17,12 @@ import torch
 from PIL import Image
 
 from finetune.config import Options
-from finetune.data import NO_LABEL, EncodedImage, Sample, Splits
+from finetune.data import NO_LABEL, Sample, Splits
 from finetune.evaluate import evaluate
 from finetune.loss import label_losses
 from finetune.resume import Choices, keep_choices, lock, restore_splits
 from finetune.run import run
+from finetune.sources import EncodedImage
 from finetune.train import train
 from models.checkpoint import load_checkpoint
 from models.errors import GraftError

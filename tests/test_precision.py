@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from finetune import precision
-from finetune import run as run_module
 from finetune.config import Options
-from finetune.data import SplitName, Splits, load_splits
+from finetune.data import Splits, load_splits
 from finetune.features import extract_splits
 from finetune.precision import Chosen, choose_engine, compare_with_fp32
 from finetune.run import run
+from finetune.sources import SplitName
 from models.checkpoint import load_checkpoint
 from models.engine import Features, supports_bf16, supports_vnni
 from models.prepared import PreparedBackbone, read_prepared
@@ -224,7 +224,7 @@ def test_bf16_that_costs_accuracy_gives_way_to_fp32_and_stays_away(
                 found[:] = np.random.default_rng(0).permutation(found)
         return readable, features
 
-    monkeypatch.setattr(run_module, "extract_splits", extract)
+    monkeypatch.setattr(precision, "extract_splits", extract)
     monkeypatch.setattr(precision, "_CHECK_SECONDS", 30.0)
     options = options_of(shapes, own_cache, output=tmp_path / "runs", repository=tmp_path / "checkpoints")
     with caplog.at_level("INFO", "graft"):

@@ -17,10 +17,11 @@ from tensorboard.plugins.base_plugin import TBContext
 from tensorboard.plugins.projector.projector_plugin import ProjectorPlugin
 from werkzeug.test import Client
 
-from finetune.data import EncodedImage, Sample, Splits
+from finetune.data import Sample, Splits
 from finetune.monitor import Monitor
 from finetune.projector import write_projector
 from finetune.result import Result
+from finetune.sources import EncodedImage
 from models.errors import GraftError
 from tests.test_report import make_result
 from tests.tiny import LABELS, draw_noise

@@ -14,7 +14,7 @@ import pytest
 from finetune.calibration import calibrate_probe
 from finetune.card import write_card
 from finetune.config import Options
-from finetune.data import EncodedImage, Sample, Splits
+from finetune.data import Sample, Splits
 from finetune.evaluate import Interval, evaluate
 from finetune.findings import Audit
 from finetune.learning_curve import measure_learning_curve
@@ -22,6 +22,7 @@ from finetune.plots import Mistake
 from finetune.probe import solve_probe
 from finetune.report import write_report
 from finetune.result import Head, Result
+from finetune.sources import EncodedImage
 from finetune.verdict import compare_with_probe
 from models.engine import EngineInfo
 from models.preprocess import Preprocess

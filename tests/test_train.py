@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,11 @@ from PIL import Image
 from torch import nn
 
 from finetune.config import Options
-from finetune.data import EncodedImage, Sample, Splits
+from finetune.data import Sample, Splits
 from finetune.evaluate import Metrics, evaluate
 from finetune.monitor import Monitor
 from finetune.probe import Probe
+from finetune.sources import EncodedImage
 from finetune.train import train
 from models.backbone import Backbone, CustomNetwork
 from models.errors import GraftError
@@ -136,13 +136,7 @@ def moved(before: dict[str, torch.Tensor], backbone: Backbone) -> set[str]:
     return {name for name, tensor in backbone.model.state_dict().items() if not torch.equal(before[name], tensor)}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Networks this small are slower on several."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -33,13 +33,7 @@ from tests.tiny import PREPROCESS, Recorder, Trunk, build, draw_splits, options,
 RunForked = Callable[[list[tuple[str, dict[str, str]]]], list[tuple[int, str]]]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Networks this small are slower on several."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def fit(folder: Path, backbone: Backbone | None = None, after: Any = None, **changes: Any) -> tuple[Backbone, Recorder]:

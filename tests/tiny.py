@@ -13,9 +13,10 @@ from PIL import Image
 from torch import nn
 
 from finetune.config import Options
-from finetune.data import EncodedImage, Sample, Splits
+from finetune.data import Sample, Splits
 from finetune.monitor import Monitor
 from finetune.probe import Probe
+from finetune.sources import EncodedImage
 from models.backbone import Backbone, CustomNetwork
 from models.preprocess import Preprocess
 
