@@ -178,10 +178,11 @@ class Options(BackboneOptions):
     head_init: Annotated[
         str,
         Field(
-            description="what the head is when gradient epochs begin. probe: as the probe solved it. zeros: nothing. "
-            "package.module:function: as your function leaves it, which nn.Module.apply calls with it"
+            description="what the head is when gradient epochs begin. soft: solved as the probe's, but held so short that it leaves the "
+            "layers below something to learn. probe: as the probe solved it. zeros: nothing. package.module:function: as your function "
+            "leaves it, which nn.Module.apply calls with it"
         ),
-    ] = "probe"
+    ] = "soft"
     augment: Annotated[
         Literal["none", "light", "flip"],
         Field(description="light: shifted and scaled crops. flip: mirrored too (not for digits or letters). none: the plain crop"),
@@ -233,13 +234,13 @@ class Options(BackboneOptions):
     @field_validator("head_init")
     @classmethod
     def _head_init_is_known(cls, head_init: str) -> str:
-        if head_init not in ("probe", "zeros") and not re.fullmatch(r"[\w.]+:\w+", head_init):
-            raise ValueError("it must be probe, zeros or package.module:function")
+        if head_init not in ("soft", "probe", "zeros") and not re.fullmatch(r"[\w.]+:\w+", head_init):
+            raise ValueError("it must be soft, probe, zeros or package.module:function")
         return head_init
 
     @model_validator(mode="after")
     def _head_init_has_epochs_to_begin(self) -> Self:
-        if self.head_init != "probe" and self.freeze == "backbone" and self.resume is None:
+        if self.head_init not in ("soft", "probe") and self.freeze == "backbone" and self.resume is None:
             raise ValueError(
                 f"--head-init {self.head_init}: --freeze backbone solves the head, from no beginning; say --freeze until:NAME or none"
             )
@@ -279,7 +280,7 @@ class Options(BackboneOptions):
     @property
     def first_head(self) -> str:
         """What gradient epochs begin with, in words."""
-        return "the probe's head" if self.head_init == "probe" else f"the head of --head-init {self.head_init}"
+        return {"soft": "a soft head", "probe": "the probe's head"}.get(self.head_init, f"the head of --head-init {self.head_init}")
 
     @property
     def explains(self) -> bool:

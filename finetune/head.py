@@ -1,4 +1,4 @@
-"""How the head begins gradient epochs: as the probe solved it, as zeros, or as a function of the user's leaves it."""
+"""How the head begins gradient epochs: as it was solved, as zeros, or as a function of the user's leaves it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from models.errors import GraftError
 from models.named import import_named
 
 
-def start_head(backbone: Backbone, probe: Probe, head_init: str) -> None:
-    """Set the head's weight `[C,F]` and bias `[C]`; a function named by `head_init` is given it by `nn.Module.apply`.
+def start_head(backbone: Backbone, solved: Probe, head_init: str) -> None:
+    """Set the head's weight `[C,F]` and bias `[C]` to what was `solved`, to zeros, or to what a function named by `head_init` makes of it,
+    given it by `nn.Module.apply`.
 
     Raises GraftError where the function fails, or leaves another shape or values that are no numbers.
     """
-    weight, bias = torch.from_numpy(probe.weight), torch.from_numpy(probe.bias)
+    weight, bias = torch.from_numpy(solved.weight), torch.from_numpy(solved.bias)
     with torch.no_grad():
-        if head_init == "probe":
+        if head_init in ("soft", "probe"):
             backbone.head.weight.copy_(weight)
             backbone.head.bias.copy_(bias)
         elif head_init == "zeros":

@@ -44,7 +44,7 @@ from finetune.monitor import Monitor
 from finetune.next_steps import commands_to_try, say_what_next, write_example
 from finetune.plots import Mistake, draw_confusion, draw_mistakes
 from finetune.precision import extract_in_best_precision
-from finetune.probe import Floats, Labels, Probe, solve_on_best_views
+from finetune.probe import Floats, Labels, Probe, soften, solve_on_best_views
 from finetune.projector import write_projector
 from finetune.publishing import choose_golden, publish_result
 from finetune.report import write_report
@@ -161,7 +161,9 @@ def _fit(options: Options, loaded: Splits, duplicates: Duplicates, monitor: Moni
     learning_curve = measure_learning_curve(learnt_from, labels["train"], probe, features["val"], labels["val"], seed=options.seed)
     at.append(time.perf_counter())
     if options.freeze != "backbone":
-        trained, trained_head, best_epoch = _train(options, splits, probe, monitor, scratch)
+        plain = features["train"][: len(labels["train"])]
+        start = soften(probe, plain, labels["train"], num_classes) if options.head_init == "soft" else probe
+        trained, trained_head, best_epoch = _train(options, splits, start, monitor, scratch)
         trained_engine = open_engine(trained, options)
         splits, trained_features = extract_splits(splits, trained, trained_engine, options, only=("val", "test"), keep=False)
         trained_engine.close()
@@ -278,7 +280,7 @@ def _write(path: Path, text: str) -> None:
         raise GraftError(f"{path}: it cannot be written: {error.strerror}") from error
 
 
-def _train(options: Options, splits: Splits, probe: Probe, monitor: Monitor, scratch: Path) -> tuple[PreparedBackbone, Head, int]:
+def _train(options: Options, splits: Splits, start: Probe, monitor: Monitor, scratch: Path) -> tuple[PreparedBackbone, Head, int]:
     """Gradient epochs; the trained backbone is prepared for the engine in `scratch`."""
     # Imported here: a probe needs neither torch nor timm, which take longer to import than a probe to solve.
     from finetune.train import train
@@ -293,7 +295,7 @@ def _train(options: Options, splits: Splits, probe: Probe, monitor: Monitor, scr
         image_size=options.image_size,
         seed=options.seed,
     )
-    best_epoch = train(backbone, splits, probe, options, monitor, scratch, state_dir=monitor.run_dir / STATE_DIR)
+    best_epoch = train(backbone, splits, start, options, monitor, scratch, state_dir=monitor.run_dir / STATE_DIR)
     backbone.model.cpu()
     weight, bias = (tensor.detach().numpy().copy() for tensor in (backbone.head.weight, backbone.head.bias))
     return write_prepared(backbone, scratch / "trained"), Head(weight, bias), best_epoch

@@ -1,4 +1,4 @@
-"""Gradient steps on what is not frozen, starting from the probe's head (LP-FT, arXiv 2202.10054)."""
+"""Gradient steps on what is not frozen, starting from a solved head (LP-FT, arXiv 2202.10054)."""
 
 from __future__ import annotations
 
@@ -83,21 +83,21 @@ class _Training:
 
 
 def train(
-    backbone: Backbone, splits: Splits, probe: Probe, options: Options, monitor: Monitor, scratch: Path, *, state_dir: Path | None = None
+    backbone: Backbone, splits: Splits, start: Probe, options: Options, monitor: Monitor, scratch: Path, *, state_dir: Path | None = None
 ) -> int:
     """Train `backbone.model` in place under `options.freeze`, leave it at the epoch that validates best, and return that epoch.
 
-    Epoch 0 is the probe itself. Activations at the freeze boundary are kept in `state_dir`, with a state from which another call goes on
-    where this one was stopped; without it they are in `scratch`, and there is no going on. Raises BrokenLossError where the loss stops
-    being a number, FrozenDriftError where something frozen changed, GraftError where a single image needs too much memory, and, once the
-    state is saved, KeyboardInterrupt on Ctrl-C and SIGTERM.
+    Epoch 0 is the head of `start` on the network as it came. Activations at the freeze boundary are kept in `state_dir`, with a state from
+    which another call goes on where this one was stopped; without it they are in `scratch`, and there is no going on. Raises
+    BrokenLossError where the loss stops being a number, FrozenDriftError where something frozen changed, GraftError where a single image
+    needs too much memory, and, once the state is saved, KeyboardInterrupt on Ctrl-C and SIGTERM.
     """
     device = resolve_device(options.device)
     precision = _precision(options, device)
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     fabric = Fabric(accelerator=device, devices=1, precision="bf16-mixed" if precision == "bf16" else "32-true")
     fabric.seed_everything(options.seed, verbose=False)
-    start_head(backbone, probe, options.head_init)
+    start_head(backbone, start, options.head_init)
     freezing = freeze(backbone.model, options.freeze, backbone.classifier, backbone.module_prefix)
     state_path = None if state_dir is None else state_dir / TRAINING_FILE
     try:
@@ -192,7 +192,7 @@ def _run_epochs(
 
 
 def _run_epoch(training: _Training) -> None:
-    """Train, validate, and save; epoch 0 only validates the probe's head."""
+    """Train, validate, and save; epoch 0 only validates the head that was solved."""
     at = training.at
     if at.epoch > 0:
         _train_epoch(training)

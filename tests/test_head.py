@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 from finetune.config import Options, parse_options
 from finetune.head import start_head
+from finetune.probe import Probe, soften
 from finetune.run import run
 from finetune.train import train
 from models.errors import GraftError
@@ -97,7 +99,7 @@ def test_what_a_function_gets_wrong_is_said(name: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--head-init", "xavier"], "--head-init xavier: it must be probe, zeros or package.module:function"),
+        (["--head-init", "xavier"], "--head-init xavier: it must be soft, probe, zeros or package.module:function"),
         (["--head-init", "zeros", "--freeze", "backbone"], "--head-init zeros: --freeze backbone solves the head, from no beginning; say"),
     ],
 )
@@ -133,12 +135,26 @@ def test_epochs_begin_from_the_head_that_was_asked_for(tmp_path: Path) -> None:
     assert curves[1]["epoch/val_loss"][0] != curves[0]["epoch/val_loss"][0]
 
 
-def test_a_whole_run_says_what_it_began_with(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("given", "in_words"),
+    [("my_heads:small", "the head of --head-init my_heads:small"), ("soft", "a soft head"), ("probe", "the probe's head")],
+)
+def test_a_whole_run_says_what_it_began_with(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, given: str, in_words: str
+) -> None:
+    softened: list[Probe] = []
+
+    def note(probe: Probe, *on: Any) -> Probe:
+        softened.append(soften(probe, *on))
+        return softened[-1]
+
+    monkeypatch.setattr("finetune.run.soften", note)
     data = write_images(tmp_path / "noise", 8)
     folders = {"output": tmp_path / "runs", "repository": tmp_path / "checkpoints", "data_root": tmp_path}
     with caplog.at_level("INFO", "graft"):
-        run(options(data=str(data), backbone="tests.tiny:build_trunk", head_init="my_heads:small", epochs=1, batch_norm="keep", **folders))
-    assert "epoch 0, the head of --head-init my_heads:small: val loss" in caplog.text
+        run(options(data=str(data), backbone="tests.tiny:build_trunk", head_init=given, epochs=1, batch_norm="keep", **folders))
+    assert f"epoch 0, {in_words}: val loss" in caplog.text
     (run_dir,) = (tmp_path / "runs").iterdir()
     assert "training began from" in (run_dir / "report.html").read_text()
-    assert "head_init: my_heads:small" in (run_dir / "config.yaml").read_text()
+    assert f"head_init: {given}" in (run_dir / "config.yaml").read_text()
+    assert len(softened) == (given == "soft")

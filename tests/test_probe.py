@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss as sklearn_log_loss
 from sklearn.preprocessing import StandardScaler
 
-from finetune.probe import L2_PATH, Probe, assign_folds, fit_temperature, log_loss, softmax, solve_probe
+from finetune.probe import L2_PATH, Probe, assign_folds, fit_temperature, log_loss, soften, softmax, solve_head, solve_probe
 
 PATH = L2_PATH[1:6]
 
@@ -100,6 +100,17 @@ def test_features_moved_or_scaled_give_the_same_predictions() -> None:
     moved = solve_probe(train_x[:300] * 50 + 1000, train_y[:300], 10, seed=0)
     agree = plain.logits(test_x).argmax(axis=1) == moved.logits(test_x * 50 + 1000).argmax(axis=1)
     assert agree.mean() > 0.995
+
+
+def test_the_soft_head_is_that_of_the_strongest_l2_and_leaves_something_to_learn() -> None:
+    features, labels, *_ = digits()
+    probe = solve_probe(features, labels, 10, seed=0)
+    soft = soften(probe, features, labels, 10)
+    weight, bias = solve_head(features, labels, 10, 1.0)
+    assert np.array_equal(soft.weight, weight)
+    assert np.array_equal(soft.bias, bias)
+    assert np.abs(soft.weight).mean() < np.abs(probe.weight).mean()
+    assert log_loss(soft.logits(features), labels) > log_loss(probe.logits(features), labels)
 
 
 def test_two_classes_are_told_apart() -> None:
