@@ -34,7 +34,16 @@ from finetune.optimize import build_groups, open_stages, rate_share, say_stages
 from finetune.preflight import check_disk, check_learning, estimate_time, warn_if_starved
 from finetune.probe import Floats, Probe
 from finetune.resume import TRAINING_FILE, event_sizes
-from finetune.state import Progress, StateFile, TrainingState, draw_batches, random_states, set_random_states
+from finetune.state import (
+    Progress,
+    StateFile,
+    TrainingState,
+    draw_batches,
+    fix_images,
+    fix_options,
+    random_states,
+    set_random_states,
+)
 from finetune.tensors import changing_tensors
 from finetune.terminal import progress_bar, stop_softly
 from models.backbone import Backbone
@@ -145,7 +154,7 @@ def _run_epochs(
     source = f"activations at {inputs.network.boundary}" if isinstance(inputs.network, TrainablePart) else "crops"
     average = Average(changing_tensors(backbone.model, freezing), options.ema) if options.ema else None
     state = TrainingState(backbone.model, freezing, adamw, schedule, Progress(options.batch_size, 2 * options.batch_size), average)
-    fixed = {"what the epochs read": source, "the precision": precision}
+    fixed = {"what the epochs read": source, "the precision": precision} | fix_options(options) | fix_images(splits)
     state_file = StateFile(state_path, state, minutes=options.save_minutes, fixed=fixed, flush=flush)
     training = _Training(
         backbone=backbone,
