@@ -24,7 +24,7 @@ from finetune.config import Options
 from finetune.data import Splits
 from finetune.evaluate import AnyMetrics, Metrics, evaluate
 from finetune.head import start_head
-from finetune.inputs import Batch, Inputs, open_inputs
+from finetune.inputs import Batch, ImageGoneError, Inputs, open_inputs
 from finetune.inside import Inside
 from finetune.loss import image_losses, label_losses
 from finetune.memory import is_out_of_memory, run_in_parts
@@ -184,6 +184,9 @@ def _run_epochs(
     try:
         while state.progress.epoch <= options.epochs:
             _run_epoch(training)
+    except ImageGoneError as error:
+        # From a process that decodes, it comes with that one's traceback before it.
+        raise ImageGoneError(str(error).rpartition(f"{ImageGoneError.__name__}: ")[2].strip()) from None
     except (RuntimeError, MemoryError) as error:
         # What is in memory now may be half a step, and is not saved.
         if is_out_of_memory(error):
