@@ -214,6 +214,11 @@ def test_a_csv_with_splits_in_any_order_of_columns_and_a_byte_order_mark(tmp_pat
     ]
 
 
+def test_spaces_around_a_label_make_no_other_class(tmp_path: Path) -> None:
+    splits = load(write_csv(tmp_path / "list.csv", "path,label\na.png,x\nb.png, x\nc.png,y,\nd.png,y \n"))
+    assert splits.label_names == ("x", "y")
+
+
 def test_quoted_paths_with_commas_are_read(tmp_path: Path) -> None:
     splits = load(write_csv(tmp_path / "list.csv", 'path,label\n"a,1.png",x\nb.png,x\nc.png,y\n"d ""q"".png",y\n'))
     assert {"a,1.png", 'd "q".png'} <= set(keys_of(splits.train) + keys_of(splits.val))
@@ -232,6 +237,10 @@ def test_quoted_paths_with_commas_are_read(tmp_path: Path) -> None:
         ("path,label\na.png,x\n,y\n", "line 3 has no path"),
         ("path,label\na.png,x\nb.png,\n", "line 3 has no label"),
         ("path,label\na.png\n", "line 2 has no label"),
+        ("path,label\na.png,x\nb.png, \n", "line 3 has no label"),
+        ("path,label\na.png,x\nb.png,salt, pepper\n", "line 3 has 3 cells, the first line 2; put a path or label with a comma"),
+        ("path,label,label\na.png,x,y\n", "it has the column label more than once"),
+        ("path,label\na.png,x\nb\0.png,x\n", "line 3 has a path with a NUL in it"),
         ("path,label,split\na.png,x,train\nb.png,x,dev\n", "line 3 has the split 'dev'; allowed are train, val and test"),
         ("path,label,split\na.png,x,train\nb.png,x\n", "line 3 has the split None; allowed"),
         ("path,label,split\na.png,x,train\nb.png,x,\n", "line 3 has the split ''"),
