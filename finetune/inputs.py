@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -94,13 +95,32 @@ class Bf16File:
     def __init__(self, path: Path, num_rows: int, size: int) -> None:
         """The array in `path`, which `keep` has put there, or a new one beside it."""
         self._path = path
-        self.is_kept = path.exists()
+        self.is_kept = path.exists() and not self._is_damaged()
         if self.is_kept:
             self._bits: npt.NDArray[np.uint16] = np.lib.format.open_memmap(path, mode="r")
             if self._bits.shape != (num_rows, size):
                 raise GraftError(f"{path}: activations of {self._bits.shape}, not of {(num_rows, size)}; remove the file")
-        else:
+            return
+        try:
             self._bits = np.lib.format.open_memmap(self._unfinished, mode="w+", dtype=np.uint16, shape=(num_rows, size))
+            # On a disk that is full, a mapped file without its blocks ends the process by SIGBUS.
+            with self._unfinished.open("rb+") as file:
+                os.posix_fallocate(file.fileno(), 0, file.seek(0, os.SEEK_END))
+        except OSError as error:
+            self._unfinished.unlink(missing_ok=True)
+            raise GraftError(
+                f"{path}: the activations take {2 * num_rows * size / 1e6:,.1f} MB and cannot be written: {error.strerror}; make room, "
+                "name another --output, or say --no-cache, which keeps none"
+            ) from error
+
+    def _is_damaged(self) -> bool:
+        """Cut short, say; it can be computed again."""
+        try:
+            np.lib.format.open_memmap(self._path, mode="r")
+        except (OSError, ValueError) as error:
+            logger.warning("%s: the kept activations cannot be read (%s): they are computed again", self._path, error)
+            return True
+        return False
 
     @property
     def _unfinished(self) -> Path:
