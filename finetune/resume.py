@@ -219,7 +219,10 @@ def resume_command(run_dir: Path) -> str:
 def _read_kept(run_dir: Path) -> Any | None:
     path = run_dir / STATE_DIR / _RUN_FILE
     try:
-        return json.loads(path.read_text())
+        kept = json.loads(path.read_text())
+        if not isinstance(kept, dict) or not {"folder", "precision", "reason", "label_names", "splits", "unreadable"} <= kept.keys():
+            raise ValueError("it is not what a run keeps")
+        return kept
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

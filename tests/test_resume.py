@@ -409,6 +409,15 @@ def test_a_folder_that_is_no_run_or_is_done_is_refused(left: Path, tmp_path: Pat
     )
 
 
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"folder": "/tm'])
+def test_what_a_run_kept_is_named_where_it_is_damaged(left: Path, capsys: pytest.CaptureFixture[str], content: str) -> None:
+    (left / STATE_DIR).mkdir(exist_ok=True)
+    (left / STATE_DIR / "run.json").write_text(content)
+    assert main(["--resume", str(left)]) == 2
+    assert "run.json: it cannot be read: " in (said := capsys.readouterr().err)
+    assert f"; remove {left / STATE_DIR}, and --resume begins again" in said
+
+
 def test_a_run_that_is_at_work_cannot_be_resumed(left: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path; from finetune.resume import lock\n"
