@@ -282,7 +282,8 @@ def _make_run_dir(options: Options) -> Path:
 
 def _write(path: Path, text: str) -> None:
     try:
-        write_whole(path, lambda temporary: temporary.write_text(text))
+        # A path may hold bytes that are no text.
+        write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8", errors="surrogateescape"))
     except OSError as error:
         raise GraftError(f"{path}: it cannot be written: {error.strerror}") from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import struct
 from collections import Counter
 from pathlib import Path
@@ -13,7 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from finetune.config import Options
 from finetune.data import Sample, Splits, load_splits
+from finetune.split import find_kept_split
 from models.errors import GraftError
 
 
@@ -285,6 +288,22 @@ def test_splits_csv_reads_back_as_the_same_splits(tmp_path: Path) -> None:
     again = load(tmp_path / "splits.csv", seed=99)
     assert again == splits
     assert [sample.read() for sample in again.val] == [sample.read() for sample in splits.val]
+
+
+def test_splits_csv_has_names_that_are_no_text(tmp_path: Path) -> None:
+    """And a later run finds its images by them."""
+    write_images(tmp_path / "photos", {"cat": 6, "dog": 6})
+    odd = os.fsdecode(os.fsencode(tmp_path / "photos" / "cat") + b"/\xff.png")
+    (tmp_path / "photos" / "cat" / "00.png").rename(odd)
+    splits = load(tmp_path / "photos")
+    run_dir = tmp_path / "runs" / "photos-1"
+    run_dir.mkdir(parents=True)
+    options = Options(data=str(tmp_path / "photos"), output=tmp_path / "runs")
+    (run_dir / "config.yaml").write_text(options.to_yaml())
+    splits.write_csv(run_dir / "splits.csv")
+    kept = find_kept_split(options)
+    assert kept is not None
+    assert kept.split_of[odd] == ("train" if odd in keys_of(splits.train) else "val")
 
 
 def test_splits_csv_lists_every_sample_once(tmp_path: Path) -> None:
