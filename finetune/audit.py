@@ -37,7 +37,7 @@ from finetune.split import load_lasting_splits
 from finetune.terminal import run_program
 from models.checkpoint import sigmoid
 from models.engine import Features
-from models.errors import GraftError
+from models.errors import GraftError, in_words
 from models.preprocess import ImageError, Preprocess
 
 logger = logging.getLogger("graft.audit")
@@ -139,7 +139,7 @@ def write_audit(found: Audit, folder: Path, stem: str, data: str) -> tuple[Path,
             unfinished.write_text(text, encoding="utf-8", errors="surrogateescape")
             unfinished.replace(path)
     except OSError as error:
-        raise GraftError(f"--output {folder}: {error.strerror}: {error.filename}; name a folder that you can write to") from error
+        raise GraftError(f"--output {folder}: {in_words(error)}; make room, or name a folder that you can write to") from error
     return paths
 
 

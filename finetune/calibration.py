@@ -144,8 +144,8 @@ def conformal_threshold(scores: Floats, labels: Labels, coverage: float) -> floa
     0, so that every set holds every label, where N images are too few for `coverage`: it takes coverage / (1 - coverage) of them.
     """
     of_true = np.sort(scores[np.arange(len(labels)), labels])
-    # Rounded first: 0.95 * 20 is a little more than 19 in floating point.
-    num_covered = math.ceil(round((len(labels) + 1) * coverage, 9))
+    # Rounded first: 0.95 * 20 is a little more than 19 in floating point. What rounds to none is still more than none.
+    num_covered = max(1, math.ceil(round((len(labels) + 1) * coverage, 9)))
     return 0.0 if num_covered > len(labels) else float(of_true[len(labels) - num_covered])
 
 

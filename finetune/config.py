@@ -73,7 +73,9 @@ class SharedOptions(BaseSettings):
     seed: Annotated[int, Field(ge=0, lt=2**32, description="of the split, the head and the order of the images")] = 0
     output: Annotated[Path, Field(description="folder of run folders: metrics, TensorBoard logs, config.yaml, splits.csv")] = Path("runs")
     cache_dir: Annotated[Path, Field(description="converted backbones and features are kept here between runs")] = _default_cache_dir()
-    cache_gb: Annotated[float, Field(ge=0, description="features used longest ago are removed above this many gigabytes")] = 20.0
+    cache_gb: Annotated[
+        float, Field(ge=0, allow_inf_nan=False, description="features used longest ago are removed above this many gigabytes")
+    ] = 20.0
     cache: Annotated[bool, Field(description="--no-cache computes everything anew")] = True
 
     @classmethod

@@ -93,7 +93,8 @@ class Splits:
     def write_csv(self, path: Path) -> None:
         """`path,label,split` (`labels` in multi-label data), as `--data FILE.csv` reads it; whole or not at all: a later run goes by it."""
         unfinished = path.with_name(f"{path.name}.unfinished")
-        with unfinished.open("w", newline="") as file:
+        # A path may hold bytes that are no text.
+        with unfinished.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             rows = csv.writer(file)
             rows.writerow(("path", "labels" if self.is_multi_label else "label", "split"))
             for split, samples in self.named():

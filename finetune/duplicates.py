@@ -14,7 +14,7 @@ import io
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -75,10 +75,14 @@ class Look:
 
 @dataclass(frozen=True)
 class Duplicates:
-    """Groups of samples that are the same image, in the order of the splits, and the looks of those in groups, by `id` of the sample."""
+    """Groups of samples that are the same image, in the order of the splits, and the looks of those in groups, by `id` of the sample.
+
+    `digests` of the bytes of every image that could be read, by the sample's key, tell later whether it is still what it was.
+    """
 
     groups: tuple[tuple[Sample, ...], ...]
     looks: dict[int, Look]
+    digests: dict[str, bytes] = field(default_factory=dict)
 
     def is_exact(self, first: Sample, second: Sample) -> bool:
         """Whether two of a group are the same to the byte."""
@@ -100,10 +104,12 @@ def find_duplicates(splits: Splits, *, num_workers: int, cache: FeatureCache | N
     samples = [sample for _, of_split in splits.named() for sample in of_split]
     grids = np.zeros((len(samples), _NUM_CELLS), np.uint8)
     is_read = np.zeros(len(samples), bool)
+    digests: dict[str, bytes] = {}
     glance = functools.partial(_glance_at, cache=cache)
     for index, glimpse in enumerate(_map(glance, samples, num_workers, "looking for copies")):
         if glimpse is not None:
             grids[index], is_read[index] = glimpse.grid, True
+            digests[samples[index].key] = glimpse.digest
             if cache is not None and glimpse.is_new:
                 cache.write([glimpse.digest], glimpse.grid[None])
     places = np.flatnonzero(is_read)
@@ -117,7 +123,7 @@ def find_duplicates(splits: Splits, *, num_workers: int, cache: FeatureCache | N
 
     groups = _connect(pair for pair in pairs if is_copy(pair))
     in_groups = {id(samples[index]): look for group in groups for index in group if (look := looks[index]) is not None}
-    return Duplicates(tuple(tuple(samples[index] for index in group) for group in groups), in_groups)
+    return Duplicates(tuple(tuple(samples[index] for index in group) for group in groups), in_groups, digests)
 
 
 @dataclass(frozen=True)

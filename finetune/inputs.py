@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from models.boundary import FrozenPart, TrainablePart, cut
 from models.engine import Engine, Features, OpenVINOEngine, TorchEngine
 from models.errors import GraftError
 from models.freezing import Freezing
-from models.preprocess import Preprocess
+from models.preprocess import ImageError, Preprocess, View
 
 logger = logging.getLogger("graft.inputs")
 
@@ -37,6 +38,10 @@ _MAX_DISK_FRACTION = 0.5
 # A label's number or, in multi-label data, a row of zeros and ones `float32 [C]`.
 Target = int | npt.NDArray[np.float32]
 Batch = tuple[torch.Tensor, Target]
+
+
+class ImageGoneError(GraftError):
+    """An image that could be read when the run began cannot be read any more."""
 
 
 class Crops(Dataset[Batch]):
@@ -66,7 +71,7 @@ class Crops(Dataset[Batch]):
     def __getitem__(self, index: int) -> Batch:
         sample = self._samples[index]
         view = draw_view(self._augment, self._seed, self.epoch, index)
-        return torch.from_numpy(self._preprocess(sample.read(), view=view).copy()), self._targets[index]
+        return _read_crop(sample, self._preprocess, view), self._targets[index]
 
 
 class Activations(Dataset[Batch]):
@@ -90,13 +95,32 @@ class Bf16File:
     def __init__(self, path: Path, num_rows: int, size: int) -> None:
         """The array in `path`, which `keep` has put there, or a new one beside it."""
         self._path = path
-        self.is_kept = path.exists()
+        self.is_kept = path.exists() and not self._is_damaged()
         if self.is_kept:
             self._bits: npt.NDArray[np.uint16] = np.lib.format.open_memmap(path, mode="r")
             if self._bits.shape != (num_rows, size):
                 raise GraftError(f"{path}: activations of {self._bits.shape}, not of {(num_rows, size)}; remove the file")
-        else:
+            return
+        try:
             self._bits = np.lib.format.open_memmap(self._unfinished, mode="w+", dtype=np.uint16, shape=(num_rows, size))
+            # On a disk that is full, a mapped file without its blocks ends the process by SIGBUS.
+            with self._unfinished.open("rb+") as file:
+                os.posix_fallocate(file.fileno(), 0, file.seek(0, os.SEEK_END))
+        except OSError as error:
+            self._unfinished.unlink(missing_ok=True)
+            raise GraftError(
+                f"{path}: the activations take {2 * num_rows * size / 1e6:,.1f} MB and cannot be written: {error.strerror}; make room, "
+                "name another --output, or say --no-cache, which keeps none"
+            ) from error
+
+    def _is_damaged(self) -> bool:
+        """Cut short, say; it can be computed again."""
+        try:
+            np.lib.format.open_memmap(self._path, mode="r")
+        except (OSError, ValueError) as error:
+            logger.warning("%s: the kept activations cannot be read (%s): they are computed again", self._path, error)
+            return True
+        return False
 
     @property
     def _unfinished(self) -> Path:
@@ -180,7 +204,7 @@ def _try_cut(backbone: Backbone, freezing: Freezing, splits: Splits, options: Op
     if not options.cache or not freezing.frozen_modules:
         return None
     samples = splits.train[:2]
-    crops = torch.stack([torch.from_numpy(backbone.preprocess(sample.read()).copy()) for sample in samples])
+    crops = torch.stack([_read_crop(sample, backbone.preprocess) for sample in samples])
     images = Normalise(backbone.preprocess, torch.device("cpu"), torch.contiguous_format)(crops)
     rest = cut(backbone.model, freezing, images)
     if rest is None:
@@ -216,7 +240,7 @@ def _keep_activations(
         ).unreadable
         # They could be read for the probe. Left out here, they would shift the rows behind them against the labels.
         for key, reason in unreadable.items():
-            raise GraftError(f"{key}: {reason}; it could be read when the run began, so run again")
+            raise ImageGoneError(_say_gone(key, reason))
         kept.keep()
         return kept
 
@@ -235,6 +259,18 @@ def _keep_activations(
         torch.Tensor.float,
         0,
     )
+
+
+def _read_crop(sample: Sample, preprocess: Preprocess, view: View | None = None) -> torch.Tensor:
+    """`uint8 [H,W,3]`. Raises ImageGoneError."""
+    try:
+        return torch.from_numpy(preprocess(sample.read(), view=view).copy())
+    except (ImageError, OSError) as error:
+        raise ImageGoneError(_say_gone(sample.key, error.strerror or str(error) if isinstance(error, OSError) else str(error))) from None
+
+
+def _say_gone(key: str, reason: str) -> str:
+    return f"{key}: {reason}; it could be read when the run began: put it back as it was"
 
 
 def _targets(splits: Splits, samples: Sequence[Sample]) -> Sequence[Target]:

@@ -8,12 +8,14 @@ from dataclasses import replace
 
 import numpy as np
 
+from finetune.data import Sample
 from finetune.plots import Mistake, draw_heat
 from finetune.probe import softmax
 from finetune.result import Result
 from finetune.thresholds import LabelCalibration
 from models.checkpoint import sigmoid
-from models.errors import GraftError
+from models.errors import GraftError, in_words
+from models.preprocess import ImageError, Pixels
 
 logger = logging.getLogger("graft.mistakes")
 
@@ -30,7 +32,7 @@ def worst_mistakes(result: Result) -> list[Mistake]:
     worst = sorted(wrong, key=lambda index: -float(scores[index, predicted[index]]))[:_NUM_MISTAKES]
     return [
         Mistake(
-            result.backbone.preprocess(splits.val[index].read()),
+            crop,
             splits.label_names[splits.val[index].label],
             splits.label_names[predicted[index]],
             float(scores[index, predicted[index]]),
@@ -38,6 +40,7 @@ def worst_mistakes(result: Result) -> list[Mistake]:
             label=int(predicted[index]),
         )
         for index in worst
+        if (crop := _read_crop(result, splits.val[index])) is not None
     ]
 
 
@@ -51,7 +54,7 @@ def _worst_decisions(result: Result, calibration: LabelCalibration) -> list[Mist
     order = np.argsort(-wrongness.max(axis=1), kind="stable")[:_NUM_MISTAKES]
     return [
         Mistake(
-            result.backbone.preprocess(splits.val[index].read()),
+            crop,
             splits.describe(splits.val[index]) or "no label",
             f"not {names[worst[index]]}" if has_label[index, worst[index]] else names[worst[index]],
             float(wrongness[index, worst[index]]),
@@ -59,8 +62,17 @@ def _worst_decisions(result: Result, calibration: LabelCalibration) -> list[Mist
             label=int(worst[index]),
         )
         for index in order
-        if wrongness[index].any()
+        if wrongness[index].any() and (crop := _read_crop(result, splits.val[index])) is not None
     ]
+
+
+def _read_crop(result: Result, sample: Sample) -> Pixels | None:
+    """None where a file is no longer there to be read: what was measured on it stays."""
+    try:
+        return result.backbone.preprocess(sample.read())
+    except (ImageError, OSError) as error:
+        logger.warning("%s is left out of the pictures of mistakes: %s", sample.key, in_words(error))
+        return None
 
 
 def explain_mistakes(result: Result, mistakes: Sequence[Mistake]) -> list[Mistake]:

@@ -4,24 +4,44 @@ from __future__ import annotations
 
 import importlib.metadata
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from finetune.cache import digest_image
 from finetune.card import write_card
+from finetune.data import Sample
 from finetune.result import Result
 from finetune.thresholds import LabelCalibration
 from models.checkpoint import FORMAT_VERSION, Golden, publish
+from models.errors import GraftError
 
 _NUM_GOLDEN = 4
 
 
-def choose_golden(result: Result) -> Golden:
-    """Validation images spread over the classes, with their logits, for the service to replay."""
+def choose_golden(result: Result, digests: Mapping[str, bytes]) -> Golden:
+    """Validation images spread over the classes, with their logits, for the service to replay.
+
+    `digests`, by key, are what the images were when the run began: a file that is another now does not give those logits. Raises
+    GraftError where none is what it was.
+    """
     samples = result.splits.val
     chosen = np.unique(np.linspace(0, len(samples) - 1, _NUM_GOLDEN).round().astype(int))
-    return Golden(tuple(samples[index].read() for index in chosen), result.val_logits[chosen])
+    images = {index: data for index in chosen if (data := _read_unchanged(samples[index], digests)) is not None}
+    if not images:
+        keys = ", ".join(samples[index].key for index in chosen)
+        raise GraftError(f"{keys}: gone or changed since the run began; nothing was published: put them back as they were")
+    return Golden(tuple(images.values()), result.val_logits[list(images)])
+
+
+def _read_unchanged(sample: Sample, digests: Mapping[str, bytes]) -> bytes | None:
+    try:
+        data = sample.read()
+    except OSError:
+        return None
+    return data if digest_image(data) == digests.get(sample.key) else None
 
 
 def publish_result(result: Result, golden: Golden, run_dir: Path) -> Path:

@@ -16,7 +16,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +41,16 @@ _EVENT_FILES = "events.out.tfevents.*"
 
 @dataclass(frozen=True)
 class Choices:
-    """What a run chose before it trained: its images, those that could be read, and the engine's precision with its reason."""
+    """What a run chose before it trained: its images, those that could be read, and the engine's precision with its reason.
+
+    `digests` of the images' bytes are by their keys.
+    """
 
     loaded: Splits
     readable: Splits
     precision: str
     reason: str
+    digests: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def read_options(options: Options) -> Options:
@@ -114,6 +118,7 @@ def keep_choices(run_dir: Path, choices: Choices) -> str:
     """
     readable = {sample.key for _, samples in choices.readable.named() for sample in samples}
     unreadable = sorted({sample.key for _, samples in choices.loaded.named() for sample in samples} - readable)
+    digests = {key: digest.hex() for key, digest in choices.digests.items()}
     kept = _read_kept(run_dir)
     if kept is None:
         names: tuple[SplitName, ...] = ("train", "val", "test")
@@ -124,12 +129,20 @@ def keep_choices(run_dir: Path, choices: Choices) -> str:
             "label_names": choices.loaded.label_names,
             "splits": {name: [[sample.key, sample.label, *sample.labels] for sample in getattr(choices.loaded, name)] for name in names},
             "unreadable": unreadable,
+            "digests": digests,
         }
         _write(run_dir / STATE_DIR / _RUN_FILE, json.dumps(chosen))
         return choices.reason
     if kept["unreadable"] != unreadable:
         changed = sorted(set(unreadable) ^ set(kept["unreadable"]))[0]
         raise GraftError(f"--resume {run_dir}: {changed}: whether it can be read has changed since the run began; put it back as it was")
+    # A run of an older Graft kept none.
+    if changed := sorted(key for key, digest in kept.get("digests", digests).items() if digests.get(key) != digest):
+        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+        raise GraftError(
+            f"--resume {run_dir}: images have changed since the run began: {', '.join(changed[:5])}{more}; put them back as they were, or "
+            "begin another run"
+        )
     return str(kept["reason"])
 
 
@@ -206,7 +219,10 @@ def resume_command(run_dir: Path) -> str:
 def _read_kept(run_dir: Path) -> Any | None:
     path = run_dir / STATE_DIR / _RUN_FILE
     try:
-        return json.loads(path.read_text())
+        kept = json.loads(path.read_text())
+        if not isinstance(kept, dict) or not {"folder", "precision", "reason", "label_names", "splits", "unreadable"} <= kept.keys():
+            raise ValueError("it is not what a run keeps")
+        return kept
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

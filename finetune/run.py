@@ -115,7 +115,7 @@ def _run_in(run_dir: Path, options: Options, splits: Splits, duplicates: Duplica
     monitor = Monitor(run_dir)
     with tempfile.TemporaryDirectory(prefix="graft-") as scratch:
         result = _fit(options, splits, duplicates, monitor, run_dir, Path(scratch))
-        golden = choose_golden(result)
+        golden = choose_golden(result, duplicates.digests)
         checkpoint = (find_published(options, run_dir) if options.resume else None) or publish_result(result, golden, run_dir)
         mistakes = worst_mistakes(result)
         if mistakes and options.explains:
@@ -140,7 +140,7 @@ def _fit(options: Options, loaded: Splits, duplicates: Duplicates, monitor: Moni
     chosen, splits, features, extract_seconds = extract_in_best_precision(backbone, loaded, options, scratch)
     backbone, engine = chosen.backbone, chosen.engine
     engine.close()
-    why_precision = keep_choices(run_dir, Choices(loaded, splits, engine.info.precision, chosen.reason))
+    why_precision = keep_choices(run_dir, Choices(loaded, splits, engine.info.precision, chosen.reason, duplicates.digests))
     options = options.model_copy(update={"precision": engine.info.precision})
     at.append(time.perf_counter())
     labels = {split: splits.labels(samples) for split, samples in splits.named()}
@@ -165,8 +165,9 @@ def _fit(options: Options, loaded: Splits, duplicates: Duplicates, monitor: Moni
         start = soften(probe, plain, labels["train"], num_classes) if options.head_init == "soft" else probe
         trained, trained_head, best_epoch = _train(options, splits, start, monitor, scratch)
         trained_engine = open_engine(trained, options)
-        splits, trained_features = extract_splits(splits, trained, trained_engine, options, only=("val", "test"), keep=False)
+        still, trained_features = extract_splits(splits, trained, trained_engine, options, only=("val", "test"), keep=False, check=False)
         trained_engine.close()
+        _check_none_gone(splits, still)
         trained_logits = _compute_logits(trained_head, trained_features)
         seconds = {"probe_seconds": at[2] - at[1], "train_seconds": time.perf_counter() - at[4]}
         weights = None if options.balance == "none" else class_weights(labels["val"], num_classes)
@@ -203,6 +204,14 @@ def _fit(options: Options, loaded: Splits, duplicates: Duplicates, monitor: Moni
             "train": at[5] - at[4],
         },
     )
+
+
+def _check_none_gone(splits: Splits, still: Splits) -> None:
+    """Raise GraftError where images that the probe was measured on cannot be read to measure what was trained."""
+    left = {sample.key for _, samples in still.named() for sample in samples}
+    if gone := [sample.key for _, samples in splits.named() for sample in samples if sample.key not in left]:
+        more = f" and {len(gone) - 5} more" if len(gone) > 5 else ""
+        raise GraftError(f"{', '.join(gone[:5])}{more}: could be read when the run began, and cannot now: put back what was there")
 
 
 def _calibrate(
@@ -275,7 +284,8 @@ def _make_run_dir(options: Options) -> Path:
 
 def _write(path: Path, text: str) -> None:
     try:
-        write_whole(path, lambda temporary: temporary.write_text(text))
+        # A path may hold bytes that are no text.
+        write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8", errors="surrogateescape"))
     except OSError as error:
         raise GraftError(f"{path}: it cannot be written: {error.strerror}") from error
 

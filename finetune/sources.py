@@ -155,12 +155,21 @@ def _load_csv(path: Path) -> tuple[Labelled, FixedSplits]:
             f"--data {path}: it needs the columns path,label and perhaps split; it has {_describe_columns(columns)} (where images have "
             f"several labels, path,labels, with {SEPARATOR} between their names)"
         )
+    if twice := sorted({name for name in columns if name and columns.count(name) > 1}):
+        raise GraftError(f"--data {path}: it has the column {twice[0]} more than once; keep one")
     labelled: Labelled = []
     splits: list[SplitName] = []
     for number, row in rows:
-        if not row["path"] or not (is_multi_label or row["label"]):
+        if any(row.get(None) or ()):
+            raise GraftError(
+                f"--data {path}: line {number} has {len(columns) + len(row[None])} cells, the first line {len(columns)}; put a path "
+                'or label with a comma in it into "quotes"'
+            )
+        if "\0" in (row["path"] or ""):
+            raise GraftError(f"--data {path}: line {number} has a path with a NUL in it, which no file has")
+        if not row["path"] or not (is_multi_label or (row["label"] or "").strip()):
             raise GraftError(f"--data {path}: line {number} has no {'path' if not row['path'] else 'label'}")
-        label = _split_names(row["labels"] or "") if is_multi_label else row["label"]
+        label = _split_names(row["labels"] or "") if is_multi_label else row["label"].strip()
         labelled.append((row["path"], label, path.parent / row["path"]))
         if "split" in columns:
             split = _SPLIT_FOLDERS.get((row["split"] or "").lower())

@@ -52,7 +52,7 @@ def find_kept_split(options: SharedOptions) -> KeptSplit | None:
         if _source_of_run(path.parent) != options.source:
             continue
         try:
-            with path.open(newline="", encoding="utf-8") as file:
+            with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
                 split_of = {row["path"]: _SIDES[row["split"]] for row in csv.DictReader(file) if row["split"] in _SIDES}
         except (OSError, ValueError, KeyError, csv.Error):
             split_of = {}

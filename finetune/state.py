@@ -7,6 +7,7 @@ it from seed and epoch. A gradient scaler has none to save either: training is i
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -25,6 +26,8 @@ from torch import nn
 
 from finetune.average import Average
 from finetune.balance import draw_balanced
+from finetune.config import Options
+from finetune.data import Splits
 from finetune.probe import Floats
 from finetune.resume import METADATA_KEY
 from finetune.tensors import Tensors, changing_tensors, copy_tensors
@@ -34,7 +37,27 @@ from models.freezing import Freezing
 
 logger = logging.getLogger("graft.state")
 
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
+# What may be another after a resume, for no gradient step depends on it. The precision is fixed as it was resolved, the images as they are.
+_FREE_OPTIONS = {
+    "data",
+    "data_root",
+    "val_fraction",
+    "strict",
+    "device",
+    "precision",
+    "workers",
+    "output",
+    "cache_dir",
+    "cache_gb",
+    "cache",
+    "coverage",
+    "name",
+    "repository",
+    "save_minutes",
+    "explain",
+    "preflight",
+}
 
 
 @dataclass
@@ -163,11 +186,14 @@ class TrainingState:
                 f"--resume {run_dir}: {len(differing)} of {len(then)} frozen tensors are not what they were when the run began "
                 f"({', '.join(differing[:4])}); it needs the backbone's weights and code as they were then, or a run of its own"
             )
-        if tensors.keys() != self._tensors.keys():
-            raise GraftError(f"--resume {run_dir}: the backbone's code has changed: other tensors train now than when the run began")
         for name, value in fixed.items():
             if rest["fixed"].get(name) != value:
-                raise GraftError(f"--resume {run_dir}: {name} was {rest['fixed'].get(name)} when the run began, and is {value} now")
+                raise GraftError(
+                    f"--resume {run_dir}: {name} was {rest['fixed'].get(name)} when the run began, and is {value} now; put it back "
+                    f"(an option in {run_dir / 'config.yaml'}), or begin another run; where {path} is another run's, remove it"
+                )
+        if {name: tensor.shape for name, tensor in tensors.items()} != {name: tensor.shape for name, tensor in self._tensors.items()}:
+            raise GraftError(f"--resume {run_dir}: the backbone's code has changed: other tensors train now than when the run began")
 
     def _load_optimizer(self, groups: list[dict[str, Any]], tensors: Tensors) -> None:
         # In place: Fabric's optimizer shares groups and state with the one that it wraps, which `load_state_dict` would replace.
@@ -221,6 +247,19 @@ class StateFile:
         """It leads nowhere."""
         if self._path is not None:
             self._path.unlink(missing_ok=True)
+
+
+def fix_options(options: Options) -> dict[str, Any]:
+    """By their flags, the options that shape gradient epochs: an epoch half of one and half of another would be neither."""
+    values = options.model_dump(mode="json")
+    return {f"--{name.replace('_', '-')}": value for name, value in values.items() if name not in _FREE_OPTIONS}
+
+
+def fix_images(splits: Splits) -> dict[str, str]:
+    """Which images are learnt from and validated on, and what they are said to show."""
+    named = [(split, [(sample.key, splits.describe(sample)) for sample in samples]) for split, samples in splits.named()]
+    digest = hashlib.sha256(json.dumps([splits.label_names, named]).encode()).hexdigest()[:8]
+    return {"its list of images and labels": f"{len(splits.train)} to train on, {len(splits.val)} to validate on ({digest})"}
 
 
 def draw_batches(num_images: int, batch_size: int, seed: int, epoch: int, weights: Floats | None = None) -> list[list[int]]:

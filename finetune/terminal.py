@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import io
 import logging
 import os
 import signal
@@ -48,6 +49,10 @@ def run_program(work: Callable[[], object]) -> int:
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[ConsoleHandler()])
     logging.getLogger("graft").setLevel(logging.INFO)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # The name of a file may hold bytes that are no text: they go out as they are.
+            stream.reconfigure(errors="surrogateescape")
     # Where torch and timm are imported, looking for cycles in what stays was 1.7 s of 9, and 1.2 s more when the process ended.
     gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS)
     atexit.register(gc.freeze)

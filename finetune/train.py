@@ -24,7 +24,7 @@ from finetune.config import Options
 from finetune.data import Splits
 from finetune.evaluate import AnyMetrics, Metrics, evaluate
 from finetune.head import start_head
-from finetune.inputs import Batch, Inputs, open_inputs
+from finetune.inputs import Batch, ImageGoneError, Inputs, open_inputs
 from finetune.inside import Inside
 from finetune.loss import image_losses, label_losses
 from finetune.memory import is_out_of_memory, run_in_parts
@@ -34,7 +34,16 @@ from finetune.optimize import build_groups, open_stages, rate_share, say_stages
 from finetune.preflight import check_disk, check_learning, estimate_time, warn_if_starved
 from finetune.probe import Floats, Probe
 from finetune.resume import TRAINING_FILE, event_sizes
-from finetune.state import Progress, StateFile, TrainingState, draw_batches, random_states, set_random_states
+from finetune.state import (
+    Progress,
+    StateFile,
+    TrainingState,
+    draw_batches,
+    fix_images,
+    fix_options,
+    random_states,
+    set_random_states,
+)
 from finetune.tensors import changing_tensors
 from finetune.terminal import progress_bar, stop_softly
 from models.backbone import Backbone
@@ -145,7 +154,7 @@ def _run_epochs(
     source = f"activations at {inputs.network.boundary}" if isinstance(inputs.network, TrainablePart) else "crops"
     average = Average(changing_tensors(backbone.model, freezing), options.ema) if options.ema else None
     state = TrainingState(backbone.model, freezing, adamw, schedule, Progress(options.batch_size, 2 * options.batch_size), average)
-    fixed = {"what the epochs read": source, "the precision": precision}
+    fixed = {"what the epochs read": source, "the precision": precision} | fix_options(options) | fix_images(splits)
     state_file = StateFile(state_path, state, minutes=options.save_minutes, fixed=fixed, flush=flush)
     training = _Training(
         backbone=backbone,
@@ -175,6 +184,9 @@ def _run_epochs(
     try:
         while state.progress.epoch <= options.epochs:
             _run_epoch(training)
+    except ImageGoneError as error:
+        # From a process that decodes, it comes with that one's traceback before it.
+        raise ImageGoneError(str(error).rpartition(f"{ImageGoneError.__name__}: ")[2].strip()) from None
     except (RuntimeError, MemoryError) as error:
         # What is in memory now may be half a step, and is not saved.
         if is_out_of_memory(error):

@@ -46,6 +46,7 @@ def test_the_threshold_is_the_score_that_enough_true_labels_reach() -> None:
     labels = np.zeros(19, np.int64)
     assert [conformal_threshold(scores, labels, coverage) for coverage in (0.95, 0.9, 0.5)] == pytest.approx([0.05, 0.1, 0.5])
     assert conformal_threshold(scores[1:], labels[1:], 0.95) == 0
+    assert conformal_threshold(scores, labels, 1e-12) == pytest.approx(0.95)
 
 
 def test_an_answer_is_unsure_unless_exactly_one_label_reaches_the_threshold() -> None:

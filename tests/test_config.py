@@ -128,6 +128,7 @@ def test_a_config_that_is_not_there_or_no_text_is_named_once(tmp_path: Path) -> 
         ("--lr 0", "--lr 0: "),
         ("--lr nan", "--lr nan: "),
         ("--weight-decay -0.1", "--weight-decay -0.1: "),
+        ("--cache-gb inf", "--cache-gb inf: it must be a number from 0 up$"),
         ("--image-size 16", "--image-size 16: it must be a whole number from 32 to 1024$"),
         ("--workers 0", "--workers 0: "),
         ("--device tpu", "--device tpu: it must be auto, cpu or cuda$"),

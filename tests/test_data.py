@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import struct
 from collections import Counter
 from pathlib import Path
@@ -13,7 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from finetune.config import Options
 from finetune.data import Sample, Splits, load_splits
+from finetune.split import find_kept_split
 from models.errors import GraftError
 
 
@@ -214,6 +217,11 @@ def test_a_csv_with_splits_in_any_order_of_columns_and_a_byte_order_mark(tmp_pat
     ]
 
 
+def test_spaces_around_a_label_make_no_other_class(tmp_path: Path) -> None:
+    splits = load(write_csv(tmp_path / "list.csv", "path,label\na.png,x\nb.png, x\nc.png,y,\nd.png,y \n"))
+    assert splits.label_names == ("x", "y")
+
+
 def test_quoted_paths_with_commas_are_read(tmp_path: Path) -> None:
     splits = load(write_csv(tmp_path / "list.csv", 'path,label\n"a,1.png",x\nb.png,x\nc.png,y\n"d ""q"".png",y\n'))
     assert {"a,1.png", 'd "q".png'} <= set(keys_of(splits.train) + keys_of(splits.val))
@@ -232,6 +240,10 @@ def test_quoted_paths_with_commas_are_read(tmp_path: Path) -> None:
         ("path,label\na.png,x\n,y\n", "line 3 has no path"),
         ("path,label\na.png,x\nb.png,\n", "line 3 has no label"),
         ("path,label\na.png\n", "line 2 has no label"),
+        ("path,label\na.png,x\nb.png, \n", "line 3 has no label"),
+        ("path,label\na.png,x\nb.png,salt, pepper\n", "line 3 has 3 cells, the first line 2; put a path or label with a comma"),
+        ("path,label,label\na.png,x,y\n", "it has the column label more than once"),
+        ("path,label\na.png,x\nb\0.png,x\n", "line 3 has a path with a NUL in it"),
         ("path,label,split\na.png,x,train\nb.png,x,dev\n", "line 3 has the split 'dev'; allowed are train, val and test"),
         ("path,label,split\na.png,x,train\nb.png,x\n", "line 3 has the split None; allowed"),
         ("path,label,split\na.png,x,train\nb.png,x,\n", "line 3 has the split ''"),
@@ -276,6 +288,22 @@ def test_splits_csv_reads_back_as_the_same_splits(tmp_path: Path) -> None:
     again = load(tmp_path / "splits.csv", seed=99)
     assert again == splits
     assert [sample.read() for sample in again.val] == [sample.read() for sample in splits.val]
+
+
+def test_splits_csv_has_names_that_are_no_text(tmp_path: Path) -> None:
+    """And a later run finds its images by them."""
+    write_images(tmp_path / "photos", {"cat": 6, "dog": 6})
+    odd = os.fsdecode(os.fsencode(tmp_path / "photos" / "cat") + b"/\xff.png")
+    (tmp_path / "photos" / "cat" / "00.png").rename(odd)
+    splits = load(tmp_path / "photos")
+    run_dir = tmp_path / "runs" / "photos-1"
+    run_dir.mkdir(parents=True)
+    options = Options(data=str(tmp_path / "photos"), output=tmp_path / "runs")
+    (run_dir / "config.yaml").write_text(options.to_yaml())
+    splits.write_csv(run_dir / "splits.csv")
+    kept = find_kept_split(options)
+    assert kept is not None
+    assert kept.split_of[odd] == ("train" if odd in keys_of(splits.train) else "val")
 
 
 def test_splits_csv_lists_every_sample_once(tmp_path: Path) -> None:

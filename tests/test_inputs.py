@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
+import os
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -120,6 +122,34 @@ def test_infinities_stay_and_nan_stays_nan(tmp_path: Path) -> None:
     assert kept[2].isnan()
     assert kept[3] == 0
     assert torch.signbit(kept[3])
+
+
+def test_activations_that_a_full_disk_does_not_take_are_said_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its blocks a mapped file is made all the same, and the first row that the disk cannot take ends the process by SIGBUS."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", refuse)
+        with pytest.raises(GraftError, match=r"val\.npy: the activations take 0\.8 MB and cannot be written: No space left on device"):
+            Bf16File(tmp_path / "val.npy", 100, 4000)
+    assert list(tmp_path.iterdir()) == []
+    Bf16File(tmp_path / "val.npy", 100, 4000)
+    (kept,) = tmp_path.iterdir()
+    assert kept.stat().st_blocks * 512 >= kept.stat().st_size > 800_000
+
+
+@pytest.mark.parametrize("num_bytes", [0, 40, 1000])
+def test_kept_activations_that_were_cut_short_are_computed_again(tmp_path: Path, num_bytes: int) -> None:
+    path = tmp_path / "val.npy"
+    bf16_file(path, np.ones((100, 8), np.float32)).keep()
+    os.truncate(path, num_bytes)
+    again = Bf16File(path, 100, 8)
+    assert not again.is_kept
+    again[list(range(100))] = np.full((100, 8), 2, np.float32)
+    again.keep()
+    assert Bf16File(path, 100, 8).read(99).tolist() == [2.0] * 8
 
 
 def test_epochs_read_one_view_after_the_other_and_begin_again(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,37 @@ def test_a_run_that_would_read_something_else_is_refused(stopped: Path) -> None:
         go_on(stopped, cache=False)
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"epochs": 3}, "--epochs was 2 when the run began, and is 3 now"),
+        ({"batch_size": 4}, "--batch-size was 6 when the run began, and is 4 now"),
+        ({"lr": 0.1}, "--lr was 0.05 when the run began, and is 0.1 now"),
+        ({"ema": 0.9}, "--ema was 0.0 when the run began, and is 0.9 now"),
+        ({"layer_decay": 0.5}, "--layer-decay was 1.0 when the run began, and is 0.5 now"),
+        ({"seed": 1}, "--seed was 0 when the run began, and is 1 now"),
+    ],
+)
+def test_an_option_that_was_edited_in_the_config_of_a_run_is_refused(stopped: Path, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(GraftError, match=f"--resume {stopped.parent}: {said}; put it back .an option in .*config.yaml"):
+        go_on(stopped, **changes)
+
+
+def test_options_that_shape_no_step_may_be_others_after_a_resume(stopped: Path) -> None:
+    assert go_on(stopped, workers=2, save_minutes=3.0, coverage=0.5) >= 0
+
+
+def test_the_state_of_a_run_on_other_images_is_refused(stopped: Path) -> None:
+    splits = draw_splits()
+    others = replace(splits, train=(replace(splits.train[0], key="another"), *splits.train[1:]))
+    monitor = Recorder(stopped.parent)
+    try:
+        with pytest.raises(GraftError, match=r"its list of images and labels was 24 to train on, 12 .* and is 24 to train on, 12 .* now"):
+            train(build(), others, probe_of(build()), options(), monitor, stopped, state_dir=stopped)
+    finally:
+        monitor.close()
+
+
 def test_a_damaged_state_is_named_with_the_way_out(stopped: Path) -> None:
     (stopped / TRAINING_FILE).write_bytes((stopped / TRAINING_FILE).read_bytes()[:1000])
     with pytest.raises(
@@ -375,6 +407,15 @@ def test_a_folder_that_is_no_run_or_is_done_is_refused(left: Path, tmp_path: Pat
     assert (
         f"--resume {left}: that run is done, its metrics.json says how; --config {left}/config.yaml repeats it" in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"folder": "/tm'])
+def test_what_a_run_kept_is_named_where_it_is_damaged(left: Path, capsys: pytest.CaptureFixture[str], content: str) -> None:
+    (left / STATE_DIR).mkdir(exist_ok=True)
+    (left / STATE_DIR / "run.json").write_text(content)
+    assert main(["--resume", str(left)]) == 2
+    assert "run.json: it cannot be read: " in (said := capsys.readouterr().err)
+    assert f"; remove {left / STATE_DIR}, and --resume begins again" in said
 
 
 def test_a_run_that_is_at_work_cannot_be_resumed(left: Path) -> None:
