@@ -90,7 +90,7 @@ def test_the_score_is_told_with_and_without_leaks(found: Audit) -> None:
     assert clean < whole
     (line,) = (line for line in found.to_lines() if "accuracy" in line)
     num_leaks = len(found.leaks)
-    assert line == f"audit: val accuracy {whole:.4f} with {num_leaks} images of another split, {clean:.4f} without"
+    assert line == f"audit: the probe's val accuracy is {whole:.4f} with {num_leaks} images of another split, {clean:.4f} without"
     assert found.to_dict()["accuracy"] == {"val": {"all": whole, "without_leaks": clean}}
 
 
