@@ -73,6 +73,8 @@ curl -F images=@photo.jpg 'http://localhost:3000/predict?model={options.model_na
 ```
 
 ```python
+import timm
+
 model = timm.create_model("local-dir:{options.repository}/{options.model_name}/{version}", pretrained=True)
 ```
 """
