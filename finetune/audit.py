@@ -298,7 +298,9 @@ def _print(found: Audit, paths: tuple[Path, Path], options: AuditOptions) -> Non
     print("", *found.to_lines(), sep="\n")
     print(f"\n  table  {paths[0]}\n  page   {paths[1]}\n")
     if any(finding.split != "test" for finding in found.of_kind("missing_class")):
-        print("Next: add images of the classes that a split lacks, or put all images into one folder of class folders, and Graft splits them.")
+        print(
+            "Next: add images of the classes that a split lacks, or put all images into one folder of class folders, and Graft splits them."
+        )
     else:
         print(f"Next:\n  python finetune/run.py --data {shlex.quote(options.data)}")
 

@@ -186,7 +186,8 @@ class Audit:
             if num_leaks:
                 without = "nothing else is left" if clean is None else f"{clean:.4f} without"
                 lines.append(
-                    f"the probe's {split} {self.metric} is {whole:.4f} with {_count(num_leaks, 'image', 'images')} of another split, {without}"
+                    f"the probe's {split} {self.metric} is {whole:.4f} "
+                    f"with {_count(num_leaks, 'image', 'images')} of another split, {without}"
                 )
         return lines
 
