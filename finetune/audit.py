@@ -296,7 +296,13 @@ def _print(found: Audit, paths: tuple[Path, Path], options: AuditOptions) -> Non
         if len(findings) > _NUM_SHOWN:
             print(f"  and {len(findings) - _NUM_SHOWN:,} more in {paths[0]}")
     print("", *found.to_lines(), sep="\n")
-    print(f"\n  table  {paths[0]}\n  page   {paths[1]}\n\nNext:\n  python finetune/run.py --data {shlex.quote(options.data)}")
+    print(f"\n  table  {paths[0]}\n  page   {paths[1]}\n")
+    if any(finding.split != "test" for finding in found.of_kind("missing_class")):
+        print(
+            "Next: add images of the classes that a split lacks, or put all images into one folder of class folders, and Graft splits them."
+        )
+    else:
+        print(f"Next:\n  python finetune/run.py --data {shlex.quote(options.data)}")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ def write_card(result: Result, version: int) -> str:
     per_class = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     kind, classes = ("A multi-label", "labels") if splits.is_multi_label else ("An", "classes")
     verdict = "" if result.verdict is None else f"\n{result.verdict}.\n"
+    leaks = "".join(f"\n**Images leak:** {line}.\n" for line in result.audit.describe_leaks())
     sizes = ", ".join(f"{len(samples):,} {split}" for split, samples in splits.named())
     license_line = f"license: {backbone.license}\n" if backbone.license else ""
     return f"""---
@@ -54,7 +55,7 @@ pipeline_tag: image-classification
 {results}
 
 In brackets, 95 % intervals over resampled images.
-{verdict}
+{leaks}{verdict}
 | {" | ".join(head)} |
 {"|---" * len(head)}|
 {per_class}
@@ -72,6 +73,8 @@ curl -F images=@photo.jpg 'http://localhost:3000/predict?model={options.model_na
 ```
 
 ```python
+import timm
+
 model = timm.create_model("local-dir:{options.repository}/{options.model_name}/{version}", pretrained=True)
 ```
 """

@@ -176,12 +176,18 @@ class Audit:
         """What a run says: what was found, in one line, and what the leaks are worth in another."""
         lines = [f"audit of {self.summary}"]
         lines += [f"audit: {finding.detail}" for finding in self.of_kind("missing_class", "small_class")[:5]]
+        return lines + [f"audit: {line}" for line in self.describe_leaks()]
+
+    def describe_leaks(self) -> list[str]:
+        """What the leaks are worth to the probe, a line for each split that has some."""
+        lines = []
         for split, (whole, clean) in self.accuracy.items():
             num_leaks = sum(finding.split == split for finding in self.leaks)
             if num_leaks:
                 without = "nothing else is left" if clean is None else f"{clean:.4f} without"
                 lines.append(
-                    f"audit: {split} {self.metric} {whole:.4f} with {_count(num_leaks, 'image', 'images')} of another split, {without}"
+                    f"the probe's {split} {self.metric} is {whole:.4f} "
+                    f"with {_count(num_leaks, 'image', 'images')} of another split, {without}"
                 )
         return lines
 

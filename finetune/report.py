@@ -150,7 +150,8 @@ def _results(result: Result) -> str:
     alone = f"val {result.metric_name} {result.probe_metrics.score:.4f}"
     note = f"In brackets, 95 % intervals over resampled images. The probe alone: {alone}."
     head = ("split", *result.probe_metrics.NAMES.values(), "log loss", "images")
-    return f"{_table(head, rows)}<p class='faint'>{note}</p>"
+    leaks = "".join(f"<p class='warning'>Images leak: {escape(line)}.</p>" for line in result.audit.describe_leaks())
+    return f"{_table(head, rows)}{leaks}<p class='faint'>{note}</p>"
 
 
 def _calibration(result: Result) -> str:

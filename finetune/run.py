@@ -172,7 +172,6 @@ def _fit(options: Options, loaded: Splits, duplicates: Duplicates, monitor: Moni
         seconds = {"probe_seconds": at[2] - at[1], "train_seconds": time.perf_counter() - at[4]}
         weights = None if options.balance == "none" else class_weights(labels["val"], num_classes)
         verdict = compare_with_probe(logits["val"], trained_logits["val"], labels["val"], class_weights=weights, **seconds)
-        logger.info("%s", verdict)
         if verdict.publishes == "fine-tuned":
             backbone, engine, head, logits, features = trained, trained_engine, trained_head, trained_logits, trained_features
     at.append(time.perf_counter())

@@ -90,7 +90,7 @@ def test_the_score_is_told_with_and_without_leaks(found: Audit) -> None:
     assert clean < whole
     (line,) = (line for line in found.to_lines() if "accuracy" in line)
     num_leaks = len(found.leaks)
-    assert line == f"audit: val accuracy {whole:.4f} with {num_leaks} images of another split, {clean:.4f} without"
+    assert line == f"audit: the probe's val accuracy is {whole:.4f} with {num_leaks} images of another split, {clean:.4f} without"
     assert found.to_dict()["accuracy"] == {"val": {"all": whole, "without_leaks": clean}}
 
 
@@ -175,6 +175,22 @@ def test_images_without_fault_are_said_to_be_so(prepared: PreparedBackbone, tmp_
     found = audit_of(data, tmp_path, cache_dir, min_images=5)
     assert not found.of_kind("unreadable", "exact_leak", "near_leak", "exact_duplicate", "near_duplicate", "small_class", "missing_class")
     assert audit_of(data, tmp_path, cache_dir, min_images=14).count()["small_class"] == 3
+
+
+def test_a_run_is_not_proposed_on_what_it_would_refuse(
+    prepared: PreparedBackbone, tmp_path: Path, cache_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_class_folders(tmp_path / "data", 16)
+    audit_of(data, tmp_path, cache_dir)
+    assert f"finetune/run.py --data {data}" in capsys.readouterr().out
+    for folder in sorted(data.iterdir()):
+        shutil.copytree(folder, tmp_path / "split" / "train" / folder.name)
+    for folder in sorted(data.iterdir())[1:]:
+        shutil.copytree(folder, tmp_path / "split" / "val" / folder.name)
+    audit_of(tmp_path / "split", tmp_path, cache_dir)
+    said = capsys.readouterr().out
+    assert "finetune/run.py" not in said
+    assert "Next: add images of the classes that a split lacks" in said
 
 
 def test_a_source_of_one_class_is_refused(tmp_path: Path, cache_dir: Path) -> None:

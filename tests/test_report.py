@@ -16,7 +16,7 @@ from finetune.card import write_card
 from finetune.config import Options
 from finetune.data import Sample, Splits
 from finetune.evaluate import Interval, evaluate
-from finetune.findings import Audit
+from finetune.findings import Audit, Finding
 from finetune.learning_curve import measure_learning_curve
 from finetune.plots import Mistake
 from finetune.probe import solve_probe
@@ -142,6 +142,15 @@ def test_it_says_what_the_run_came_to(result: Result) -> None:
     ):
         assert part in text
     assert "Verdict" not in text
+
+
+def test_what_leaks_are_worth_stands_beside_the_score(result: Result) -> None:
+    told = "the probe's val accuracy is 0.9000 with 1 image of another split, 0.8000 without."
+    leak = Finding("exact_leak", "val", "dog & hound", "the same file", 1.0, result.splits.val[0])
+    leaking = replace(result, audit=Audit((leak,), {"val": (0.9, 0.8)}, 10))
+    assert told in read(leaking)[1]
+    assert told in write_card(leaking, 7)
+    assert "Images leak" not in read(result)[1] + write_card(result, 7)
 
 
 def test_a_verdict_is_told_where_layers_trained(result: Result) -> None:
