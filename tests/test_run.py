@@ -92,8 +92,8 @@ def test_digits_gain_from_training_past_the_probe(finetune: Finetune, tmp_path: 
     done = finetune("--freeze", "until:blocks.4", "--epochs", 5)
     assert done.returncode == 0, done.stderr
     metrics = read_metrics(tmp_path)
-    assert metrics["verdict"]["fine_tuned_accuracy"] >= 0.99
-    assert metrics["verdict"]["publishes"] == "fine-tuned"
+    assert metrics["verdict"]["fine_tuned_accuracy"] >= 0.985
+    assert metrics["verdict"]["fine_tuned_accuracy"] > metrics["probe"]["accuracy"]
 
 
 def test_run_leaves_what_the_next_one_needs(finetune: Finetune, tmp_path: Path, shapes: Path) -> None:
