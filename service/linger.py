@@ -8,6 +8,7 @@ answer goes out at once, and its end waits while what still comes is thrown away
 from __future__ import annotations
 
 import asyncio
+import time
 from contextlib import suppress
 
 from starlette.types import Message, Receive, Scope, Send
@@ -48,7 +49,9 @@ class RequestBody:
         return send_and_linger
 
     async def _throw_away(self, seconds: float) -> None:
+        # No `asyncio.timeout` around it: Python 3.11's `wait_for` loses a cancellation that comes together with a message, and who sends
+        # without end would never be let go.
+        end = time.monotonic() + seconds
         with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                while not self.is_read:
-                    await asyncio.wait_for(self.receive(), _MAX_SILENCE_SECONDS)
+            while not self.is_read and (left := end - time.monotonic()) > 0:
+                await asyncio.wait_for(self.receive(), min(left, _MAX_SILENCE_SECONDS))
