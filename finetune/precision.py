@@ -125,14 +125,15 @@ def compare_with_fp32(
     rows = _draw_order(splits, options)[: min(_MAX_IMAGES, int(seconds * fp32_speed))]
     if len(rows) < _MIN_IMAGES:
         return None
-    # Neither the batch nor the streams are searched for: that would take longer than the pass. A GPU's batch may be too much for fp32.
+    # Neither the batch nor the streams are searched for: that would take longer than the pass. A GPU's batch may be too much for fp32, and
+    # on a CPU a batch of more than one image is compiled besides.
     fp32 = build_engine(
         backbone.folder,
         backbone.preprocess,
         backbone.config,
         device=options.device,
         precision="fp32",
-        batch_size=min(info.batch_size, 64),
+        batch_size=1 if resolve_device(options.device) == "cpu" else min(info.batch_size, 64),
         num_streams=info.num_streams,
         images_per_second=fp32_speed,
     )
@@ -237,6 +238,8 @@ def _judge(
         effect = "costs accuracy"
     elif num_lost > tolerance * len(labels):
         effect = f"differs from {reference} by chance alone"
+    elif num_lost > 0:
+        effect = f"loses {100 * num_lost / len(labels):.1f} of the {100 * tolerance:.1f} points that it may"
     else:
         effect = "keeps accuracy"
     measured = f"cross-validated {right[0].mean():.4f}, {reference} {right[1].mean():.4f}, on {len(labels):,} training images"
@@ -306,7 +309,7 @@ def _extract(
 def _check_still_readable(samples: list[Sample], readable: list[Sample]) -> None:
     if len(readable) < len(samples):
         gone = next(sample.key for sample in samples if sample not in readable)
-        raise GraftError(f"{gone}: it could be read when the run began, and no longer can; run again")
+        raise GraftError(f"{gone}: gone or changed since the run began; put back what was there, and run again")
 
 
 def _missing_fraction(samples: list[Sample], backbone: PreparedBackbone, engine: Engine, options: Options) -> float:

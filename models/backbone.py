@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from huggingface_hub import constants as hub_constants
 from huggingface_hub import get_session
@@ -28,8 +27,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from models.errors import GraftError
+from models.lean_import import without_compiler
 from models.named import import_named
 from models.preprocess import Preprocess
+
+with without_compiler():
+    import timm
 
 logger = logging.getLogger("graft.backbone")
 
@@ -213,6 +216,7 @@ def export_openvino(module: nn.Module, name: str, preprocess: Preprocess, path: 
     Mean and std are folded into the graph. Raises GraftError, with `name`, where OpenVINO cannot convert the network.
     """
     import openvino as ov
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
     shape = [3, preprocess.height, preprocess.width]
     modes = {part: part.training for part in module.modules()}
@@ -221,7 +225,11 @@ def export_openvino(module: nn.Module, name: str, preprocess: Preprocess, path: 
         with warnings.catch_warnings(), torch.no_grad():
             # torch.jit.trace is what OpenVINO converts through; its deprecation is OpenVINO's to answer.
             warnings.simplefilter("ignore")
-            model = ov.convert_model(module, example_input=torch.zeros(1, *shape), input=[-1, *shape])
+            # The check runs a network three times more and loads torch.distributed (2 s), to see whether chance has a part in it: a user's
+            # own may have, timm's have not.
+            options = {"check_trace": is_custom(name)}
+            decoder = TorchScriptPythonDecoder(module, example_input=torch.zeros(1, *shape), trace_kwargs=options)
+            model = ov.convert_model(decoder, input=[-1, *shape])
     except Exception as error:  # OpenVINO's frontend raises its own kinds, and whatever tracing the user's code raises
         raise GraftError(f"OpenVINO cannot convert {name}: {str(error).strip().splitlines()[0]}") from error
     finally:
