@@ -16,6 +16,7 @@ _TITLE = (
     "# Fine-tuning, measured\n\nWritten by `benchmarks/finetune.py`; every figure is a median, with the lowest and highest in brackets.\n"
 )
 _REFERENCE = "Graft"
+KEPT, ANEW = "activations kept", "frozen layers run anew"
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,29 @@ def report_growth(measured: Sequence[Measurement], machine: Machine, docs_dir: P
     peaks = [_median(found, _peak_mb) for found in by_size.values()]
     lines += ["", f"Peak memory varies by {max(peaks) - min(peaks):.0f} MB over all sizes.", "", machine.describe(with_peers=False)]
     write_section(docs_dir / _FILE, _TITLE, "growth", lines)
+
+
+def report_boundary(measured: Sequence[Measurement], machine: Machine, docs_dir: Path) -> None:
+    lines = [
+        "## Epochs on kept activations",
+        "",
+        "One epoch on the digits: training images a second with the activations at the freeze boundary kept, and with the frozen layers",
+        "run anew. The whole process includes what the kept ones cost.",
+        "",
+        "| --freeze | kept, images/s | anew, images/s | times as fast | kept, process s | anew, process s |",
+        "|---|---|---|---|---|---|",
+    ]
+    for freeze in _names(measured, "dataset"):
+        kept, anew = (_select(measured, freeze, method) for method in (KEPT, ANEW))
+        speeds = [_parts_median(found, "images_per_second") for found in (kept, anew)]
+        cells = (
+            *(f"{speed:.0f}" for speed in speeds),
+            f"{speeds[0] / speeds[1]:.1f}",
+            *(_spread(found, _seconds, ".1f") for found in (kept, anew)),
+        )
+        lines.append(f"| {freeze} | {' | '.join(cells)} |")
+    lines += ["", machine.describe(with_peers=False)]
+    write_section(docs_dir / _FILE, _TITLE, "boundary", lines)
 
 
 def draw_peers(measured: Sequence[Measurement], path: Path) -> None:

@@ -38,23 +38,22 @@ from finetune.terminal import run_program
 from models.checkpoint import sigmoid
 from models.engine import Features
 from models.errors import GraftError, in_words
-from models.preprocess import ImageError, Preprocess
+from models.preprocess import ImageError, Preprocess, begins_as
 
 logger = logging.getLogger("graft.audit")
 
 MIN_IMAGES = 10
 # Of a kind, in the terminal; the CSV has all.
 _NUM_SHOWN = 20
-# How a file of each format begins, and what it may be called.
-_FORMATS = (
-    (b"\xff\xd8\xff", "JPEG", (".jpg", ".jpeg", ".jpe", ".jfif")),
-    (b"\x89PNG", "PNG", (".png",)),
-    (b"GIF8", "GIF", (".gif",)),
-    (b"BM", "BMP", (".bmp", ".dib")),
-    (b"II*\x00", "TIFF", (".tif", ".tiff")),
-    (b"MM\x00*", "TIFF", (".tif", ".tiff")),
-    (b"RIFF", "WEBP", (".webp",)),
-)
+# What a file of each format may be called, its usual name first.
+_SUFFIXES = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "PNG": (".png",),
+    "GIF": (".gif",),
+    "BMP": (".bmp", ".dib"),
+    "TIFF": (".tif", ".tiff"),
+    "WEBP": (".webp",),
+}
 # Odd ones are far from the fifth nearest of so many reference images, drawn by chance: time grows with the images, not with their square.
 _NUM_REFERENCES = 2000
 _NUM_NEIGHBOURS = 5
@@ -74,11 +73,10 @@ def audit(options: AuditOptions) -> Audit:
     Raises GraftError under `--strict` where an image leaks from one split to another or cannot be read, after all is written.
     """
     loaded, duplicates = load_lasting_splits(options, check=False)
-    lenient = options.model_copy(update={"strict": False})
     with tempfile.TemporaryDirectory(prefix="graft-") as scratch:
         backbone = prepare(options.backbone, loaded.train, options, Path(scratch), weights=options.weights, pretrained=options.pretrained)
         engine = open_engine(backbone, options)
-        splits, features = extract_splits(loaded, backbone, engine, lenient, check=False)
+        splits, features = extract_splits(loaded, backbone, engine, options, check=False)
         engine.close()
     labels = splits.labels(splits.train)
     if len(count_labels(splits.train)) < (1 if splits.is_multi_label else 2):
@@ -179,11 +177,11 @@ def _find_wrong_extensions(splits: Splits) -> Iterator[Finding]:
                 continue
             start = b""
             with contextlib.suppress(OSError), sample.image.open("rb") as file:
-                start = file.read(4)
-            for magic, name, suffixes in _FORMATS:
-                if start.startswith(magic) and sample.image.suffix.lower() not in suffixes:
-                    detail = f"named {sample.image.suffix}, but its content is {name}; rename it to {suffixes[0]}"
-                    yield Finding("wrong_extension", split, splits.describe(sample), detail, sample=sample)
+                start = file.read(12)
+            name = begins_as(start)
+            if name is not None and sample.image.suffix.lower() not in _SUFFIXES[name]:
+                detail = f"named {sample.image.suffix}, but its content is {name}; rename it to {_SUFFIXES[name][0]}"
+                yield Finding("wrong_extension", split, splits.describe(sample), detail, sample=sample)
 
 
 def _find_copies(splits: Splits, duplicates: Duplicates) -> Iterator[Finding]:
@@ -295,7 +293,7 @@ def _print(found: Audit, paths: tuple[Path, Path], options: AuditOptions) -> Non
             print(f"  {score}  {finding.split:<{split_width}}  {finding.label:<{label_width}}  {where}{finding.detail}")
         if len(findings) > _NUM_SHOWN:
             print(f"  and {len(findings) - _NUM_SHOWN:,} more in {paths[0]}")
-    print("", *found.to_lines(), sep="\n")
+    print(f"\naudit of {found.summary}", *(f"audit: {line}" for line in found.describe_leaks()), sep="\n")
     print(f"\n  table  {paths[0]}\n  page   {paths[1]}\n")
     if any(finding.split != "test" for finding in found.of_kind("missing_class")):
         print(

@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from finetune.data import Sample, Splits
-from models.errors import GraftError, in_words
+from models.errors import GraftError, in_words, name_some
 from models.preprocess import ImageError, Preprocess
 
 FOLDER = "broken-batch"
@@ -39,5 +39,5 @@ def keep_broken_batch(run_dir: Path, samples: Sequence[Sample], splits: Splits, 
     except OSError as error:
         return f"the {len(samples)} images of the batch could not be written to {folder}: {in_words(error)}"
     broken = [sample.key for sample, loss in zip(samples, losses, strict=True) if not math.isfinite(loss)]
-    which = f": no number for {', '.join(broken[:3])}{f' and {len(broken) - 3} more' if len(broken) > 3 else ''}" if broken else ""
+    which = f": no number for {name_some(broken, 3)}" if broken else ""
     return f"the {len(samples)} images of the batch are in {folder}, with each one's loss in batch.csv{which}"

@@ -135,7 +135,7 @@ class Options(BackboneOptions):
     batch_norm: Annotated[
         Literal["keep", "update"],
         Field(
-            description="statistics of BatchNorm layers that train: keep the pretrained ones, as the probe's head expects, or update them "
+            description="statistics of BatchNorm layers that train: keep the pretrained ones, as the solved head expects, or update them "
             "(for images far from the pretraining's, with large batches)"
         ),
     ] = "keep"
@@ -314,6 +314,7 @@ class AuditOptions(BackboneOptions):
 
     model_config = SettingsConfigDict(cli_prog_name="python finetune/audit.py")
 
+    output: Annotated[Path, Field(description="folder of the CSV and of the page of thumbnails")] = Path("runs")
     min_images: Annotated[int, Field(ge=1, description="a class with fewer images than this in train is named")] = 10
 
 

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from finetune.sources import SplitName
 from finetune.terminal import progress_bar
 from finetune.views import Augment, draw_view
 from models.engine import Engine, Features
-from models.errors import GraftError
+from models.errors import GraftError, name_some
 from models.prepared import PreparedBackbone, prepare_backbone
 from models.preprocess import ImageError, Pixels, Preprocess, View
 from models.quantise import NUM_CALIBRATION_IMAGES, find_quantised, quantise
@@ -65,11 +65,13 @@ def extract_features(
     cache: FeatureCache | None = None,
     draw: Callable[[int], View | None] = lambda index: None,
     out: SupportsRows | None = None,
+    digests: Mapping[str, bytes] | None = None,
 ) -> ExtractedFeatures:
     """Decode in `num_workers` threads, feed the engine its best batch, and keep both busy.
 
     `draw` gives the augmented view of the image at an index. Memory holds the features and a few batches, whatever the number of
-    images; with `out` not even the features: rows are assigned to it, and an array without columns is returned.
+    images; with `out` not even the features: rows are assigned to it, and an array without columns is returned. An image whose plain
+    digest is not the one in `digests` under its key is unreadable.
     """
     features = np.empty((len(samples), engine.num_features if out is None else 0), np.float32)
     rows_out: SupportsRows = features if out is None else out
@@ -103,6 +105,9 @@ def extract_features(
             advance(1)
             if isinstance(decoded, ImageError):
                 unreadable[sample.key] = str(decoded)
+                continue
+            if digests is not None and digests.get(sample.key) != decoded.digest:
+                unreadable[sample.key] = "it has changed since the run began"
                 continue
             if decoded.pixels is not None:
                 batch.append((row, decoded))
@@ -163,11 +168,12 @@ def extract_splits(
     augment: Augment = "none",
     keep: bool = True,
     check: bool = True,
+    digests: Mapping[str, bytes] | None = None,
 ) -> tuple[Splits, dict[SplitName, Features]]:
-    """Features of each split in `only`, and the splits less their unreadable images, which are named.
+    """Features of each split in `only`, and the splits less their unreadable images, one that is not what it is in `digests` among them.
 
-    With `num_views` V the training split has `[V·N,F]`: all plain crops, then V - 1 augmented views of all. `keep` allows the cache.
-    Raises GraftError on an unreadable image under `--strict`, or, with `check`, where one leaves a class empty.
+    With `num_views` V the training split has `[V·N,F]`: all plain crops, then V - 1 augmented views of all. `keep` allows the cache. With
+    `check` unreadable images are told of, and GraftError is raised on any under `--strict`, or where they leave a class empty.
     """
     features: dict[SplitName, Features] = {}
     unreadable: dict[str, str] = {}
@@ -188,16 +194,17 @@ def extract_splits(
                     description=f"features of {split}" + (f", augmented view {view} of {num_views - 1}" if view else ""),
                     cache=cache,
                     draw=functools.partial(draw_view, augment if view else "none", options.seed, view),
+                    digests=digests,
                 )
                 views.append(extracted.features)
                 unreadable |= extracted.unreadable
-            _check_finite(views, backbone)
+            _check_finite(views, [sample for sample in samples if sample.key not in unreadable], backbone)
             features[split] = views[0] if len(views) == 1 else np.concatenate(views)
         if cache is not None:
             logger.info("features: %d from the cache, %d computed", cache.num_hits, cache.num_misses)
     if options.cache:
         trim(options.cache_dir, int(options.cache_gb * 1e9))
-    if unreadable:
+    if unreadable and check:
         shown = "\n".join(f"  {key}: {reason}" for key, reason in list(unreadable.items())[:10])
         more = f"\n  and {len(unreadable) - 10} more" if len(unreadable) > 10 else ""
         message = f"{len(unreadable)} unreadable image{'' if len(unreadable) == 1 else 's'}:\n{shown}{more}"
@@ -207,11 +214,12 @@ def extract_splits(
     return splits.without(unreadable, check=check), features
 
 
-def _check_finite(views: Sequence[Features], backbone: PreparedBackbone) -> None:
-    num_broken = sum(int((~np.isfinite(view.sum(axis=1))).sum()) for view in views)
-    if num_broken:
+def _check_finite(views: Sequence[Features], samples: Sequence[Sample], backbone: PreparedBackbone) -> None:
+    is_broken = np.any([~np.isfinite(view.sum(axis=1)) for view in views], axis=0)
+    if broken := [samples[int(index)].key for index in np.flatnonzero(is_broken)]:
         raise GraftError(
-            f"--backbone {backbone.name}: its features are NaN or infinite for {num_broken} images; its weights or its code are broken"
+            f"--backbone {backbone.name}: its features are NaN or infinite for {len(broken)} of {len(samples)} images "
+            f"({name_some(broken)}); its weights or its code are broken"
         )
 
 

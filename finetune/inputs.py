@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import logging
 import os
 import shutil
@@ -34,6 +36,7 @@ logger = logging.getLogger("graft.inputs")
 _MAX_VIEWS = 4
 # Never more than this share of what is free where the activations go.
 _MAX_DISK_FRACTION = 0.5
+_DIGEST_SIZE = 32
 
 # A label's number or, in multi-label data, a row of zeros and ones `float32 [C]`.
 Target = int | npt.NDArray[np.float32]
@@ -41,7 +44,7 @@ Batch = tuple[torch.Tensor, Target]
 
 
 class ImageGoneError(GraftError):
-    """An image that could be read when the run began cannot be read any more."""
+    """An image that could be read when the run began is gone or changed."""
 
 
 class Crops(Dataset[Batch]):
@@ -92,14 +95,13 @@ class Activations(Dataset[Batch]):
 class Bf16File:
     """An array `[N,D]` of bfloat16 in a memory-mapped file, written as float32, which numpy has no other word for."""
 
-    def __init__(self, path: Path, num_rows: int, size: int) -> None:
-        """The array in `path`, which `keep` has put there, or a new one beside it."""
+    def __init__(self, path: Path, num_rows: int, size: int, what: str = "") -> None:
+        """The array in `path`, which `keep` has put there, or a new one beside it; `what` tells it from others of its shape."""
         self._path = path
-        self.is_kept = path.exists() and not self._is_damaged()
+        self._what = what
+        self.is_kept = path.exists() and self._is_what_was_kept((num_rows, size))
         if self.is_kept:
             self._bits: npt.NDArray[np.uint16] = np.lib.format.open_memmap(path, mode="r")
-            if self._bits.shape != (num_rows, size):
-                raise GraftError(f"{path}: activations of {self._bits.shape}, not of {(num_rows, size)}; remove the file")
             return
         try:
             self._bits = np.lib.format.open_memmap(self._unfinished, mode="w+", dtype=np.uint16, shape=(num_rows, size))
@@ -113,22 +115,33 @@ class Bf16File:
                 "name another --output, or say --no-cache, which keeps none"
             ) from error
 
-    def _is_damaged(self) -> bool:
-        """Cut short, say; it can be computed again."""
+    def _is_what_was_kept(self, shape: tuple[int, int]) -> bool:
+        """Not cut short, say, or another run's: it can be computed again."""
         try:
-            np.lib.format.open_memmap(self._path, mode="r")
+            bits = np.lib.format.open_memmap(self._path, mode="r")
+            with self._path.open("rb") as file:
+                file.seek(-_DIGEST_SIZE, os.SEEK_END)
+                if bits.shape != shape or file.read() != self._digest(bits):
+                    raise ValueError("they are damaged, or of something else")
         except (OSError, ValueError) as error:
-            logger.warning("%s: the kept activations cannot be read (%s): they are computed again", self._path, error)
-            return True
-        return False
+            logger.warning("%s: the kept activations cannot be used (%s): they are computed again", self._path, error)
+            return False
+        return True
+
+    def _digest(self, bits: npt.NDArray[np.uint16]) -> bytes:
+        digest = hashlib.sha256(self._what.encode("utf-8", "surrogateescape"))
+        digest.update(bits.reshape(-1).data)
+        return digest.digest()
 
     @property
     def _unfinished(self) -> Path:
         return self._path.with_suffix(".part")
 
     def keep(self) -> None:
-        """All rows are written: from now on the file is in its place."""
+        """All rows are written: from now on the file is in its place, and behind the array is the digest of what it is and holds."""
         self._bits.flush()  # type: ignore[attr-defined]
+        with self._unfinished.open("ab") as file:
+            file.write(self._digest(self._bits))
         self._unfinished.rename(self._path)
         self.is_kept = True
 
@@ -170,7 +183,7 @@ def open_inputs(backbone: Backbone, freezing: Freezing, splits: Splits, options:
         num_bytes = max(0, 2 * size * (len(splits.train) * num_views + len(splits.val)) - already)
         free = shutil.disk_usage(scratch).free * _MAX_DISK_FRACTION
         if num_bytes <= free:
-            return _keep_activations(backbone, rest, splits, options, scratch, num_views, size, device)
+            return _keep_activations(backbone, rest, freezing, splits, options, scratch, num_views, size, device)
         logger.warning(
             "activations at %s would take %.1f GB, half of the free disk is %.1f GB: the frozen layers run anew in each epoch",
             rest.boundary,
@@ -215,6 +228,7 @@ def _try_cut(backbone: Backbone, freezing: Freezing, splits: Splits, options: Op
 def _keep_activations(
     backbone: Backbone,
     rest: TrainablePart,
+    freezing: Freezing,
     splits: Splits,
     options: Options,
     scratch: Path,
@@ -225,10 +239,12 @@ def _keep_activations(
     engine = functools.cache(lambda: _frozen_engine(backbone, rest.boundary, options, scratch, device))
 
     def keep(samples: Sequence[Sample], name: str, view: int) -> Bf16File:
-        kept = Bf16File(scratch / f"{name}.npy", len(samples), size)
+        augment: Augment = options.augment if view else "none"
+        drawn = (augment, view, options.seed) if view else ()
+        what = [freezing.digests, rest.boundary, backbone.preprocess.to_dict(), drawn, [sample.key for sample in samples]]
+        kept = Bf16File(scratch / f"{name}.npy", len(samples), size, json.dumps(what))
         if kept.is_kept:
             return kept
-        augment: Augment = options.augment if view else "none"
         unreadable = extract_features(
             samples,
             backbone.preprocess,
@@ -270,7 +286,7 @@ def _read_crop(sample: Sample, preprocess: Preprocess, view: View | None = None)
 
 
 def _say_gone(key: str, reason: str) -> str:
-    return f"{key}: {reason}; it could be read when the run began: put it back as it was"
+    return f"{key}: gone or changed since the run began ({reason}); put back what was there"
 
 
 def _targets(splits: Splits, samples: Sequence[Sample]) -> Sequence[Target]:
@@ -279,6 +295,7 @@ def _targets(splits: Splits, samples: Sequence[Sample]) -> Sequence[Target]:
 
 
 def _frozen_engine(backbone: Backbone, boundary: str, options: Options, scratch: Path, device: torch.device) -> Engine:
+    logger.info("converting the frozen layers, up to %s, for the engine …", boundary)
     frozen = FrozenPart(backbone.model, boundary)
     if device.type == "cuda":
         return TorchEngine(frozen, backbone.preprocess, precision=options.precision)

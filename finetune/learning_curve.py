@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ class LearningCurve:
     """Validation accuracy (or what else `metric` names) of probes on 25, 50, 75 and 100 % of the images, and what twice as many would add.
 
     `gain` continues a power law through the four errors (Hestness et al. 2017, arXiv 1712.00409); its 95 % `interval` is over the
-    validation images, so it knows nothing of how far new images may differ from these.
+    validation images and over how well the four lie on a line, so it knows nothing of how far new images may differ from these.
     """
 
     num_images: tuple[int, ...]
@@ -42,7 +43,7 @@ class LearningCurve:
         half = f"half the images would have given the probe {self.accuracies[1]:.4f}"
         low, high = 100 * self.interval.low, 100 * self.interval.high
         if low <= 0:
-            return f"{half}; doubling them is worth less than this validation split can show ({max(high, 0):.1f} points at most)"
+            return f"{half}; doubling them may be worth nothing, and {max(high, 0):.1f} points at most"
         return f"{half}; doubling them is worth about {100 * self.gain:.1f} points ({low:.1f} to {high:.1f})"
 
 
@@ -106,6 +107,11 @@ def _continue_curve(num_images: list[int], accuracies: Shares, num_val: int, met
     sizes = np.log(num_images)
     centred = sizes - sizes.mean()
     slopes = (errors @ centred) / max(float(centred @ centred), 1e-12)
+    # Of four points, two degrees of freedom are left for what is no line: parts drawn otherwise would have given other errors.
+    residuals = errors[0] - errors[0].mean() - slopes[0] * centred
+    spread = math.sqrt(float(residuals @ residuals) / 2 / max(float(centred @ centred), 1e-12))
+    slopes[1:] += spread * np.random.default_rng(0).standard_t(2, len(slopes) - 1)
     at_all = errors.mean(axis=1) + slopes * centred[-1]
-    gains = np.exp(at_all) - np.exp(at_all + slopes * np.log(2))
+    # No error is more than all.
+    gains = np.exp(np.minimum(at_all, 0)) - np.exp(np.minimum(at_all + slopes * np.log(2), 0))
     return LearningCurve(tuple(num_images), tuple(map(float, accuracies[0])), float(gains[0]), Interval.of(gains[1:]), metric)

@@ -40,7 +40,7 @@ def rate_share(step: int, num_steps: int) -> float:
 def open_stages(backbone: Backbone, freezing: Freezing, options: Options, epoch: int) -> Freezing:
     """Let train what `--gradual K` lets train in an epoch, from 1 up, and give what is frozen then (ULMFiT, arXiv 1801.06146).
 
-    The head and the last stage begin, for the probe has solved the head already; every K epochs one stage more joins them.
+    The head and the last stage begin, for the head has been solved already; every K epochs one stage more joins them.
     """
     if not options.gradual:
         return freezing

@@ -137,8 +137,8 @@ def soften(probe: Probe, features: Features, labels: Labels, num_classes: int) -
     """The same but for its head, solved on `features` `[N,F]` at the strongest L2 of the path: one to begin gradient epochs with.
 
     The best head on frozen features fits its images so well, with such large weights, that the first steps spoil what they rest on and
-    little is left to learn. From it 5 epochs led to 0.989 and 1.000 on the
-    digits and 0.861 on the emoji, from the probe's to 0.986 and 0.840.
+    little is left to learn. From the soft one 5 epochs led to 0.989 and 1.000 on the digits and 0.861 on the emoji, from the probe's to
+    0.986 and 0.840.
     """
     weight, bias = solve_head(features, labels, num_classes, max(L2_PATH), class_weights=probe.class_weights)
     return replace(probe, weight=weight, bias=bias)

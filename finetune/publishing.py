@@ -14,6 +14,7 @@ from finetune.cache import digest_image
 from finetune.card import write_card
 from finetune.data import Sample
 from finetune.result import Result
+from finetune.resume import read_id
 from finetune.thresholds import LabelCalibration
 from models.checkpoint import FORMAT_VERSION, Golden, publish
 from models.errors import GraftError
@@ -55,6 +56,7 @@ def publish_result(result: Result, golden: Golden, run_dir: Path) -> Path:
         "graft": {
             "format_version": FORMAT_VERSION,
             "run": run_dir.name,
+            "run_id": read_id(run_dir),
             "fingerprint": backbone.fingerprint,
             "freeze": result.freeze,
             "head": backbone.classifier,

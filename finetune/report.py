@@ -252,7 +252,8 @@ def _making(result: Result) -> str:
         ("probe", f"L2 {result.l2:.0e}"),
         ("seconds", ", ".join(f"{name} {seconds:.1f}" for name, seconds in result.seconds.items())),
     ]
-    return _table((), rows)
+    beside = "<p class='faint'>Every finding, with its picture: <a href='audit.html'>audit.html</a>, beside this page.</p>"
+    return _table((), rows) + (beside if result.audit.findings else "")
 
 
 def _section(title: str, *parts: str) -> str:

@@ -15,6 +15,7 @@ import os
 import shlex
 import shutil
 import sys
+import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from finetune.config import Options, parse_options
 from finetune.data import Sample, Splits
 from finetune.sources import SplitName
 from models.checkpoint import CONFIG_FILE, list_versions
-from models.errors import GraftError, in_words
+from models.errors import GraftError, in_words, name_some
 from models.files import remove_temporary, write_whole
 
 logger = logging.getLogger("graft.resume")
@@ -37,15 +38,36 @@ METADATA_KEY = "graft"
 _RUN_FILE = "run.json"
 _LOCK_FILE = "lock"
 _EVENT_FILES = "events.out.tfevents.*"
+_KEPT = {"id", "folder", "fixed", "precision", "reason", "label_names", "splits", "unreadable", "digests"}
+# Flags that --resume takes: they change how long a run takes and what it needs, not what it comes to.
+_CHANGEABLE_OPTIONS = {"workers", "save_minutes", "cache_gb", "explain"}
+# What may be another in a resumed run's config.yaml, for no gradient step depends on it. The precision is fixed as it was resolved, the
+# images as they are.
+_FREE_OPTIONS = _CHANGEABLE_OPTIONS | {
+    "data",
+    "data_root",
+    "val_fraction",
+    "strict",
+    "device",
+    "precision",
+    "output",
+    "cache_dir",
+    "cache",
+    "coverage",
+    "name",
+    "repository",
+    "preflight",
+}
 
 
 @dataclass(frozen=True)
 class Choices:
     """What a run chose before it trained: its images, those that could be read, and the engine's precision with its reason.
 
-    `digests` of the images' bytes are by their keys.
+    `digests` of the images' bytes are by their keys; `options` are as they were given.
     """
 
+    options: Options
     loaded: Splits
     readable: Splits
     precision: str
@@ -54,7 +76,7 @@ class Choices:
 
 
 def read_options(options: Options) -> Options:
-    """The options of the run in `options.resume`, which says no more than this.
+    """The options of the run in `options.resume`, which says no more than this but for what changes no outcome.
 
     Relative paths mean what they meant then: the process goes to the folder in which the run was started.
     Raises GraftError where the folder is no run's, where the run is done, and for every flag that contradicts it.
@@ -69,17 +91,19 @@ def read_options(options: Options) -> Options:
     contradictions = [
         f"--{name.replace('_', '-')} {getattr(options, name)}: the run in {run_dir} has {getattr(its_own, name)}, and a resumed run goes "
         "on as it began; leave the flag out, or begin another run"
-        for name in sorted(options.model_fields_set - {"resume"})
+        for name in sorted(options.model_fields_set - {"resume"} - _CHANGEABLE_OPTIONS)
         if getattr(options, name) != getattr(its_own, name)
     ]
     if contradictions:
         raise GraftError("\n".join(contradictions))
-    resumed = its_own.model_copy(update={"resume": run_dir.resolve()})
+    changes = {name: getattr(options, name) for name in options.model_fields_set & _CHANGEABLE_OPTIONS}
+    resumed = its_own.model_copy(update={**changes, "resume": run_dir.resolve()})
     kept = _read_kept(run_dir)
     if kept is None:
         logger.info("resuming %s: it had not come to its training, and begins again", run_dir)
         return resumed
     logger.info("resuming %s", run_dir)
+    check_fixed(run_dir, kept["fixed"], fix_options(its_own))
     home = Path(kept["folder"])
     if home != Path.cwd() and home.is_dir():
         logger.info("relative paths are those of %s, where the run was started", home)
@@ -99,10 +123,7 @@ def restore_splits(run_dir: Path, splits: Splits) -> Splits | None:
     images = {sample.key: sample.image for _, samples in splits.named() for sample in samples}
     gone = [key for split in kept["splits"].values() for key, *_ in split if key not in images]
     if gone:
-        more = f" and {len(gone) - 5} more" if len(gone) > 5 else ""
-        raise GraftError(
-            f"--resume {run_dir}: images of the run are gone: {', '.join(gone[:5])}{more}; bring them back, or begin another run"
-        )
+        raise GraftError(f"--resume {run_dir}: images of the run are gone: {name_some(gone)}; bring them back, or begin another run")
 
     def restore(split: SplitName) -> tuple[Sample, ...]:
         return tuple(Sample(key, label, images[key], tuple(labels)) for key, label, *labels in kept["splits"][split])
@@ -123,7 +144,9 @@ def keep_choices(run_dir: Path, choices: Choices) -> str:
     if kept is None:
         names: tuple[SplitName, ...] = ("train", "val", "test")
         chosen = {
+            "id": uuid.uuid4().hex,
             "folder": str(Path.cwd()),
+            "fixed": fix_options(choices.options),
             "precision": choices.precision,
             "reason": choices.reason,
             "label_names": choices.loaded.label_names,
@@ -136,12 +159,10 @@ def keep_choices(run_dir: Path, choices: Choices) -> str:
     if kept["unreadable"] != unreadable:
         changed = sorted(set(unreadable) ^ set(kept["unreadable"]))[0]
         raise GraftError(f"--resume {run_dir}: {changed}: whether it can be read has changed since the run began; put it back as it was")
-    # A run of an older Graft kept none.
-    if changed := sorted(key for key, digest in kept.get("digests", digests).items() if digests.get(key) != digest):
-        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+    if changed := sorted(key for key, digest in kept["digests"].items() if digests.get(key) != digest):
         raise GraftError(
-            f"--resume {run_dir}: images have changed since the run began: {', '.join(changed[:5])}{more}; put them back as they were, or "
-            "begin another run"
+            f"--resume {run_dir}: images have changed since the run began: {name_some(changed)}; put them back as they were, or begin "
+            "another run"
         )
     return str(kept["reason"])
 
@@ -168,17 +189,27 @@ def lock(run_dir: Path) -> Iterator[None]:
 
 def trim_events(run_dir: Path) -> None:
     """Cut the event files back to where the saved state was written, so that steps that come again are not there twice."""
-    path = run_dir / STATE_DIR / TRAINING_FILE
-    sizes: Mapping[str, int] = {}
-    if path.exists():
-        # A file that cannot be read is told of when its tensors are.
-        with contextlib.suppress(OSError, SafetensorError, ValueError, KeyError, TypeError), safe_open(path, framework="np") as file:
-            sizes = json.loads(file.metadata()[METADATA_KEY])["events"]
+    sizes: Mapping[str, int] = _read_saved(run_dir, "events", {})
     for events in run_dir.glob(_EVENT_FILES):
         if events.name not in sizes:
             events.unlink()
         elif events.stat().st_size > sizes[events.name]:
             os.truncate(events, sizes[events.name])
+
+
+def seconds_trained(run_dir: Path) -> float:
+    """By the saved state, what all processes before this one have spent on its gradient epochs."""
+    progress = _read_saved(run_dir, "progress", {})
+    return float(progress.get("seconds_trained", 0))
+
+
+def _read_saved(run_dir: Path, name: str, default: Any) -> Any:
+    """A part of the training's state that is no tensor; a file that cannot be read is told of when its tensors are."""
+    path = run_dir / STATE_DIR / TRAINING_FILE
+    if path.exists():
+        with contextlib.suppress(OSError, SafetensorError, ValueError, KeyError, TypeError), safe_open(path, framework="np") as file:
+            return json.loads(file.metadata()[METADATA_KEY])[name]
+    return default
 
 
 def event_sizes(run_dir: Path) -> dict[str, int]:
@@ -193,12 +224,35 @@ def event_sizes(run_dir: Path) -> dict[str, int]:
 
 def find_published(options: Options, run_dir: Path) -> Path | None:
     """The checkpoint that a run had published before it was stopped."""
+    run_id = read_id(run_dir)
     for version in reversed(list_versions(options.repository, options.model_name)):
         path = options.repository / options.model_name / str(version)
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            if json.loads((path / CONFIG_FILE).read_text())["graft"].get("run") == run_dir.name:
+            if run_id is not None and json.loads((path / CONFIG_FILE).read_text())["graft"].get("run_id") == run_id:
                 return path
     return None
+
+
+def read_id(run_dir: Path) -> str | None:
+    """What tells a run from every other, wherever its folder is and whatever its name; None before `keep_choices`."""
+    kept = _read_kept(run_dir)
+    return None if kept is None else str(kept["id"])
+
+
+def fix_options(options: Options) -> dict[str, Any]:
+    """By their flags, the options that shape a run's outcome: one half of one kind and half of another would be neither."""
+    values = options.model_dump(mode="json")
+    return {f"--{name.replace('_', '-')}": value for name, value in values.items() if name not in _FREE_OPTIONS}
+
+
+def check_fixed(run_dir: Path, then: Mapping[str, Any], now: Mapping[str, Any], otherwise: str = "") -> None:
+    """Raise GraftError for the first thing that is not what it was when the run began, with a way out and another one, `otherwise`."""
+    for name, value in now.items():
+        if then.get(name) != value:
+            raise GraftError(
+                f"--resume {run_dir}: {name} was {then.get(name)} when the run began, and is {value} now; put it back "
+                f"(an option in {run_dir / 'config.yaml'}), or begin another run{otherwise}"
+            )
 
 
 def is_resumable(run_dir: Path) -> bool:
@@ -220,7 +274,7 @@ def _read_kept(run_dir: Path) -> Any | None:
     path = run_dir / STATE_DIR / _RUN_FILE
     try:
         kept = json.loads(path.read_text())
-        if not isinstance(kept, dict) or not {"folder", "precision", "reason", "label_names", "splits", "unreadable"} <= kept.keys():
+        if not isinstance(kept, dict) or not kept.keys() >= _KEPT:
             raise ValueError("it is not what a run keeps")
         return kept
     except FileNotFoundError:

@@ -60,6 +60,7 @@ from finetune.resume import (
     remove_state,
     restore_splits,
     resume_command,
+    seconds_trained,
     trim_events,
 )
 from finetune.sources import SplitName
@@ -68,7 +69,7 @@ from finetune.terminal import run_program
 from finetune.thresholds import LabelCalibrated, LabelCalibration, calibrate_probe_of_labels, calibrate_trained_of_labels
 from finetune.verdict import compare_with_probe
 from models.engine import Features
-from models.errors import GraftError
+from models.errors import GraftError, name_some
 from models.files import write_whole
 from models.named import import_named
 from models.prepared import PreparedBackbone
@@ -97,7 +98,7 @@ def run(options: Options) -> Path:
         with lock(run_dir):
             return _run_in(run_dir, options, splits, duplicates, started)
     except GraftError as error:
-        if is_resumable(run_dir):
+        if is_resumable(run_dir) or find_published(options, run_dir) is not None:
             error.add_note(f"{run_dir} is kept; when that is mended, go on with\n  {resume_command(run_dir)}")
         elif (run_dir / BROKEN_BATCH_DIR).exists():
             remove_state(run_dir)
@@ -112,16 +113,17 @@ def run(options: Options) -> Path:
 
 def _run_in(run_dir: Path, options: Options, splits: Splits, duplicates: Duplicates, started: float) -> Path:
     trim_events(run_dir)
+    earlier_seconds = seconds_trained(run_dir)
     monitor = Monitor(run_dir)
     with tempfile.TemporaryDirectory(prefix="graft-") as scratch:
-        result = _fit(options, splits, duplicates, monitor, run_dir, Path(scratch))
+        result = _fit(options, splits, duplicates, monitor, run_dir, Path(scratch), earlier_seconds)
         golden = choose_golden(result, duplicates.digests)
         checkpoint = (find_published(options, run_dir) if options.resume else None) or publish_result(result, golden, run_dir)
         mistakes = worst_mistakes(result)
         if mistakes and options.explains:
             mistakes = explain_mistakes(result, mistakes)
         _show_in_tensorboard(monitor, result, mistakes)
-    result.seconds["total"] = time.perf_counter() - started
+    result.seconds["total"] = earlier_seconds + time.perf_counter() - started
     result.splits.write_csv(run_dir / "splits.csv")
     commands = commands_to_try(options, write_example(run_dir, result.splits))
     _write(run_dir / "report.html", write_report(result, mistakes, version=int(checkpoint.name), commands=commands))
@@ -132,15 +134,20 @@ def _run_in(run_dir: Path, options: Options, splits: Splits, duplicates: Duplica
     return checkpoint
 
 
-def _fit(options: Options, loaded: Splits, duplicates: Duplicates, monitor: Monitor, run_dir: Path, scratch: Path) -> Result:
-    """Features → probe → audit → gradient epochs where something is unfrozen → metrics; `scratch` holds backbones that are not kept."""
+def _fit(
+    options: Options, loaded: Splits, duplicates: Duplicates, monitor: Monitor, run_dir: Path, scratch: Path, earlier_seconds: float
+) -> Result:
+    """Features → probe → audit → gradient epochs where something is unfrozen → metrics.
+
+    `scratch` holds backbones that are not kept; `earlier_seconds` of training were another process's, of which this one is the resumption.
+    """
     backbone = prepare(options.backbone, loaded.train, options, scratch, weights=options.weights, pretrained=options.pretrained)
     backbone.check_freeze(options.freeze)
     at = [time.perf_counter()]
     chosen, splits, features, extract_seconds = extract_in_best_precision(backbone, loaded, options, scratch)
     backbone, engine = chosen.backbone, chosen.engine
     engine.close()
-    why_precision = keep_choices(run_dir, Choices(loaded, splits, engine.info.precision, chosen.reason, duplicates.digests))
+    why_precision = keep_choices(run_dir, Choices(options, loaded, splits, engine.info.precision, chosen.reason, duplicates.digests))
     options = options.model_copy(update={"precision": engine.info.precision})
     at.append(time.perf_counter())
     labels = {split: splits.labels(samples) for split, samples in splits.named()}
@@ -165,13 +172,17 @@ def _fit(options: Options, loaded: Splits, duplicates: Duplicates, monitor: Moni
         start = soften(probe, plain, labels["train"], num_classes) if options.head_init == "soft" else probe
         trained, trained_head, best_epoch = _train(options, splits, start, monitor, scratch)
         trained_engine = open_engine(trained, options)
-        still, trained_features = extract_splits(splits, trained, trained_engine, options, only=("val", "test"), keep=False, check=False)
+        still, trained_features = extract_splits(
+            splits, trained, trained_engine, options, only=("val", "test"), keep=False, check=False, digests=duplicates.digests
+        )
         trained_engine.close()
         _check_none_gone(splits, still)
         trained_logits = _compute_logits(trained_head, trained_features)
-        seconds = {"probe_seconds": at[2] - at[1], "train_seconds": time.perf_counter() - at[4]}
+        seconds = {"probe_seconds": at[2] - at[1], "train_seconds": earlier_seconds + time.perf_counter() - at[4]}
         weights = None if options.balance == "none" else class_weights(labels["val"], num_classes)
-        verdict = compare_with_probe(logits["val"], trained_logits["val"], labels["val"], class_weights=weights, **seconds)
+        verdict = compare_with_probe(
+            logits["val"], trained_logits["val"], labels["val"], class_weights=weights, has_learnt=best_epoch > 0, **seconds
+        )
         if verdict.publishes == "fine-tuned":
             backbone, engine, head, logits, features = trained, trained_engine, trained_head, trained_logits, trained_features
     at.append(time.perf_counter())
@@ -200,17 +211,16 @@ def _fit(options: Options, loaded: Splits, duplicates: Duplicates, monitor: Moni
             "probe": at[2] - at[1],
             "audit": at[3] - at[2],
             "learning_curve": at[4] - at[3],
-            "train": at[5] - at[4],
+            "train": earlier_seconds + at[5] - at[4],
         },
     )
 
 
 def _check_none_gone(splits: Splits, still: Splits) -> None:
-    """Raise GraftError where images that the probe was measured on cannot be read to measure what was trained."""
+    """Raise GraftError where images that the probe was measured on are no longer there to measure what was trained."""
     left = {sample.key for _, samples in still.named() for sample in samples}
     if gone := [sample.key for _, samples in splits.named() for sample in samples if sample.key not in left]:
-        more = f" and {len(gone) - 5} more" if len(gone) > 5 else ""
-        raise GraftError(f"{', '.join(gone[:5])}{more}: could be read when the run began, and cannot now: put back what was there")
+        raise GraftError(f"{name_some(gone)}: gone or changed since the run began; put back what was there")
 
 
 def _calibrate(
@@ -277,7 +287,11 @@ def _make_run_dir(options: Options) -> Path:
     except OSError as error:
         folders = f"--output {options.output}, --repository {options.repository}"
         raise GraftError(f"{folders}: {error.strerror}: {error.filename}; name folders that you can write to") from error
-    _write(run_dir / "config.yaml", options.to_yaml())
+    try:
+        _write(run_dir / "config.yaml", options.to_yaml())
+    except GraftError:
+        run_dir.rmdir()
+        raise
     return run_dir
 
 
@@ -305,6 +319,7 @@ def _train(options: Options, splits: Splits, start: Probe, monitor: Monitor, scr
         seed=options.seed,
     )
     best_epoch = train(backbone, splits, start, options, monitor, scratch, state_dir=monitor.run_dir / STATE_DIR)
+    logger.info("converting what was trained for the engine …")
     backbone.model.cpu()
     weight, bias = (tensor.detach().numpy().copy() for tensor in (backbone.head.weight, backbone.head.bias))
     return write_prepared(backbone, scratch / "trained"), Head(weight, bias), best_epoch

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from models.errors import GraftError, in_words
+from models.errors import GraftError, in_words, name_some
 
 logger = logging.getLogger("graft.sources")
 
@@ -121,8 +121,7 @@ def _load_class_folders(root: Path, folders: list[Path]) -> Labelled:
             raise GraftError(f"--data {root}: the class folder {folder.name!r} has a name that is no printable text; rename it")
     images = {folder: _image_files(folder) for folder in folders}
     if empty := [folder.name for folder, paths in images.items() if not paths]:
-        more = f" and {len(empty) - 10} more" if len(empty) > 10 else ""
-        logger.warning("--data %s: no file in the class folders %s%s; they are left out", root, ", ".join(empty[:10]), more)
+        logger.warning("--data %s: no file in the class folders %s; they are left out", root, name_some(empty, 10))
     return [(str(path), folder.name, path) for folder, paths in images.items() for path in paths]
 
 

@@ -26,46 +26,27 @@ from torch import nn
 
 from finetune.average import Average
 from finetune.balance import draw_balanced
-from finetune.config import Options
 from finetune.data import Splits
 from finetune.probe import Floats
-from finetune.resume import METADATA_KEY
+from finetune.resume import METADATA_KEY, check_fixed
 from finetune.tensors import Tensors, changing_tensors, copy_tensors
 from models.errors import GraftError, in_words
 from models.files import write_whole
-from models.freezing import Freezing
+from models.freezing import Freezing, digest_tensor
 
 logger = logging.getLogger("graft.state")
 
-_FORMAT_VERSION = 2
-# What may be another after a resume, for no gradient step depends on it. The precision is fixed as it was resolved, the images as they are.
-_FREE_OPTIONS = {
-    "data",
-    "data_root",
-    "val_fraction",
-    "strict",
-    "device",
-    "precision",
-    "workers",
-    "output",
-    "cache_dir",
-    "cache_gb",
-    "cache",
-    "coverage",
-    "name",
-    "repository",
-    "save_minutes",
-    "explain",
-    "preflight",
-}
+_FORMAT_VERSION = 3
+_DIGEST_KEY = "digest"
 
 
 @dataclass
 class Progress:
-    """Where training stands: `batch` batches of `epoch` are done (0 is the probe's own validation), `step` of all epochs.
+    """Where training stands: `batch` batches of `epoch` are done (epoch 0 validates the first head), `step` of all epochs.
 
-    `losses`, `num_images` and the seconds are the epoch's so far; `best_score` is an epoch's accuracy (with `--balance` the balanced one)
-    and its loss, negative. `train_at_once` and `val_at_once` say how many images fitted into memory.
+    `losses`, `num_images` and the seconds are the epoch's so far, `seconds_trained` those of all processes when the state was saved;
+    `best_score` is an epoch's accuracy (with `--balance` the balanced one) and its loss, negative. `train_at_once` and `val_at_once` say
+    how many images fitted into memory.
     """
 
     train_at_once: int
@@ -79,6 +60,7 @@ class Progress:
     waiting_seconds: float = 0.0
     best_epoch: int = 0
     best_score: tuple[float, float] = (-math.inf, -math.inf)
+    seconds_trained: float = 0.0
 
     def begin_next_epoch(self) -> None:
         self.epoch += 1
@@ -147,7 +129,9 @@ class TrainingState:
             "random": random_rest,
             "events": events,
         }
-        write_whole(path, lambda temporary: save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(rest)}))
+        text = json.dumps(rest)
+        metadata = {METADATA_KEY: text, _DIGEST_KEY: _digest(text, tensors)}
+        write_whole(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
     def load(self, path: Path, fixed: Mapping[str, Any]) -> None:
         """Go back to what `save` wrote.
@@ -156,16 +140,20 @@ class TrainingState:
         """
         try:
             with safe_open(path, framework="pt") as file:
-                rest = json.loads(file.metadata()[METADATA_KEY])
-                kinds: dict[str, Tensors] = {"model": {}, "best": {}, "average": {}, "optimizer": {}, "random": {}}
-                for key in file.keys():  # noqa: SIM118 - it is no mapping
-                    kind, _, name = key.partition("/")
-                    kinds[kind][name] = file.get_tensor(key)
+                metadata = file.metadata()
+                tensors: Tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no mapping
+            rest = json.loads(metadata[METADATA_KEY])
             version = rest["format_version"]
+            if version == _FORMAT_VERSION and metadata[_DIGEST_KEY] != _digest(metadata[METADATA_KEY], tensors):
+                raise ValueError("it is not what was written")
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise GraftError(f"{path}: the saved state cannot be read: {in_words(error)}; remove it, and --resume begins again") from error
         if version != _FORMAT_VERSION:
             raise GraftError(f"{path}: the state has format {version}, this Graft reads format {_FORMAT_VERSION}; use the Graft of the run")
+        kinds: dict[str, Tensors] = {"model": {}, "best": {}, "average": {}, "optimizer": {}, "random": {}}
+        for key, tensor in tensors.items():
+            kind, _, name = key.partition("/")
+            kinds[kind][name] = tensor
         self._check_same(path, rest, fixed, kinds["model"])
         copy_tensors(kinds["model"], self._tensors)
         if self.average is not None:
@@ -186,12 +174,7 @@ class TrainingState:
                 f"--resume {run_dir}: {len(differing)} of {len(then)} frozen tensors are not what they were when the run began "
                 f"({', '.join(differing[:4])}); it needs the backbone's weights and code as they were then, or a run of its own"
             )
-        for name, value in fixed.items():
-            if rest["fixed"].get(name) != value:
-                raise GraftError(
-                    f"--resume {run_dir}: {name} was {rest['fixed'].get(name)} when the run began, and is {value} now; put it back "
-                    f"(an option in {run_dir / 'config.yaml'}), or begin another run; where {path} is another run's, remove it"
-                )
+        check_fixed(run_dir, rest["fixed"], fixed, f"; where {path} is another run's, remove it")
         if {name: tensor.shape for name, tensor in tensors.items()} != {name: tensor.shape for name, tensor in self._tensors.items()}:
             raise GraftError(f"--resume {run_dir}: the backbone's code has changed: other tensors train now than when the run began")
 
@@ -220,13 +203,15 @@ class StateFile:
         self._seconds = 60 * minutes
         self._fixed = fixed
         self._flush = flush
-        self._saved = time.monotonic()
+        self._saved = self._began = time.monotonic()
+        self._earlier_seconds = 0.0
 
     def load(self) -> bool:
         """Whether there was a state to go on from."""
         if self._path is None or not self._path.exists():
             return False
         self._state.load(self._path, self._fixed)
+        self._earlier_seconds = self._state.progress.seconds_trained
         return True
 
     def save_if_due(self) -> None:
@@ -237,6 +222,7 @@ class StateFile:
         """A state that cannot be saved ends no training, but is told of."""
         if self._path is None:
             return
+        self._state.progress.seconds_trained = self._earlier_seconds + time.monotonic() - self._began
         try:
             self._state.save(self._path, self._fixed, self._flush())
         except (OSError, SafetensorError) as error:
@@ -249,10 +235,10 @@ class StateFile:
             self._path.unlink(missing_ok=True)
 
 
-def fix_options(options: Options) -> dict[str, Any]:
-    """By their flags, the options that shape gradient epochs: an epoch half of one and half of another would be neither."""
-    values = options.model_dump(mode="json")
-    return {f"--{name.replace('_', '-')}": value for name, value in values.items() if name not in _FREE_OPTIONS}
+def _digest(text: str, tensors: Tensors) -> str:
+    """Of all that a state holds: a disk may lose a bit, which safetensors would not tell."""
+    digests = {name: digest_tensor(tensor) for name, tensor in sorted(tensors.items())}
+    return hashlib.sha256(f"{text}{json.dumps(digests)}".encode()).hexdigest()
 
 
 def fix_images(splits: Splits) -> dict[str, str]:

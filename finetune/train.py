@@ -33,14 +33,13 @@ from finetune.monitor import Monitor
 from finetune.optimize import build_groups, open_stages, rate_share, say_stages
 from finetune.preflight import check_disk, check_learning, estimate_time, warn_if_starved
 from finetune.probe import Floats, Probe
-from finetune.resume import TRAINING_FILE, event_sizes
+from finetune.resume import TRAINING_FILE, event_sizes, fix_options
 from finetune.state import (
     Progress,
     StateFile,
     TrainingState,
     draw_batches,
     fix_images,
-    fix_options,
     random_states,
     set_random_states,
 )

@@ -17,7 +17,8 @@ class Verdict:
     """Validation accuracies of both (or what else `metric` names), the 95 % interval of their difference over the images, and their cost.
 
     The epoch was chosen on the same images, which flatters the fine-tuned model a little; the probe wins a tie, also because models of
-    one frozen backbone are served together for the price of one.
+    one frozen backbone are served together for the price of one. What was not `has_learnt`, for no epoch was better than the head that
+    they began from, is that head on the backbone as it came.
     """
 
     probe_accuracy: float
@@ -26,6 +27,7 @@ class Verdict:
     probe_seconds: float
     train_seconds: float
     metric: str = "accuracy"
+    has_learnt: bool = True
 
     @property
     def publishes(self) -> str:
@@ -50,6 +52,8 @@ class Verdict:
             outcome = "fine-tuned is better and is published"
         elif high < 0:
             outcome = "the probe is better and is published"
+        elif not self.has_learnt:
+            outcome = "no epoch was better than the head that they began from, so the probe is published"
         else:
             outcome = "a tie, so the probe is published"
         of_what = "" if self.metric == "accuracy" else f" of {self.metric.replace('_', ' ')}"
@@ -68,6 +72,7 @@ def compare_with_probe(
     class_weights: Floats | None = None,
     probe_seconds: float,
     train_seconds: float,
+    has_learnt: bool = True,
 ) -> Verdict:
     """The paired bootstrap of logits `[N,C]` of the same N validation images; with labels `[N,C]`, of the mean average precision.
 
@@ -77,7 +82,8 @@ def compare_with_probe(
         drawn = draw_weights(len(labels), num_resamples(labels))
         means = [mean_of_present(measure_average_precision(logits, labels, drawn)) for logits in (probe_logits, tuned_logits)]
         scores = [evaluate_labels(logits, labels, logits >= 0).score for logits in (probe_logits, tuned_logits)]
-        return Verdict(scores[0], scores[1], Interval.of(means[1] - means[0]), probe_seconds, train_seconds, "mean_average_precision")
+        interval = Interval.of(means[1] - means[0])
+        return Verdict(scores[0], scores[1], interval, probe_seconds, train_seconds, "mean_average_precision", has_learnt)
     weights = np.ones(len(labels)) if class_weights is None else class_weights[labels].astype(np.float64)
     probe_right, tuned_right = (weights * (logits.argmax(axis=1) == labels) for logits in (probe_logits, tuned_logits))
     # All that the difference depends on is how many images give how much to it.
@@ -85,4 +91,4 @@ def compare_with_probe(
     differences = draw_counts(counts) @ gains / len(labels)
     accuracies = float(probe_right.mean()), float(tuned_right.mean())
     metric = "accuracy" if class_weights is None else "balanced_accuracy"
-    return Verdict(*accuracies, Interval.of(differences), probe_seconds, train_seconds, metric)
+    return Verdict(*accuracies, Interval.of(differences), probe_seconds, train_seconds, metric, has_learnt)

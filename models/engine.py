@@ -37,9 +37,10 @@ _OPENVINO_PRECISION = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 # What the search tries on the CPU. One image at a time fits the cache, larger batches amortise big weights.
 _BATCH_SIZES = (1, 4, 16)
 _SEARCH_ROUNDS = 3
+_ROUND_SECONDS = 0.08
 # What a batch costs outside the engine: one image at a time, which the engine runs as fast as four, gave 466 images a second for 558.
 _SECONDS_PER_BATCH = 0.0004
-_ROUND_SECONDS = 0.08
+# On CUDA, for each batch size.
 _SEARCH_SECONDS = 0.15
 NUM_SPARE_SLOTS = 3
 
@@ -154,8 +155,8 @@ class OpenVINOEngine:
     """A backbone saved as OpenVINO IR (input `u8 [?,H,W,3]`, output `f32 [?,F]`), run on the CPU.
 
     It is compiled twice, for the best batch and for one image: what does not fill a batch runs image by image, which is less work
-    than padding it and answers a lone image in a quarter of the time (4.8 against 15.6 ms, EfficientNet-Lite0 in bf16, batch 4).
-    Both are static, and an image's features are the same bits from either, in whatever company it comes.
+    than padding it and answers a lone image in a quarter of the time (4.8 against 15.6 ms, EfficientNet-Lite0 in bf16, batch 4);
+    `use_all_cores_for_one` adds a third. All are static, and an image's features are the same bits from each, in whatever company it comes.
     """
 
     def __init__(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from models.errors import GraftError
+from models.errors import GraftError, name_some
 from models.freeze_policy import resolve_policy
 
 
@@ -45,7 +45,7 @@ def freeze(model: nn.Module, policy: str, classifier: str, prefix: str = "") -> 
         prefix=prefix,
         stages=stages(model, classifier, prefix),
     )
-    digests = {name: _digest(tensor) for name, tensor in _frozen_tensors(model, frozen)}
+    digests = {name: digest_tensor(tensor) for name, tensor in _frozen_tensors(model, frozen)}
     freezing = Freezing(policy, frozen, digests)
     set_trainable(model, freezing)
     return freezing
@@ -79,10 +79,10 @@ def set_train_mode(model: nn.Module, freezing: Freezing, *, update_batch_norm: b
 
 def prove_frozen(model: nn.Module, freezing: Freezing) -> None:
     """Raise FrozenDriftError unless every frozen parameter and buffer is bit-equal to what `freeze` saw."""
-    now = {name: _digest(tensor) for name, tensor in _frozen_tensors(model, freezing.frozen_modules)}
+    now = {name: digest_tensor(tensor) for name, tensor in _frozen_tensors(model, freezing.frozen_modules)}
     drifted = [name for name, digest in freezing.digests.items() if now.get(name) != digest]
     if drifted:
-        shown = ", ".join(drifted[:8]) + (f" and {len(drifted) - 8} more" if len(drifted) > 8 else "")
+        shown = name_some(drifted, 8)
         raise FrozenDriftError(
             f"--freeze {freezing.policy}: {len(drifted)} of {len(freezing.digests)} frozen tensors changed during the run: {shown}. "
             "Nothing was published; a module that updates its own buffers or is stepped by hand is the usual cause"
@@ -166,6 +166,7 @@ def _frozen_tensors(model: nn.Module, frozen: frozenset[str]) -> Iterator[tuple[
                 yield from ((prefix + tensor_name, tensor) for tensor_name, tensor in kind)
 
 
-def _digest(tensor: torch.Tensor) -> str:
+def digest_tensor(tensor: torch.Tensor) -> str:
+    """Of its values bit by bit, on whatever device and in whatever layout they are."""
     raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(raw.tobytes()).hexdigest()
+    return hashlib.sha256(raw.data).hexdigest()

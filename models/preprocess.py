@@ -23,6 +23,16 @@ Pixels = npt.NDArray[np.uint8]
 
 # What an image is, decided by content and never by name. Pillow knows 40 more formats, none of them worth its parser's risk here.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+# How their files begin, and where the beginning is.
+_MAGIC = {
+    (b"\xff\xd8\xff", 0): "JPEG",
+    (b"\x89PNG", 0): "PNG",
+    (b"WEBP", 8): "WEBP",
+    (b"GIF8", 0): "GIF",
+    (b"BM", 0): "BMP",
+    (b"II*\x00", 0): "TIFF",
+    (b"MM\x00*", 0): "TIFF",
+}
 # Checked on the header, before a pixel is decoded: Pillow's own limit, about 256 MiB of RGB.
 MAX_PIXELS = 89_478_485
 # Scaled decoding (and Pillow's reducing gap) keeps at least this factor above the target, so the antialiased resize still decides.
@@ -117,6 +127,8 @@ class Preprocess:
         try:
             image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
         except UnidentifiedImageError:
+            if (name := begins_as(data)) is not None:
+                raise ImageError(f"it begins as a {name} does, but is cut short or damaged ({len(data):,} bytes)") from None
             raise ImageError(f"not an image (it starts with {data[:12]!r}); readable are {', '.join(FORMATS)}") from None
         except Image.DecompressionBombError:
             # Pillow's own check, at twice its limit and before ours.
@@ -183,6 +195,14 @@ class Preprocess:
         if view is not None and view.mirror:
             crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return np.asarray(crop)
+
+
+def begins_as(data: bytes) -> str | None:
+    """The format that the first 12 bytes of a file are of."""
+    for (start, at), name in _MAGIC.items():
+        if data.startswith(start, at):
+            return name
+    return None
 
 
 def _check_pixels(width: int, height: int, max_pixels: int) -> None:

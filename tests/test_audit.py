@@ -140,6 +140,8 @@ def test_strict_ends_with_an_error_after_all_is_written(
     assert "the same file as" in said.err
     assert read_rows(tmp_path / "audit-digits.csv")
     assert "Exact copies across splits: 10" in said.out
+    assert said.out.count("has no image in val") == 1
+    assert "unreadable" not in said.err
 
 
 # Small folders.

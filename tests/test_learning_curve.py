@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from finetune.learning_curve import LearningCurve, measure_learning_curve
+from finetune.learning_curve import LearningCurve, _continue_curve, measure_learning_curve
 from finetune.probe import solve_head, solve_probe
 
 
@@ -26,6 +26,11 @@ def measure(count: int, num_val: int = 4000, spread: float = 3.5) -> LearningCur
     return measure_learning_curve(features, labels, probe, *draw(num_val, 2, spread), seed=0)
 
 
+def continue_curve(*accuracies: float) -> LearningCurve:
+    """Through the accuracies of 20 to 80 images, on so many validation images that chance in those is nothing."""
+    return _continue_curve([20, 40, 60, 80], np.array([accuracies] * 1001), 10_000)
+
+
 def test_the_curve_rises_and_tells_what_doubling_brings() -> None:
     curve, doubled = measure(400), measure(800)
     assert curve.num_images == pytest.approx((100, 200, 300, 400), abs=5)
@@ -35,6 +40,15 @@ def test_the_curve_rises_and_tells_what_doubling_brings() -> None:
     assert curve.interval.low < curve.gain < curve.interval.high
     assert "half the images would have given" in str(curve)
     assert json.loads(json.dumps(curve.to_dict()))["num_images"][-1] == 400
+
+
+def test_a_curve_that_does_not_rise_promises_nothing() -> None:
+    """A line through all four rises, though the second half of the images brought nothing."""
+    curve = continue_curve(0.40, 0.71, 0.66, 0.64)
+    assert curve.gain > 0.05
+    assert curve.interval.low < 0
+    assert str(curve).startswith("half the images would have given the probe 0.7100; doubling them may be worth nothing, and ")
+    assert continue_curve(0.40, 0.55, 0.62, 0.66).interval.low > 0.05
 
 
 def test_each_part_is_solved_as_a_probe_on_it_alone_would_be() -> None:
@@ -62,7 +76,7 @@ def test_where_there_is_nothing_to_gain_it_says_so() -> None:
     curve = measure(400, num_val=300, spread=0.3)
     assert curve.accuracies[-1] == 1
     assert curve.gain == pytest.approx(0, abs=0.01)
-    assert "less than this validation split can show" in str(curve)
+    assert "doubling them may be worth nothing, and 0." in str(curve)
 
 
 def test_every_class_is_in_every_part_and_views_stay_with_their_image() -> None:

@@ -164,7 +164,7 @@ def test_a_training_learns_and_can_be_stopped_and_resumed(tmp_path: Path, cache:
 def test_a_resumed_run_has_its_own_labels(tmp_path: Path) -> None:
     splits = draw_splits()
     with lock(tmp_path):
-        keep_choices(tmp_path, Choices(splits, splits, "fp32", "it was asked for"))
+        keep_choices(tmp_path, Choices(Options(), splits, splits, "fp32", "it was asked for"))
     restored = restore_splits(tmp_path, splits)
     assert restored is not None
     assert [(sample.key, sample.label, sample.labels) for sample in restored.train] == [

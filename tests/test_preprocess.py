@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from models.errors import GraftError
-from models.preprocess import FORMATS, MAX_PIXELS, ImageError, Pixels, Preprocess, View
+from models.preprocess import FORMATS, MAX_PIXELS, ImageError, Pixels, Preprocess, View, begins_as
 
 PREPROCESS = Preprocess(height=48, width=48, crop_fraction=1.0)
 # Pillow says so where an EXIF block is broken; what matters here is the crop.
@@ -325,6 +325,15 @@ def test_an_empty_file_is_said_to_be_empty() -> None:
 def test_text_is_answered_with_how_it_starts_and_what_is_readable() -> None:
     with pytest.raises(ImageError, match=r"<!DOCTYPE ht.*JPEG, PNG, WEBP, GIF, BMP, TIFF"):
         PREPROCESS(b"<!DOCTYPE html><html></html>")
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_file_that_ends_in_its_header_is_told_from_no_image(kind: str) -> None:
+    data = encode(picture(), kind)
+    assert begins_as(data) == kind
+    with pytest.raises(ImageError) as caught:
+        PREPROCESS(data[:14])
+    assert "not an image" not in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", ["ICO", "PPM", "PCX", "TGA", "JPEG2000"])

@@ -20,17 +20,20 @@ import torch
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from finetune.config import Options
+from finetune.config import Options, parse_options
 from finetune.data import Splits
 from finetune.resume import (
     STATE_DIR,
     TRAINING_FILE,
     Choices,
     event_sizes,
+    find_published,
     keep_choices,
     lock,
+    read_id,
     read_options,
     restore_splits,
+    seconds_trained,
     trim_events,
 )
 from finetune.run import main
@@ -238,12 +241,37 @@ def test_the_state_of_a_run_on_other_images_is_refused(stopped: Path) -> None:
         monitor.close()
 
 
-def test_a_damaged_state_is_named_with_the_way_out(stopped: Path) -> None:
-    (stopped / TRAINING_FILE).write_bytes((stopped / TRAINING_FILE).read_bytes()[:1000])
+def flip_a_bit(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda path: os.truncate(path, 1000), lambda path: flip_a_bit(path, -1), lambda path: flip_a_bit(path, -5000)]
+)
+def test_a_damaged_state_is_named_with_the_way_out(stopped: Path, damage: Callable[[Path], None]) -> None:
+    damage(stopped / TRAINING_FILE)
     with pytest.raises(
         GraftError, match=r"training\.safetensors: the saved state cannot be read: .*; remove it, and --resume begins again"
     ):
         go_on(stopped)
+
+
+def test_kept_activations_that_are_not_what_was_kept_are_computed_again(stopped: Path, caplog: pytest.LogCaptureFixture) -> None:
+    was = (stopped / "val.npy").read_bytes()
+    flip_a_bit(stopped / "val.npy", 400)
+    assert go_on(stopped) >= 0
+    assert "val.npy: the kept activations cannot be used (they are damaged, or of something else): they are computed again" in caplog.text
+    assert (stopped / "val.npy").read_bytes() == was
+
+
+def test_the_seconds_of_every_process_count(stopped: Path) -> None:
+    before = seconds_trained(stopped.parent)
+    assert before > 0
+    assert go_on(stopped) >= 0
+    assert seconds_trained(stopped.parent) > before
+    assert seconds_trained(stopped.parent.parent) == 0
 
 
 def test_a_state_that_cannot_be_saved_is_told_of_and_ends_nothing(
@@ -364,6 +392,39 @@ def test_a_run_stopped_after_it_published_publishes_nothing_twice(
     assert main(["--resume", str(run_dir)]) == 2
 
 
+def test_a_probe_that_failed_after_it_published_is_kept_and_publishes_nothing_twice(
+    tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object, **__: object) -> str:
+        raise GraftError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("finetune.run.write_report", refuse)
+        assert main([*arguments, "--freeze", "backbone"]) == 2
+    run_dir = only_run(tmp_path)
+    assert f"{run_dir} is kept; when that is mended, go on with\n  " in capsys.readouterr().err
+    # Another run's folder of the same name, elsewhere, is not this one.
+    config = tmp_path / "checkpoints" / "tiny" / "1" / "config.json"
+    assert find_published(read_options(Options(resume=run_dir)), run_dir) == config.parent
+    config.write_text(config.read_text().replace(read_id(run_dir) or "", "0" * 32))
+    assert find_published(read_options(Options(resume=run_dir)), run_dir) is None
+    config.write_text(config.read_text().replace("0" * 32, read_id(run_dir) or ""))
+    assert main(["--resume", str(run_dir)]) == 0
+    assert list_versions(tmp_path / "checkpoints", "tiny") == [1]
+
+
+def test_a_run_whose_options_cannot_be_written_leaves_no_folder(
+    tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("finetune.run.write_whole", refuse)
+    assert main(arguments) == 2
+    assert "config.yaml: it cannot be written: No space left on device" in capsys.readouterr().err
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
 # --------------------------------------------------------------------------------------------------------------- what a run folder says
 
 
@@ -397,6 +458,19 @@ def test_a_flag_that_says_what_the_run_says_is_let_through(left: Path) -> None:
     again = read_options(Options(resume=left, lr=0.25, name="tiny"))
     assert again.model_dump() == Options(data=str(left.parent.parent / "data"), lr=0.25, freeze="until:stem", name="tiny").model_dump()
     assert again.resume == left
+
+
+def test_a_flag_that_changes_no_outcome_is_let_through(left: Path) -> None:
+    resumed = read_options(Options(resume=left, workers=7, save_minutes=3.0))
+    assert (resumed.workers, resumed.save_minutes, resumed.lr) == (7, 3.0, 0.25)
+
+
+def test_an_option_edited_before_anything_was_trained_is_refused(left: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    choose(left, draw_splits(4))
+    config = left / "config.yaml"
+    config.write_text(config.read_text().replace("until:stem", "backbone"))
+    assert main(["--resume", str(left)]) == 2
+    assert f"--resume {left}: --freeze was until:stem when the run began, and is backbone now; put it back" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_run_or_is_done_is_refused(left: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -434,7 +508,8 @@ def test_a_run_that_is_at_work_cannot_be_resumed(left: Path) -> None:
 
 
 def choose(left: Path, splits: Splits, readable: Splits | None = None) -> str:
-    return keep_choices(left, Choices(splits, readable or splits, "bf16", "because"))
+    its_own = parse_options(Options, ["--config", str(left / "config.yaml")])
+    return keep_choices(left, Choices(its_own, splits, readable or splits, "bf16", "because"))
 
 
 def test_a_resumed_run_has_its_own_images_though_the_folder_grew(left: Path) -> None:

@@ -214,7 +214,8 @@ def test_features_that_are_no_numbers_stop_the_run(finetune: Finetune, tmp_path:
         "from torch import nn\nclass Net(nn.Module):\n    def forward(self, images):\n"
         "        return images.mean((2, 3)) * float('nan')\nbuild = Net\n"
     )
-    assert_refused(finetune("--data", shapes, "--backbone", "nan_net:build"), "nan_net:build", "NaN or infinite")
+    done = finetune("--data", shapes, "--backbone", "nan_net:build")
+    assert_refused(done, "nan_net:build", "NaN or infinite", ".png", "its weights or its code are broken")
 
 
 def test_splits_of_a_run_are_read_back_from_anywhere(finetune: Finetune, tmp_path: Path) -> None:

@@ -40,6 +40,13 @@ def test_the_better_one_is_published_and_the_probe_on_a_tie(num_gained: int, num
     assert (report["published"], report["difference"]) == (published, pytest.approx((num_gained - num_lost) / 400))
 
 
+def test_epochs_that_gave_nothing_are_no_tie() -> None:
+    logits = np.eye(2, dtype=np.float32)
+    verdict = compare_with_probe(logits, logits, np.arange(2), probe_seconds=1.5, train_seconds=60, has_learnt=False)
+    assert verdict.publishes == "probe"
+    assert str(verdict).endswith("no epoch was better than the head that they began from, so the probe is published")
+
+
 def test_the_interval_is_of_the_same_images_and_not_of_two_samples() -> None:
     """Two models that agree on all but 20 of 400 images: apart, each accuracy is uncertain by 5 points, their difference by 2."""
     verdict = compare(15, 5, 400)
