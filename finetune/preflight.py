@@ -100,7 +100,7 @@ def estimate_time(
     total = num_epochs * (num_batches * batch_seconds + num_val_batches * together(val_seconds, 2 * read_seconds))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads"
     logger.info(
-        "preflight: the epochs will take about %s on %s: %d of %d steps, %.3f s a step, %.3f s to read its images",
+        "preflight: training will take about %s on %s: %d epochs of %d steps, %.3f s a step, %.3f s to read its images",
         _in_words(total),
         name,
         num_epochs,

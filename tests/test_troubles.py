@@ -290,7 +290,7 @@ def test_preflight_says_what_to_expect_and_leaves_no_trace(
     assert all(torch.equal(tensor, snapshot(plain)[name]) for name, tensor in snapshot(checked).items())
     assert "preflight: disk: the state of the training takes 0 MB of" in caplog.text
     assert "preflight: the loss on one batch went from" in caplog.text
-    assert re.search(r"preflight: the epochs will take about \d+ s on .+", caplog.text)
+    assert re.search(r"preflight: training will take about \d+ s on .+", caplog.text)
     assert ": 2 epochs of 4 steps, " in caplog.text
 
 
