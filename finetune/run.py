@@ -72,6 +72,7 @@ from models.engine import Features
 from models.errors import GraftError, name_some
 from models.files import write_whole
 from models.named import import_named
+from models.prepare_ahead import prepare_ahead
 from models.prepared import PreparedBackbone
 
 logger = logging.getLogger("graft.run")
@@ -90,7 +91,14 @@ def run(options: Options) -> Path:
     if ":" in options.head_init:
         import_named("--head-init", options.head_init)  # known to be wrong before any work
     run_dir = options.resume
-    splits, duplicates = load_lasting_splits(options, restore=None if run_dir is None else functools.partial(restore_splits, run_dir))
+    with prepare_ahead(
+        options.backbone,
+        weights=options.weights,
+        pretrained=options.pretrained,
+        image_size=options.image_size,
+        cache_dir=options.cache_dir if options.cache else None,
+    ):
+        splits, duplicates = load_lasting_splits(options, restore=None if run_dir is None else functools.partial(restore_splits, run_dir))
     _check_task(options, splits)
     _log_splits(options, splits)
     run_dir = run_dir or _make_run_dir(options)

