@@ -28,7 +28,7 @@ from finetune.config import AuditOptions, name_of_data, parse_options
 from finetune.data import Sample, Splits, count_labels
 from finetune.duplicates import Duplicates
 from finetune.evaluate import evaluate
-from finetune.features import extract_splits, open_engine, prepare
+from finetune.features import extract_splits, open_engine, prepare, prepare_meanwhile
 from finetune.findings import WORDING, Audit, Finding, Kind
 from finetune.mislabelled import confident_thresholds, judge_label_rows, judge_labels
 from finetune.probe import Floats, Probe, softmax, solve_probe
@@ -72,7 +72,8 @@ def audit(options: AuditOptions) -> Audit:
 
     Raises GraftError under `--strict` where an image leaks from one split to another or cannot be read, after all is written.
     """
-    loaded, duplicates = load_lasting_splits(options, check=False)
+    with prepare_meanwhile(options):
+        loaded, duplicates = load_lasting_splits(options, check=False)
     with tempfile.TemporaryDirectory(prefix="graft-") as scratch:
         backbone = prepare(options.backbone, loaded.train, options, Path(scratch), weights=options.weights, pretrained=options.pretrained)
         engine = open_engine(backbone, options)

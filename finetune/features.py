@@ -15,13 +15,14 @@ from typing import Any, Protocol
 import numpy as np
 
 from finetune.cache import FeatureCache, digest_image, trim
-from finetune.config import SharedOptions
+from finetune.config import BackboneOptions, SharedOptions
 from finetune.data import Sample, Splits
 from finetune.sources import SplitName
 from finetune.terminal import progress_bar
 from finetune.views import Augment, draw_view
 from models.engine import Engine, Features
 from models.errors import GraftError, name_some
+from models.prepare_ahead import prepare_ahead
 from models.prepared import PreparedBackbone, prepare_backbone
 from models.preprocess import ImageError, Pixels, Preprocess, View
 from models.quantise import NUM_CALIBRATION_IMAGES, find_quantised, quantise
@@ -125,6 +126,14 @@ def extract_features(
             collect()
         write()
     return ExtractedFeatures(features[:row], unreadable)
+
+
+def prepare_meanwhile(options: BackboneOptions) -> contextlib.AbstractContextManager[None]:
+    """Within it another process makes what `prepare` will ask for, where it can."""
+    cache_dir = options.cache_dir if options.cache else None
+    return prepare_ahead(
+        options.backbone, weights=options.weights, pretrained=options.pretrained, image_size=options.image_size, cache_dir=cache_dir
+    )
 
 
 def prepare(name: str, samples: Sequence[Sample], options: SharedOptions, scratch: Path, **weights: Any) -> PreparedBackbone:

@@ -36,7 +36,7 @@ from finetune.config import Options, parse_options
 from finetune.data import Splits
 from finetune.duplicates import Duplicates
 from finetune.evaluate import Metrics, evaluate
-from finetune.features import extract_splits, open_engine, prepare
+from finetune.features import extract_splits, open_engine, prepare, prepare_meanwhile
 from finetune.findings import Audit
 from finetune.learning_curve import measure_learning_curve
 from finetune.mistakes import explain_mistakes, worst_mistakes
@@ -72,7 +72,6 @@ from models.engine import Features
 from models.errors import GraftError, name_some
 from models.files import write_whole
 from models.named import import_named
-from models.prepare_ahead import prepare_ahead
 from models.prepared import PreparedBackbone
 
 logger = logging.getLogger("graft.run")
@@ -91,13 +90,7 @@ def run(options: Options) -> Path:
     if ":" in options.head_init:
         import_named("--head-init", options.head_init)  # known to be wrong before any work
     run_dir = options.resume
-    with prepare_ahead(
-        options.backbone,
-        weights=options.weights,
-        pretrained=options.pretrained,
-        image_size=options.image_size,
-        cache_dir=options.cache_dir if options.cache else None,
-    ):
+    with prepare_meanwhile(options):
         splits, duplicates = load_lasting_splits(options, restore=None if run_dir is None else functools.partial(restore_splits, run_dir))
     _check_task(options, splits)
     _log_splits(options, splits)

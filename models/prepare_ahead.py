@@ -51,9 +51,9 @@ def main(given: dict[str, Any]) -> int:
     gc.disable()
     # So that what it has begun to write goes with it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    paths = {name: None if given[name] is None else Path(given[name]) for name in ("weights", "cache_dir")}
+    weights, cache_dir = given.pop("weights"), Path(given.pop("cache_dir"))
     try:
-        prepare_backbone(**{**given, **paths}, scratch_dir=paths["cache_dir"])
+        prepare_backbone(**given, weights=None if weights is None else Path(weights), cache_dir=cache_dir, scratch_dir=cache_dir)
     except Exception:
         return 1
     return 0
