@@ -35,7 +35,7 @@ Precision = Literal["auto", "fp32", "bf16", "fp16", "int8"]
 
 _OPENVINO_PRECISION = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 # What the search tries on the CPU. One image at a time fits the cache, larger batches amortise big weights and what a batch costs. Where
-# four at a time gain less than this share over one, and have less than it left to gain, sixteen are not tried: they gave 2 % at most.
+# four at a time gain less than this share over one, and have less than it left to gain, sixteen are not tried: they gave 5 % at most.
 _BATCH_SIZES = ((1, 4), (16,))
 _WORTH_MORE = 0.15
 _SEARCH_ROUNDS = 3
