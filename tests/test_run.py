@@ -215,7 +215,7 @@ def test_features_that_are_no_numbers_stop_the_run(finetune: Finetune, tmp_path:
         "        return images.mean((2, 3)) * float('nan')\nbuild = Net\n"
     )
     done = finetune("--data", shapes, "--backbone", "nan_net:build")
-    assert_refused(done, "nan_net:build", "NaN or infinite", ".png", "its weights or its code are broken")
+    assert_refused(done, "nan_net:build", "NaN or infinite", "circle", "its weights or its code are broken")
 
 
 def test_splits_of_a_run_are_read_back_from_anywhere(finetune: Finetune, tmp_path: Path) -> None:
