@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import atexit
 import gc
 import io
@@ -56,6 +57,7 @@ def run_program(work: Callable[[], object]) -> int:
     # Where torch and timm are imported, looking for cycles in what stays was 1.7 s of 9, and 1.2 s more when the process ended.
     gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS)
     atexit.register(gc.freeze)
+    sys.unraisablehook = _raise_again
     try:
         with _handling({signal.SIGTERM: _raise_terminated}):
             work()
@@ -106,6 +108,16 @@ def _handling(handlers: dict[signal.Signals, Callable[[int, FrameType | None], N
 
 def _raise_terminated(*_: object) -> None:
     raise Terminated
+
+
+def _raise_again(unraisable: sys.UnraisableHookArgs) -> None:
+    """Python drops what is raised in a destructor or in a callback from C, also where that is a signal's exception."""
+    if isinstance(unraisable.exc_value, KeyboardInterrupt):
+        number = signal.SIGTERM if isinstance(unraisable.exc_value, Terminated) else signal.SIGINT
+        # A little later, for what is raised in this function is dropped, too.
+        threading.Timer(0.05, _thread.interrupt_main, [number]).start()
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ worker, which is all the rest of this package. Left alone (bentoml 1.4.39), they
 
 - The parent looks after a dead worker every 10 s: outside of a container it starts another, in one (`BENTOML_CONTAINERIZED`, set
   by BentoML's Dockerfile) it ends with 1, for the orchestrator to act, with its restart policy and its back-off. Both are right
-  and an orderly stop is told apart, so all that `watch_worker` changes is how often the parent looks.
+  and an orderly stop is told apart, so `watch_worker` only has it look more often, and say what it saw.
 - A worker does not look after its parent at all: it would hold the port, unsupervised, for ever. `follow_parent` ends it as
   SIGTERM does, so what is in is finished. It asks for the parent's number and not for a signal at its death (Linux' PDEATHSIG),
   which comes when the thread that started the worker ends, and never if the parent died first.
@@ -49,15 +49,39 @@ def _watch_worker() -> None:
     for watcher in arbiter.watchers:
         watcher.hooks["after_reap"] = _log_death
     looking = arbiter.ctrl.caller
+    look_after_workers = looking.callback
+
+    def look() -> Any:
+        for watcher in arbiter.watchers:
+            _reap_dead(watcher)
+        # Only then, so that it meets no worker that died since.
+        if any(len(watcher.processes) < watcher.numprocesses for watcher in arbiter.watchers):
+            return look_after_workers()
+        return None
+
     looking.stop()
+    looking.callback = look
     looking.callback_time = 1000 * _SECONDS_BETWEEN_LOOKS
     looking.start()
 
 
-def _log_death(watcher: Any, process_pid: int, exit_code: int, **_: object) -> None:
+def _reap_dead(watcher: Any) -> None:
+    """Call the hooks of each dead worker, whose exit code is waited for.
+
+    Left alone, circus (0.19) takes a worker whose first thread is dead for one that is gone, with no word and no exit code, while
+    the kernel still ends the other threads: with dozens of them, on a machine with few cores, that takes its time.
+    """
+    from circus.process import DEAD_OR_ZOMBIE, UNEXISTING
+
+    for process in list(watcher.processes.values()):
+        if process.status in (DEAD_OR_ZOMBIE, UNEXISTING):
+            watcher.reap_process(process.pid)
+
+
+def _log_death(watcher: Any, process_pid: int, exit_code: int | None, **_: object) -> None:
     if not watcher.is_stopping():
         then = "another one is started" if watcher.respawn else "the server ends, so that it is started again"
-        logger.error("the worker, process %d, ended with %d and nobody had asked it to; %s", process_pid, exit_code, then)
+        logger.error("the worker, process %d, ended with %s and nobody had asked it to; %s", process_pid, exit_code, then)
 
 
 def _follow(parent: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
@@ -10,7 +12,7 @@ from pathlib import Path
 import httpx
 import psutil
 
-from tests.service_fixtures import RunningServer, serve
+from tests.service_fixtures import PROJECT_DIR, RunningServer, serve
 
 
 def test_a_killed_worker_is_replaced_and_the_server_serves_again(tmp_path: Path) -> None:
@@ -31,6 +33,23 @@ def test_in_a_container_the_server_ends_with_its_worker_so_that_the_orchestrator
         killed.kill()
         assert server.process.wait(5) == 1
         assert f"process {killed.pid}, ended with -9" in server.log()
+
+
+def test_a_worker_that_is_half_dead_is_waited_for(tmp_path: Path) -> None:
+    # Its first thread is gone and another lives on for longer than the parent waits between two looks.
+    half_dead = "import ctypes, threading, time; threading.Timer(2.5, print).start(); ctypes.CDLL(None).pthread_exit(None)"
+    parent = """
+import sys
+from circus import get_arbiter
+from service import lifeline
+arbiter = get_arbiter([{"name": "worker", "cmd": sys.executable, "args": ["-c", sys.argv[1]], "respawn": False}], check_delay=10)
+lifeline.watch_worker()
+arbiter.start()
+"""
+    command = [sys.executable, "-c", parent, half_dead]
+    ended = subprocess.run(command, cwd=PROJECT_DIR, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert "ended with 0 and nobody had asked it to; the server ends" in ended.stderr
+    assert "No active process found for watcher" in ended.stderr
 
 
 def test_an_orderly_end_is_not_a_death(tmp_path: Path) -> None:
