@@ -59,13 +59,14 @@ class MemorySampler(threading.Thread):
         self._root = psutil.Process(pid)
         self._done = threading.Event()
         self.peak_bytes = 0
+        self.samples: list[int] = []
 
     def run(self) -> None:
         pause = self._sample_seconds
         while not self._done.wait(pause):
             started = time.perf_counter()
-            family = tree(self._root.pid)
-            self.peak_bytes = max(self.peak_bytes, sum(map(_memory_bytes, family)), _high_water_bytes(self._root.pid))
+            self.samples.append(tree_bytes(self._root.pid))
+            self.peak_bytes = max(self.peak_bytes, self.samples[-1], _high_water_bytes(self._root.pid))
             pause = max(self._sample_seconds, (time.perf_counter() - started) / _SAMPLING_SHARE)
 
     def stop(self) -> None:

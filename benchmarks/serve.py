@@ -379,14 +379,21 @@ def measure_storm(args: argparse.Namespace, journal: Journal[Figures]) -> None:
                     **summarize(sent, args.storm_seconds),
                     "capacity": capacity,
                     "client_cores": cpu_seconds / args.storm_seconds,
+                    "storm_seconds": args.storm_seconds,
                     "before_bytes": before,
+                    # By then the queue, the bodies on their way and the connections are as many as they get.
+                    "filled_bytes": float(memory.samples[len(memory.samples) // 10]),
+                    "end_bytes": float(memory.samples[-1]),
                     "peak_bytes": float(memory.peak_bytes),
                     "after_bytes": float(tree_bytes(server.pid)),
                     "before_p50_ms": quiet["p50_ms"],
                     "after_p50_ms": after["p50_ms"],
                     "after_num_failed": after["num_refused"] + after["num_broken"],
                 }
-            series = {"good_by_second": good_by_second(sent, math.ceil(args.storm_seconds))}
+            series = {
+                "good_by_second": good_by_second(sent, math.ceil(args.storm_seconds)),
+                "bytes": [float(sample) for sample in memory.samples],
+            }
             journal.add(Figures("storm", GRAFT, repeat, values, series))
 
 

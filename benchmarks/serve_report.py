@@ -169,9 +169,10 @@ def report_storm(measured: Sequence[Figures], machine: Machine, docs_dir: Path, 
         _row("failed in another way", cell("num_broken", ".0f")),
         _row("p50 / p99 of good answers, ms", f"{cell('p50_ms', '.0f')} / {cell('p99_ms', '.0f')}"),
         _row(
-            "memory before, highest, after, MB",
-            ", ".join(_megabytes(measured, "storm", name) for name in ("before_bytes", "peak_bytes", "after_bytes")),
+            "memory before, after a tenth of it, at its end, MB",
+            ", ".join(_megabytes(measured, "storm", name) for name in ("before_bytes", "filled_bytes", "end_bytes")),
         ),
+        _row("highest, and 1 s after it, MB", ", ".join(_megabytes(measured, "storm", name) for name in ("peak_bytes", "after_bytes"))),
         _row("p50 at 1 client before, and from 1 s after, ms", f"{cell('before_p50_ms', '.1f')}, {cell('after_p50_ms', '.1f')}"),
         _row("failed from 1 s after", cell("after_num_failed", ".0f")),
         "",
@@ -263,14 +264,18 @@ def draw_peers(measured: Sequence[Figures], clients: Sequence[int], percents: Se
 
 
 def draw_storm(measured: Sequence[Figures], path: Path) -> None:
-    """Good answers in each second, against the capacity."""
+    """Good answers in each second, against the capacity; and the memory meanwhile."""
     plt = _pyplot()
-    figure, panel = plt.subplots(figsize=(9, 3.5))
+    figure, (good, memory) = plt.subplots(1, 2, figsize=(14, 3.5), width_ratios=(1.5, 1))
     for found in measured:
-        panel.plot(found.series["good_by_second"], color="tab:blue", alpha=0.7)
-        panel.axhline(found.values["capacity"], color="gray", ls="--")
-        panel.axhline(found.values["offered_per_second"], color="tab:red", ls=":")
-    panel.set(title="good answers/s; dashed the capacity, dotted what was offered", xlabel="second of the storm", ylim=(0, None))
+        good.plot(found.series["good_by_second"], color="tab:blue", alpha=0.7)
+        good.axhline(found.values["capacity"], color="gray", ls="--")
+        good.axhline(found.values["offered_per_second"], color="tab:red", ls=":")
+        sampled = found.series["bytes"]
+        seconds = [found.values["storm_seconds"] * (index + 0.5) / len(sampled) for index in range(len(sampled))]
+        memory.plot(seconds, [value / 1e6 for value in sampled], color="tab:blue", alpha=0.7)
+    good.set(title="good answers/s; dashed the capacity, dotted what was offered", xlabel="second of the storm", ylim=(0, None))
+    memory.set(title="memory, MB", xlabel="second of the storm", ylim=(0, None))
     _save(figure, path)
 
 

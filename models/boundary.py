@@ -40,8 +40,9 @@ class FrozenPart(nn.Module):
 class TrainablePart(nn.Module):
     """Activations `[B,D]` → logits `[B,C]`; while it is open, the network's frozen modules only pretend."""
 
-    def __init__(self, model: nn.Module, units: list[str], shapes: dict[str, tuple[int, ...]]) -> None:
+    def __init__(self, model: nn.Module, units: list[str], shapes: dict[str, tuple[int, ...]], memory_format: torch.memory_format) -> None:
         super().__init__()
+        self._memory_format = memory_format
         self.model = model
         self.boundary = units[-1]
         self._shapes = shapes
@@ -70,6 +71,8 @@ class TrainablePart(nn.Module):
 
     def forward(self, activations: torch.Tensor) -> torch.Tensor:
         self._activation = activations.reshape(len(activations), *self.boundary_shape)
+        if self._activation.dim() == 4:
+            self._activation = self._activation.contiguous(memory_format=self._memory_format)
         image = activations.new_full((1,), torch.nan).expand(len(activations), 3, 1, 1)
         logits: torch.Tensor = self.model(image)
         return logits
@@ -81,10 +84,12 @@ class TrainablePart(nn.Module):
         return lambda *_, **__: self._activation.new_full((1,), torch.nan).expand(len(self._activation), *shape)
 
 
-def cut(model: nn.Module, freezing: Freezing, images: torch.Tensor) -> TrainablePart | None:
+def cut(
+    model: nn.Module, freezing: Freezing, images: torch.Tensor, memory_format: torch.memory_format = torch.contiguous_format
+) -> TrainablePart | None:
     """The rest of a frozen network, not yet open; None where nothing is frozen, or where it cannot be cut.
 
-    `images` `[B,3,H,W]` are what it is tried on. The network is left in eval.
+    `images` `[B,3,H,W]` are what it is tried on, and `memory_format` what the rest works in. The network is left in eval.
     """
     model.eval()
     shapes: dict[str, tuple[int, ...]] = {}
@@ -106,7 +111,7 @@ def cut(model: nn.Module, freezing: Freezing, images: torch.Tensor) -> Trainable
     # A unit that gave no tensor, or that was called twice, does not fit the picture of one line of modules.
     if not order or len(order) != len(shapes):
         return None
-    rest = TrainablePart(model, order, shapes)
+    rest = TrainablePart(model, order, shapes, memory_format)
     with torch.no_grad():
         activation = FrozenPart(model, rest.boundary)(images)
         rest.open()

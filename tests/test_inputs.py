@@ -305,6 +305,35 @@ def test_an_epoch_on_kept_activations_moves_the_weights_as_one_without(
         assert torch.equal(kept, before.data) == is_frozen
 
 
+class Viewing(nn.Module):
+    """`view` cannot join what a convolution in channels_last leaves apart in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 3, 3, stride=2)
+        self.tail = nn.Conv2d(3, 4, 3, stride=2)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        maps = self.tail(self.stem(images))
+        return maps.view(len(maps), -1)
+
+
+@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("trunk", [Trunk, Viewing])
+def test_channels_last_is_taken_where_the_network_can(trunk: type[nn.Module], cache: bool, tmp_path: Path) -> None:
+    model = CustomNetwork(trunk(), 8 if trunk is Trunk else 100)
+    model.reset_classifier(3)
+    backbone = Backbone("own:trunk", model, "head", WHOLE_NUMBERS, "none", None, "backbone.")
+    inputs = open_own(tmp_path, backbone, cache=cache)
+    seen: list[torch.Tensor] = []
+    model.backbone.tail.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    batch, _ = next(iter(DataLoader(inputs.train, 4)))
+    inputs.network(inputs.prepare(batch)).sum().backward()
+    assert isinstance(inputs.network, TrainablePart) == cache
+    assert seen[0].is_contiguous(memory_format=torch.channels_last) == (trunk is Trunk)
+    assert seen[0].is_contiguous() == (trunk is Viewing)
+
+
 def test_an_image_that_goes_away_before_it_is_kept_ends_the_run_in_words(tmp_path: Path) -> None:
     """Left out in silence, it would give every later image the label of the one before."""
     path = tmp_path / "3.png"
