@@ -2,7 +2,8 @@
 
 oneDNN has no fast bfloat16 kernel for the gradients of a depthwise convolution with a large window or a stride. Measured (torch 2.14,
 2 cores of an AMD EPYC, 32 images): 5 x 5 over 672 x 14 x 14, the weight's 46 ms in bfloat16 and 10 in float32; with stride 2, the input's
-76 and 0.6. EfficientNet-Lite0 trains 1.6 times as fast, MobileNetV3 1.7 times, with these gradients in float32, both in channels_last.
+76 and 0.6. In channels_last EfficientNet-Lite0 trains 1.3 times as fast with these gradients in float32, MobileNetV3 1.6 times
+(benchmarks/training_step.py).
 """
 
 from __future__ import annotations
