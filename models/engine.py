@@ -104,6 +104,17 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def cpu_flags() -> frozenset[str]:
+    """What the processor can, in Linux' words ("avx2"); elsewhere nothing is known of it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("flags"):
+                return frozenset(line.split(":", 1)[1].split())
+    except OSError:
+        pass
+    return frozenset()
+
+
 def num_cpus() -> int:
     """The processors this process may use (a container's affinity counts, its quota does not)."""
     try:
@@ -142,11 +153,7 @@ def supports_vnni() -> bool:
 
     OpenVINO's own INT8 capability says no more than that it can run int8, which CPUs without VNNI do hardly faster than floats.
     """
-    try:
-        flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
-    except (OSError, StopIteration):
-        return False
-    return not {"avx512_vnni", "avx_vnni", "amx_int8"}.isdisjoint(flags.split())
+    return not {"avx512_vnni", "avx_vnni", "amx_int8"}.isdisjoint(cpu_flags())
 
 
 def _is_quantised(model: ov.Model) -> bool:
