@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from models.prepared import PreparedBackbone, prepare_backbone
 from models.preprocess import Pixels
 from tests.service_fixtures import RunningServer, publish_colors
 
+# What is started in the background ignores Ctrl-C, and so would every process of a test.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Set before the tests are imported: the hub's client reads its own variables at import. Subprocesses inherit all of it.
 _HOME = tempfile.TemporaryDirectory(prefix="graft-tests-")
 os.environ.update(
