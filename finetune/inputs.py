@@ -129,7 +129,7 @@ class Bf16File:
         return True
 
     def _digest(self, bits: npt.NDArray[np.uint16]) -> bytes:
-        digest = hashlib.sha256(self._what.encode("utf-8", "surrogateescape"))
+        digest = hashlib.sha256(self._what.encode())
         digest.update(bits.reshape(-1).data)
         return digest.digest()
 
