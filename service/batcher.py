@@ -93,6 +93,8 @@ class Batcher:
         self._max_images = max_images
         self._batch_size = max(1, engine.info.batch_size)
         self._num_slots = engine.num_slots
+        # A batch in each stream, and one that is decoded meanwhile.
+        self._num_busy = min(engine.info.num_streams + 1, self._num_slots)
         # Below two full rounds of the engine nothing is refused: so many are served at once, and it keeps the speed measured.
         self._round = self._num_slots * self._batch_size
         self._seconds_per_image = 1 / max(engine.info.images_per_second, 0.01)
@@ -183,8 +185,22 @@ class Batcher:
         self._check_drained()
 
     def _dispatch(self) -> None:
-        while len(self._in_flight) < self._num_slots and (waiting := self._take_waiting()):
+        while self._has_slot() and (waiting := self._take_waiting()):
             self._start(_Batch(waiting))
+
+    def _has_slot(self) -> bool:
+        """Whether a batch would be run or decoded at once. Beyond what keeps every stream busy only a full one is worth a slot: at 16
+        clients two of three batches had a single image, and the engine answered 5 % fewer."""
+        num_in_flight = len(self._in_flight)
+        return num_in_flight < self._num_busy or (num_in_flight < self._num_slots and self._fills_batch())
+
+    def _fills_batch(self) -> bool:
+        num_missing = self._batch_size
+        for ticket in self._turns:
+            num_missing -= len(ticket.waiting)
+            if num_missing <= 0:
+                return True
+        return False
 
     def _take_waiting(self) -> list[Waiting]:
         """One image of each waiting request in turn, until the batch is full or nothing waits."""

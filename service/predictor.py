@@ -154,17 +154,21 @@ def _answer(model: Model, features: Sequence[FeaturesByBackbone | ImageError]) -
 
 def scores(model: Model, features: Features) -> Scores:
     """Features `[B,F]` → calibrated probabilities `[B,C]`."""
-    scaled = logits(model.checkpoint, features) / model.checkpoint.temperature
+    scaled = logits(model.checkpoint, features)
+    scaled /= model.checkpoint.temperature
     if model.checkpoint.thresholds is not None:
         return sigmoid(scaled)
-    exponents = np.exp(scaled - scaled.max(axis=1, keepdims=True))
-    return np.asarray(exponents / exponents.sum(axis=1, keepdims=True), np.float32)
+    scaled -= np.maximum.reduce(scaled, axis=1, keepdims=True)
+    np.exp(scaled, out=scaled)
+    scaled /= np.add.reduce(scaled, axis=1, keepdims=True)
+    return scaled
 
 
 def rank(row: Scores, label_names: Sequence[str], top_k: int | None = None) -> list[LabelScore]:
     """Probabilities `[C]` → the `top_k` best labels, or all, ties in the order of the labels."""
     columns = np.argsort(-row, kind="stable")[:top_k]
-    return [LabelScore(label=label_names[column], score=round(float(row[column]), 6)) for column in columns]
+    ranked = zip(columns.tolist(), row[columns].tolist(), strict=True)
+    return [LabelScore(label=label_names[column], score=round(score, 6)) for column, score in ranked]
 
 
 def top_prediction(row: Scores, label_names: Sequence[str], top_k: int, threshold: float | None = None) -> Prediction:

@@ -12,10 +12,11 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 from pydantic import BaseModel, SecretStr
+from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -106,6 +107,8 @@ class Routes:
         self._flushing: asyncio.TimerHandle | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan" and not self._server.settings.tracing:
+            self._come_first(scope["app"])
         if scope["type"] != "http" or scope["path"] in _BENTOML_PATHS:
             await self._app(scope, receive, send)
             return
@@ -123,6 +126,19 @@ class Routes:
         seconds = time.perf_counter() - start
         await response(scope, body.receive, body.linger(send, self._server.settings.body_seconds))
         self._record(request, request_id, route, response, seconds)
+
+    def _come_first(self, application: Starlette) -> None:
+        """Take our own paths before BentoML's middlewares do, which would put each request into a task of its own and keep a timer of
+        it for its whole timeout after it was answered: 18,000 of them at 400 requests a second. Theirs is left to them.
+        """
+        theirs = application.middleware_stack
+        assert theirs is not None, "the lifespan comes through it"
+
+        async def first(scope: Scope, receive: Receive, send: Send) -> None:
+            is_ours = scope["type"] == "http" and scope["path"] not in _BENTOML_PATHS
+            await (self if is_ours else theirs)(scope, receive, send)
+
+        application.middleware_stack = first
 
     def _find(self, request: Request) -> Route | None:
         path = request.scope["path"]
@@ -182,11 +198,11 @@ class Routes:
         if not self._server.settings.access_log or (name in _QUIET_ROUTES and response.status_code < 400):
             return
         line = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime()) + "Z",
+            "time": _utc(int(time.time())),
             "id": request_id,
             "client": request.client.host if request.client else "",
             "method": request.method,
-            "path": request.url.path[:200],
+            "path": request.scope["path"][:200],
             "status": response.status_code,
             "ms": round(1000 * seconds, 1),
             **{key: value if not isinstance(value, list) or len(value) != 1 else value[0] for key, value in request.state.log.items()},
@@ -204,6 +220,11 @@ class Routes:
 def json_response(body: BaseModel | Mapping[str, Any] | list[Any], status: int = 200) -> Response:
     content = body.model_dump_json() if isinstance(body, BaseModel) else json.dumps(body)
     return Response(content, status, media_type="application/json")
+
+
+@lru_cache(maxsize=1)
+def _utc(second: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(second))
 
 
 def _takes(route: Route, method: str) -> bool:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import MultipartParser, parse_options_header
+from python_multipart.multipart import parse_options_header
 from starlette.requests import Request
 
 from service.errors import RequestError
@@ -19,6 +19,8 @@ IMAGES_FIELD = "images"
 OPTION_FIELDS = ("model", "version", "top_k")
 _MAX_OPTION_BYTES = 1024
 _MAX_HEADER_BYTES = 4096
+_MAX_BOUNDARY_BYTES = 256
+_HEADER_NAME = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,100}")  # a token of RFC 9110
 _HOW_TO_SEND = (
     "send multipart/form-data with one or more files in the field 'images' (curl -F images=@photo.jpg), "
     "or one image as the body (curl --data-binary @photo.jpg -H 'Content-Type: image/jpeg')"
@@ -81,9 +83,10 @@ async def read_upload(request: Request, settings: Settings, hold: Hold) -> Uploa
     try:
         async with asyncio.timeout(settings.body_seconds):
             if content_type == b"multipart/form-data":
-                upload = await _read_multipart(chunks, parameters.get(b"boundary", b""), settings)
+                upload = _parse_form(await _join(chunks), parameters.get(b"boundary", b""), settings)
             elif content_type.startswith(b"image/") or content_type == b"application/octet-stream":
-                upload = await _read_raw(chunks)
+                data = await _join(chunks)
+                upload = Upload([NamedImage("the image", data)] if data else [])
             else:
                 shown = content_type.decode("latin-1") or "missing"
                 raise RequestError("unsupported_content_type", f"the content type is {shown}: {_HOW_TO_SEND}")
@@ -101,7 +104,7 @@ async def read_body(request: Request, settings: Settings, hold: Hold) -> bytes:
     """The whole body of a protocol that has its images in JSON. Raises RequestError where it is too large or does not come."""
     try:
         async with asyncio.timeout(settings.body_seconds):
-            return b"".join([chunk async for chunk in _read_chunks(request, settings, hold)])
+            return await _join(_read_chunks(request, settings, hold))
     except TimeoutError:
         raise _body_timeout(settings) from None
 
@@ -131,6 +134,10 @@ async def _read_chunks(request: Request, settings: Settings, hold: Hold) -> Asyn
         yield chunk
 
 
+async def _join(chunks: AsyncIterator[bytes]) -> bytes:
+    return b"".join([chunk async for chunk in chunks])
+
+
 def _body_too_large(settings: Settings) -> RequestError:
     return RequestError(
         "body_too_large",
@@ -138,120 +145,100 @@ def _body_too_large(settings: Settings) -> RequestError:
     )
 
 
-async def _read_raw(chunks: AsyncIterator[bytes]) -> Upload:
-    data = b"".join([chunk async for chunk in chunks])
-    return Upload([NamedImage("the image", data)] if data else [])
-
-
-async def _read_multipart(chunks: AsyncIterator[bytes], boundary: bytes, settings: Settings) -> Upload:
-    form = _Form(boundary, settings)
-    try:
-        async for chunk in chunks:
-            form.parser.write(chunk)
-    except FormParserError as error:
-        raise RequestError("broken_multipart", f"the multipart body cannot be read ({error}): {_HOW_TO_SEND}") from None
-    finally:
-        # The form and its parser hold each other, and would hold the images until the garbage collector comes.
-        form.parser.callbacks = {}
-    if not form.is_complete:
-        raise RequestError("broken_multipart", f"the multipart body ends before its last boundary: {_HOW_TO_SEND}")
-    return form.upload
-
-
 class _Form:
-    """Collects the parts that the parser calls back with, and refuses what is not asked for as soon as it is seen."""
+    """The parts of a form, and the refusal of what is not asked for as soon as it is seen."""
 
-    def __init__(self, boundary: bytes, settings: Settings) -> None:
-        if not boundary:
-            raise RequestError("broken_multipart", f"the Content-Type header names no boundary: {_HOW_TO_SEND}")
+    def __init__(self, settings: Settings) -> None:
         self.upload = Upload()
-        self.is_complete = False
         self._max_images = settings.max_images
-        self._headers: dict[bytes, bytes] = {}
-        self._header_name = b""
-        self._header_value = b""
-        self._field = ""
-        self._file_name: str | None = None
-        self._data: list[bytes] = []
+        self._num_parts_left = settings.max_images + len(OPTION_FIELDS) + 1
         self._num_option_bytes = 0
-        try:
-            self.parser = MultipartParser(
-                boundary,
-                {
-                    "on_part_begin": self._on_part_begin,
-                    "on_header_field": self._on_header_field,
-                    "on_header_value": self._on_header_value,
-                    "on_header_end": self._on_header_end,
-                    "on_headers_finished": self._on_headers_finished,
-                    "on_part_data": self._on_part_data,
-                    "on_part_end": self._on_part_end,
-                    "on_end": self._on_end,
-                },
-                max_header_size=_MAX_HEADER_BYTES,
-            )
-        except FormParserError as error:
-            raise RequestError("broken_multipart", f"{error}: {_HOW_TO_SEND}") from None
 
-    def _on_part_begin(self) -> None:
-        self._headers, self._data = {}, []
-
-    def _on_header_field(self, data: bytes, start: int, end: int) -> None:
-        self._header_name += data[start:end]
-
-    def _on_header_value(self, data: bytes, start: int, end: int) -> None:
-        self._header_value += data[start:end]
-
-    def _on_header_end(self) -> None:
-        self._headers[self._header_name.lower()] = self._header_value
-        self._header_name = self._header_value = b""
-
-    def _on_headers_finished(self) -> None:
-        _, parameters = parse_options_header(self._headers.get(b"content-disposition"))
-        self._field = parameters.get(b"name", b"").decode("utf-8", "replace")
-        content_type = self._headers.get(b"content-type", b"")
+    def add(self, headers: bytes, data: bytes) -> None:
+        self._num_parts_left -= 1
+        if self._num_parts_left < 0:
+            raise too_many_images(self._max_images)
+        fields = dict(_split_header(line) for line in headers.split(b"\r\n")) if headers else {}
+        _, parameters = parse_options_header(fields.get(b"content-disposition"))
+        name = parameters.get(b"name", b"").decode("utf-8", "replace")
         if b"filename" in parameters:
-            self._file_name = parameters[b"filename"].decode("utf-8", "replace")
+            file_name: str | None = parameters[b"filename"].decode("utf-8", "replace")
         else:
             # Some clients give a part its type and no file name.
-            self._file_name = "" if content_type.startswith((b"image/", b"application/octet-stream")) else None
-        self._check_part()
-
-    def _check_part(self) -> None:
-        if self._field not in (IMAGES_FIELD, *OPTION_FIELDS):
+            is_file = fields.get(b"content-type", b"").startswith((b"image/", b"application/octet-stream"))
+            file_name = "" if is_file else None
+        if name == IMAGES_FIELD:
+            self._add_image(file_name, data)
+        elif name in OPTION_FIELDS:
+            self._add_option(name, data)
+        else:
             raise RequestError(
                 "unknown_field",
-                f"the form has a field {self._field[:100]!r}; its fields are 'images' (files), 'model', 'version' and 'top_k'",
+                f"the form has a field {name[:100]!r}; its fields are 'images' (files), 'model', 'version' and 'top_k'",
             )
-        if self._field == IMAGES_FIELD and self._file_name is None:
+
+    def _add_image(self, file_name: str | None, data: bytes) -> None:
+        if file_name is None:
             raise RequestError(
                 "no_image",
                 "the field 'images' holds text, not a file; send the file itself "
                 "(curl -F images=@photo.jpg, with the @): addresses are not fetched",
             )
-        if self._field == IMAGES_FIELD and len(self.upload.images) >= self._max_images:
+        number = len(self.upload.images) + 1
+        if number > self._max_images:
             raise too_many_images(self._max_images)
-        if self._field != IMAGES_FIELD and self._field in self.upload.options:
-            raise RequestError("bad_parameter", f"the field {self._field!r} is there twice; send it once")
-
-    def _on_part_data(self, data: bytes, start: int, end: int) -> None:
-        if self._field != IMAGES_FIELD:
-            self._num_option_bytes += end - start
-            if self._num_option_bytes > _MAX_OPTION_BYTES:
-                raise RequestError("bad_parameter", f"the field {self._field!r} is longer than {_MAX_OPTION_BYTES} bytes")
-        self._data.append(data[start:end])
-
-    def _on_part_end(self) -> None:
-        data = b"".join(self._data)
-        self._data = []
-        if self._field != IMAGES_FIELD:
-            self.upload.options[self._field] = _plain_text(data.decode("utf-8", "replace"))
         # A browser sends one empty part without a name where no file was chosen.
-        elif data or self._file_name:
-            number = len(self.upload.images) + 1
-            self.upload.images.append(NamedImage((self._file_name or f"image {number}")[:100], data))
+        if data or file_name:
+            self.upload.images.append(NamedImage((file_name or f"image {number}")[:100], data))
 
-    def _on_end(self) -> None:
-        self.is_complete = True
+    def _add_option(self, name: str, data: bytes) -> None:
+        if name in self.upload.options:
+            raise RequestError("bad_parameter", f"the field {name!r} is there twice; send it once")
+        self._num_option_bytes += len(data)
+        if self._num_option_bytes > _MAX_OPTION_BYTES:
+            raise RequestError("bad_parameter", f"the field {name!r} is longer than {_MAX_OPTION_BYTES} bytes")
+        self.upload.options[name] = _plain_text(data.decode("utf-8", "replace"))
+
+
+def _parse_form(body: bytes, boundary: bytes, settings: Settings) -> Upload:
+    """A whole multipart body (RFC 2046, 5.1.1; RFC 7578). A part is searched for at a time, so that a body of delimiters costs no more
+    than its first part that is refused. A parser that is fed piece by piece took four times as long, a tenth of a request's Python.
+    """
+    if not 1 <= len(boundary) <= _MAX_BOUNDARY_BYTES:
+        raise _broken_multipart(f"the Content-Type header has a boundary of {len(boundary)} bytes, 1 to {_MAX_BOUNDARY_BYTES} are allowed")
+    form = _Form(settings)
+    delimiter = b"\r\n--" + boundary
+    # The first one needs no line before it.
+    at = len(delimiter) - 2 if body.startswith(delimiter[2:]) else _after(body, delimiter, 0)
+    while body[at : at + 2] != b"--":
+        headers_at = body.find(b"\r\n", at)
+        if headers_at < 0 or body[at:headers_at].strip(b" \t"):
+            raise _broken_multipart("a boundary is not at the end of its line")
+        # Its headers may be none: then the line's end is the empty line's, too.
+        data_at = body.find(b"\r\n\r\n", headers_at, headers_at + _MAX_HEADER_BYTES)
+        if data_at < 0:
+            raise _broken_multipart(f"the headers of a part do not end within {_MAX_HEADER_BYTES} bytes")
+        at = _after(body, delimiter, data_at + 2)
+        form.add(body[headers_at + 2 : data_at], body[data_at + 4 : at - len(delimiter)])
+    return form.upload
+
+
+def _after(body: bytes, delimiter: bytes, start: int) -> int:
+    found = body.find(delimiter, start)
+    if found < 0:
+        raise _broken_multipart("it ends before its last boundary" if start else "its boundary is not in it")
+    return found + len(delimiter)
+
+
+def _split_header(line: bytes) -> tuple[bytes, bytes]:
+    name, colon, value = line.partition(b":")
+    if not colon or not _HEADER_NAME.fullmatch(name):
+        raise _broken_multipart(f"a part has the header {line[:40]!r}")
+    return name.lower(), value.strip(b" \t")
+
+
+def _broken_multipart(reason: str) -> RequestError:
+    return RequestError("broken_multipart", f"the multipart body cannot be read ({reason}): {_HOW_TO_SEND}")
 
 
 def _plain_text(text: str) -> str:
