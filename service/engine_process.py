@@ -39,6 +39,9 @@ logger = logging.getLogger("bentoml.graft")
 
 _RECEIVE_BYTES = 1 << 18
 _MAX_FDS = 253  # Linux' SCM_MAX_FD
+# The pixels of an image are a megabyte, which glibc by itself maps anew, zeroed page by page, for each: 2 % of a request. What the
+# environment says of it comes first.
+_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(8 << 20), "MALLOC_TRIM_THRESHOLD_": str(32 << 20)}
 _ROOT = Path(__file__).resolve().parent.parent
 
 Done = Callable[[Outcome | Exception], None]
@@ -77,7 +80,7 @@ class EngineProcess:
         self._is_closed = False
         self.is_dead = False
         control, theirs = socket.socketpair()
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))}
+        environment = {**_MALLOC, **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))}
         with theirs:
             command = [sys.executable, "-m", "service.engine_worker", str(theirs.fileno())]
             self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL)

@@ -148,7 +148,7 @@ class FeatureCache:
 def _answer(model: Model, features: Sequence[FeaturesByBackbone | ImageError]) -> Answer:
     fingerprint = model.backbone.fingerprint
     readable = [one[fingerprint] for one in features if not isinstance(one, ImageError)]
-    rows = iter(scores(model, np.stack(readable))) if readable else iter(())
+    rows = iter(scores(model, readable[0][None] if len(readable) == 1 else np.stack(readable))) if readable else iter(())
     return Answer(model, tuple(one if isinstance(one, ImageError) else next(rows) for one in features))
 
 

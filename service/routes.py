@@ -24,6 +24,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from service import metrics
 from service.errors import RequestError
 from service.linger import RequestBody
+from service.one_write import head_with_body
 from service.schemas import ErrorDetail, ErrorResponse, ProtocolError
 from service.server import Server
 
@@ -63,7 +64,7 @@ _BENTOML_PATHS = ("/healthz", "/schema.json")
 _QUIET_ROUTES = ("/livez", "/readyz", "/metrics")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _OTHER = "other"
-# How long a line of the access log may wait for others: a write for each would give up Python's lock each time.
+# How long a line of the access log may wait for others: a write for each is a twentieth of HTTP's work.
 _FLUSH_SECONDS = 0.05
 
 Handler = Callable[[Request, Server], Awaitable[Response]]
@@ -104,11 +105,16 @@ class Routes:
         self._routes = routes
         # Nearly all requests go to a path without parts.
         self._plain = {route.path: route for route in routes if "{" not in route.path}
+        self._lines: list[str] = []
         self._flushing: asyncio.TimerHandle | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" and not self._server.settings.tracing:
-            self._come_first(scope["app"])
+        if scope["type"] == "lifespan":
+            if not self._server.settings.tracing:
+                self._come_first(scope["app"])
+            await self._app(scope, receive, send)
+            self._flush()
+            return
         if scope["type"] != "http" or scope["path"] in _BENTOML_PATHS:
             await self._app(scope, receive, send)
             return
@@ -124,7 +130,8 @@ class Routes:
         response.headers["X-Request-ID"] = request_id
         # Before it is sent: how long a refused client goes on sending is not this server's time.
         seconds = time.perf_counter() - start
-        await response(scope, body.receive, body.linger(send, self._server.settings.body_seconds))
+        with head_with_body(send):
+            await response(scope, body.receive, body.linger(send, self._server.settings.body_seconds))
         self._record(request, request_id, route, response, seconds)
 
     def _come_first(self, application: Starlette) -> None:
@@ -207,14 +214,16 @@ class Routes:
             "ms": round(1000 * seconds, 1),
             **{key: value if not isinstance(value, list) or len(value) != 1 else value[0] for key, value in request.state.log.items()},
         }
-        # Past `logging`, whose machinery costs more than the line.
-        sys.stdout.write(json.dumps(line) + "\n")
+        # Past `logging`, whose machinery costs more than the line; and kept here, for containers have Python's output unbuffered.
+        self._lines.append(json.dumps(line) + "\n")
         if self._flushing is None:
             self._flushing = asyncio.get_running_loop().call_later(_FLUSH_SECONDS, self._flush)
 
     def _flush(self) -> None:
         self._flushing = None
+        sys.stdout.write("".join(self._lines))
         sys.stdout.flush()
+        self._lines.clear()
 
 
 def json_response(body: BaseModel | Mapping[str, Any] | list[Any], status: int = 200) -> Response:
