@@ -48,6 +48,8 @@ ANSWER_IMAGE = struct.Struct("<BdI")
 ENCODED, CROP = range(2)
 FEATURES, UNREADABLE, TOO_LARGE, FAILED = range(4)
 
+_JOB_BUFFER_BYTES = 1 << 20
+
 logger = logging.getLogger("graft.engine")
 
 
@@ -188,6 +190,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     worker = _Worker(engine, preprocess, asked["max_pixels"])
     # One more than the engine takes at once: for the golden images of checkpoints that come later.
     pairs = [socket.socketpair() for _ in range(engine.num_slots + 1)]
+    for _, outer in pairs:
+        # A batch of photographs goes in at once, where the system lets it.
+        outer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _JOB_BUFFER_BYTES)
     threads = [threading.Thread(target=worker.serve, args=(inner,), daemon=True) for inner, _ in pairs]
     loaded = {"info": engine.info.to_dict(), "num_features": engine.num_features, "num_slots": engine.num_slots}
     socket.send_fds(control, [json.dumps(loaded).encode() + b"\n"], [outer.fileno() for _, outer in pairs])

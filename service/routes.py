@@ -13,7 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, SecretStr
 from starlette.applications import Starlette
@@ -61,11 +61,12 @@ STATUS_BY_CODE = {
 # What BentoML answers itself. Its start page is not among them: it loads a third party's script.
 _BENTOML_PATHS = ("/healthz", "/schema.json")
 # Asked every few seconds by machines; a line for each would bury the others.
-_QUIET_ROUTES = ("/livez", "/readyz", "/metrics")
+_METRICS_ROUTE = "/metrics"
+_QUIET_ROUTES = ("/livez", "/readyz", _METRICS_ROUTE)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _OTHER = "other"
-# How long a line of the access log may wait for others: a write for each is a twentieth of HTTP's work.
-_FLUSH_SECONDS = 0.05
+# Requests are counted and logged a few at a time: code that has just run costs half of what it costs between two images.
+_RECORD_SECONDS = 0.05
 
 Handler = Callable[[Request, Server], Awaitable[Response]]
 ErrorBody = Callable[[RequestError], dict[str, Any]]
@@ -105,15 +106,15 @@ class Routes:
         self._routes = routes
         # Nearly all requests go to a path without parts.
         self._plain = {route.path: route for route in routes if "{" not in route.path}
-        self._lines: list[str] = []
-        self._flushing: asyncio.TimerHandle | None = None
+        self._answered: list[_Answered] = []
+        self._recording: asyncio.TimerHandle | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             if not self._server.settings.tracing:
                 self._come_first(scope["app"])
             await self._app(scope, receive, send)
-            self._flush()
+            self._write_records()
             return
         if scope["type"] != "http" or scope["path"] in _BENTOML_PATHS:
             await self._app(scope, receive, send)
@@ -126,6 +127,8 @@ class Routes:
         if not _REQUEST_ID.fullmatch(request_id):
             request_id = f"{random.getrandbits(128):032x}"
         route = self._find(request)
+        if route is not None and route.path == _METRICS_ROUTE:
+            self._write_records()
         response = await self._answer(request, route)
         response.headers["X-Request-ID"] = request_id
         # Before it is sent: how long a refused client goes on sending is not this server's time.
@@ -200,30 +203,51 @@ class Routes:
 
     def _record(self, request: Request, request_id: str, route: Route | None, response: Response, seconds: float) -> None:
         name = route.path if route is not None else _OTHER
-        metrics.REQUESTS.labels(name, str(response.status_code)).inc()
-        metrics.REQUEST_SECONDS.labels(name).observe(seconds)
-        if not self._server.settings.access_log or (name in _QUIET_ROUTES and response.status_code < 400):
-            return
-        line = {
-            "time": _utc(int(time.time())),
-            "id": request_id,
-            "client": request.client.host if request.client else "",
-            "method": request.method,
-            "path": request.scope["path"][:200],
-            "status": response.status_code,
-            "ms": round(1000 * seconds, 1),
-            **{key: value if not isinstance(value, list) or len(value) != 1 else value[0] for key, value in request.state.log.items()},
-        }
-        # Past `logging`, whose machinery costs more than the line; and kept here, for containers have Python's output unbuffered.
-        self._lines.append(json.dumps(line) + "\n")
-        if self._flushing is None:
-            self._flushing = asyncio.get_running_loop().call_later(_FLUSH_SECONDS, self._flush)
+        self._answered.append(_Answered(time.time(), request_id, request.scope, name, response.status_code, seconds))
+        if self._recording is None:
+            self._recording = asyncio.get_running_loop().call_later(_RECORD_SECONDS, self._write_records)
 
-    def _flush(self) -> None:
-        self._flushing = None
-        sys.stdout.write("".join(self._lines))
-        sys.stdout.flush()
-        self._lines.clear()
+    def _write_records(self) -> None:
+        """Count and log what was answered since the last time."""
+        if self._recording is not None:
+            self._recording.cancel()
+            self._recording = None
+        answered, self._answered = self._answered, []
+        for one in answered:
+            metrics.REQUESTS.labels(one.route, str(one.status)).inc()
+            metrics.REQUEST_SECONDS.labels(one.route).observe(one.seconds)
+        if self._server.settings.access_log:
+            lines = [_log_line(one) for one in answered if one.route not in _QUIET_ROUTES or one.status >= 400]
+            # Past `logging`, whose machinery costs more than the lines; and all at once, for containers have Python's output unbuffered.
+            sys.stdout.write("".join(lines))
+            sys.stdout.flush()
+
+
+class _Answered(NamedTuple):
+    """A request that has its answer."""
+
+    time: float
+    id: str
+    scope: Scope
+    route: str
+    status: int
+    seconds: float
+
+
+def _log_line(answered: _Answered) -> str:
+    scope = answered.scope
+    noted: dict[str, Any] = scope["state"]["log"]
+    line = {
+        "time": _utc(int(answered.time)),
+        "id": answered.id,
+        "client": scope["client"][0] if scope.get("client") else "",
+        "method": scope["method"],
+        "path": scope["path"][:200],
+        "status": answered.status,
+        "ms": round(1000 * answered.seconds, 1),
+        **{key: value if not isinstance(value, list) or len(value) != 1 else value[0] for key, value in noted.items()},
+    }
+    return json.dumps(line) + "\n"
 
 
 def json_response(body: BaseModel | Mapping[str, Any] | list[Any], status: int = 200) -> Response:
