@@ -167,7 +167,7 @@ class Batcher:
         ticket.waiting.append((image, future, time.monotonic()))
         if len(ticket.waiting) == 1:
             self._turns.append(ticket)
-            self._dispatch()
+        self._dispatch()
         try:
             return await future
         finally:

@@ -37,8 +37,8 @@ class CrankedEngine:
 
     num_features = 1
 
-    def __init__(self, *, batch_size: int = 1, num_slots: int = 1, images_per_second: float = 1e6) -> None:
-        self.info = EngineInfo("cranked", "test", "fp32", batch_size, num_slots, images_per_second)
+    def __init__(self, *, batch_size: int = 1, num_slots: int = 1, num_streams: int | None = None, images_per_second: float = 1e6) -> None:
+        self.info = EngineInfo("cranked", "test", "fp32", batch_size, num_streams or num_slots, images_per_second)
         self.num_slots = num_slots
         self.batches: list[list[int]] = []
         self.is_closed = False
@@ -114,6 +114,38 @@ def test_a_batch_starts_at_once_and_takes_what_waits_when_a_slot_gets_free() -> 
         assert engine.batches[3:] == [[6, 7]]
         await engine.finish_all()
         assert [await task for task in tasks] == [[value] for value in range(8)]
+
+    asyncio.run(scenario())
+
+
+def test_a_slot_beyond_one_more_than_the_streams_waits_for_a_full_batch() -> None:
+    async def scenario() -> None:
+        engine = CrankedEngine(batch_size=3, num_slots=4, num_streams=1)
+        batcher = Batcher(engine, max_images=100)
+        tasks = await start(*(ask(batcher, value) for value in range(4)))
+        assert engine.batches == [[0], [1]], "one runs and one is decoded; two more images do not fill a batch"
+        tasks += await start(ask(batcher, 4))
+        assert engine.batches[2:] == [[2, 3, 4]]
+        tasks += await start(ask(batcher, 5, 6))
+        assert engine.batches[3:] == []
+        await engine.finish()
+        assert engine.batches[3:] == [], "two are left in the engine, which keeps its stream busy"
+        await engine.finish()
+        assert engine.batches[3:] == [[5, 6]], "a stream would run dry: what waits goes as it is"
+        await engine.finish_all()
+        assert [await task for task in tasks] == [[0], [1], [2], [3], [4], [5, 6]]
+
+    asyncio.run(scenario())
+
+
+def test_one_request_fills_a_batch_by_itself() -> None:
+    async def scenario() -> None:
+        engine = CrankedEngine(batch_size=3, num_slots=4, num_streams=1)
+        batcher = Batcher(engine, max_images=100)
+        tasks = await start(ask(batcher, *range(9)))
+        assert engine.batches == [[0], [1], [2, 3, 4], [5, 6, 7]]
+        await engine.finish_all()
+        assert [await task for task in tasks] == [list(range(9))]
 
     asyncio.run(scenario())
 
