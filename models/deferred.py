@@ -30,8 +30,8 @@ class DeferredEngine:
     def submit(self, images: Pixels) -> Future[Features]:
         return self._opened().submit(images)
 
-    def run_here(self, images: Pixels) -> Features:
-        return self._opened().run_here(images)
+    def run_here(self, images: Pixels, *, is_alone: bool = True) -> Features:
+        return self._opened().run_here(images, is_alone=is_alone)
 
     def close(self) -> None:
         if self._engine is not None:

@@ -81,8 +81,8 @@ class Engine(Protocol):
     def submit(self, images: Pixels) -> Future[Features]:
         """Start `uint8 [B,H,W,3]` → `float32 [B,F]`; blocks only while every slot is taken."""
 
-    def run_here(self, images: Pixels) -> Features:
-        """The same in the calling thread, one of `num_slots` at most, or one waits for another."""
+    def run_here(self, images: Pixels, *, is_alone: bool = True) -> Features:
+        """The same, waiting for it; where too many do so at once, one waits for another. `is_alone` says that all cores may be used."""
 
     def close(self) -> None:
         """Wait for what is in flight and let go of the memory."""
@@ -174,12 +174,18 @@ class OpenVINOEngine:
         batch_size: int | None = None,
         num_streams: int | None = None,
         images_per_second: float | None = None,
+        in_callers_thread: bool = False,
     ) -> None:
         """What is given of batch, streams and speed (all three: as recorded on this machine) is not searched for.
+
+        With `in_callers_thread`, `run_here` computes in the thread that calls it, on one core, `num_streams` of them at once: nothing is
+        handed over, so no core waits for a thread that the kernel left queued on the other (3 to 5 % on two cores). Each stream then has
+        weights of its own.
 
         Raises GraftError where the IR cannot be read or the precision is not to be had on this CPU."""
 
         self._model_path = model_path
+        self._in_callers_thread = in_callers_thread
         self._image_shape = (preprocess.height, preprocess.width, 3)
         chosen = self._choose_precision(precision)
         try:
@@ -188,16 +194,20 @@ class OpenVINOEngine:
                 num_streams = num_streams or num_cpus()
                 sizes = ((batch_size,),) if batch_size else _BATCH_SIZES
                 by_size, batch_size, images_per_second = self._search(chosen, sizes, num_streams)
-            by_size = {size: by_size.get(size) or self._compile(chosen, size, num_streams) for size in {1, batch_size}}
+            sizes_used = {1, batch_size}
+            if in_callers_thread:
+                models = [{size: self._compile(chosen, size) for size in sizes_used} for _ in range(num_streams)]
+            else:
+                shared = {size: by_size.get(size) or self._compile(chosen, size, num_streams) for size in sizes_used}
+                # Streams do not wait while images are made, results copied out and the next batch is fetched from an event loop: 8 %
+                # more requests/s than with one slot more than streams, on two cores.
+                models = [shared] * (num_streams + NUM_SPARE_SLOTS)
         except RuntimeError as error:
             raise GraftError(f"{model_path}: OpenVINO cannot load it: {str(error).strip().splitlines()[-1]}") from error
-        self.num_features = int(by_size[1].output(0).partial_shape[1].get_length())
+        self.num_features = int(models[0][1].output(0).partial_shape[1].get_length())
         self.info = EngineInfo(openvino_name(), cpu_name(), chosen, batch_size, num_streams, images_per_second)
-        # Streams do not wait while images are made, results copied out and the next batch is fetched from an event loop: 8 % more
-        # requests/s than with one slot more than streams, on two cores.
         self._slots = [
-            {size: _Request(compiled, size, self.num_features) for size, compiled in by_size.items()}
-            for _ in range(num_streams + NUM_SPARE_SLOTS)
+            {size: _Request(compiled, size, self.num_features, in_callers_thread) for size, compiled in one.items()} for one in models
         ]
         # A thread a slot waits for its requests. Callbacks of OpenVINO's would run on its streams, which then wait for Python's lock, and
         # a request that is let go of before its callback is (2026.4) ends in a deadlock or in the process's abort.
@@ -210,7 +220,7 @@ class OpenVINOEngine:
     def use_all_cores_for_one(self) -> None:
         """Compile it once more (half a second), to run an image that is the only one in flight on every core: 1.9 for 3.4 ms."""
         if self.info.num_streams > 1:
-            self._alone.put(_Request(self._compile(self.info.precision, 1, num_streams=1), 1, self.num_features))
+            self._alone.put(_Request(self._compile(self.info.precision, 1, num_streams=1), 1, self.num_features, False))
 
     @property
     def num_slots(self) -> int:
@@ -229,11 +239,11 @@ class OpenVINOEngine:
             self._threads.submit(self._run, self._idle.get(), chunk, out, pending)
         return future
 
-    def run_here(self, images: Pixels) -> Features:
+    def run_here(self, images: Pixels, *, is_alone: bool = True) -> Features:
         features = np.empty((len(images), self.num_features), np.float32)
         slot = self._idle.get()
         try:
-            self._run_on(slot, images, features)
+            self._run_on(slot, images, features, is_alone=is_alone)
         finally:
             self._idle.put(slot)
         return features
@@ -248,14 +258,14 @@ class OpenVINOEngine:
         self._idle.put(slot)
         pending.finish_one(error)
 
-    def _run_on(self, slot: dict[int, _Request], images: Pixels, out: Features) -> None:
+    def _run_on(self, slot: dict[int, _Request], images: Pixels, out: Features, *, is_alone: bool = True) -> None:
         size = self.info.batch_size
         num_whole = len(images) - len(images) % size if size > 1 else 0
         for start in range(0, num_whole, size):
             slot[size].run(images[start : start + size], out[start : start + size])
         if num_whole == len(images):
             return
-        alone = self._take_alone()
+        alone = self._take_alone() if is_alone else None
         try:
             for index in range(num_whole, len(images)):
                 (alone or slot[1]).run(images[index : index + 1], out[index : index + 1])
@@ -265,7 +275,7 @@ class OpenVINOEngine:
 
     def _take_alone(self) -> _Request | None:
         """The request that runs on every core, where no other slot is taken."""
-        if self._idle.qsize() < self.num_slots - 1:
+        if self._idle.qsize() < len(self._slots) - 1:
             return None
         with contextlib.suppress(queue.Empty):
             return self._alone.get_nowait()
@@ -290,15 +300,19 @@ class OpenVINOEngine:
             raise GraftError(f"--precision {precision}: {cpu_name()} runs {allowed} through OpenVINO; or leave it at auto")
         return precision
 
-    def _compile(self, precision: str, batch_size: int, num_streams: int) -> ov.CompiledModel:
+    def _compile(self, precision: str, batch_size: int, num_streams: int | None = None) -> ov.CompiledModel:
+        """With no `num_streams`, for whichever thread calls, and it alone."""
         model = openvino_core().read_model(self._model_path)
         model.reshape([batch_size, *self._image_shape])
+        if num_streams is None:
+            parallel = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1", "INFERENCE_NUM_THREADS": "1", "ENABLE_CPU_PINNING": "NO"}
+        else:
+            parallel = {"PERFORMANCE_HINT": "THROUGHPUT", "NUM_STREAMS": str(num_streams)}
         return openvino_core().compile_model(
             model,
             "CPU",
             {
-                "PERFORMANCE_HINT": "THROUGHPUT",
-                "NUM_STREAMS": str(num_streams),
+                **parallel,
                 # In a quantised network it is what the layers left in floating point run in.
                 "INFERENCE_PRECISION_HINT": _OPENVINO_PRECISION[
                     precision if precision != "int8" else "bf16" if supports_bf16() else "fp32"
@@ -341,9 +355,10 @@ class OpenVINOEngine:
 class _Request:
     """A request of OpenVINO's with an output array of its own; one thread at a time runs it."""
 
-    def __init__(self, compiled: ov.CompiledModel, size: int, num_features: int) -> None:
+    def __init__(self, compiled: ov.CompiledModel, size: int, num_features: int, in_callers_thread: bool) -> None:
         import openvino as ov
 
+        self._in_callers_thread = in_callers_thread
         self._request = compiled.create_infer_request()
         self._output = np.empty((size, num_features), np.float32)
         self._request.set_output_tensor(0, ov.Tensor(self._output, shared_memory=True))
@@ -354,8 +369,11 @@ class _Request:
         # Writeable because OpenVINO shares no other memory, and what Pillow decodes is not: such images are copied.
         images = np.require(images, np.uint8, ["C", "W"])
         self._request.set_input_tensor(0, ov.Tensor(images, shared_memory=True))
-        self._request.start_async()
-        self._request.wait()
+        if self._in_callers_thread:
+            self._request.infer(share_outputs=True)
+        else:
+            self._request.start_async()
+            self._request.wait()
         out[:] = self._output
 
 
@@ -421,7 +439,7 @@ class TorchEngine:
     def submit(self, images: Pixels) -> Future[Features]:
         return self._threads.submit(self._run, images)
 
-    def run_here(self, images: Pixels) -> Features:
+    def run_here(self, images: Pixels, *, is_alone: bool = True) -> Features:
         return self._threads.submit(self._run, images).result()
 
     def close(self) -> None:

@@ -238,6 +238,7 @@ def build_engine(
     batch_size: int | None = None,
     num_streams: int | None = None,
     images_per_second: float | None = None,
+    in_callers_thread: bool = False,
 ) -> Engine:
     """The engine for a prepared backbone's or a checkpoint's folder: torch where `device` is or finds CUDA, else OpenVINO.
 
@@ -255,6 +256,7 @@ def build_engine(
         batch_size=batch_size,
         num_streams=num_streams,
         images_per_second=images_per_second,
+        in_callers_thread=in_callers_thread,
     )
 
 

@@ -6,8 +6,8 @@ Decoding, the engine and HTTP in one process share Python's lock, and each waits
 answers 12 % more requests on two cores, and what crashes the engine cannot take the answers with it.
 
 FD is a socket. On it comes what to load, as a line of JSON; back goes what was loaded or why not, with a socket for each batch that may be
-in flight. A thread a socket then does one job after the other. When the other end is closed, by whatever happened there, this
-process ends.
+in flight. As many threads as compute at once then do what comes on any of them. When the other end is closed, by whatever happened
+there, this process ends.
 
     job     images u32, bytes u64; for each image: what it is u8 (0 encoded, 1 the crop itself), bytes u32; then all of them
     answer  bytes u32; then the engine's seconds f64, for each image: what it is u8 (0 features `float32 [F]`, else why there are
@@ -21,6 +21,7 @@ import gc
 import json
 import logging
 import os
+import selectors
 import signal
 import socket
 import struct
@@ -60,22 +61,48 @@ class _Decoded:
 
 
 class _Worker:
-    def __init__(self, engine: Engine, preprocess: Preprocess, max_pixels: int) -> None:
+    """As many threads as compute at once, each of which takes the next job from whichever socket has one, and so never sleeps while
+    there is work: a thread a socket had two of five waiting on one core while the other was idle."""
+
+    def __init__(self, engine: Engine, preprocess: Preprocess, max_pixels: int, connections: Sequence[socket.socket]) -> None:
         self._engine = engine
         self._preprocess = preprocess
         self._max_pixels = max_pixels
-        # Where the threads of the sockets alone would leave cores idle while they decode (a GPU has two), a batch is decoded by as many.
-        has_idle_cores = engine.info.batch_size > 1 and engine.num_slots < num_cpus()
+        self.num_threads = engine.info.num_streams if isinstance(engine, OpenVINOEngine) else len(connections)
+        # Where those threads alone would leave cores idle while they decode (a GPU has two), a batch is decoded by as many.
+        has_idle_cores = engine.info.batch_size > 1 and self.num_threads < num_cpus()
         self._decoders = ThreadPoolExecutor(num_cpus(), thread_name_prefix="decode") if has_idle_cores else None
+        # An entry for each job under way: a list, because its length changes in one step.
+        self._jobs: list[None] = []
+        self._waiting = selectors.DefaultSelector()
+        self._one_selects = threading.Lock()
+        for connection in connections:
+            self._waiting.register(connection, selectors.EVENT_READ)
 
-    def serve(self, connection: socket.socket) -> None:
-        """Do what comes on this connection until its other end is closed, and end the process then."""
+    def serve(self) -> None:
+        """Do what comes, until a connection's other end is closed, and end the process then."""
         try:
             while True:
+                connection = self._next()
                 num_images, num_bytes = JOB.unpack(_receive(connection, JOB.size))
-                connection.sendall(self._answer(num_images, _receive(connection, num_images * JOB_IMAGE.size + num_bytes)))
+                job = _receive(connection, num_images * JOB_IMAGE.size + num_bytes)
+                self._jobs.append(None)
+                answer = self._answer(num_images, job)
+                self._jobs.pop()
+                connection.sendall(answer)
+                self._waiting.register(connection, selectors.EVENT_READ)
         except (EOFError, OSError):
             os._exit(0)
+
+    def _next(self) -> socket.socket:
+        """A connection with a job, which is this thread's alone until it is registered again."""
+        with self._one_selects:
+            while not (ready := self._waiting.select()):
+                pass
+            connection = ready[0][0].fileobj
+            assert isinstance(connection, socket.socket)
+            self._waiting.unregister(connection)
+            return connection
 
     def _answer(self, num_images: int, job: bytes) -> bytes:
         at = num_images * JOB_IMAGE.size
@@ -89,7 +116,7 @@ class _Worker:
         crops = [one.crop for one in decoded if not isinstance(one.crop, Exception)]
         rows: Iterator[Features | Exception]
         try:
-            rows = iter(self._engine.run_here(np.stack(crops)) if crops else ())
+            rows = iter(self._engine.run_here(np.stack(crops), is_alone=len(self._jobs) == 1) if crops else ())
         # It concerns this batch alone: whatever an engine raises, the next one is tried.
         except Exception as error:
             logger.exception("the engine failed on a batch of %d images", len(crops))
@@ -180,20 +207,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     preprocess = Preprocess.from_dict(asked["preprocess"])
     try:
-        engine = build_engine(Path(asked["folder"]), preprocess, asked["config"], **asked["options"])
+        engine = build_engine(Path(asked["folder"]), preprocess, asked["config"], in_callers_thread=True, **asked["options"])
     except Exception as error:
         if not isinstance(error, GraftError):
             logger.exception("the engine cannot be loaded")
         reason = str(error) if isinstance(error, GraftError) else f"it cannot be loaded ({type(error).__name__})"
         control.sendall(json.dumps({"error": reason}).encode() + b"\n")
         return
-    worker = _Worker(engine, preprocess, asked["max_pixels"])
     # One more than the engine takes at once: for the golden images of checkpoints that come later.
     pairs = [socket.socketpair() for _ in range(engine.num_slots + 1)]
     for _, outer in pairs:
         # A batch of photographs goes in at once, where the system lets it.
         outer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _JOB_BUFFER_BYTES)
-    threads = [threading.Thread(target=worker.serve, args=(inner,), daemon=True) for inner, _ in pairs]
+    worker = _Worker(engine, preprocess, asked["max_pixels"], [inner for inner, _ in pairs])
+    threads = [threading.Thread(target=worker.serve, daemon=True) for _ in range(worker.num_threads)]
     loaded = {"info": engine.info.to_dict(), "num_features": engine.num_features, "num_slots": engine.num_slots}
     socket.send_fds(control, [json.dumps(loaded).encode() + b"\n"], [outer.fileno() for _, outer in pairs])
     for _, outer in pairs:
