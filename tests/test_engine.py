@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -78,6 +79,32 @@ def test_a_lone_image_runs_on_every_core_and_gives_the_same_bits(
     assert np.array_equal(engine.run_here(crops[:5]), expected[:5])
     assert num_streams[-2:] == ([1, 1] if batch_size == 1 else [2, 1])
     engine.close()
+
+
+def test_in_the_callers_threads_it_gives_the_same_bits_and_hands_nothing_over(
+    engine: OpenVINOEngine, prepared: PreparedBackbone, crops: Pixels
+) -> None:
+    expected = engine.run_here(crops)
+    own = OpenVINOEngine(prepared.openvino_path, prepared.preprocess, precision="fp32", batch_size=4, num_streams=2, in_callers_thread=True)
+    found: list[bool] = []
+    own_seconds: list[float] = []
+
+    def ask() -> None:
+        before = time.thread_time()
+        found.extend(np.array_equal(own.run_here(crops), expected) for _ in range(4))
+        own_seconds.append(time.thread_time() - before)
+
+    own.run_here(crops)
+    before = time.process_time()
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found == [True] * 12, "one thread more than streams waits, and all are served"
+    assert sum(own_seconds) > 0.8 * (time.process_time() - before)
+    assert np.array_equal(run(own, crops), expected)
+    own.close()
 
 
 def test_many_threads_at_once_each_get_their_own_features(any_engine: Engine, crops: Pixels) -> None:
