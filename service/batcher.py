@@ -2,9 +2,9 @@
 
 What waits is encoded, a fraction of a crop's size: the engine's process decodes it, in the thread that then runs it.
 
-A batch starts as soon as the engine has a free slot, with whatever waits, up to the engine's best batch; there is no waiting
-window. Requests take turns image by image, so one with 64 images does not hold up one with a single image. What has expired
-or was given up is dropped before it costs compute. Everything runs on one event loop, so nothing here is locked.
+A batch starts as soon as a stream would have nothing to do, with whatever waits, up to the engine's best batch, and beyond that as soon
+as it is full; there is no waiting window. Requests take turns image by image, so one with 64 images does not hold up one with a single
+image. What has expired or was given up is dropped before it costs compute. Everything runs on one event loop, so nothing here is locked.
 """
 
 from __future__ import annotations
