@@ -12,9 +12,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter, deque
-from collections.abc import Coroutine, Sequence
+from collections import Counter
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -29,6 +31,8 @@ TIMEOUT_SECONDS = 30.0
 _REFUSED = (429, 503)
 
 T = TypeVar("T")
+# Takes an answer's status and body.
+Answered = Callable[[int, bytes], None]
 
 
 @dataclass(frozen=True)
@@ -157,52 +161,76 @@ class Client:
     def __init__(self, url: str) -> None:
         self._host, _, port = url.removeprefix("http://").partition(":")
         self._port = int(port)
-        self._idle: deque[_Connection] = deque()
+        self._idle: list[_Connection] = []
 
     async def send(self, request: bytes, timeout_seconds: float = TIMEOUT_SECONDS) -> tuple[int, bytes]:
         """The answer's status and body; status 0 where none came in time or the connection broke."""
+        answer: asyncio.Future[tuple[int, bytes]] = asyncio.get_running_loop().create_future()
+
+        def answered(status: int, body: bytes) -> None:
+            if not answer.done():
+                answer.set_result((status, body))
+
         connection = None
         try:
             async with asyncio.timeout(timeout_seconds):
-                connection = await self._connect()
-                answer = await connection.ask(request)
-        except (TimeoutError, OSError, httptools.HttpParserError):
+                connection = self._take_idle() or await self._connect()
+                connection.ask(request, answered)
+                return await answer
+        except (TimeoutError, OSError):
             if connection is not None:
                 connection.close()
             return 0, b""
-        if connection.is_open:
-            self._idle.append(connection)
-        return answer
+
+    def start(self, request: bytes, answered: Answered) -> None:
+        """The same without a task for each, which costs more than the sending: `answered` is called later."""
+        if connection := self._take_idle():
+            connection.ask(request, answered)
+            return
+        connecting = asyncio.ensure_future(self._connect())
+        connecting.add_done_callback(partial(_ask_when_connected, request, answered))
 
     def close(self) -> None:
         for connection in self._idle:
             connection.close()
 
-    async def _connect(self) -> _Connection:
+    def _take_idle(self) -> _Connection | None:
         while self._idle:
             connection = self._idle.pop()
             if connection.is_open:
                 return connection
-        _, connection = await asyncio.get_running_loop().create_connection(_Connection, self._host, self._port)
+        return None
+
+    async def _connect(self) -> _Connection:
+        _, connection = await asyncio.get_running_loop().create_connection(partial(_Connection, self._idle), self._host, self._port)
         return connection
+
+
+def _ask_when_connected(request: bytes, answered: Answered, connecting: asyncio.Task[_Connection]) -> None:
+    if connecting.cancelled() or connecting.exception() is not None:
+        answered(0, b"")
+    else:
+        connecting.result().ask(request, answered)
 
 
 class _Connection(asyncio.Protocol):
     """One request at a time over one connection. What costs the generator costs the server, on cores that they share."""
 
-    def __init__(self) -> None:
+    def __init__(self, idle: list[_Connection]) -> None:
+        """`idle` is where it goes after each answer, to be used again."""
         self.is_open = False
+        self._idle = idle
         self._transport: asyncio.Transport | None = None
-        self._answer: asyncio.Future[tuple[int, bytes]] | None = None
+        self._answered: Answered | None = None
         self._body: list[bytes] = []
         self._parser = httptools.HttpResponseParser(self)
 
-    async def ask(self, request: bytes) -> tuple[int, bytes]:
+    def ask(self, request: bytes, answered: Answered) -> None:
+        """`answered` is called once with the answer's status and body, or with status 0 where the connection is closed before it."""
         assert self._transport is not None
-        self._answer = asyncio.get_running_loop().create_future()
+        self._answered = answered
         self._body = []
         self._transport.write(request)
-        return await self._answer
 
     def close(self) -> None:
         self.is_open = False
@@ -216,45 +244,85 @@ class _Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserError as error:
-            self._fail(error)
+        except httptools.HttpParserError:
+            self.close()
 
     def connection_lost(self, error: Exception | None) -> None:
         self.is_open = False
-        self._fail(error if isinstance(error, OSError) else ConnectionResetError("the server closed the connection"))
+        self._end(0)
 
     def on_body(self, body: bytes) -> None:
         self._body.append(body)
 
     def on_message_complete(self) -> None:
-        if not self._parser.should_keep_alive():
+        if self._parser.should_keep_alive():
+            self._idle.append(self)
+        else:
             self.close()
-        if self._answer is not None and not self._answer.done():
-            self._answer.set_result((self._parser.get_status_code(), b"".join(self._body)))
+        self._end(self._parser.get_status_code())
 
-    def _fail(self, error: Exception) -> None:
-        if self._answer is not None and not self._answer.done():
-            self._answer.set_exception(error)
+    def _end(self, status: int) -> None:
+        answered, self._answered = self._answered, None
+        if answered is not None:
+            answered(status, b"".join(self._body))
+
+
+class _OpenLoop:
+    """One open loop, under way."""
+
+    def __init__(self, client: Client, encoded: Sequence[bytes], per_second: float, seconds: float, chance: random.Random) -> None:
+        self._client = client
+        self._encoded = encoded
+        self._per_second = per_second
+        self._seconds = seconds
+        self._chance = chance
+        self._due = 0.0
+        self._num_sent = 0
+        self._sent: list[Sent] = []
+        self._started = time.perf_counter()
+        self._is_over = asyncio.Event()
+
+    async def run(self) -> list[Sent]:
+        """What was sent, in the order of the answers; what has none TIMEOUT_SECONDS after the last was sent counts as unanswered."""
+        self._draw_next()
+        self._send_due()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._seconds + TIMEOUT_SECONDS):
+                await self._is_over.wait()
+        num_unanswered = self._num_sent - len(self._sent)
+        return self._sent + [Sent(self._seconds, self._now(), 0)] * num_unanswered
+
+    def _now(self) -> float:
+        return time.perf_counter() - self._started
+
+    def _draw_next(self) -> None:
+        self._due += self._chance.expovariate(self._per_second)
+
+    def _send_due(self) -> None:
+        """A generator that is late sends at once what is due, and the lateness counts as latency."""
+        now = self._now()
+        while self._due <= now and self._due < self._seconds:
+            self._client.start(self._encoded[self._num_sent % len(self._encoded)], partial(self._answered, self._due))
+            self._num_sent += 1
+            self._draw_next()
+        if self._due < self._seconds:
+            asyncio.get_running_loop().call_later(max(self._due - now, float(__import__('os').environ.get('TICK','0.001'))), self._send_due)
+        else:
+            self._check_over()
+
+    def _answered(self, due: float, status: int, body: bytes) -> None:
+        ended = self._now()
+        self._sent.append(Sent(due, ended, status if ended - due <= TIMEOUT_SECONDS else 0))
+        self._check_over()
+
+    def _check_over(self) -> None:
+        if self._due >= self._seconds and len(self._sent) == self._num_sent:
+            self._is_over.set()
 
 
 async def _open_loop(url: str, encoded: Sequence[bytes], per_second: float, seconds: float, chance: random.Random) -> list[Sent]:
     client = Client(url)
-    sent: list[Sent] = []
-    started = time.perf_counter()
-
-    async def send(request: bytes, due: float) -> None:
-        status, _ = await client.send(request)
-        sent.append(Sent(due, time.perf_counter() - started, status))
-
-    due, index = chance.expovariate(per_second), 0
-    async with asyncio.TaskGroup() as group:
-        while due < seconds:
-            # A generator that is late sends at once what is due, and the lateness counts as latency.
-            wait = due - (time.perf_counter() - started)
-            if wait > 0:
-                await asyncio.sleep(wait)
-            group.create_task(send(encoded[index % len(encoded)], due))
-            due, index = due + chance.expovariate(per_second), index + 1
+    sent = await _OpenLoop(client, encoded, per_second, seconds, chance).run()
     client.close()
     return sent
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 
 from starlette.types import Message, Receive, Scope, Send
@@ -20,9 +21,8 @@ _MAX_SILENCE_SECONDS = 1.0
 class RequestBody:
     """The body of one request: knows whether it was read to its end."""
 
-    def __init__(self, scope: Scope, receive: Receive) -> None:
+    def __init__(self, scope: Scope, receive: Receive, headers: Mapping[bytes, bytes]) -> None:
         self._receive = receive
-        headers = dict(scope["headers"])
         self.is_read = b"content-length" not in headers and b"transfer-encoding" not in headers
         # On a connection that stays, uvicorn itself throws away what still comes.
         self._is_last = scope["http_version"] == "1.0" or b"close" in headers.get(b"connection", b"").lower()
@@ -33,10 +33,13 @@ class RequestBody:
             self.is_read = True
         return message
 
+    @property
+    def must_linger(self) -> bool:
+        """Whether the connection would be closed right after an answer that is sent now, with some of the body unread."""
+        return self._is_last and not self.is_read
+
     def linger(self, send: Send, seconds: float) -> Send:
-        """`send`, with the end of a connection's last answer held back until the body is read, or `seconds` or a silence have passed."""
-        if not self._is_last:
-            return send
+        """`send`, with the end of the answer held back until the body is read, or `seconds` or a silence have passed."""
 
         async def send_and_linger(message: Message) -> None:
             if self.is_read or message["type"] != "http.response.body" or message.get("more_body"):

@@ -1,62 +1,46 @@
-"""An answer's head goes out with its body, in one write.
+"""An answer goes out in one write, head and body together.
 
 uvicorn writes them one after the other, and uvloop each of them at once: two system calls and two packets for what the client waits
-for together.
+for together. Between them it looks through every header for what ours never hold, which is a fifth of what a refusal costs.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, cast
+from typing import cast
 
-from starlette.types import Send
-from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 
-class _Transport:
-    """Another transport whose first write waits for the second, for the time of one answer."""
+async def send_whole(response: Response, scope: Scope, receive: Receive, send: Send, *, keep_alive_seconds: float) -> None:
+    """Send `response`, whose body is all there, and keep the connection for `keep_alive_seconds` of silence.
 
-    def __init__(self, transport: Any) -> None:
-        self._transport = transport
-        self._head: bytes | None = None
-        self._has_head = False
-
-    def write(self, data: bytes) -> None:
-        if not self._has_head:
-            self._head, self._has_head = data, True
-            return
-        self._transport.write(self._take_head() + data)
-
-    def close(self) -> None:
-        self.flush()
-        self._transport.close()
-
-    def flush(self) -> None:
-        if head := self._take_head():
-            self._transport.write(head)
-
-    def _take_head(self) -> bytes:
-        head, self._head = self._head or b"", None
-        return head
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-
-@contextmanager
-def head_with_body(send: Send) -> Iterator[None]:
-    """While an answer is sent by `send`; where that is not uvicorn's own, because a middleware stands between, nothing is changed."""
+    Header values must be safe as they are: nothing of a request may be in them unchecked. Where `send` is not uvicorn's own, because a
+    middleware stands between, the response is sent through that as any other.
+    """
     cycle = getattr(send, "__self__", None)
     if not isinstance(cycle, RequestResponseCycle):
-        yield
+        await response(scope, receive, send)
         return
-    theirs = cycle.transport
-    ours = _Transport(theirs)
-    cycle.transport = cast(asyncio.Transport, ours)
-    try:
-        yield
-    finally:
-        cycle.transport = theirs
-        ours.flush()
+    if cycle.flow.write_paused and not cycle.disconnected:
+        await cycle.flow.drain()
+    if cycle.disconnected:
+        return
+    parts = [STATUS_LINE[response.status_code]]
+    for name, value in (*cycle.default_headers, *response.raw_headers):
+        parts += (name, b": ", value, b"\r\n")
+    parts.append(b"\r\n" if cycle.keep_alive else b"connection: close\r\n\r\n")
+    if scope["method"] != "HEAD":
+        parts.append(bytes(response.body))
+    protocol = cast(HttpToolsProtocol, cycle.on_response.__self__)  # type: ignore[attr-defined]
+    protocol.timeout_keep_alive = keep_alive_seconds  # type: ignore[assignment]
+    # From here on what its `send` does at an answer's end.
+    cycle.response_started = True
+    cycle.waiting_for_100_continue = False
+    cycle.transport.write(b"".join(parts))
+    cycle.response_complete = True
+    cycle.message_event.set()
+    if not cycle.keep_alive:
+        cycle.transport.close()
+    cycle.on_response()

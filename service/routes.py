@@ -11,7 +11,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, Literal, NamedTuple
@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from service import metrics
 from service.errors import RequestError
 from service.linger import RequestBody
-from service.one_write import head_with_body
+from service.one_write import send_whole
 from service.server import Server
 
 logger = logging.getLogger("bentoml.graft")
@@ -63,7 +63,7 @@ _BENTOML_PATHS = ("/healthz", "/schema.json")
 # Asked every few seconds by machines; a line for each would bury the others.
 _METRICS_ROUTE = "/metrics"
 _QUIET_ROUTES = ("/livez", "/readyz", _METRICS_ROUTE)
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _OTHER = "other"
 # Requests are counted and logged a few at a time: code that has just run costs half of what it costs between two images.
 _RECORD_SECONDS = 0.05
@@ -122,22 +122,26 @@ class Routes:
             await self._app(scope, receive, send)
             return
         start = time.perf_counter()
-        body = RequestBody(scope, receive)
+        headers = dict(scope["headers"])
+        body = RequestBody(scope, receive, headers)
         request = Request(scope, body.receive)
         request.state.log = {}
-        request_id = request.headers.get("x-request-id", "")
+        request_id = headers.get(b"x-request-id", b"")
         if not _REQUEST_ID.fullmatch(request_id):
-            request_id = f"{random.getrandbits(128):032x}"
+            request_id = b"%032x" % random.getrandbits(128)
         route = self._find(request)
         if route is not None and route.path == _METRICS_ROUTE:
             self._write_records()
         response = await self._answer(request, route)
-        response.headers["X-Request-ID"] = request_id
+        response.raw_headers.append((b"x-request-id", request_id))
         # Before it is sent: how long a refused client goes on sending is not this server's time.
         seconds = time.perf_counter() - start
-        with head_with_body(send):
-            await response(scope, body.receive, body.linger(send, self._server.settings.body_seconds))
-        self._record(request, request_id, route, response, seconds)
+        settings = self._server.settings
+        if body.must_linger:
+            await response(scope, body.receive, body.linger(send, settings.body_seconds))
+        else:
+            await send_whole(response, scope, body.receive, send, keep_alive_seconds=settings.keep_alive_seconds)
+        self._record(request, request_id.decode(), route, response, seconds)
 
     def _come_first(self, application: Starlette) -> None:
         """Take our own paths before BentoML's middlewares do, which would put each request into a task of its own and keep a timer of
@@ -198,19 +202,16 @@ class Routes:
         time.sleep(_GATHER_SECONDS)
 
     def _refuse(self, request: Request, error: RequestError, error_body: ErrorBody) -> Response:
-        request.state.log["error"] = error.code
+        request.scope["state"]["log"]["error"] = error.code
         if error.code == "overloaded" and not self._is_gathering:
             # Once in a turn of the event loop, however many are refused in it.
             self._is_gathering = True
             asyncio.get_running_loop().call_soon(self._gather)
-        names, versions = request.state.log.get("model") or [""], request.state.log.get("version") or [""]
-        for name, version in zip(names, versions, strict=True):
-            metrics.REJECTED.labels(error.code, name, str(version)).inc()
         response = json_response(error_body(error), STATUS_BY_CODE[error.code])
         if error.retry_after_seconds is not None:
-            response.headers["Retry-After"] = str(error.retry_after_seconds)
+            response.raw_headers.append((b"retry-after", b"%d" % error.retry_after_seconds))
         if error.code == "unauthorized":
-            response.headers["WWW-Authenticate"] = "Bearer"
+            response.raw_headers.append((b"www-authenticate", b"Bearer"))
         return response
 
     def _record(self, request: Request, request_id: str, route: Route | None, response: Response, seconds: float) -> None:
@@ -227,6 +228,8 @@ class Routes:
         answered, self._answered = self._answered, []
         for (route, status), count in Counter((one.route, one.status) for one in answered).items():
             metrics.REQUESTS.labels(route, str(status)).inc(count)
+        for (code, name, version), count in Counter(rejected for one in answered for rejected in _rejected(one)).items():
+            metrics.REJECTED.labels(code, name, version).inc(count)
         for one in answered:
             metrics.REQUEST_SECONDS.labels(one.route).observe(one.seconds)
         if self._server.settings.access_log:
@@ -245,6 +248,14 @@ class _Answered(NamedTuple):
     route: str
     status: int
     seconds: float
+
+
+def _rejected(answered: _Answered) -> Iterator[tuple[str, str, str]]:
+    """The error's code, the model and the version, for each model that was asked; both empty where it was refused before."""
+    noted: dict[str, Any] = answered.scope["state"]["log"]
+    if (code := noted.get("error")) is not None:
+        for name, version in zip(noted.get("model") or [""], noted.get("version") or [""], strict=True):
+            yield code, name, str(version)
 
 
 def _log_line(answered: _Answered) -> str:

@@ -72,6 +72,11 @@ class Settings(BaseSettings):
     tracing: bool = Field(
         default=False, description="OpenTelemetry spans for every request, sent where BentoML's `tracing` configuration says."
     )
+    keep_alive_seconds: PositiveSeconds = Field(
+        default=75.0,
+        description="Silence after which a connection is closed: longer than a proxy in front keeps it (nginx and most load balancers: "
+        "60 s), or it would now and then send a request into one that is being closed.",
+    )
     drain_seconds: NonNegativeSeconds = Field(
         default=1.0, description="Time between SIGTERM, when /readyz turns to 503, and the end of accepting connections."
     )

@@ -1,28 +1,26 @@
-"""An answer reaches the socket in one write, as uvicorn's own connection writes it."""
+"""An answer reaches the socket in one write, and leaves uvicorn's connection as its own sending would."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
 
 import uvicorn
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from service.one_write import head_with_body
+from service.one_write import send_whole
 
-REQUEST = b"GET /%b HTTP/1.1\r\nHost: test\r\n\r\n"
+REQUEST = b"%b /%b HTTP/1.1\r\nHost: test\r\n\r\n"
 
 
 async def app(scope: Scope, receive: Receive, send: Send) -> None:
-    response: Response = Response(b"" if scope["path"] == "/empty" else b"whole")
-    if scope["path"] == "/parts":
-        response = StreamingResponse(iter((b"one", b"two", b"three")))
-    with head_with_body(send):
-        await response(scope, receive, send)
+    response = Response(b"" if scope["path"] == "/empty" else b"whole")
+    await send_whole(response, scope, receive, send, keep_alive_seconds=0.2 if scope["path"] == "/brief" else 60)
 
 
 @contextmanager
@@ -44,25 +42,32 @@ def counted_writes() -> Iterator[list[bytes]]:
         def __getattr__(self, name: str) -> Any:
             return getattr(self._transport, name)
 
-    HttpToolsProtocol.connection_made = lambda self, transport: connection_made(self, Counting(transport))  # type: ignore[method-assign, arg-type, assignment]
+    HttpToolsProtocol.connection_made = lambda self, transport: connection_made(self, Counting(transport))  # type: ignore[method-assign, arg-type]
     try:
         yield written
     finally:
         HttpToolsProtocol.connection_made = connection_made  # type: ignore[method-assign]
 
 
-async def ask(*paths: bytes) -> list[bytes]:
-    """The pieces that the server writes for these requests, sent at once over one connection, the last of which closes it."""
-    with counted_writes() as written, socket.create_server(("127.0.0.1", 0)) as listening:
+@asynccontextmanager
+async def serve() -> AsyncIterator[Any]:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
         server = uvicorn.Server(uvicorn.Config(app, http="httptools", lifespan="off", log_level="critical"))
         serving = asyncio.create_task(server.serve([listening]))
-        reader, writer = await asyncio.open_connection(*listening.getsockname())
-        *others, last = (REQUEST % path for path in paths)
-        writer.write(b"".join(others) + last.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
-        received = await asyncio.wait_for(reader.read(), 10)
-        writer.close()
+        yield listening.getsockname()
         server.should_exit = True
         await serving
+
+
+async def ask(*paths: bytes, methods: Sequence[bytes] = (b"GET", b"GET")) -> list[bytes]:
+    """The pieces that the server writes for these requests, sent at once over one connection, the last of which closes it."""
+    with counted_writes() as written:
+        async with serve() as address:
+            reader, writer = await asyncio.open_connection(*address)
+            *others, last = (REQUEST % (method, path) for method, path in zip(methods, paths, strict=True))
+            writer.write(b"".join(others) + last.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+            received = await asyncio.wait_for(reader.read(), 10)
+            writer.close()
     assert b"".join(written) == received, "nothing is left behind, and nothing comes twice"
     return written
 
@@ -80,8 +85,31 @@ def test_an_answer_without_a_body_is_sent_too() -> None:
     assert whole.endswith(b"whole")
 
 
-def test_what_comes_in_parts_is_not_held_back_beyond_its_head() -> None:
-    pieces = asyncio.run(ask(b"parts"))
-    assert len(pieces) == 4, "the head goes with the first of three parts and their end"
-    assert b"one" in pieces[0]
-    assert b"two" not in pieces[0]
+def test_the_answer_to_head_has_no_body() -> None:
+    head, whole = asyncio.run(ask(b"whole", b"whole", methods=(b"HEAD", b"GET")))
+    assert b"content-length: 5\r\n" in head
+    assert head.endswith(b"\r\n\r\n")
+    assert whole.endswith(b"whole")
+
+
+def test_the_last_answer_says_so() -> None:
+    first, last = asyncio.run(ask(b"whole", b"whole"))
+    assert b"connection: close\r\n" not in first
+    assert b"connection: close\r\n" in last
+
+
+def test_a_connection_is_closed_after_the_silence_that_was_asked_for() -> None:
+    async def seconds_open(path: bytes) -> float:
+        async with serve() as address:
+            reader, writer = await asyncio.open_connection(*address)
+            writer.write(REQUEST % (b"GET", path))
+            await reader.readuntil(b"whole")
+            started = time.monotonic()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(1):
+                    assert await reader.read() == b""
+            writer.close()
+            return time.monotonic() - started
+
+    assert 0.15 < asyncio.run(seconds_open(b"brief")) < 0.9
+    assert asyncio.run(seconds_open(b"whole")) >= 1
