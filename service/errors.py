@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from models.errors import GraftError
 from models.preprocess import ImageError, ImageTooLargeError
 
@@ -9,11 +11,12 @@ from models.preprocess import ImageError, ImageTooLargeError
 class RequestError(GraftError):
     """A request that gets no answer; `code` is one of the keys of `service.routes.STATUS_BY_CODE`."""
 
-    def __init__(self, code: str, message: str, *, retry_after_seconds: int | None = None) -> None:
+    def __init__(self, code: str, message: str, *, retry_after_seconds: int | None = None, allowed_methods: Sequence[str] = ()) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
         self.retry_after_seconds = retry_after_seconds
+        self.allowed_methods = allowed_methods
 
 
 def image_error_code(error: ImageError) -> str:

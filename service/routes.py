@@ -65,6 +65,8 @@ _METRICS_ROUTE = "/metrics"
 _QUIET_ROUTES = ("/livez", "/readyz", _METRICS_ROUTE)
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _OTHER = "other"
+# A loose pattern takes a time that grows with the square of the path's length.
+_MAX_MEANT_CHARACTERS = 1000
 # Requests are counted and logged a few at a time: code that has just run costs half of what it costs between two images.
 _RECORD_SECONDS = 0.05
 _GATHER_SECONDS = 0.003
@@ -95,7 +97,15 @@ class Route:
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:
-        return re.compile(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>[^/:]+)", re.escape(self.path)))
+        return self._compile("[^/:]+")
+
+    @cached_property
+    def loose_pattern(self) -> re.Pattern[str]:
+        """What was meant for this route, but has a part that no name has."""
+        return self._compile(".+")
+
+    def _compile(self, part: str) -> re.Pattern[str]:
+        return re.compile(re.sub(r"\\\{(\w+)\\\}", rf"(?P<\1>{part})", re.escape(self.path)), re.DOTALL)
 
 
 class Routes:
@@ -167,7 +177,7 @@ class Routes:
         return None
 
     async def _answer(self, request: Request, route: Route | None) -> Response:
-        error_body = route.error_body if route is not None else self._error_body(request.url.path)
+        error_body = route.error_body if route is not None else self._error_body(request)
         try:
             if route is None:
                 raise self._nothing_here(request)
@@ -184,15 +194,23 @@ class Routes:
             internal = RequestError("internal", "something went wrong inside the server; its log has the details")
             return self._refuse(request, internal, error_body)
 
-    def _error_body(self, path: str) -> ErrorBody:
-        """Where nothing is: the shape of what else is below the same first name, if that is one."""
+    def _error_body(self, request: Request) -> ErrorBody:
+        """Where nothing is: the shape of what was meant, else of what else is below the same first name, if that is one."""
+        path = request.scope["path"]
+        meant = [route for route in self._routes if len(path) <= _MAX_MEANT_CHARACTERS and route.loose_pattern.fullmatch(path)]
+        if meant:
+            return min(meant, key=lambda route: not _takes(route, request.method)).error_body
         bodies = {route.error_body for route in self._routes if route.path.split("/")[1] == path.split("/")[1]}
         return bodies.pop() if len(bodies) == 1 else graft_error
 
     def _nothing_here(self, request: Request) -> RequestError:
-        path = request.url.path
+        path = request.scope["path"]
         if methods := sorted({route.method for route in self._routes if route.pattern.fullmatch(path)}):
-            return RequestError("method_not_allowed", f"{path[:200]} takes {' or '.join(methods)}, not {request.method[:20]}")
+            return RequestError(
+                "method_not_allowed",
+                f"{path[:200]} takes {' or '.join(methods)}, not {request.method[:20]}",
+                allowed_methods=[*methods, *(["HEAD"] if "GET" in methods else [])],
+            )
         return RequestError("not_found", "there is nothing here; POST /predict takes images, /docs.json describes all the rest")
 
     def _gather(self) -> None:
@@ -210,6 +228,8 @@ class Routes:
         response = json_response(error_body(error), STATUS_BY_CODE[error.code])
         if error.retry_after_seconds is not None:
             response.raw_headers.append((b"retry-after", b"%d" % error.retry_after_seconds))
+        if error.allowed_methods:
+            response.raw_headers.append((b"allow", ", ".join(error.allowed_methods).encode()))
         if error.code == "unauthorized":
             response.raw_headers.append((b"www-authenticate", b"Bearer"))
         return response

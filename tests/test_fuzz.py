@@ -10,6 +10,8 @@ import os
 import random
 import socket
 import struct
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -191,16 +193,20 @@ def check_good(address: tuple[str, int], number: int) -> None:
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["predictions"][0]["label"] == label
 
 
+def address_of(server: RunningServer) -> tuple[str, int]:
+    parts = urlsplit(server.url)
+    assert parts.hostname is not None
+    assert parts.port is not None
+    return parts.hostname, parts.port
+
+
 def family(server: RunningServer) -> list[psutil.Process]:
     parent = psutil.Process(server.process.pid)
     return [parent, *parent.children(recursive=True)]
 
 
 def test_broken_requests_of_every_kind(server: RunningServer) -> None:
-    parts = urlsplit(server.url)
-    assert parts.hostname is not None
-    assert parts.port is not None
-    address = (parts.hostname, parts.port)
+    address = address_of(server)
     bad: list[tuple[int, bytes, bytes]] = []
 
     def attack(first: int, end: int) -> None:
@@ -242,3 +248,36 @@ def test_one_broken_image_in_a_batch_of_16_harms_nobody(server: RunningServer, t
         response = httpx.post(server.url + "/predict", files=[("images", ("a", image)) for image in images], timeout=30)
         found = [entry.get("label") for entry in response.json()["predictions"]]
         assert found == [None if index == position else label for index, label in enumerate(labels)]
+
+
+def test_what_the_description_allows_and_what_it_does_not(colors: Path, tmp_path: Path) -> None:
+    """Schemathesis reads /docs.json and tries the bounds of every parameter and body: each answer is one that is described there."""
+    copy_checkpoint(colors, tmp_path / "checkpoints", "colors", 1)
+    env = {"CHECKPOINTS": str(tmp_path / "checkpoints"), "GRAFT_BODY_SECONDS": "1", "GRAFT_ADMIN_TOKEN": TOKEN}
+    with serve(tmp_path / "log", env) as server:
+        command = [
+            *(
+                Path(sys.executable).with_name("schemathesis"),
+                "run",
+                f"{server.url}/docs.json",
+                "--header",
+                f"Authorization: Bearer {TOKEN}",
+            ),
+            # What it does not say is that only a real image is taken, or that unloading the one model leaves none to ask (503).
+            *("--exclude-checks", "positive_data_acceptance,negative_data_rejection", "--exclude-path-regex", ":unload$"),
+            *(
+                "--phases",
+                "coverage,fuzzing",
+                "--max-examples",
+                str(max(5, NUM_REQUESTS // 60)),
+                "--seed",
+                "1",
+                "--generation-database",
+                "none",
+            ),
+            *("--continue-on-failure", "--no-color"),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stdout[-5000:]
+        assert "Traceback" not in server.log()
+        check_good(address_of(server), 0)
