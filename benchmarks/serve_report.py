@@ -102,8 +102,7 @@ def report_bound(measured: Sequence[Figures], machine: Machine, docs_dir: Path, 
         _rule(3),
         _row(f"bound: {machine.num_cpus} cores ÷ their sum", cell("bound_per_second", ".1f"), ""),
     ]
-    for clients in (16, 64):
-        lines.append(_row(f"{clients} clients", cell(f"per_second_{clients}", ".1f"), cell(f"share_{clients}", ".1%")))
+    lines += [_row(f"{count} clients", cell(f"per_second_{count}", ".1f"), cell(f"share_{count}", ".1%")) for count in (16, 64)]
     lines += ["", machine.describe(with_peers=False)]
     write_section(docs_dir / _FILE, _TITLE, section, lines)
 

@@ -90,6 +90,7 @@ class Batcher:
         """`name` is what the metrics call it."""
         self.engine = engine
         self.name = name
+        self._labels = (name,)
         self._max_images = max_images
         self._batch_size = max(1, engine.info.batch_size)
         self._num_slots = engine.num_slots
@@ -223,10 +224,9 @@ class Batcher:
 
     def _start(self, batch: _Batch) -> None:
         self._in_flight.add(batch)
-        metrics.BATCH_IMAGES.labels(self.name).observe(len(batch.waiting))
-        queue_seconds = metrics.QUEUE_SECONDS.labels(self.name)
+        metrics.note(metrics.BATCH_IMAGES, self._labels, len(batch.waiting))
         for _, _, since in batch.waiting:
-            queue_seconds.observe(batch.started - since)
+            metrics.note(metrics.QUEUE_SECONDS, self._labels, batch.started - since)
         try:
             self.engine.start([image for image, _, _ in batch.waiting], partial(self._finish, batch))
         # Whatever an engine raises concerns this batch alone, and must not stop the queue.
@@ -241,9 +241,9 @@ class Batcher:
             logger.error("the engine failed on a batch of %d images", len(batch.waiting), exc_info=outcome)
             outcome = Outcome([outcome] * len(batch.waiting), (), 0.0)
         else:
-            metrics.ENGINE_SECONDS.labels(self.name).observe(outcome.engine_seconds)
+            metrics.note(metrics.ENGINE_SECONDS, self._labels, outcome.engine_seconds)
         for seconds in outcome.decode_seconds:
-            metrics.DECODE_SECONDS.observe(seconds)
+            metrics.note(metrics.DECODE_SECONDS, (), seconds)
         for (_, future, _), result in zip(batch.waiting, outcome.results, strict=True):
             if future.done():
                 continue

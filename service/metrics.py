@@ -42,8 +42,38 @@ CACHED_FEATURES = Counter("graft_cached_features", "Images looked up in the feat
 LOADED = Gauge("graft_model_loaded", "1 for every version that is served.", ("model", "version"), registry=REGISTRY)
 
 
+# What was noted since it was last written: metric, labels, and how much.
+_noted: list[tuple[Counter | Histogram, tuple[str, ...], float]] = []
+_MAX_NOTED = 10_000
+
+
+def note(metric: Counter | Histogram, labels: tuple[str, ...], amount: float = 1) -> None:
+    """Count or observe `amount`, a little later: many at once cost a third of what each does between two images.
+
+    For the event loop's thread alone, as all of these are.
+    """
+    _noted.append((metric, labels, amount))
+    if len(_noted) > _MAX_NOTED:
+        write_noted()
+
+
+def write_noted() -> None:
+    by_series: dict[tuple[Counter | Histogram, tuple[str, ...]], list[float]] = {}
+    for metric, labels, amount in _noted:
+        by_series.setdefault((metric, labels), []).append(amount)
+    _noted.clear()
+    for (metric, labels), amounts in by_series.items():
+        series = metric.labels(*labels) if labels else metric
+        if isinstance(series, Counter):
+            series.inc(sum(amounts))
+        else:
+            for amount in amounts:
+                series.observe(amount)
+
+
 def render(queue_images: Iterable[tuple[str, int]], loaded: Iterable[tuple[str, int]]) -> bytes:
     """The text format, with the length of each backbone's queue and what is loaded as they are now."""
+    write_noted()
     QUEUE_IMAGES.clear()
     for backbone, num_images in queue_images:
         QUEUE_IMAGES.labels(backbone).set(num_images)
@@ -55,11 +85,13 @@ def render(queue_images: Iterable[tuple[str, int]], loaded: Iterable[tuple[str, 
 
 def forget(model: str, version: int) -> None:
     """Drop the series of a version that is no longer served."""
+    write_noted()
     for metric in (IMAGES, PREDICT_SECONDS, REJECTED, SHADOW):
         metric.remove_by_labels({"model": model, "version": str(version)})
 
 
 def forget_backbone(backbone: str) -> None:
     """Drop the series of a backbone that is closed."""
+    write_noted()
     for metric in (QUEUE_SECONDS, ENGINE_SECONDS, BATCH_IMAGES):
         metric.remove_by_labels({"backbone": backbone})

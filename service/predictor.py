@@ -129,7 +129,7 @@ class FeatureCache:
         """The features of every one of these backbones, or None where one is missing."""
         found = {name: self._entries.get((name, key)) for name in fingerprints}
         is_complete = all(features is not None for features in found.values())
-        metrics.CACHED_FEATURES.labels("yes" if is_complete else "no").inc()
+        metrics.note(metrics.CACHED_FEATURES, ("yes" if is_complete else "no",))
         if not is_complete:
             return None
         for name in found:

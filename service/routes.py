@@ -10,8 +10,7 @@ import random
 import re
 import sys
 import time
-from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, Literal, NamedTuple
@@ -220,7 +219,10 @@ class Routes:
         time.sleep(_GATHER_SECONDS)
 
     def _refuse(self, request: Request, error: RequestError, error_body: ErrorBody) -> Response:
-        request.scope["state"]["log"]["error"] = error.code
+        noted = request.scope["state"]["log"]
+        noted["error"] = error.code
+        for name, version in zip(noted.get("model") or [""], noted.get("version") or [""], strict=True):
+            metrics.note(metrics.REJECTED, (error.code, name, str(version)))
         if error.code == "overloaded" and not self._is_gathering:
             # Once in a turn of the event loop, however many are refused in it.
             self._is_gathering = True
@@ -236,6 +238,8 @@ class Routes:
 
     def _record(self, request: Request, request_id: str, route: Route | None, response: Response, seconds: float) -> None:
         name = route.path if route is not None else _OTHER
+        metrics.note(metrics.REQUESTS, (name, str(response.status_code)))
+        metrics.note(metrics.REQUEST_SECONDS, (name,), seconds)
         self._answered.append(_Answered(time.time(), request_id, request.scope, name, response.status_code, seconds))
         if self._recording is None:
             self._recording = asyncio.get_running_loop().call_later(_RECORD_SECONDS, self._write_records)
@@ -246,12 +250,7 @@ class Routes:
             self._recording.cancel()
             self._recording = None
         answered, self._answered = self._answered, []
-        for (route, status), count in Counter((one.route, one.status) for one in answered).items():
-            metrics.REQUESTS.labels(route, str(status)).inc(count)
-        for (code, name, version), count in Counter(rejected for one in answered for rejected in _rejected(one)).items():
-            metrics.REJECTED.labels(code, name, version).inc(count)
-        for one in answered:
-            metrics.REQUEST_SECONDS.labels(one.route).observe(one.seconds)
+        metrics.write_noted()
         if self._server.settings.access_log:
             lines = [_log_line(one) for one in answered if one.route not in _QUIET_ROUTES or one.status >= 400]
             # Past `logging`, whose machinery costs more than the lines; and all at once, for containers have Python's output unbuffered.
@@ -268,14 +267,6 @@ class _Answered(NamedTuple):
     route: str
     status: int
     seconds: float
-
-
-def _rejected(answered: _Answered) -> Iterator[tuple[str, str, str]]:
-    """The error's code, the model and the version, for each model that was asked; both empty where it was refused before."""
-    noted: dict[str, Any] = answered.scope["state"]["log"]
-    if (code := noted.get("error")) is not None:
-        for name, version in zip(noted.get("model") or [""], noted.get("version") or [""], strict=True):
-            yield code, name, str(version)
 
 
 def _log_line(answered: _Answered) -> str:

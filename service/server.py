@@ -122,14 +122,13 @@ class Server:
             if version:
                 raise RequestError("bad_parameter", "model=all takes no version: each model answers with its default")
             return [served.choose() for served in models.values()]
+        if name in models or (not name and len(models) == 1):
+            served = models[name] if name else next(iter(models.values()))
+            return [served.choose(version)]
         names = ", ".join(sorted(models)[:50])
         if name:
-            if name not in models:
-                raise RequestError("no_such_model", f"there is no model {name[:100]!r} that can be served; there is {names}")
-            return [models[name].choose(version)]
-        if len(models) > 1:
-            raise RequestError("model_required", f"several models are served; say which in 'model' (or 'all'): {names}")
-        return [next(iter(models.values())).choose(version)]
+            raise RequestError("no_such_model", f"there is no model {name[:100]!r} that can be served; there is {names}")
+        raise RequestError("model_required", f"several models are served; say which in 'model' (or 'all'): {names}")
 
     async def classify(self, request: Request, models: Sequence[Model], images: Sequence[bytes | Pixels]) -> list[Answer]:
         """One answer per model, in time or not at all: the work ends as soon as the client hangs up.
@@ -150,10 +149,10 @@ class Server:
         for answer in answers[: len(models)]:
             labels = (answer.model.checkpoint.name, str(answer.model.checkpoint.version))
             num_unreadable = sum(isinstance(result, ImageError) for result in answer.results)
-            metrics.PREDICT_SECONDS.labels(*labels).observe(seconds)
-            metrics.IMAGES.labels(*labels, "answered").inc(len(images) - num_unreadable)
+            metrics.note(metrics.PREDICT_SECONDS, labels, seconds)
+            metrics.note(metrics.IMAGES, (*labels, "answered"), len(images) - num_unreadable)
             if num_unreadable:
-                metrics.IMAGES.labels(*labels, "unreadable").inc(num_unreadable)
+                metrics.note(metrics.IMAGES, (*labels, "unreadable"), num_unreadable)
         self._compare_shadows(answers[: len(models)], answers[len(models) :], images)
         return answers[: len(models)]
 
@@ -255,11 +254,11 @@ def _count_shadow(answer: Answer, other: Answer) -> None:
         if isinstance(result, ImageError) or isinstance(shadowed, ImageError):
             continue
         agrees = set(named_labels(result, answer.model.checkpoint)) == set(named_labels(shadowed, model))
-        metrics.SHADOW.labels(model.name, str(model.version), "agrees" if agrees else "differs").inc()
+        metrics.note(metrics.SHADOW, (model.name, str(model.version), "agrees" if agrees else "differs"))
 
 
 def _count_skipped(shadow: Model, num_images: int) -> None:
-    metrics.SHADOW.labels(shadow.checkpoint.name, str(shadow.checkpoint.version), "skipped").inc(num_images)
+    metrics.note(metrics.SHADOW, (shadow.checkpoint.name, str(shadow.checkpoint.version), "skipped"), num_images)
 
 
 async def _unless_disconnected(request: Request, work: Awaitable[T]) -> T:

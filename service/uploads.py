@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from python_multipart.multipart import parse_options_header
 from starlette.requests import Request
 
 from service.errors import RequestError
@@ -21,6 +20,10 @@ _MAX_OPTION_BYTES = 1024
 _MAX_HEADER_BYTES = 4096
 _MAX_BOUNDARY_BYTES = 256
 _HEADER_NAME = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,100}")  # a token of RFC 9110
+# `; name=value` or `; name="value"`, whose quotes and backslashes may be escaped (RFC 9110, 5.6.6). A quote that is not closed goes on
+# to the end and nothing is tried twice, so that no value takes longer than its length.
+_PARAMETER = re.compile(rb';[ \t]*([^\s;="]+)[ \t]*=[ \t]*(?:"((?:[^"\\]|\\.)*+)\\?(?:"|\Z)|((?!")[^;]*))', re.DOTALL)
+_ESCAPED = re.compile(rb'\\(["\\])')
 _HOW_TO_SEND = (
     "send multipart/form-data with one or more files in the field 'images' (curl -F images=@photo.jpg), "
     "or one image as the body (curl --data-binary @photo.jpg -H 'Content-Type: image/jpeg')"
@@ -78,7 +81,7 @@ class Hold:
 
 async def read_upload(request: Request, settings: Settings, hold: Hold) -> Upload:
     """Read a multipart or a raw image body. Raises RequestError with what to do, and ClientDisconnect where the client left."""
-    content_type, parameters = parse_options_header(request.headers.get("content-type"))
+    content_type, parameters = parse_parameters(request.headers.get("content-type", "").encode("latin-1"))
     chunks = _read_chunks(request, settings, hold)
     try:
         async with asyncio.timeout(settings.body_seconds):
@@ -159,7 +162,7 @@ class _Form:
         if self._num_parts_left < 0:
             raise too_many_images(self._max_images)
         fields = dict(_split_header(line) for line in headers.split(b"\r\n")) if headers else {}
-        _, parameters = parse_options_header(fields.get(b"content-disposition"))
+        _, parameters = parse_parameters(fields.get(b"content-disposition", b""))
         name = parameters.get(b"name", b"").decode("utf-8", "replace")
         if b"filename" in parameters:
             file_name: str | None = parameters[b"filename"].decode("utf-8", "replace")
@@ -235,6 +238,16 @@ def _split_header(line: bytes) -> tuple[bytes, bytes]:
     if not colon or not _HEADER_NAME.fullmatch(name):
         raise _broken_multipart(f"a part has the header {line[:40]!r}")
     return name.lower(), value.strip(b" \t")
+
+
+def parse_parameters(value: bytes) -> tuple[bytes, dict[bytes, bytes]]:
+    """`form-data; name="images"; filename="a.jpg"` → the first word in small letters, and the parameters. Browsers escape a quote in a
+    name as %22 or with a backslash, and other backslashes, of Windows' paths, not at all."""
+    word, _, rest = value.partition(b";")
+    parameters = {}
+    for name, quoted, plain in _PARAMETER.findall(b";" + rest):
+        parameters[name.lower()] = _ESCAPED.sub(rb"\1", quoted) if quoted else plain.strip(b" \t")
+    return word.strip(b" \t").lower(), parameters
 
 
 def _broken_multipart(reason: str) -> RequestError:

@@ -427,6 +427,7 @@ def test_times_reach_the_process(image: Image, pictures: tuple[list[bytes], list
     env = {
         "GRAFT_DEADLINE_SECONDS": "0.0001",
         "GRAFT_DRAIN_SECONDS": "2",
+        "GRAFT_KEEP_ALIVE_SECONDS": "1.5",
         "GRAFT_MAX_BUFFERED_BYTES": "20000",
         "GRAFT_SHUTDOWN_SECONDS": "4",
     }
@@ -438,6 +439,12 @@ def test_times_reach_the_process(image: Image, pictures: tuple[list[bytes], list
         too_much = container.post(b"x" * 30_000)
         assert too_much.status_code == 429, too_much.text
         port = int(container.url.rsplit(":", 1)[1])
+        with socket.create_connection(("127.0.0.1", port), timeout=4) as silent:
+            silent.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert silent.recv(4096).startswith(b"HTTP/1.1 200 ")
+            answered = time.monotonic()
+            assert silent.recv(4096) == b""
+            assert 1 <= time.monotonic() - answered <= 3
         with socket.create_connection(("127.0.0.1", port)) as held:
             # A body that never ends would hold the server; GRAFT_SHUTDOWN_SECONDS does not let it.
             held.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 500\r\n\r\nx")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from service.errors import RequestError
 from service.settings import Settings
-from service.uploads import NamedImage, Upload, parse_form
+from service.uploads import NamedImage, Upload, parse_form, parse_parameters
 
 SETTINGS = Settings(max_images=3)
 HEAD = b'Content-Disposition: form-data; name="images"; filename="a.jpg"\r\n'
@@ -67,3 +69,29 @@ def test_what_is_refused(body: bytes, code: str | None) -> None:
 def test_a_body_of_boundaries_costs_no_more_than_its_first_part() -> None:
     with pytest.raises(RequestError, match="has a field ''"):
         parse(b"--b\r\n\r\n" + b"\r\n--b\r\n\r\n" * 1_000_000)
+
+
+@pytest.mark.parametrize(
+    ("disposition", "name"),
+    [
+        (b'form-data; name="images"; filename="a;b=\\"c.jpg"', 'a;b="c.jpg'),
+        (b"Form-Data ;NAME=images ; filename=a.jpg", "a.jpg"),
+        (b'form-data; filename="C:\\photos\\a.jpg"; name="images"', "C:\\photos\\a.jpg"),
+        (b'form-data; name="images"; filename*=UTF-8\'\'b.jpg; filename="a.jpg"', "a.jpg"),
+        ('form-data; name="images"; filename="Größe.jpg"'.encode(), "Größe.jpg"),
+        (b'form-data; name="images"; filename="a.jpg', "a.jpg"),
+    ],
+    ids=["quoted", "bare", "windows", "extended", "utf-8", "cut short"],
+)
+def test_names_as_clients_write_them(disposition: bytes, name: str) -> None:
+    body = b"--b\r\nContent-Disposition: " + disposition + b"\r\n\r\nx\r\n--b--"
+    assert parse(body).images == [NamedImage(name, b"x")]
+
+
+@pytest.mark.parametrize("hostile", [b';a="', b';a="\\"', b";a", b"; ", b';a="\\\\'])
+def test_no_header_takes_longer_than_its_length(hostile: bytes) -> None:
+    """A value of 100,000 characters would take minutes where each of its parts is tried to the end of all."""
+    started = time.monotonic()
+    with pytest.raises(RequestError):
+        parse_form(b"--b--", parse_parameters(b"x" + hostile * (100_000 // len(hostile)))[1].get(b"boundary", b""), SETTINGS)
+    assert time.monotonic() - started < 2
