@@ -21,8 +21,10 @@ _MAX_SILENCE_SECONDS = 1.0
 class RequestBody:
     """The body of one request: knows whether it was read to its end."""
 
-    def __init__(self, scope: Scope, receive: Receive, headers: Mapping[bytes, bytes]) -> None:
+    def __init__(self, scope: Scope, receive: Receive) -> None:
         self._receive = receive
+        headers = dict(scope["headers"])
+        self.headers: Mapping[bytes, bytes] = headers
         self.is_read = b"content-length" not in headers and b"transfer-encoding" not in headers
         # On a connection that stays, uvicorn itself throws away what still comes.
         self._is_last = scope["http_version"] == "1.0" or b"close" in headers.get(b"connection", b"").lower()

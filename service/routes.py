@@ -131,11 +131,10 @@ class Routes:
             await self._app(scope, receive, send)
             return
         start = time.perf_counter()
-        headers = dict(scope["headers"])
-        body = RequestBody(scope, receive, headers)
+        body = RequestBody(scope, receive)
         request = Request(scope, body.receive)
         request.state.log = {}
-        request_id = headers.get(b"x-request-id", b"")
+        request_id = body.headers.get(b"x-request-id", b"")
         if not _REQUEST_ID.fullmatch(request_id):
             request_id = b"%032x" % random.getrandbits(128)
         route = self._find(request)
