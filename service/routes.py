@@ -22,9 +22,9 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service import metrics
+from service.connection import keep_connection, send_whole
 from service.errors import RequestError
 from service.linger import RequestBody
-from service.one_write import send_whole
 from service.server import Server
 
 logger = logging.getLogger("bentoml.graft")
@@ -122,8 +122,7 @@ class Routes:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            if not self._server.settings.tracing:
-                self._come_first(scope["app"])
+            self._come_first(scope["app"])
             await self._app(scope, receive, send)
             self._write_records()
             return
@@ -144,22 +143,26 @@ class Routes:
         response.raw_headers.append((b"x-request-id", request_id))
         # Before it is sent: how long a refused client goes on sending is not this server's time.
         seconds = time.perf_counter() - start
-        settings = self._server.settings
         if body.must_linger:
-            await response(scope, body.receive, body.linger(send, settings.body_seconds))
+            await response(scope, body.receive, body.linger(send, self._server.settings.body_seconds))
         else:
-            await send_whole(response, scope, body.receive, send, keep_alive_seconds=settings.keep_alive_seconds)
+            await send_whole(response, scope, body.receive, send)
         self._record(request, request_id.decode(), route, response, seconds)
 
     def _come_first(self, application: Starlette) -> None:
         """Take our own paths before BentoML's middlewares do, which would put each request into a task of its own and keep a timer of
-        it for its whole timeout after it was answered: 18,000 of them at 400 requests a second. Theirs is left to them.
+        it for its whole timeout after it was answered: 18,000 of them at 400 requests a second. Theirs is left to them, and all where
+        there are spans, which are made there.
         """
+        settings = self._server.settings
         theirs = application.middleware_stack
         assert theirs is not None, "the lifespan comes through it"
 
         async def first(scope: Scope, receive: Receive, send: Send) -> None:
-            is_ours = scope["type"] == "http" and scope["path"] not in _BENTOML_PATHS
+            is_http = scope["type"] == "http"
+            if is_http:
+                keep_connection(send, settings.keep_alive_seconds)
+            is_ours = is_http and not settings.tracing and scope["path"] not in _BENTOML_PATHS
             await (self if is_ours else theirs)(scope, receive, send)
 
         application.middleware_stack = first

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from finetune import precision
 from finetune.config import Options
 from finetune.data import Splits, load_splits
-from finetune.features import extract_splits
+from finetune.features import extract_features, extract_splits
 from finetune.precision import Chosen, choose_engine, compare_with_fp32
 from finetune.run import run
 from finetune.sources import SplitName
@@ -256,6 +257,32 @@ def test_without_the_cache_a_verdict_holds_for_one_run(
     assert choose(backbone, options, tmp_path).engine.info.precision == "fp32"
     assert choose(backbone, options, tmp_path / "another run").engine.info.precision == "bf16"
     assert not (own_cache / "precision").exists()
+
+
+@needs_bf16
+@pytest.mark.usefixtures("forget")
+def test_what_a_few_images_speak_against_is_decided_by_many(
+    backbone: PreparedBackbone, own_cache: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = options_of(shapes, own_cache, cache=False)
+    chosen, splits = choose(backbone, options, tmp_path), splits_of(options)
+    compared: list[int] = []
+    judge = precision._judge
+
+    def judge_worse_at_first(*arguments: Any, **options: Any) -> precision.Verdict:
+        verdict = judge(*arguments, **options)
+        compared.append(len(arguments[3]))
+        return replace(verdict, holds=False) if len(compared) == 1 else verdict
+
+    monkeypatch.setattr(precision, "_judge", judge_worse_at_first)
+    monkeypatch.setattr(precision, "_CHECK_SECONDS", 120 / (chosen.engine.info.images_per_second / 2))
+    features = extract_features(splits.train, backbone.preprocess, chosen.engine, num_workers=2, description="").features
+    verdict = compare_with_fp32(chosen, backbone, splits, features, options, tmp_path)
+    assert verdict is not None
+    assert verdict.holds
+    assert compared[0] in (119, 120)
+    assert compared[1:] == [len(splits.train)]
+    assert f"on {len(splits.train)} training images" in verdict.reason
 
 
 @needs_bf16

@@ -13,14 +13,15 @@ import uvicorn
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from service.one_write import send_whole
+from service.connection import keep_connection, send_whole
 
 REQUEST = b"%b /%b HTTP/1.1\r\nHost: test\r\n\r\n"
 
 
 async def app(scope: Scope, receive: Receive, send: Send) -> None:
     response = Response(b"" if scope["path"] == "/empty" else b"whole")
-    await send_whole(response, scope, receive, send, keep_alive_seconds=0.2 if scope["path"] == "/brief" else 60)
+    keep_connection(send, 0.2 if scope["path"] == "/brief" else 60)
+    await send_whole(response, scope, receive, send)
 
 
 @contextmanager
@@ -72,7 +73,7 @@ async def ask(*paths: bytes, methods: Sequence[bytes] = (b"GET", b"GET")) -> lis
     return written
 
 
-def test_head_and_body_are_one_write() -> None:
+def test_head_and_body_are_connection() -> None:
     first, second = asyncio.run(ask(b"whole", b"whole"))
     for answer in (first, second):
         assert answer.startswith(b"HTTP/1.1 200 OK\r\n")

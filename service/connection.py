@@ -1,4 +1,4 @@
-"""An answer goes out in one write, head and body together.
+"""uvicorn's connection, below ASGI: an answer goes out in one write, head and body together.
 
 uvicorn writes them one after the other, and uvloop each of them at once: two system calls and two packets for what the client waits
 for together. Between them it looks through every header for what ours never hold, which is a fifth of what a refusal costs.
@@ -13,8 +13,16 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 
-async def send_whole(response: Response, scope: Scope, receive: Receive, send: Send, *, keep_alive_seconds: float) -> None:
-    """Send `response`, whose body is all there, and keep the connection for `keep_alive_seconds` of silence.
+def keep_connection(send: Send, seconds: float) -> None:
+    """Keep the connection that `send`, uvicorn's own, belongs to for `seconds` of silence."""
+    cycle = getattr(send, "__self__", None)
+    if isinstance(cycle, RequestResponseCycle):
+        protocol = cast(HttpToolsProtocol, cycle.on_response.__self__)  # type: ignore[attr-defined]
+        protocol.timeout_keep_alive = seconds  # type: ignore[assignment]
+
+
+async def send_whole(response: Response, scope: Scope, receive: Receive, send: Send) -> None:
+    """Send `response`, whose body is all there.
 
     Header values must be safe as they are: nothing of a request may be in them unchecked. Where `send` is not uvicorn's own, because a
     middleware stands between, the response is sent through that as any other.
@@ -33,8 +41,6 @@ async def send_whole(response: Response, scope: Scope, receive: Receive, send: S
     parts.append(b"\r\n" if cycle.keep_alive else b"connection: close\r\n\r\n")
     if scope["method"] != "HEAD":
         parts.append(bytes(response.body))
-    protocol = cast(HttpToolsProtocol, cycle.on_response.__self__)  # type: ignore[attr-defined]
-    protocol.timeout_keep_alive = keep_alive_seconds  # type: ignore[assignment]
     # From here on what its `send` does at an answer's end.
     cycle.response_started = True
     cycle.waiting_for_100_continue = False
