@@ -44,17 +44,16 @@ if __name__ == "__main__":
 
 from benchmarks.bounds import core_ms_to_decode, core_ms_to_run
 from benchmarks.checkpoints import Head, Measured, draw_head, measure_backbone, publish, recognising_head
+from benchmarks.client import Client, run_loop
 from benchmarks.figures import Figures
 from benchmarks.images import make_request_images
 from benchmarks.journal import Journal
 from benchmarks.load import (
-    Client,
     Requests,
     check_wrk,
     closed_loop,
     good_by_second,
     open_loop,
-    run_loop,
     summarize,
     write_bodies,
 )

@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.checkpoints import Head, Measured, publish
-from benchmarks.load import Client, Requests, encode_get, run_loop
+from benchmarks.client import Client, encode_get, run_loop
+from benchmarks.load import Requests
 
 _NUM_CLIENTS = 8
 _POLL_SECONDS = 0.05

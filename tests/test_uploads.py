@@ -92,6 +92,5 @@ def test_names_as_clients_write_them(disposition: bytes, name: str) -> None:
 def test_no_header_takes_longer_than_its_length(hostile: bytes) -> None:
     """A value of 100,000 characters would take minutes where each of its parts is tried to the end of all."""
     started = time.monotonic()
-    with pytest.raises(RequestError):
-        parse_form(b"--b--", parse_parameters(b"x" + hostile * (100_000 // len(hostile)))[1].get(b"boundary", b""), SETTINGS)
+    parse_parameters(b"x" + hostile * (100_000 // len(hostile)))
     assert time.monotonic() - started < 2
