@@ -58,6 +58,7 @@ def note(metric: Counter | Histogram, labels: tuple[str, ...], amount: float = 1
 
 
 def write_noted() -> None:
+    """Put what was noted into the series, before they are read or one of them is dropped."""
     by_series: dict[tuple[Counter | Histogram, tuple[str, ...]], list[float]] = {}
     for metric, labels, amount in _noted:
         by_series.setdefault((metric, labels), []).append(amount)

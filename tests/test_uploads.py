@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
 from service.errors import RequestError
 from service.settings import Settings
-from service.uploads import NamedImage, Upload, parse_form, parse_parameters
+from service.uploads import NamedImage, Upload, parse_form
 
 SETTINGS = Settings(max_images=3)
 HEAD = b'Content-Disposition: form-data; name="images"; filename="a.jpg"\r\n'
@@ -86,11 +84,3 @@ def test_a_body_of_boundaries_costs_no_more_than_its_first_part() -> None:
 def test_names_as_clients_write_them(disposition: bytes, name: str) -> None:
     body = b"--b\r\nContent-Disposition: " + disposition + b"\r\n\r\nx\r\n--b--"
     assert parse(body).images == [NamedImage(name, b"x")]
-
-
-@pytest.mark.parametrize("hostile", [b';a="', b';a="\\"', b";a", b"; ", b';a="\\\\'])
-def test_no_header_takes_longer_than_its_length(hostile: bytes) -> None:
-    """A value of 100,000 characters would take minutes where each of its parts is tried to the end of all."""
-    started = time.monotonic()
-    parse_parameters(b"x" + hostile * (100_000 // len(hostile)))
-    assert time.monotonic() - started < 2
