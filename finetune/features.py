@@ -85,8 +85,8 @@ def extract_features(
 
     def submit() -> None:
         nonlocal batch
-        images = np.stack([decoded.pixels for _, decoded in batch if decoded.pixels is not None])
-        in_flight.append((engine.submit(images), [at for at, _ in batch], [decoded.digest for _, decoded in batch]))
+        crops = [decoded.pixels for _, decoded in batch if decoded.pixels is not None]
+        in_flight.append((engine.submit(crops), [at for at, _ in batch], [decoded.digest for _, decoded in batch]))
         batch = []
 
     def collect() -> None:

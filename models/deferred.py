@@ -6,8 +6,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 
-from models.engine import NUM_SPARE_SLOTS, Engine, EngineInfo, Features
-from models.preprocess import Pixels
+from models.engine import NUM_SPARE_SLOTS, Crops, Engine, EngineInfo, Features
 
 
 class DeferredEngine:
@@ -27,11 +26,11 @@ class DeferredEngine:
     def num_slots(self) -> int:
         return self.info.num_streams + NUM_SPARE_SLOTS
 
-    def submit(self, images: Pixels) -> Future[Features]:
-        return self._opened().submit(images)
+    def submit(self, crops: Crops) -> Future[Features]:
+        return self._opened().submit(crops)
 
-    def run_here(self, images: Pixels, *, is_alone: bool = True) -> Features:
-        return self._opened().run_here(images, is_alone=is_alone)
+    def run_here(self, crops: Crops, *, is_alone: bool = True) -> Features:
+        return self._opened().run_here(crops, is_alone=is_alone)
 
     def close(self) -> None:
         if self._engine is not None:

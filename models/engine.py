@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     import torch
 
 Features = npt.NDArray[np.float32]
+# One after the other `uint8 [H,W,3]`, or `[B,H,W,3]` in one.
+Crops = Sequence[Pixels] | Pixels
 Precision = Literal["auto", "fp32", "bf16", "fp16", "int8"]
 
 _OPENVINO_PRECISION = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
@@ -78,10 +80,10 @@ class Engine(Protocol):
     def num_slots(self) -> int:
         """How many batches may be in flight before `submit` blocks."""
 
-    def submit(self, images: Pixels) -> Future[Features]:
+    def submit(self, crops: Crops) -> Future[Features]:
         """Start `uint8 [B,H,W,3]` → `float32 [B,F]`; blocks only while every slot is taken."""
 
-    def run_here(self, images: Pixels, *, is_alone: bool = True) -> Features:
+    def run_here(self, crops: Crops, *, is_alone: bool = True) -> Features:
         """The same, waiting for it; where too many do so at once, one waits for another. `is_alone` says that all cores may be used."""
 
     def close(self) -> None:
@@ -226,29 +228,29 @@ class OpenVINOEngine:
     def num_slots(self) -> int:
         return self.info.num_streams + NUM_SPARE_SLOTS
 
-    def submit(self, images: Pixels) -> Future[Features]:
+    def submit(self, crops: Crops) -> Future[Features]:
         future: Future[Features] = Future()
-        features = np.empty((len(images), self.num_features), np.float32)
+        features = np.empty((len(crops), self.num_features), np.float32)
         size = self.info.batch_size
-        starts = range(0, len(images), size)
+        starts = range(0, len(crops), size)
         pending = _Countdown(len(starts), future, features)
         if not len(starts):
             future.set_result(features)
         for start in starts:
-            chunk, out = images[start : start + size], features[start : start + size]
+            chunk, out = crops[start : start + size], features[start : start + size]
             self._threads.submit(self._run, self._idle.get(), chunk, out, pending)
         return future
 
-    def run_here(self, images: Pixels, *, is_alone: bool = True) -> Features:
-        features = np.empty((len(images), self.num_features), np.float32)
+    def run_here(self, crops: Crops, *, is_alone: bool = True) -> Features:
+        features = np.empty((len(crops), self.num_features), np.float32)
         slot = self._idle.get()
         try:
-            self._run_on(slot, images, features, is_alone=is_alone)
+            self._run_on(slot, crops, features, is_alone=is_alone)
         finally:
             self._idle.put(slot)
         return features
 
-    def _run(self, slot: dict[int, _Request], chunk: Pixels, out: Features, pending: _Countdown) -> None:
+    def _run(self, slot: dict[int, _Request], chunk: Crops, out: Features, pending: _Countdown) -> None:
         error = None
         try:
             self._run_on(slot, chunk, out)
@@ -258,17 +260,17 @@ class OpenVINOEngine:
         self._idle.put(slot)
         pending.finish_one(error)
 
-    def _run_on(self, slot: dict[int, _Request], images: Pixels, out: Features, *, is_alone: bool = True) -> None:
+    def _run_on(self, slot: dict[int, _Request], crops: Crops, out: Features, *, is_alone: bool = True) -> None:
         size = self.info.batch_size
-        num_whole = len(images) - len(images) % size if size > 1 else 0
+        num_whole = len(crops) - len(crops) % size if size > 1 else 0
         for start in range(0, num_whole, size):
-            slot[size].run(images[start : start + size], out[start : start + size])
-        if num_whole == len(images):
+            slot[size].run(crops[start : start + size], out[start : start + size])
+        if num_whole == len(crops):
             return
         alone = self._take_alone() if is_alone else None
         try:
-            for index in range(num_whole, len(images)):
-                (alone or slot[1]).run(images[index : index + 1], out[index : index + 1])
+            for index in range(num_whole, len(crops)):
+                (alone or slot[1]).run(crops[index : index + 1], out[index : index + 1])
         finally:
             if alone is not None:
                 self._alone.put(alone)
@@ -353,22 +355,24 @@ class OpenVINOEngine:
 
 
 class _Request:
-    """A request of OpenVINO's with an output array of its own; one thread at a time runs it."""
+    """A request of OpenVINO's with arrays of its own, which cost less to copy to than others to bind; one thread at a time runs it."""
 
     def __init__(self, compiled: ov.CompiledModel, size: int, num_features: int, in_callers_thread: bool) -> None:
         import openvino as ov
 
         self._in_callers_thread = in_callers_thread
         self._request = compiled.create_infer_request()
+        self._input = np.empty((size, *compiled.input(0).shape[1:]), np.uint8)
         self._output = np.empty((size, num_features), np.float32)
+        self._request.set_input_tensor(0, ov.Tensor(self._input, shared_memory=True))
         self._request.set_output_tensor(0, ov.Tensor(self._output, shared_memory=True))
 
-    def run(self, images: Pixels, out: Features) -> None:
-        import openvino as ov
-
-        # Writeable because OpenVINO shares no other memory, and what Pillow decodes is not: such images are copied.
-        images = np.require(images, np.uint8, ["C", "W"])
-        self._request.set_input_tensor(0, ov.Tensor(images, shared_memory=True))
+    def run(self, crops: Crops, out: Features) -> None:
+        for row, crop in zip(self._input, crops, strict=True):
+            # An assignment would stretch what is smaller.
+            if crop.shape != row.shape:
+                raise ValueError(f"a crop is of shape {list(crop.shape)}, the engine takes {list(row.shape)}")
+            row[...] = crop
         if self._in_callers_thread:
             self._request.infer(share_outputs=True)
         else:
@@ -436,17 +440,17 @@ class TorchEngine:
     def num_slots(self) -> int:
         return 2
 
-    def submit(self, images: Pixels) -> Future[Features]:
-        return self._threads.submit(self._run, images)
+    def submit(self, crops: Crops) -> Future[Features]:
+        return self._threads.submit(self._run, crops)
 
-    def run_here(self, images: Pixels, *, is_alone: bool = True) -> Features:
-        return self._threads.submit(self._run, images).result()
+    def run_here(self, crops: Crops, *, is_alone: bool = True) -> Features:
+        return self._threads.submit(self._run, crops).result()
 
     def close(self) -> None:
         self._threads.shutdown()
 
-    def _run(self, images: Pixels) -> Features:
-        size = self.info.batch_size
+    def _run(self, crops: Crops) -> Features:
+        images, size = np.asarray(crops), self.info.batch_size
         chunks = [self._forward(images[start : start + size]) for start in range(0, len(images), size)]
         return np.concatenate(chunks) if chunks else np.empty((0, self.num_features), np.float32)
 

@@ -116,7 +116,7 @@ class _Worker:
         crops = [one.crop for one in decoded if not isinstance(one.crop, Exception)]
         rows: Iterator[Features | Exception]
         try:
-            rows = iter(self._engine.run_here(np.stack(crops), is_alone=len(self._jobs) == 1) if crops else ())
+            rows = iter(self._engine.run_here(crops, is_alone=len(self._jobs) == 1) if crops else ())
         # It concerns this batch alone: whatever an engine raises, the next one is tried.
         except Exception as error:
             logger.exception("the engine failed on a batch of %d images", len(crops))

@@ -53,6 +53,19 @@ def test_features_do_not_depend_on_the_batch_they_come_in(engine: OpenVINOEngine
     assert np.array_equal(run(engine, np.stack([crops[3]] * 6)), together[[3] * 6])
 
 
+def test_crops_may_come_one_by_one_and_one_of_another_shape_costs_its_batch_alone(engine: OpenVINOEngine, crops: Pixels) -> None:
+    expected = run(engine, crops)
+    assert np.array_equal(engine.submit(list(crops)).result(), expected)
+    assert np.array_equal(engine.run_here(list(crops)), expected)
+    for wrong in (crops[0][:1], crops[0][..., :1], np.zeros((1, 1, 3), np.uint8)):
+        for _ in range(engine.num_slots + 1):
+            with pytest.raises(ValueError, match="a crop is of shape"):
+                engine.submit([*crops[:3], wrong]).result()
+            with pytest.raises(ValueError, match="a crop is of shape"):
+                engine.run_here([wrong])
+    assert np.array_equal(engine.run_here(crops), expected)
+
+
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_a_lone_image_runs_on_every_core_and_gives_the_same_bits(
     prepared: PreparedBackbone, crops: Pixels, monkeypatch: pytest.MonkeyPatch, batch_size: int
