@@ -195,9 +195,9 @@ class Batcher:
             self._start(_Batch(waiting))
 
     def _has_slot(self) -> bool:
-        """Whether a batch would be run at once, or next to the ones that are. Beyond that only a full one is worth a slot: at 16 clients two
-        of three batches had a single image, and the engine answered 5 % fewer. Where enough is under way to fill it, so is the next: one of
-        nine batches was the first image to come back, alone, and the engine answered 1 to 4 % fewer.
+        """Whether a batch would be run at once, or next to the ones that are. Beyond that only a full one is worth a slot: at 16 clients
+        two of three batches had a single image, and the engine answered 5 % fewer. Where enough is under way to fill it, so is the next:
+        one of nine batches was the first image to come back, alone, and the engine answered 1 to 4 % fewer.
         """
         num_in_flight = len(self._in_flight)
         if num_in_flight < self._num_streams:
