@@ -126,41 +126,38 @@ def test_a_slot_beyond_one_more_than_the_streams_waits_for_a_full_batch() -> Non
         assert engine.batches == [[0], [1]], "one runs and one is decoded; two more images do not fill a batch"
         tasks += await start(ask(batcher, 4))
         assert engine.batches[2:] == [[2, 3, 4]]
+        tasks += await start(ask(batcher, 5, 6))
+        assert engine.batches[3:] == []
         await engine.finish()
-        tasks += await start(ask(batcher, 5))
         assert engine.batches[3:] == [], "two are left in the engine, which keeps its stream busy"
         await engine.finish()
-        assert engine.batches[3:] == [[5]], "a stream would run dry: what waits goes as it is"
+        assert engine.batches[3:] == [[5, 6]], "a stream would run dry: what waits goes as it is"
         await engine.finish_all()
-        assert [await task for task in tasks] == [[0], [1], [2], [3], [4], [5]]
+        assert [await task for task in tasks] == [[0], [1], [2], [3], [4], [5, 6]]
 
     asyncio.run(scenario())
 
 
-def test_where_enough_is_under_way_to_fill_it_the_next_batch_waits_until_it_is_full_or_a_stream_is_free() -> None:
+def test_where_enough_is_under_way_to_fill_it_the_next_batch_is_not_begun_by_the_first_image_to_arrive() -> None:
     async def scenario() -> None:
         engine = CrankedEngine(batch_size=2, num_slots=4, num_streams=1)
         batcher = Batcher(engine, max_images=100)
-        tasks = await start(*(ask(batcher, value) for value in range(4)))
+        tasks = await start(*(ask(batcher, value) for value in range(5)))
         assert engine.batches == [[0], [1], [2, 3]]
-        # Its four requests are under way whenever one of them comes back: two to run, two to be next.
-        for value in (4, 5):
-            await engine.finish()
-            tasks += await start(ask(batcher, value))
-        assert engine.batches[3:] == [[4, 5]], "the first to come back waited for the second"
         await engine.finish()
+        await engine.finish()
+        assert engine.batches[3:] == [[4]], "it waited for no longer than until another was done"
+        await engine.finish()
+        # Five were under way, more than one batch that runs and one that is next.
+        tasks += await start(ask(batcher, 5))
+        assert engine.batches[4:] == [], "a place is free, but the others will be back"
         tasks += await start(ask(batcher, 6))
-        assert engine.batches[4:] == []
+        assert engine.batches[4:] == [[5, 6]]
         await engine.finish()
-        assert engine.batches[4:] == [[6]], "it waited for no longer than the stream was busy"
-        # With fewer under way for a while, nobody waits for others again.
-        for value in range(7, 12):
-            await engine.finish()
-            tasks += await start(ask(batcher, value))
-        tasks += await start(ask(batcher, 12))
-        assert engine.batches[5:] == [[value] for value in range(7, 13)]
+        tasks += await start(ask(batcher, 7))
+        assert engine.batches[5:] == [[7]], "with fewer under way there is nothing to wait for"
         await engine.finish_all()
-        assert [await task for task in tasks] == [[value] for value in range(13)]
+        assert [await task for task in tasks] == [[value] for value in range(8)]
 
     asyncio.run(scenario())
 
