@@ -28,14 +28,17 @@ class Finished:
     output: str
 
 
-def run_process(command: Sequence[str | Path], cwd: Path) -> Finished:
-    """Run `command` to its end. Raises RuntimeError with the end of its output where it fails."""
+def run_process(command: Sequence[str | Path], cwd: Path, sampling_share: float = _SAMPLING_SHARE) -> Finished:
+    """Run `command` to its end, its memory read in at most `sampling_share` of the time.
+
+    Raises RuntimeError with the end of its output where it fails.
+    """
     # Nothing may look for weights on a hub: what is measured would then be the network.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryFile("w+") as out:
         started = time.perf_counter()
         process = subprocess.Popen([str(part) for part in command], cwd=cwd, env=environment, stdout=out, stderr=subprocess.STDOUT)
-        memory = MemorySampler(process.pid)
+        memory = MemorySampler(process.pid, sampling_share=sampling_share)
         memory.start()
         code = process.wait()
         seconds = time.perf_counter() - started
@@ -53,9 +56,10 @@ class MemorySampler(threading.Thread):
     Not ru_maxrss: Linux hands a parent's size on to the child that it starts.
     """
 
-    def __init__(self, pid: int, sample_seconds: float = _SAMPLE_SECONDS) -> None:
+    def __init__(self, pid: int, sample_seconds: float = _SAMPLE_SECONDS, sampling_share: float = _SAMPLING_SHARE) -> None:
         super().__init__(daemon=True)
         self._sample_seconds = sample_seconds
+        self._sampling_share = sampling_share
         self._root = psutil.Process(pid)
         self._done = threading.Event()
         self.peak_bytes = 0
@@ -67,7 +71,7 @@ class MemorySampler(threading.Thread):
             started = time.perf_counter()
             self.samples.append(tree_bytes(self._root.pid))
             self.peak_bytes = max(self.peak_bytes, self.samples[-1], _high_water_bytes(self._root.pid))
-            pause = max(self._sample_seconds, (time.perf_counter() - started) / _SAMPLING_SHARE)
+            pause = max(self._sample_seconds, (time.perf_counter() - started) / self._sampling_share)
 
     def stop(self) -> None:
         self._done.set()
