@@ -25,9 +25,9 @@ if __name__ == "__main__":
 from benchmarks.faults import Faults, plant_faults
 from benchmarks.images import make_emoji, make_fashion_mnist
 from finetune.audit import audit
+from finetune.auditing.findings import Audit
 from finetune.config import AuditOptions
-from finetune.data import load_splits
-from finetune.findings import Audit
+from finetune.data.splits import load_splits
 
 SETS: dict[str, Callable[[Path], str]] = {
     "digits": lambda data_dir: "digits",

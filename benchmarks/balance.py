@@ -21,10 +21,10 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.calibration import extract
-from finetune.balance import class_weights
-from finetune.calibration import calibrate_probe
-from finetune.evaluate import evaluate
-from finetune.probe import Labels, solve_probe
+from finetune.data.balance import class_weights
+from finetune.evaluation.calibration import calibrate_probe
+from finetune.evaluation.metrics import evaluate
+from finetune.probe.solve import Labels, solve_probe
 
 COLUMNS = ("balanced accuracy", "recall of the 3 rarest", "accuracy, uneven", "error before temperature, uneven", "error, uneven")
 

@@ -20,11 +20,11 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from finetune.calibration import calibrate_probe
 from finetune.config import Options
-from finetune.data import Splits, load_splits
-from finetune.features import extract_splits, open_engine, prepare
-from finetune.probe import Floats, Labels, softmax, solve_probe
+from finetune.data.splits import Splits, load_splits
+from finetune.evaluation.calibration import calibrate_probe
+from finetune.probe.features import extract_splits, open_engine, prepare
+from finetune.probe.solve import Floats, Labels, softmax, solve_probe
 from models.checkpoint import is_unsure
 
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from models import checkpoint as checkpoints
 from models.checkpoint import Golden
-from models.engine import EngineInfo, Features, Precision, run
+from models.engine.engine import EngineInfo, Features, Precision, run
 from models.prepared import PreparedBackbone, prepare_backbone
 from models.quantise import find_quantised, quantise
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from finetune.data import Sample, Splits
+from finetune.data.splits import Sample, Splits
 
 NUM_COPIES = 20
 NUM_BROKEN = 10

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from models.engine import cpu_flags, cpu_name, num_cpus
+from models.engine.engine import cpu_flags, cpu_name, num_cpus
 
 # The widest first: an engine in bf16 takes a third of one in fp32 on the same cores.
 _VECTORS = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 with bf16", "avx512f": "AVX-512", "avx2": "AVX2, no bf16"}

@@ -22,8 +22,8 @@ import numpy as np
 from PIL import Image
 
 from finetune.config import Options
-from finetune.data import load_splits
-from finetune.sources import SEPARATOR
+from finetune.data.splits import load_splits
+from models.sources import SEPARATOR
 
 _PLACES = ((0, 0), (0, 1), (1, 0), (1, 1))
 

@@ -1,4 +1,4 @@
-"""What a training step costs on the CPU: in torch's own order of memory, in channels_last, and with models.depthwise.
+"""What a training step costs on the CPU: in torch's own order of memory, in channels_last, and with finetune.training.depthwise.
 
 python benchmarks/training_step.py
 python benchmarks/training_step.py --backbones convnext_atto --precision fp32
@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from benchmarks.machine import describe_machine
-from models.depthwise import DepthwiseGradientsInFloat32
+from finetune.training.depthwise import DepthwiseGradientsInFloat32
 
 BACKBONES = ("tf_efficientnet_lite0", "efficientnet_b0", "mobilenetv3_small_100", "convnext_atto", "resnet18")
 WAYS = {

@@ -23,22 +23,22 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from finetune.audit_page import write_page
+from finetune.auditing.findings import WORDING, Audit, Finding, Kind
+from finetune.auditing.mislabelled import confident_thresholds, judge_label_rows, judge_labels
+from finetune.auditing.page import write_page
 from finetune.config import AuditOptions, name_of_data, parse_options
-from finetune.data import Sample, Splits, count_labels
-from finetune.duplicates import Duplicates
-from finetune.evaluate import evaluate
-from finetune.features import extract_splits, open_engine, prepare, prepare_meanwhile
-from finetune.findings import WORDING, Audit, Finding, Kind
-from finetune.mislabelled import confident_thresholds, judge_label_rows, judge_labels
-from finetune.probe import Floats, Probe, softmax, solve_probe
-from finetune.sources import SplitName
-from finetune.split import load_lasting_splits
+from finetune.data.duplicates import Duplicates
+from finetune.data.lasting_split import load_lasting_splits
+from finetune.data.splits import Sample, Splits, count_labels
+from finetune.evaluation.metrics import evaluate
+from finetune.probe.features import extract_splits, open_engine, prepare, prepare_meanwhile
+from finetune.probe.solve import Floats, Probe, softmax, solve_probe
 from finetune.terminal import run_program
 from models.checkpoint import sigmoid
-from models.engine import Features
+from models.engine.engine import Features
 from models.errors import GraftError, in_words
 from models.preprocess import ImageError, Preprocess, begins_as
+from models.sources import SplitName
 
 logger = logging.getLogger("graft.audit")
 

@@ -23,11 +23,11 @@ if __name__ == "__main__":
 import numpy as np
 
 from finetune.config import CompareOptions, name_of_data, parse_options
-from finetune.data import Splits
-from finetune.features import extract_splits, open_engine, prepare
-from finetune.plots import Candidate, draw_comparison
-from finetune.probe import solve_probe
-from finetune.split import load_lasting_splits
+from finetune.data.lasting_split import load_lasting_splits
+from finetune.data.splits import Splits
+from finetune.probe.features import extract_splits, open_engine, prepare
+from finetune.probe.solve import solve_probe
+from finetune.report.plots import Candidate, draw_comparison
 from finetune.terminal import run_program
 from models.errors import GraftError
 
@@ -101,7 +101,7 @@ def _names(options: CompareOptions) -> list[str]:
         if not names:
             raise GraftError(f"--backbones {options.backbones}: name one or more, with commas between")
         return names
-    from models.backbone import installed_backbones
+    from models.backbone.build import installed_backbones
 
     names = installed_backbones()
     if not names:

@@ -15,7 +15,7 @@ from pydantic_settings import BaseSettings, CliApp, PydanticBaseSettingsSource, 
 
 from models.allowed import describe_allowed
 from models.checkpoint import check_name
-from models.engine import Precision, num_cpus
+from models.engine.engine import Precision, num_cpus
 from models.errors import GraftError
 
 

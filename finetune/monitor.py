@@ -22,10 +22,10 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, Sessi
 from tensorboard.plugins.text.metadata import create_summary_metadata
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from finetune.calibration import Calibrated
-from finetune.evaluate import AnyMetrics, tabulate
-from finetune.plots import Picture
-from finetune.thresholds import LabelCalibrated
+from finetune.evaluation.calibration import Calibrated
+from finetune.evaluation.metrics import AnyMetrics, tabulate
+from finetune.evaluation.thresholds import LabelCalibrated
+from finetune.report.plots import Picture
 
 # One curve a class is of use up to here; beyond, the table in the text tab remains.
 _MAX_CLASS_CURVES = 50

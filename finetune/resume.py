@@ -1,7 +1,7 @@
 """A run that ended before its time → its options, its images and its place in the curves; and what a run keeps so that this can be done.
 
 In the run's folder, `state/run.json` holds what was chosen before the training (which image is in which split, the engine's precision),
-`state/training.safetensors` the gradient epochs (`finetune/state.py`), and activations kept at the freeze boundary lie beside them. All
+`state/training.safetensors` the gradient epochs (`finetune/training/state.py`), and activations kept at the freeze boundary lie beside them. All
 of it goes when the run is done. What is not kept is in the cache, or is computed again: features and probe.
 """
 
@@ -24,11 +24,11 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from finetune.config import Options, parse_options
-from finetune.data import Sample, Splits
-from finetune.sources import SplitName
+from finetune.data.splits import Sample, Splits
 from models.checkpoint import CONFIG_FILE, list_versions
 from models.errors import GraftError, in_words, name_some
 from models.files import remove_temporary, write_whole
+from models.sources import SplitName
 
 logger = logging.getLogger("graft.resume")
 

@@ -29,26 +29,28 @@ import numpy as np
 import numpy.typing as npt
 
 from finetune.audit import inspect, write_audit
-from finetune.balance import class_weights, say_if_uneven
-from finetune.broken_batch import FOLDER as BROKEN_BATCH_DIR
-from finetune.calibration import Calibrated, Calibration, calibrate_probe, calibrate_trained
+from finetune.auditing.findings import Audit
 from finetune.config import Options, parse_options
-from finetune.data import Splits
-from finetune.duplicates import Duplicates
-from finetune.evaluate import Metrics, evaluate
-from finetune.features import extract_splits, open_engine, prepare, prepare_meanwhile
-from finetune.findings import Audit
-from finetune.learning_curve import measure_learning_curve
-from finetune.mistakes import explain_mistakes, worst_mistakes
+from finetune.data.balance import class_weights, say_if_uneven
+from finetune.data.duplicates import Duplicates
+from finetune.data.lasting_split import load_lasting_splits
+from finetune.data.splits import Splits
+from finetune.evaluation.calibration import Calibrated, Calibration, calibrate_probe, calibrate_trained
+from finetune.evaluation.learning_curve import measure_learning_curve
+from finetune.evaluation.metrics import Metrics, evaluate
+from finetune.evaluation.thresholds import LabelCalibrated, LabelCalibration, calibrate_probe_of_labels, calibrate_trained_of_labels
+from finetune.evaluation.verdict import compare_with_probe
 from finetune.monitor import Monitor
-from finetune.next_steps import commands_to_try, say_what_next, write_example
-from finetune.plots import Mistake, draw_confusion, draw_mistakes
-from finetune.precision import extract_in_best_precision
-from finetune.probe import Floats, Labels, Probe, soften, solve_on_best_views
-from finetune.projector import write_projector
-from finetune.publishing import choose_golden, publish_result
-from finetune.report import write_report
-from finetune.result import Head, Result
+from finetune.probe.features import extract_splits, open_engine, prepare, prepare_meanwhile
+from finetune.probe.precision import extract_in_best_precision
+from finetune.probe.solve import Floats, Labels, Probe, soften, solve_on_best_views
+from finetune.report.mistakes import explain_mistakes, worst_mistakes
+from finetune.report.next_steps import commands_to_try, say_what_next, write_example
+from finetune.report.page import write_report
+from finetune.report.plots import Mistake, draw_confusion, draw_mistakes
+from finetune.report.projector import write_projector
+from finetune.report.publishing import choose_golden, publish_result
+from finetune.report.result import Head, Result
 from finetune.resume import (
     STATE_DIR,
     Choices,
@@ -63,16 +65,14 @@ from finetune.resume import (
     seconds_trained,
     trim_events,
 )
-from finetune.sources import SplitName
-from finetune.split import load_lasting_splits
 from finetune.terminal import run_program
-from finetune.thresholds import LabelCalibrated, LabelCalibration, calibrate_probe_of_labels, calibrate_trained_of_labels
-from finetune.verdict import compare_with_probe
-from models.engine import Features
+from finetune.training.broken_batch import FOLDER as BROKEN_BATCH_DIR
+from models.engine.engine import Features
 from models.errors import GraftError, name_some
 from models.files import write_whole
 from models.named import import_named
 from models.prepared import PreparedBackbone
+from models.sources import SplitName
 
 logger = logging.getLogger("graft.run")
 
@@ -307,8 +307,8 @@ def _write(path: Path, text: str) -> None:
 def _train(options: Options, splits: Splits, start: Probe, monitor: Monitor, scratch: Path) -> tuple[PreparedBackbone, Head, int]:
     """Gradient epochs; the trained backbone is prepared for the engine in `scratch`."""
     # Imported here: a probe needs neither torch nor timm, which take longer to import than a probe to solve.
-    from finetune.train import train
-    from models.backbone import build_backbone
+    from finetune.training.train import train
+    from models.backbone.build import build_backbone
     from models.prepared import write_prepared
 
     backbone = build_backbone(

@@ -23,15 +23,15 @@ from typing import TYPE_CHECKING, Any, Literal
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from models.backbone.freeze_policy import resolve_policy
 from models.checkpoint import CONFIG_FILE, OPENVINO_FILE, WEIGHTS_FILE, Array, CheckpointError, fingerprint, hash_file
-from models.deferred import DeferredEngine
-from models.engine import Engine, EngineInfo, OpenVINOEngine, Precision, TorchEngine, cpu_name, num_cpus, openvino_name
+from models.engine.deferred import DeferredEngine
+from models.engine.engine import Engine, EngineInfo, OpenVINOEngine, Precision, TorchEngine, cpu_name, num_cpus, openvino_name
 from models.errors import GraftError, in_words
-from models.freeze_policy import resolve_policy
 from models.preprocess import Preprocess
 
 if TYPE_CHECKING:
-    from models.backbone import Backbone
+    from models.backbone.build import Backbone
 
 logger = logging.getLogger("graft.prepared")
 
@@ -129,8 +129,8 @@ def find_missing(name: str, weights: Path | None, pretrained: bool, image_size: 
 
 def write_prepared(backbone: Backbone, folder: Path) -> PreparedBackbone:
     """Convert and write `backbone` to `folder`, whole or not at all; what another run wrote there meanwhile is as good."""
-    from models.backbone import FeatureExtractor, backbone_tensors, export_openvino, timm_config
-    from models.freezing import stages
+    from models.backbone.build import FeatureExtractor, backbone_tensors, export_openvino, timm_config
+    from models.backbone.freezing import stages
 
     tensors = backbone_tensors(backbone)
     config = timm_config(backbone)
@@ -245,7 +245,7 @@ def build_engine(
     Raises GraftError where there is no such device, or where it cannot run the precision.
     """
     if resolve_device(device) == "cuda":
-        from models.backbone import FeatureExtractor, build_from_config, read_state_dict
+        from models.backbone.build import FeatureExtractor, build_from_config, read_state_dict
 
         model = build_from_config(config, read_state_dict(folder / WEIGHTS_FILE))
         return TorchEngine(FeatureExtractor(model), preprocess, precision=precision, batch_size=batch_size)
@@ -283,7 +283,7 @@ def _why_no_cuda() -> str | None:
 
 
 def _build(name: str, weights: Path | None, pretrained: bool, image_size: int | None, folder: Path) -> PreparedBackbone:
-    from models.backbone import build_backbone
+    from models.backbone.build import build_backbone
 
     # The number of classes of this throw-away head does not matter.
     backbone = build_backbone(name, num_classes=2, weights=weights, pretrained=pretrained, image_size=image_size)

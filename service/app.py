@@ -19,16 +19,17 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
-from service import lifeline, open_inference, tf_serving
-from service.admin import load_version, patch_rollout, unload_version
-from service.health import livez, prometheus, readyz, status
-from service.hugging_face import classify_image
+from service import lifeline
+from service.inference.server import Server
 from service.openapi import describe
-from service.predict import DEFAULT_TOP_K, list_models, predict
-from service.routes import Route, Routes, plain_error
-from service.schemas import PredictResponse
-from service.server import Server
+from service.protocols import open_inference, tf_serving
+from service.protocols.admin import load_version, patch_rollout, unload_version
+from service.protocols.graft import DEFAULT_TOP_K, list_models, predict
+from service.protocols.health import livez, prometheus, readyz, status
+from service.protocols.hugging_face import classify_image
+from service.protocols.schemas import PredictResponse
 from service.settings import load_settings
+from service.web.routes import Route, Routes, plain_error
 
 _PAGE = Path(__file__).with_name("page.html")
 

@@ -14,10 +14,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, RootModel
 from pydantic.json_schema import models_json_schema
 
-from service import admin, health, hugging_face, open_inference, predict, tf_serving
-from service.rollout import Rollout
-from service.routes import STATUS_BY_CODE, Handler, Route, plain_error
-from service.schemas import (
+from service.inference.rollout import Rollout
+from service.protocols import admin, graft, health, hugging_face, open_inference, tf_serving
+from service.protocols.schemas import (
     AllResponse,
     ErrorResponse,
     LabelScore,
@@ -27,6 +26,7 @@ from service.schemas import (
     RolloutResponse,
     StatusResponse,
 )
+from service.web.routes import STATUS_BY_CODE, Handler, Route, plain_error
 
 # Of these addresses, not of the models.
 _API_VERSION = "1"
@@ -57,8 +57,8 @@ class Shapes:
 
 # A handler that is not here gives text.
 _SHAPES: dict[Handler, Shapes] = {
-    predict.predict: Shapes(PredictAnswer),
-    predict.list_models: Shapes(ModelsResponse),
+    graft.predict: Shapes(PredictAnswer),
+    graft.list_models: Shapes(ModelsResponse),
     health.status: Shapes(StatusResponse),
     admin.load_version: Shapes(RolloutResponse),
     admin.unload_version: Shapes(RolloutResponse),
@@ -90,7 +90,7 @@ def describe(spec: dict[str, Any], routes: Sequence[Route], *, needs_token: bool
     paths: dict[str, Any] = {}
     for route in routes:
         operation = _operation(route, references, needs_token)
-        if route.handler is predict.predict:
+        if route.handler is graft.predict:
             operation |= _predict(spec)
         paths.setdefault(route.path, {})[route.method.lower()] = operation
     return {
@@ -116,7 +116,7 @@ def _operation(route: Route, references: dict[Any, Any], needs_token: bool) -> d
     if route.handler is open_inference.infer:
         gives["application/octet-stream"] = _BYTES
     refused = {"content": {"application/json": {"schema": references[error, "serialization"]}}}
-    statuses = sorted(set(STATUS_BY_CODE.values())) if route.handler is predict.predict else []
+    statuses = sorted(set(STATUS_BY_CODE.values())) if route.handler is graft.predict else []
     operation: dict[str, Any] = {
         "operationId": re.sub(r"\W+", "_", f"{route.method} {route.path}".lower()).strip("_"),
         "summary": _summary(route.handler),

@@ -10,7 +10,7 @@ from pydantic import Field, SecretStr, ValidationError, field_validator, model_v
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from models.allowed import describe_allowed
-from models.engine import Precision
+from models.engine.engine import Precision
 from models.errors import GraftError
 
 PositiveInt = Annotated[int, Ge(1)]

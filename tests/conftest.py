@@ -17,10 +17,10 @@ import httpx
 import numpy as np
 import pytest
 
-from models.engine import OpenVINOEngine
+from models.engine.engine import OpenVINOEngine
 from models.prepared import PreparedBackbone, prepare_backbone
 from models.preprocess import Pixels
-from tests.service_fixtures import RunningServer, publish_colors
+from tests.support.servers import RunningServer, publish_colors
 
 # What is started in the background ignores Ctrl-C, and so would every process of a test.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # `make test-image`: from the files of this clone to a container that serves, without a container engine. Fine-tune digits, build the
-# image with Debian's buildah on a base image of debootstrap's, and let tests/test_image.py boot it. Needs root, for mounts.
+# image with Debian's buildah on a base image of debootstrap's, and let tests/deploy/test_image.py boot it. Needs root, for mounts.
 # What is not there is said and skipped, so that CI can call it anywhere. KEEP=1 leaves build/image for a second look. FLAVOUR=cuda does the
 # same with the image for GPUs, on the CPU: 12 GB of disk, and kernels that mount overlay for root.
 set -euo pipefail
@@ -75,12 +75,12 @@ step "KServe's objects, as its own API knows them"
 # Its package needs another pandas than ours: an environment of its own.
 kserve=("$PWD/.venv/bin/uv" run --quiet --no-project --with kserve==0.21.0 python)
 if "${kserve[@]}" -c "import kserve" 2> "$WORK/kserve.log"; then
-    "${kserve[@]}" tests/kserve_schema.py deploy/kubernetes/kserve/*.yaml
+    "${kserve[@]}" tests/deploy/kserve_schema.py deploy/kubernetes/kserve/*.yaml
 else
     step "skipped: kserve cannot be installed: $(tail -1 "$WORK/kserve.log")"
 fi
 
 step "boot it"
-GRAFT_IMAGE_DIR=$WORK GRAFT_IMAGE_FLAVOUR=$FLAVOUR timeout 300 "$PYTHON" -m pytest -m image tests/test_image.py
+GRAFT_IMAGE_DIR=$WORK GRAFT_IMAGE_FLAVOUR=$FLAVOUR timeout 300 "$PYTHON" -m pytest -m image tests/deploy/test_image.py
 cat "$WORK/report"
 step "done"

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import requests
 
-from finetune.probe import softmax
+from finetune.probe.solve import softmax
 from models import checkpoint as checkpoints
-from models.engine import run
+from models.engine.engine import run
 from models.prepared import build_engine
-from tests.drawn import SHAPES, draw_shape, write_class_folders
-from tests.service_fixtures import serve
+from tests.support.drawn import SHAPES, draw_shape, write_class_folders
+from tests.support.servers import serve
 
 ROOT = Path(__file__).parent.parent
 NUM_CLIENTS = 32

@@ -16,7 +16,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from models.backbone import build_backbone
+from models.backbone.build import build_backbone
 
 
 def main(name: str, path: Path) -> None:

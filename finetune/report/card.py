@@ -1,0 +1,88 @@
+"""The model card of a checkpoint: data, metrics, how far to trust them, how to call it."""
+
+from __future__ import annotations
+
+from finetune.evaluation.metrics import Metrics, tabulate
+from finetune.report.result import Result
+
+_RANDOM_WARNING = (
+    "> **No pretrained weights.** This backbone started from random values (`--no-pretrained`); do not expect it to be good.\n\n"
+)
+
+
+def write_card(result: Result, version: int) -> str:
+    """Markdown with the front matter that model hubs read."""
+    options, backbone, splits = result.options, result.backbone, result.splits
+    averages = " | ".join(result.probe_metrics.NAMES.values())
+    results = "\n".join(
+        f"| {split} | {' | '.join(metrics.with_interval(name) for name in metrics.intervals)} | {metrics.loss:.4f} "
+        f"| {metrics.num_images:,} |"
+        for split, metrics in result.metrics.items()
+    )
+    head, *rows = tabulate(result.metrics.get("test", result.metrics["val"]), splits.label_names)
+    per_class = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    kind, classes = ("A multi-label", "labels") if splits.is_multi_label else ("An", "classes")
+    verdict = "" if result.verdict is None else f"\n{result.verdict}.\n"
+    leaks = "".join(f"\n**Images leak:** {line}.\n" for line in result.audit.describe_leaks())
+    sizes = ", ".join(f"{len(samples):,} {split}" for split, samples in splits.named())
+    license_line = f"license: {backbone.license}\n" if backbone.license else ""
+    return f"""---
+library_name: timm
+pipeline_tag: image-classification
+{license_line}---
+# {options.model_name}, version {version}
+
+{"" if backbone.is_pretrained else _RANDOM_WARNING}{kind} image classifier of {len(rows)} {classes}, made by Graft.
+
+| | |
+|---|---|
+| backbone | `{backbone.name}` |
+| pretrained weights | {backbone.weights} |
+| licence of the weights | {backbone.license or "not known; ask whoever made them"} |
+| frozen | `--freeze {result.freeze}` |
+| trained with | {result.trained_with} |
+| data | `{options.data}`: {sizes} |
+| audit of the data | {result.audit.summary} |
+| input | {backbone.preprocess.width}x{backbone.preprocess.height}, {backbone.preprocess.interpolation} |
+| engine at save time | {result.engine} |
+| precision | {result.engine.precision}: {result.why_precision} |
+| probe alone | val {result.metric_name} {result.probe_metrics.score:.4f} |
+
+## Results
+
+| split | {averages} | log loss | images |
+|---{"|---" * len(result.probe_metrics.NAMES)}|---|---|
+{results}
+
+In brackets, 95 % intervals over resampled images.
+{leaks}{verdict}
+| {" | ".join(head)} |
+{"|---" * len(head)}|
+{per_class}
+{_confused(result)}
+## How far to trust it
+
+On val, {result.describe_calibration()}. {result.describe_answers()}
+
+Would more images help? On val, {result.learning_curve}.
+
+## Use it
+
+```
+curl -F images=@photo.jpg 'http://localhost:3000/predict?model={options.model_name}'
+```
+
+```python
+import timm
+
+model = timm.create_model("local-dir:{options.repository}/{options.model_name}/{version}", pretrained=True)
+```
+"""
+
+
+def _confused(result: Result) -> str:
+    val, names = result.metrics["val"], result.splits.label_names
+    if not isinstance(val, Metrics):
+        return ""
+    pairs = (f"{names[true]} taken for {names[predicted]} ({count:,})" for true, predicted, count in val.most_confused(5))
+    return f"\nMost confused on val: {'; '.join(pairs) or 'none'}.\n"

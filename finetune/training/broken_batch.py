@@ -1,0 +1,43 @@
+"""A batch whose loss is no number, kept for a person to look at: its images, their labels and what each one's loss was."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from finetune.data.splits import Sample, Splits
+from models.errors import GraftError, in_words, name_some
+from models.preprocess import ImageError, Preprocess
+
+FOLDER = "broken-batch"
+
+
+class BrokenLossError(GraftError):
+    """The loss, or its gradient, is NaN or infinite."""
+
+
+def keep_broken_batch(run_dir: Path, samples: Sequence[Sample], splits: Splits, losses: Sequence[float], preprocess: Preprocess) -> str:
+    """Write each image's plain crop as a PNG and `batch.csv`, and say in words where they are."""
+    folder = run_dir / FOLDER
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        with (folder / "batch.csv").open("w", newline="") as file:
+            rows = csv.writer(file)
+            rows.writerow(("file", "path", "label", "loss"))
+            for index, (sample, loss) in enumerate(zip(samples, losses, strict=True)):
+                name = f"{index:03d}.png"
+                with contextlib.suppress(ImageError):
+                    Image.fromarray(preprocess(sample.read())).save(folder / name)
+                rows.writerow((name, sample.key, splits.describe(sample), loss))
+    except OSError as error:
+        return f"the {len(samples)} images of the batch could not be written to {folder}: {in_words(error)}"
+    broken = [sample.key for sample, loss in zip(samples, losses, strict=True) if not math.isfinite(loss)]
+    which = f": no number for {name_some(broken, 3)}" if broken else ""
+    return f"the {len(samples)} images of the batch are in {folder}, with each one's loss in batch.csv{which}"

@@ -1,0 +1,282 @@
+"""The state of gradient epochs on disk: what a run that was stopped or killed goes on from, bit by bit where it was.
+
+One safetensors file: the tensors, and in its metadata the rest as JSON. Two files could not be replaced at once. Of the network it has
+what training changes; what is frozen is built anew, and must be what it was. The order of the images needs no state: `draw_batches` has
+it from seed and epoch. A gradient scaler has none to save either: training is in fp32 or bf16, which need none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from finetune.data.balance import draw_balanced
+from finetune.data.splits import Splits
+from finetune.probe.solve import Floats
+from finetune.resume import METADATA_KEY, check_fixed
+from finetune.training.ema import Average
+from finetune.training.tensors import Tensors, changing_tensors, copy_tensors
+from models.backbone.freezing import Freezing, digest_tensor
+from models.errors import GraftError, in_words
+from models.files import write_whole
+
+logger = logging.getLogger("graft.state")
+
+_FORMAT_VERSION = 3
+_DIGEST_KEY = "digest"
+
+
+@dataclass
+class Progress:
+    """Where training stands: `batch` batches of `epoch` are done (epoch 0 validates the first head), `step` of all epochs.
+
+    `losses`, `num_images` and the seconds are the epoch's so far, `seconds_trained` those of all processes when the state was saved;
+    `best_score` is an epoch's accuracy (with `--balance` the balanced one) and its loss, negative. `train_at_once` and `val_at_once` say
+    how many images fitted into memory.
+    """
+
+    train_at_once: int
+    val_at_once: int
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    num_images: int = 0
+    seconds: float = 0.0
+    waiting_seconds: float = 0.0
+    best_epoch: int = 0
+    best_score: tuple[float, float] = (-math.inf, -math.inf)
+    seconds_trained: float = 0.0
+
+    def begin_next_epoch(self) -> None:
+        self.epoch += 1
+        self.batch, self.losses, self.num_images, self.seconds, self.waiting_seconds = 0, [], 0, 0.0, 0.0
+
+
+class TrainingState:
+    """What training changes: tensors of the network, optimizer, schedule, progress, and the tensors that validated best.
+
+    With an `average`, that is what is validated.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        freezing: Freezing,
+        optimizer: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LRScheduler,
+        progress: Progress,
+        average: Average | None = None,
+    ) -> None:
+        self.progress = progress
+        self.average = average
+        self._frozen = freezing.digests
+        self._tensors = changing_tensors(model, freezing)
+        self._parameters: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+        self._optimizer = optimizer
+        self._schedule = schedule
+        self._best: Tensors = {}
+
+    def keep_as_best(self, score: tuple[float, float]) -> None:
+        """The epoch under way is the best so far."""
+        self.progress.best_epoch, self.progress.best_score = self.progress.epoch, score
+        validated = self._tensors if self.average is None else self.average.tensors
+        self._best = {name: tensor.detach().clone() for name, tensor in validated.items()}
+
+    def restore_best(self) -> None:
+        copy_tensors(self._best, self._tensors)
+
+    def save(self, path: Path, fixed: Mapping[str, Any], events: Mapping[str, int]) -> None:
+        """Write all of it, whole or not at all; `fixed` must be the same when it is loaded, `events` are sizes of event files.
+
+        Raises OSError or SafetensorError.
+        """
+        random_tensors, random_rest = random_states()
+        optimizer = {
+            f"{self._parameters[parameter]}/{key}": value
+            for parameter, values in self._optimizer.state.items()
+            for key, value in values.items()
+        }
+        kinds = {"model": self._tensors, "best": self._best, "optimizer": optimizer, "random": random_tensors}
+        if self.average is not None:
+            kinds["average"] = self.average.tensors
+        tensors = {
+            f"{kind}/{name}": tensor.detach().to("cpu", copy=True).contiguous()
+            for kind, named in kinds.items()
+            for name, tensor in named.items()
+        }
+        rest = {
+            "format_version": _FORMAT_VERSION,
+            "fixed": fixed,
+            "frozen": self._frozen,
+            "progress": asdict(self.progress),
+            "groups": [{key: value for key, value in group.items() if key != "params"} for group in self._optimizer.param_groups],
+            "schedule": self._schedule.state_dict(),
+            "random": random_rest,
+            "events": events,
+        }
+        text = json.dumps(rest)
+        metadata = {METADATA_KEY: text, _DIGEST_KEY: _digest(text, tensors)}
+        write_whole(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+
+    def load(self, path: Path, fixed: Mapping[str, Any]) -> None:
+        """Go back to what `save` wrote.
+
+        Raises GraftError where the file is damaged, or where what is frozen, or something `fixed`, is not what it was.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata()
+                tensors: Tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no mapping
+            rest = json.loads(metadata[METADATA_KEY])
+            version = rest["format_version"]
+            if version == _FORMAT_VERSION and metadata[_DIGEST_KEY] != _digest(metadata[METADATA_KEY], tensors):
+                raise ValueError("it is not what was written")
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise GraftError(f"{path}: the saved state cannot be read: {in_words(error)}; remove it, and --resume begins again") from error
+        if version != _FORMAT_VERSION:
+            raise GraftError(f"{path}: the state has format {version}, this Graft reads format {_FORMAT_VERSION}; use the Graft of the run")
+        kinds: dict[str, Tensors] = {"model": {}, "best": {}, "average": {}, "optimizer": {}, "random": {}}
+        for key, tensor in tensors.items():
+            kind, _, name = key.partition("/")
+            kinds[kind][name] = tensor
+        self._check_same(path, rest, fixed, kinds["model"])
+        copy_tensors(kinds["model"], self._tensors)
+        if self.average is not None:
+            copy_tensors(kinds["average"], self.average.tensors)
+        self._best = {name: tensor.to(self._tensors[name].device) for name, tensor in kinds["best"].items()}
+        self._load_optimizer(rest["groups"], kinds["optimizer"])
+        self._schedule.load_state_dict(rest["schedule"])
+        set_random_states(kinds["random"], rest["random"])
+        progress = rest["progress"]
+        self.progress = Progress(**{**progress, "best_score": tuple(progress["best_score"])})
+
+    def _check_same(self, path: Path, rest: Mapping[str, Any], fixed: Mapping[str, Any], tensors: Tensors) -> None:
+        run_dir = path.parent.parent
+        then = rest["frozen"]
+        differing = [name for name in {**then, **self._frozen} if then.get(name) != self._frozen.get(name)]
+        if differing:
+            raise GraftError(
+                f"--resume {run_dir}: {len(differing)} of {len(then)} frozen tensors are not what they were when the run began "
+                f"({', '.join(differing[:4])}); it needs the backbone's weights and code as they were then, or a run of its own"
+            )
+        check_fixed(run_dir, rest["fixed"], fixed, f"; where {path} is another run's, remove it")
+        if {name: tensor.shape for name, tensor in tensors.items()} != {name: tensor.shape for name, tensor in self._tensors.items()}:
+            raise GraftError(f"--resume {run_dir}: the backbone's code has changed: other tensors train now than when the run began")
+
+    def _load_optimizer(self, groups: list[dict[str, Any]], tensors: Tensors) -> None:
+        # In place: Fabric's optimizer shares groups and state with the one that it wraps, which `load_state_dict` would replace.
+        for group, saved in zip(self._optimizer.param_groups, groups, strict=True):
+            group.update(saved)
+        by_name = {name: parameter for parameter, name in self._parameters.items()}
+        for key, value in tensors.items():
+            name, _, kind = key.rpartition("/")
+            parameter = by_name[name]
+            # The fused kernels ask for the parameter's own layout, channels_last on a GPU.
+            like = torch.empty_like(parameter) if value.shape == parameter.shape else torch.empty_like(value, device=parameter.device)
+            self._optimizer.state[parameter][kind] = like.detach().copy_(value)
+
+
+class StateFile:
+    """A training's state at `path`, saved when it is due; with `path` None nothing is kept."""
+
+    def __init__(
+        self, path: Path | None, state: TrainingState, *, minutes: float, fixed: Mapping[str, Any], flush: Callable[[], Mapping[str, int]]
+    ) -> None:
+        """`flush` brings the curves to disk and gives the sizes of their files."""
+        self._path = path
+        self._state = state
+        self._seconds = 60 * minutes
+        self._fixed = fixed
+        self._flush = flush
+        self._saved = self._began = time.monotonic()
+        self._earlier_seconds = 0.0
+
+    def load(self) -> bool:
+        """Whether there was a state to go on from."""
+        if self._path is None or not self._path.exists():
+            return False
+        self._state.load(self._path, self._fixed)
+        self._earlier_seconds = self._state.progress.seconds_trained
+        return True
+
+    def save_if_due(self) -> None:
+        if time.monotonic() - self._saved >= self._seconds:
+            self.save()
+
+    def save(self) -> None:
+        """A state that cannot be saved ends no training, but is told of."""
+        if self._path is None:
+            return
+        self._state.progress.seconds_trained = self._earlier_seconds + time.monotonic() - self._began
+        try:
+            self._state.save(self._path, self._fixed, self._flush())
+        except (OSError, SafetensorError) as error:
+            logger.warning("%s: the state could not be saved (%s); the run goes on from the one before if it ends now", self._path, error)
+        self._saved = time.monotonic()
+
+    def remove(self) -> None:
+        """It leads nowhere."""
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+
+
+def _digest(text: str, tensors: Tensors) -> str:
+    """Of all that a state holds: a disk may lose a bit, which safetensors would not tell."""
+    digests = {name: digest_tensor(tensor) for name, tensor in sorted(tensors.items())}
+    return hashlib.sha256(f"{text}{json.dumps(digests)}".encode()).hexdigest()
+
+
+def fix_images(splits: Splits) -> dict[str, str]:
+    """Which images are learnt from and validated on, and what they are said to show."""
+    named = [(split, [(sample.key, splits.describe(sample)) for sample in samples]) for split, samples in splits.named()]
+    digest = hashlib.sha256(json.dumps([splits.label_names, named]).encode()).hexdigest()[:8]
+    return {"its list of images and labels": f"{len(splits.train)} to train on, {len(splits.val)} to validate on ({digest})"}
+
+
+def draw_batches(num_images: int, batch_size: int, seed: int, epoch: int, weights: Floats | None = None) -> list[list[int]]:
+    """The images of each gradient step of an epoch, by index: from seed and epoch alone, so that an epoch can be entered anywhere.
+
+    With `weights` `[num_images]`, 1 on average, an image comes as often as its own says. A last batch that is not full is left out: of
+    one image, it would break BatchNorm in training, and tell little.
+    """
+    generator = np.random.default_rng((seed, epoch))
+    drawn = generator.permutation(num_images)
+    if weights is not None:
+        drawn = generator.permutation(draw_balanced(drawn, weights, generator.random()))
+    order = drawn.tolist()
+    return [order[start : start + batch_size] for start in range(0, max(1, num_images - batch_size + 1), batch_size)]
+
+
+def random_states() -> tuple[Tensors, Any]:
+    """torch's generators as tensors; Python's and numpy's as JSON."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        states |= {f"cuda{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    return states, {"python": random.getstate(), "numpy": [kind, np.asarray(keys).tolist(), *rest]}
+
+
+def set_random_states(states: Tensors, rest: Any) -> None:
+    torch.set_rng_state(states["cpu"])
+    for name, state in states.items():
+        if name.startswith("cuda"):
+            torch.cuda.set_rng_state(state, int(name.removeprefix("cuda")))
+    version, internal, gauss = rest["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *others = rest["numpy"]
+    np.random.set_state((kind, np.array(keys, np.uint32), *others))

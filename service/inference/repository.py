@@ -1,0 +1,378 @@
+"""Which checkpoints are served: the versions that each model's rollout asks for, grouped by backbone, and swapped while running.
+
+Checkpoints with one fingerprint share an engine and a queue. Before a checkpoint serves, its golden images are replayed through
+the engine that will serve it; one that drifts or cannot be read is refused, with its reason, and what served before goes on. The
+folder is looked at every second: a request keeps the models that it started with, and an engine closes when its last one ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, cast
+
+import numpy as np
+
+from models import checkpoint as checkpoints
+from models.checkpoint import Checkpoint, Golden
+from models.engine.engine import EngineInfo, Precision, cpu_name
+from models.errors import GraftError
+from models.prepared import resolve_device
+from models.preprocess import Preprocess
+from service import metrics
+from service.engine.batcher import Batcher
+from service.engine.process import EngineProcess
+from service.errors import RequestError
+from service.inference.rollout import ROLLOUT_FILE, Rollout, read_rollout, write_rollout
+from service.settings import Settings
+
+logger = logging.getLogger("bentoml.graft")
+
+Device = Literal["cpu", "cuda"]
+# Of a file or folder: what changes when somebody replaces it. None where it is not there.
+Stamp = tuple[int, int, int] | None
+# Of no file.
+_REFUSED: Stamp = (-1, -1, -1)
+_NO_GOLDEN = Golden((), np.empty((0, 0), np.float32))
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """One engine, its queue, and the images it wants; shared by every model with this fingerprint."""
+
+    fingerprint: str
+    preprocess: Preprocess
+    engine: EngineProcess
+    batcher: Batcher
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint that serves on a backbone."""
+
+    checkpoint: Checkpoint
+    backbone: Backbone
+    stamp: Stamp = None
+
+    @property
+    def info(self) -> EngineInfo:
+        return self.backbone.engine.info
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A version that is not served, or with no version a rollout, and why."""
+
+    name: str
+    version: int | None
+    reason: str
+    stamp: Stamp = None
+
+
+@dataclass(frozen=True)
+class Served:
+    """Everything that is served under one name: its versions, and who gets which."""
+
+    name: str
+    versions: Mapping[int, Model]
+    latest: int
+    rollout: Rollout
+    rollout_stamp: Stamp = None
+
+    def choose(self, version: str = "") -> Model:
+        """The model for a number, a label, `latest`, or "" for the default and its canary. Raises RequestError where it is not served."""
+        model = self.versions.get(self.rollout.resolve(version, self.latest) or 0)
+        if model is None:
+            there = ", ".join([f"latest ({self.latest})", *self.rollout.labels, *map(str, sorted(self.versions))])
+            raise RequestError("no_such_version", f"model {self.name!r} has no version {version[:100]!r} here; there is {there}")
+        return model
+
+    @property
+    def default(self) -> Model:
+        """What answers when the canary does not."""
+        return self.choose(str(self.rollout.default))
+
+    @property
+    def shadow(self) -> Model | None:
+        return self.versions.get(self.rollout.shadow or 0)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What is served at one moment."""
+
+    models: Mapping[str, Served] = field(default_factory=dict)
+    refused: tuple[Refusal, ...] = ()
+
+    @cached_property
+    def backbones(self) -> list[Backbone]:
+        found = {model.backbone.fingerprint: model.backbone for served in self.models.values() for model in served.versions.values()}
+        return list(found.values())
+
+    @property
+    def versions(self) -> set[tuple[str, int]]:
+        return {(name, version) for name, served in self.models.items() for version in served.versions}
+
+
+class Repository:
+    """The folder `root` as it is served now. Everything but the loading itself happens on one event loop."""
+
+    def __init__(self, settings: Settings, *, on_engine_death: Callable[[], None] = lambda: None) -> None:
+        """`on_engine_death` is called on the event loop when an engine's process ends without having been asked to."""
+        self._on_engine_death = on_engine_death
+        self.root = settings.checkpoints
+        self.current = Snapshot()
+        self._settings = settings
+        self._loading = asyncio.Lock()
+        self._changing = asyncio.Lock()
+        self._closing: set[asyncio.Task[None]] = set()
+
+    async def refresh(self, rollouts: Mapping[str, Rollout] | None = None) -> Snapshot:
+        """Serve what the folder holds now, and where given, these rollouts in place of their models' files.
+
+        Raises GraftError where the asked-for device is not there, or one of `rollouts` cannot be served; nothing has changed then.
+        Bad checkpoints and files are refused one by one.
+        """
+        async with self._loading:
+            before = self.current
+            after = await asyncio.to_thread(load_snapshot, self._settings, before, rollouts or {}, self._on_engine_death)
+            for backbone in after.backbones:
+                backbone.engine.attach()
+            self.current = after
+            self._let_go(before, after)
+            return after
+
+    async def watch(self) -> None:
+        """Refresh for ever, every `poll_seconds`; whatever goes wrong is logged once, and tried again."""
+        last_error = ""
+        while True:
+            await asyncio.sleep(self._settings.poll_seconds)
+            try:
+                await self.refresh()
+                last_error = ""
+            # The one thing that must not happen here is that nobody looks any more.
+            except Exception as error:
+                if repr(error) != last_error:
+                    logger.exception("%s could not be looked through", self.root)
+                last_error = repr(error)
+
+    async def change_rollout(self, name: str, change: Callable[[Rollout], Rollout]) -> bool:
+        """Change a model's rollout; whether it could be written to the folder, so that it outlives the process.
+
+        Raises RequestError where there is no such model, or the rollout asks for what cannot be served; nothing has changed then.
+        """
+        if not checkpoints.NAME_PATTERN.fullmatch(name) or not checkpoints.list_versions(self.root, name):
+            raise RequestError("no_such_model", f"there is no model {name[:100]!r} in the repository")
+        async with self._changing:
+            served = self.current.models.get(name)
+            try:
+                rollout = change(served.rollout if served is not None else read_rollout(self.root / name))
+                await self.refresh({name: rollout})
+            except GraftError as error:
+                raise RequestError("bad_rollout", str(error)) from None
+            try:
+                await asyncio.to_thread(write_rollout, self.root / name, rollout)
+            except OSError as error:
+                logger.warning("the rollout of %s holds until this process ends: %s", name, error)
+                return False
+            return True
+
+    async def close(self) -> None:
+        """Finish what is in every queue and close the engines."""
+        async with self._loading:
+            self._let_go(self.current, Snapshot())
+            await asyncio.gather(*self._closing)
+
+    def _let_go(self, before: Snapshot, after: Snapshot) -> None:
+        kept = [backbone.engine for backbone in after.backbones]
+        for backbone in before.backbones:
+            if backbone.engine not in kept:
+                closing = asyncio.create_task(backbone.batcher.close())
+                self._closing.add(closing)
+                closing.add_done_callback(self._closing.discard)
+        for name, version in before.versions - after.versions:
+            logger.info("unloaded %s version %d", name, version)
+            metrics.forget(name, version)
+
+
+def load_snapshot(
+    settings: Settings,
+    before: Snapshot | None = None,
+    rollouts: Mapping[str, Rollout] | None = None,
+    on_engine_death: Callable[[], None] = lambda: None,
+) -> Snapshot:
+    """What the folder holds now; what `before` has loaded or refused and has not changed is taken over.
+
+    Takes seconds where a backbone is new: not for the event loop. Raises GraftError where the asked-for device is not there, or one
+    of `rollouts` cannot be served.
+    """
+    loader = _Loader(settings, before or Snapshot(), on_engine_death)
+    models: dict[str, Served] = {}
+    for name in checkpoints.list_names(settings.checkpoints):
+        if checkpoints.NAME_PATTERN.fullmatch(name) and (served := loader.load(name, (rollouts or {}).get(name))):
+            models[name] = served
+    return Snapshot(models, tuple(loader.refused))
+
+
+class _Loader:
+    """One look through the repository."""
+
+    def __init__(self, settings: Settings, before: Snapshot, on_engine_death: Callable[[], None]) -> None:
+        self._on_engine_death = on_engine_death
+        self.refused: list[Refusal] = []
+        self._settings = settings
+        self._root = settings.checkpoints
+        self._before = before
+        self._known = {(one.name, one.version, one.stamp): one for one in before.refused}
+        self._device = resolve_device(settings.device)
+        self._backbones = {backbone.fingerprint: backbone for backbone in before.backbones}
+
+    def load(self, name: str, rollout: Rollout | None) -> Served | None:
+        """The model with every version its rollout asks for; None where no version can be served.
+
+        Raises GraftError where `rollout`, which then goes before the file's, asks for what cannot be served.
+        """
+        before = self._before.models.get(name)
+        stamp = _stamp(self._root / name / ROLLOUT_FILE)
+        if rollout is not None:
+            return self._load_versions(name, rollout, stamp)
+        try:
+            # What was set over HTTP where nothing can be written holds until the file changes.
+            is_known = before is not None and before.rollout_stamp == stamp
+            return self._load_versions(name, before.rollout if before and is_known else read_rollout(self._root / name), stamp)
+        except GraftError as error:
+            self._refuse_rollout(name, str(error))
+        for fallback in (before.rollout if before is not None else Rollout(), Rollout()):
+            # Refused, it is looked at every time: the version that is missing may come.
+            with contextlib.suppress(GraftError):
+                return self._load_versions(name, fallback, _REFUSED)
+        return None
+
+    def _load_versions(self, name: str, rollout: Rollout, stamp: Stamp) -> Served | None:
+        versions: dict[int, Model] = {}
+        latest = 0
+        for version in reversed(checkpoints.list_versions(self._root, name)):
+            is_named = version in rollout.named_versions
+            if version not in rollout.unloaded and (is_named or not latest) and (model := self._load_version(name, version)):
+                versions[version] = model
+                latest = latest or version
+        if missing := sorted(rollout.named_versions - versions.keys()):
+            reasons = [refusal.reason for refusal in self.refused if (refusal.name, refusal.version) == (name, missing[0])]
+            raise GraftError(f"the rollout asks for version {missing[0]}: {reasons[0] if reasons else 'there is no such version'}")
+        return Served(name, versions, latest, rollout, stamp) if versions else None
+
+    def _load_version(self, name: str, version: int) -> Model | None:
+        path = self._root / name / str(version)
+        stamp = _stamp(path / checkpoints.CONFIG_FILE)
+        before = self._before.models.get(name)
+        loaded = before.versions.get(version) if before is not None else None
+        if loaded is not None and loaded.stamp == stamp:
+            return loaded
+        # A folder that is still being copied is refused, and looked at again as soon as it has changed.
+        stamp_of_files = _stamp_of_files(path)
+        if known := self._known.get((name, version, stamp_of_files)):
+            if known not in self.refused:
+                self.refused.append(known)
+            return None
+        start = time.perf_counter()
+        try:
+            model = replace(self._start_model(path), stamp=stamp)
+        # One checkpoint must not keep the others from being served, whatever its files make the libraries raise.
+        except Exception as error:
+            refusal = Refusal(name, version, self._describe(name, version, error), stamp_of_files)
+            self.refused.append(refusal)
+            self._known[name, version, stamp_of_files] = refusal
+            return None
+        logger.info("loaded %s version %d in %.1f s: %s", name, version, time.perf_counter() - start, model.info)
+        return model
+
+    def _start_model(self, path: Path) -> Model:
+        checkpoint = checkpoints.load_checkpoint(path)
+        backbone = self._backbones.get(checkpoint.fingerprint)
+        is_new = backbone is None
+        if backbone is None:
+            engine = self._build_engine(checkpoint)
+            batcher = Batcher(engine, max_images=self._settings.max_queue_images, name=checkpoint.fingerprint[:12])
+            backbone = Backbone(checkpoint.fingerprint, checkpoint.preprocess, engine, batcher)
+        try:
+            _replay_golden(checkpoint, backbone)
+        except Exception:
+            if is_new:
+                backbone.engine.close()
+            raise
+        # Shared only once its golden images passed: an engine built from broken files must not serve the checkpoints that follow.
+        self._backbones[checkpoint.fingerprint] = backbone
+        # Kept for every model would be what only its loading needs.
+        return Model(replace(checkpoint, golden=_NO_GOLDEN, config={}), backbone)
+
+    def _build_engine(self, checkpoint: Checkpoint) -> EngineProcess:
+        """The engine in the precision asked for, else in the recorded one, else in what this device can."""
+        if self._settings.precision is not None:
+            return self._start_engine(checkpoint, self._settings.precision)
+        recorded = cast(Precision, checkpoint.engine.get("precision", "auto"))
+        try:
+            return self._start_engine(checkpoint, recorded)
+        except GraftError as error:
+            # Features of a quantised backbone are others than those of the float one, so its heads fit no other precision.
+            if recorded in ("auto", "int8"):
+                raise
+            logger.warning("%s was saved in %s (%s): taking what this device can", checkpoint.path, recorded, error)
+            return self._start_engine(checkpoint, "auto")
+
+    def _start_engine(self, checkpoint: Checkpoint, precision: Precision) -> EngineProcess:
+        recorded = checkpoint.engine
+        # What the search found on this very processor holds, and searching again would cost most of the start.
+        is_same = self._device == "cpu" and recorded.get("device") == cpu_name() and recorded.get("precision") == precision
+        found = {name: recorded.get(name) for name in ("batch_size", "num_streams", "images_per_second")} if is_same else {}
+        return EngineProcess(
+            checkpoint.path,
+            checkpoint.preprocess,
+            checkpoint.config,
+            max_pixels=self._settings.max_pixels,
+            on_death=self._on_engine_death,
+            device=self._device,
+            precision=precision,
+            **found,
+        )
+
+    def _describe(self, name: str, version: int, error: Exception) -> str:
+        if isinstance(error, GraftError):
+            logger.error("refused %s version %d: %s", name, version, error)
+            # The reason is shown over HTTP, where the paths of this machine are nobody's business.
+            return str(error).replace(f"{self._root}/{name}/{version}: ", "").replace(f"{self._root}/", "")
+        logger.exception("refused %s version %d", name, version, exc_info=error)
+        return f"it cannot be loaded ({type(error).__name__}); the server's log says more"
+
+    def _refuse_rollout(self, name: str, reason: str) -> None:
+        refusal = Refusal(name, None, reason)
+        if refusal not in self._before.refused:
+            logger.error("refused the rollout of %s: %s", name, reason)
+        self.refused.append(refusal)
+
+
+def _replay_golden(checkpoint: Checkpoint, backbone: Backbone) -> None:
+    images = np.stack([backbone.preprocess(image) for image in checkpoint.golden.images])
+    checkpoints.check_golden(checkpoint, checkpoints.logits(checkpoint, backbone.engine.run(images)))
+
+
+def _stamp(path: Path) -> Stamp:
+    with contextlib.suppress(OSError):
+        found = path.stat()
+        return found.st_ino, found.st_size, found.st_mtime_ns
+    return None
+
+
+def _stamp_of_files(folder: Path) -> Stamp:
+    """Of all files of a version together."""
+    try:
+        stamps: Iterable[Stamp] = [_stamp(path) for path in folder.iterdir()]
+    except OSError:
+        return None
+    found = [stamp for stamp in stamps if stamp is not None]
+    return len(found), sum(stamp[1] for stamp in found), max((stamp[2] for stamp in found), default=0)

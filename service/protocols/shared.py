@@ -1,0 +1,98 @@
+"""What the faces of other servers' protocols share: strict JSON, images in base64, one model per address, no error per image."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable
+from typing import NoReturn, TypeVar
+
+import numpy as np
+from pydantic import BaseModel, ValidationError
+from starlette.requests import Request
+
+from models.preprocess import ImageError
+from service.errors import RequestError, image_error_code
+from service.inference.predictor import Answer, Scores
+from service.inference.repository import Model
+from service.inference.server import ALL_MODELS, Server
+from service.web.uploads import too_many_images
+
+Shape = TypeVar("Shape", bound=BaseModel)
+
+
+def choose_one(server: Server, name: str, version: str = "") -> Model:
+    """The model that an address names: `all`, which /predict knows, is none here. Raises RequestError where there is none."""
+    if name == ALL_MODELS and name not in server.check_ready().models:
+        raise RequestError("no_such_model", f"there is no model {ALL_MODELS!r} here; POST /predict?model=all asks every model")
+    (model,) = server.choose(name, version)
+    return model
+
+
+def check_uncompressed(request: Request) -> None:
+    """Raises RequestError for a compressed body: its size in memory would be known too late."""
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.lower() != "identity":
+        raise RequestError(
+            "unsupported_content_type", f"the body is compressed ({encoding[:20]}); send it as it is: images are small already"
+        )
+
+
+def check_num_images(num_images: int, server: Server) -> None:
+    """Raises RequestError where there is no image, or more than a request may have."""
+    if num_images < 1:
+        raise RequestError("no_image", "the request has no image; send at least one")
+    if num_images > server.settings.max_images:
+        raise too_many_images(server.settings.max_images)
+
+
+def parse_json(data: bytes, shape: type[Shape], *, example: str, max_keys: int, max_values: int) -> Shape:
+    """Strict JSON as `shape`; raises RequestError with the place that is wrong, and `example`.
+
+    Keys and values are counted before anything is parsed: ten bytes of JSON can become a hundred of Python, and nobody else is
+    served meanwhile. Measured: a million keys take 1 s, a million numbers 0.1 s, nested three by three 0.2 s.
+    """
+    if data.count(b":") > max_keys or sum(map(data.count, (b",", b"[", b"{"))) > max_values:
+        raise RequestError(
+            "body_too_large", f"the JSON has more than {max_keys} keys or {max_values} values; send fewer images, or binary data instead"
+        )
+    try:
+        content = json.loads(data, parse_constant=_refuse_constant)
+    # RecursionError: nested deeper than any tensor.
+    except (ValueError, RecursionError) as error:
+        raise RequestError("bad_request", f"the body is not JSON ({str(error)[:100]}); send {example}") from None
+    try:
+        return shape.model_validate(content, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        place = ".".join(str(part)[:50] for part in first["loc"][:6]) or "the body"
+        raise RequestError("bad_request", f"{place}: {first['msg'].removeprefix('Value error, ')}; send {example}") from None
+
+
+def decode_base64(text: str, place: str) -> bytes:
+    """The bytes behind `text`, whose lines may be wrapped; raises RequestError that names `place`."""
+    try:
+        return base64.b64decode(text.replace("\n", "").replace("\r", ""), validate=True)
+    except ValueError as error:
+        raise RequestError(
+            "bad_request", f"{place} is not base64 ({error}); encode the image file itself: addresses are not fetched"
+        ) from None
+
+
+def read_scores(answer: Answer, place: Callable[[int], str]) -> Scores:
+    """Probabilities `[N,C]`; raises RequestError for the first image that could not be read, which `place` names by its index."""
+    rows = []
+    for index, result in enumerate(answer.results):
+        if isinstance(result, ImageError):
+            raise RequestError(image_error_code(result), f"{place(index)}: {result}")
+        rows.append(result)
+    return np.stack(rows)
+
+
+def rounded(scores: Scores) -> list[float]:
+    """As /predict writes them: six digits."""
+    return [round(score, 6) for score in scores.astype(np.float64).tolist()]
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")

@@ -1,0 +1,38 @@
+"""How a program ends, as the process that it is."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# A signal that comes while a destructor runs, which Python would let the program do no more than mention.
+PROGRAM = """
+import os, signal, sys, time
+from finetune.terminal import run_program
+
+class Slow:
+    def __del__(self):
+        os.kill(os.getpid(), int(sys.argv[1]))
+        time.sleep(0.01)
+
+def work():
+    slow = Slow()
+    del slow
+    for _ in range(100):
+        time.sleep(0.01)
+
+sys.exit(run_program(work))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_a_destructor_is_not_lost(number: signal.Signals) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(int(number))], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (ended.returncode, ended.stderr) == (128 + number, "stopped; nothing was published\n")
