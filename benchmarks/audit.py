@@ -31,7 +31,9 @@ from finetune.data.splits import load_splits
 
 SETS: dict[str, Callable[[Path], str]] = {
     "digits": lambda data_dir: "digits",
-    "fashion-mnist": lambda data_dir: str(make_fashion_mnist(data_dir, num_train=3_000, num_val=1_000)),
+    "fashion-mnist": lambda data_dir: str(
+        make_fashion_mnist(data_dir, num_train=3_000, num_val=1_000)
+    ),
     "emoji": lambda data_dir: str(make_emoji(data_dir)),
 }
 
@@ -52,8 +54,14 @@ def score(found: Audit, faults: Faults) -> Score:
     """What an audit of the folder with faults found of them."""
 
     def pairs(*kinds: str) -> set[frozenset[Path]]:
-        both = ((finding.sample, finding.other) for finding in found.findings if finding.kind in kinds)
-        return {frozenset((Path(sample.key), Path(other[2].key))) for sample, other in both if sample is not None and other is not None}
+        both = (
+            (finding.sample, finding.other) for finding in found.findings if finding.kind in kinds
+        )
+        return {
+            frozenset((Path(sample.key), Path(other[2].key)))
+            for sample, other in both
+            if sample is not None and other is not None
+        }
 
     def share(planted: dict[Path, Path], found: set[frozenset[Path]]) -> float:
         return sum(frozenset(pair) in found for pair in planted.items()) / len(planted)
@@ -61,41 +69,74 @@ def score(found: Audit, faults: Faults) -> Score:
     near = pairs("near_leak", "near_duplicate")
     known = {frozenset(pair) for pair in faults.near.items()}
     num_train = sum(1 for path in (faults.folder / "train").rglob("*") if path.is_file())
-    labels = [finding for finding in found.of_kind("wrong_label") if finding.split == "train"][: num_train // 10]
+    labels = [finding for finding in found.of_kind("wrong_label") if finding.split == "train"][
+        : num_train // 10
+    ]
     first = {Path(finding.sample.key) for finding in labels if finding.sample is not None}
-    broken = {Path(finding.sample.key) for finding in found.of_kind("unreadable") if finding.sample is not None}
+    broken = {
+        Path(finding.sample.key)
+        for finding in found.of_kind("unreadable")
+        if finding.sample is not None
+    }
     return Score(
         exact=share(faults.exact, pairs("exact_leak", "exact_duplicate")),
         near=share(faults.near, near),
         false_alarms=len(near - known) / found.num_images,
         flipped=len(first & faults.flipped) / len(faults.flipped),
         broken=len(broken & faults.broken) / len(faults.broken),
-        is_class_found=[(finding.split, finding.label) for finding in found.of_kind("missing_class")] == [("val", faults.missing)],
+        is_class_found=[
+            (finding.split, finding.label) for finding in found.of_kind("missing_class")
+        ]
+        == [("val", faults.missing)],
     )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
-    parser.add_argument("--data-dir", type=Path, default=Path(tempfile.gettempdir()) / "graft-benchmark", help="where the images are made")
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "graft-benchmark",
+        help="where the images are made",
+    )
     parser.add_argument("--output", type=Path, help="keeps the pages and tables here")
     args = parser.parse_args()
     rows = []
     for name in args.sets:
         with tempfile.TemporaryDirectory() as scratch:
-            splits = load_splits(SETS[name](args.data_dir), data_root=Path("data"), val_fraction=0.25, seed=0)
+            splits = load_splits(
+                SETS[name](args.data_dir), data_root=Path("data"), val_fraction=0.25, seed=0
+            )
             faults = plant_faults(splits, Path(scratch) / name)
             started = time.perf_counter()
-            found = audit(AuditOptions(data=str(faults.folder), output=args.output or Path(scratch)))
+            found = audit(
+                AuditOptions(data=str(faults.folder), output=args.output or Path(scratch))
+            )
             rows.append((name, found, score(found, faults), time.perf_counter() - started))
-    print("\n| images | exact | near | false alarms | flipped labels | broken | class | with leaks | without | seconds |")
+    print(
+        "\n| images | exact | near | false alarms | flipped labels | broken | class | with leaks | without | seconds |"
+    )
     print("|---|---|---|---|---|---|---|---|---|---|")
     for name, found, scored, seconds in rows:
         whole, clean = found.accuracy["val"]
-        cells = [f"{value:.1%}" for value in (scored.exact, scored.near, scored.false_alarms, scored.flipped, scored.broken)]
+        cells = [
+            f"{value:.1%}"
+            for value in (
+                scored.exact,
+                scored.near,
+                scored.false_alarms,
+                scored.flipped,
+                scored.broken,
+            )
+        ]
         accuracy = f"{whole:.4f} | {'' if clean is None else f'{clean:.4f}'}"
         is_found = "found" if scored.is_class_found else "not found"
-        print(f"| {name}, {found.num_images:,} | {' | '.join(cells)} | {is_found} | {accuracy} | {seconds:.1f} |")
+        print(
+            f"| {name}, {found.num_images:,} | {' | '.join(cells)} | {is_found} | {accuracy} | {seconds:.1f} |"
+        )
     return 0
 
 

@@ -26,11 +26,19 @@ from finetune.evaluation.calibration import calibrate_probe
 from finetune.evaluation.metrics import evaluate
 from finetune.probe.solve import Labels, solve_probe
 
-COLUMNS = ("balanced accuracy", "recall of the 3 rarest", "accuracy, uneven", "error before temperature, uneven", "error, uneven")
+COLUMNS = (
+    "balanced accuracy",
+    "recall of the 3 rarest",
+    "accuracy, uneven",
+    "error before temperature, uneven",
+    "error, uneven",
+)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", required=True)
     parser.add_argument("--splits", type=int, default=10)
     parser.add_argument("--ratio", type=float, default=50)
@@ -46,25 +54,48 @@ def main() -> int:
         rarest = np.argsort(shares)[:3]
         for balance, found in rows.items():
             weights = class_weights(labels[train], len(names)) if balance == "weights" else None
-            probe = solve_probe(features[train], labels[train], len(names), seed=seed, class_weights=weights)
-            even, as_trained = (evaluate(probe.logits(features[part]), labels[part]) for part in (held_out, uneven))
+            probe = solve_probe(
+                features[train], labels[train], len(names), seed=seed, class_weights=weights
+            )
+            even, as_trained = (
+                evaluate(probe.logits(features[part]), labels[part]) for part in (held_out, uneven)
+            )
             logits = {"val": probe.logits(features[uneven])}
-            calibrated = calibrate_probe(probe, labels[train], logits, {"val": labels[uneven]}, 0.95)[1]["val"]
+            calibrated = calibrate_probe(
+                probe, labels[train], logits, {"val": labels[uneven]}, 0.95
+            )[1]["val"]
             recall = float(even.recall[rarest].mean())
-            found.append((even.balanced_accuracy, recall, as_trained.accuracy, calibrated.before.error, calibrated.after.error))
-    print(f"{len(train):,} training images of {len(names)} classes, {args.splits} random splits; {len(held_out):,} held out as they come,")
+            found.append(
+                (
+                    even.balanced_accuracy,
+                    recall,
+                    as_trained.accuracy,
+                    calibrated.before.error,
+                    calibrated.after.error,
+                )
+            )
+    print(
+        f"{len(train):,} training images of {len(names)} classes, {args.splits} random splits; {len(held_out):,} held out as they come,"
+    )
     print(f"{len(uneven):,} of them as uneven as in training. Mean (least to most).\n")
     print(f"| --balance | {' | '.join(COLUMNS)} |\n|---|{'---|' * len(COLUMNS)}")
     for balance, found in rows.items():
-        cells = [f"{column.mean():.3f} ({column.min():.3f} to {column.max():.3f})" for column in np.array(found).T]
+        cells = [
+            f"{column.mean():.3f} ({column.min():.3f} to {column.max():.3f})"
+            for column in np.array(found).T
+        ]
         print(f"| {balance} | {' | '.join(cells)} |")
     return 0
 
 
-def thin(indices: npt.NDArray[np.int64], labels: Labels, shares: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+def thin(
+    indices: npt.NDArray[np.int64], labels: Labels, shares: npt.NDArray[np.float64]
+) -> npt.NDArray[np.int64]:
     """Of each class its share of `indices`, at least 2."""
     members = [indices[labels[indices] == label] for label in range(len(shares))]
-    return np.concatenate([own[: max(2, round(share * len(own)))] for own, share in zip(members, shares, strict=True)])
+    return np.concatenate(
+        [own[: max(2, round(share * len(own)))] for own, share in zip(members, shares, strict=True)]
+    )
 
 
 if __name__ == "__main__":

@@ -24,7 +24,10 @@ def core_ms_to_run(checkpoint: Path, photos: Sequence[Path]) -> float:
     """The checkpoint's engine, as its run chose it, fed decoded photographs from memory; every core counts, busy or not."""
     graft = json.loads((checkpoint / CONFIG_FILE).read_text())["graft"]
     preprocess, chosen = Preprocess.from_dict(graft["preprocess"]), graft["engine"]
-    settings = {name: chosen[name] for name in ("precision", "batch_size", "num_streams", "images_per_second")}
+    settings = {
+        name: chosen[name]
+        for name in ("precision", "batch_size", "num_streams", "images_per_second")
+    }
     engine = OpenVINOEngine(checkpoint / OPENVINO_FILE, preprocess, **settings)
     crops = np.stack([preprocess(path.read_bytes()) for path in photos[:_NUM_IN_MEMORY]])
     size = engine.info.batch_size

@@ -29,7 +29,9 @@ from models.checkpoint import is_unsure
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", required=True)
     parser.add_argument("--others", required=True)
     parser.add_argument("--splits", type=int, default=20)
@@ -44,17 +46,36 @@ def main() -> int:
         probe = solve_probe(features[train], labels[train], len(names), seed=seed)
         for coverage, found in rows.items():
             logits = {"val": probe.logits(features[held_out])}
-            calibration, calibrated = calibrate_probe(probe, labels[train], logits, {"val": labels[held_out]}, coverage)
-            unsure = is_unsure(softmax(probe.logits(others) / calibration.temperature), calibration.threshold)
+            calibration, calibrated = calibrate_probe(
+                probe, labels[train], logits, {"val": labels[held_out]}, coverage
+            )
+            unsure = is_unsure(
+                softmax(probe.logits(others) / calibration.temperature), calibration.threshold
+            )
             one = calibrated["val"]
-            found.append((one.before.error, one.after.error, one.covered, one.unsure, one.sure_accuracy, float(unsure.mean())))
-    print(f"{len(labels):,} images of {len(names)} classes, {args.splits} random splits, {len(labels) - num_train:,} held out in each;")
+            found.append(
+                (
+                    one.before.error,
+                    one.after.error,
+                    one.covered,
+                    one.unsure,
+                    one.sure_accuracy,
+                    float(unsure.mean()),
+                )
+            )
+    print(
+        f"{len(labels):,} images of {len(names)} classes, {args.splits} random splits, {len(labels) - num_train:,} held out in each;"
+    )
     print(f"{len(others):,} images of no class. Mean (least to most).\n")
-    print("| coverage asked | error before | error | covered | unsure | right where sure | unsure of the images of no class |")
+    print(
+        "| coverage asked | error before | error | covered | unsure | right where sure | unsure of the images of no class |"
+    )
     print("|---|---|---|---|---|---|---|")
     for coverage, found in rows.items():
         table = np.array(found)
-        cells = [f"{column.mean():.3f} ({column.min():.3f} to {column.max():.3f})" for column in table.T]
+        cells = [
+            f"{column.mean():.3f} ({column.min():.3f} to {column.max():.3f})" for column in table.T
+        ]
         print(f"| {coverage} | {' | '.join(cells)} |")
     return 0
 
@@ -62,13 +83,19 @@ def main() -> int:
 def extract(data: str) -> tuple[Floats, Labels, int, tuple[str, ...]]:
     """Features and labels of all images, training images first, and how many those are."""
     options = Options(data=data)
-    splits: Splits = load_splits(data, data_root=options.data_root, val_fraction=options.val_fraction, seed=0)
+    splits: Splits = load_splits(
+        data, data_root=options.data_root, val_fraction=options.val_fraction, seed=0
+    )
     with tempfile.TemporaryDirectory() as scratch:
-        backbone = prepare(options.backbone, splits.train, options, Path(scratch), weights=None, pretrained=True)
+        backbone = prepare(
+            options.backbone, splits.train, options, Path(scratch), weights=None, pretrained=True
+        )
         engine = open_engine(backbone, options)
         splits, features = extract_splits(splits, backbone, engine, options)
         engine.close()
-    labels = np.array([sample.label for _, samples in splits.named() for sample in samples], np.int64)
+    labels = np.array(
+        [sample.label for _, samples in splits.named() for sample in samples], np.int64
+    )
     return np.concatenate(list(features.values())), labels, len(splits.train), splits.label_names
 
 

@@ -51,9 +51,18 @@ class Head:
         return np.asarray(exponents / exponents.sum(axis=1, keepdims=True), np.float32)
 
 
-def measure_backbone(name: str, images: Sequence[bytes], *, precision: Precision, cache_dir: Path) -> Measured:
+def measure_backbone(
+    name: str, images: Sequence[bytes], *, precision: Precision, cache_dir: Path
+) -> Measured:
     """The pretrained backbone, converted once and kept in `cache_dir`, and the features of `images`."""
-    backbone = prepare_backbone(name, weights=None, pretrained=True, image_size=None, cache_dir=cache_dir, scratch_dir=cache_dir)
+    backbone = prepare_backbone(
+        name,
+        weights=None,
+        pretrained=True,
+        image_size=None,
+        cache_dir=cache_dir,
+        scratch_dir=cache_dir,
+    )
     crops = np.stack([backbone.preprocess(image) for image in images])
     if precision == "int8":
         backbone = find_quantised(backbone) or quantise(backbone, crops)
@@ -66,10 +75,16 @@ def measure_backbone(name: str, images: Sequence[bytes], *, precision: Precision
 
 def draw_head(measured: Measured, *, num_classes: int, prefix: str, seed: int) -> Head:
     """A random head, scaled so that its logits vary by `_LOGIT_SPREAD` over the images and not at all in their mean."""
-    weight = np.random.default_rng(seed).normal(size=(num_classes, measured.features.shape[1])).astype(np.float32)
+    weight = (
+        np.random.default_rng(seed)
+        .normal(size=(num_classes, measured.features.shape[1]))
+        .astype(np.float32)
+    )
     weight *= _LOGIT_SPREAD / (measured.features @ weight.T).std(axis=0, keepdims=True).T
     bias = -(measured.features @ weight.T).mean(axis=0)
-    return Head(tuple(f"{prefix}-{index}" for index in range(num_classes)), weight, bias.astype(np.float32))
+    return Head(
+        tuple(f"{prefix}-{index}" for index in range(num_classes)), weight, bias.astype(np.float32)
+    )
 
 
 def recognising_head(measured: Measured, *, prefix: str) -> Head:
@@ -78,13 +93,21 @@ def recognising_head(measured: Measured, *, prefix: str) -> Head:
     weight = 2 * (measured.features - mean)
     bias = np.square(mean).sum() - np.square(measured.features).sum(axis=1)
     scale = _LOGIT_SPREAD / (measured.features @ weight.T + bias).std()
-    return Head(tuple(f"{prefix}-{index}" for index in range(len(weight))), (weight * scale).astype(np.float32), bias * scale)
+    return Head(
+        tuple(f"{prefix}-{index}" for index in range(len(weight))),
+        (weight * scale).astype(np.float32),
+        bias * scale,
+    )
 
 
 def publish(repository: Path, name: str, measured: Measured, head: Head) -> Path:
     """The next version of `name`; its IR is a hard link to the cache's, so that 64 models do not fill the disk with copies of it."""
     backbone = measured.backbone
-    config: dict[str, Any] = {**backbone.config, "num_classes": len(head.label_names), "label_names": list(head.label_names)}
+    config: dict[str, Any] = {
+        **backbone.config,
+        "num_classes": len(head.label_names),
+        "label_names": list(head.label_names),
+    }
     config["graft"] = {
         "format_version": checkpoints.FORMAT_VERSION,
         "fingerprint": backbone.fingerprint,
@@ -103,7 +126,9 @@ def publish(repository: Path, name: str, measured: Measured, head: Head) -> Path
         for suffix in (".xml", ".bin"):
             os.link(backbone.openvino_path.with_suffix(suffix), path.with_suffix(suffix))
 
-    golden = Golden(measured.images[:_NUM_GOLDEN], measured.features[:_NUM_GOLDEN] @ head.weight.T + head.bias)
+    golden = Golden(
+        measured.images[:_NUM_GOLDEN], measured.features[:_NUM_GOLDEN] @ head.weight.T + head.bias
+    )
     return checkpoints.publish(
         repository,
         name,

@@ -47,7 +47,9 @@ class Client:
         self._port = int(port)
         self._idle: list[_Connection] = []
 
-    async def send(self, request: bytes, timeout_seconds: float = TIMEOUT_SECONDS) -> tuple[int, bytes]:
+    async def send(
+        self, request: bytes, timeout_seconds: float = TIMEOUT_SECONDS
+    ) -> tuple[int, bytes]:
         """The answer's status and body; status 0 where none came in time or the connection broke."""
         answer: asyncio.Future[tuple[int, bytes]] = asyncio.get_running_loop().create_future()
 
@@ -86,11 +88,15 @@ class Client:
         return None
 
     async def _connect(self) -> _Connection:
-        _, connection = await asyncio.get_running_loop().create_connection(partial(_Connection, self._idle), self._host, self._port)
+        _, connection = await asyncio.get_running_loop().create_connection(
+            partial(_Connection, self._idle), self._host, self._port
+        )
         return connection
 
 
-def _ask_when_connected(request: bytes, answered: Answered, connecting: asyncio.Task[_Connection]) -> None:
+def _ask_when_connected(
+    request: bytes, answered: Answered, connecting: asyncio.Task[_Connection]
+) -> None:
     if connecting.cancelled() or connecting.exception() is not None:
         answered(0, b"")
     else:

@@ -43,7 +43,12 @@ def plant_faults(splits: Splits, folder: Path, *, seed: int = 0) -> Faults:
     flipped_samples, others = order[:num_flipped], order[num_flipped:]
     paths: dict[int, Path] = {}
     flipped: set[Path] = set()
-    for number, (side, sample) in enumerate([*(("train", sample) for sample in splits.train), *(("val", sample) for sample in splits.val)]):
+    for number, (side, sample) in enumerate(
+        [
+            *(("train", sample) for sample in splits.train),
+            *(("val", sample) for sample in splits.val),
+        ]
+    ):
         label = names[sample.label]
         is_flipped = any(sample is other for other in flipped_samples)
         if side == "val" and label == missing:
@@ -58,18 +63,27 @@ def plant_faults(splits: Splits, folder: Path, *, seed: int = 0) -> Faults:
     for number in range(NUM_COPIES):
         sample = next(sources)
         side = "val" if number % 2 else "train"
-        exact[_write(folder / side / names[sample.label] / f"copy-{number:02d}.png", sample.read())] = paths[id(sample)]
+        exact[
+            _write(folder / side / names[sample.label] / f"copy-{number:02d}.png", sample.read())
+        ] = paths[id(sample)]
     for number in range(NUM_COPIES):
         sample = next(sources)
         image = Image.open(io.BytesIO(sample.read())).convert("RGB")
         changes = _FOR_TINY if min(image.size) < 16 else (*_ENCODED, *_RESIZED)
         change, suffix = changes[number % len(changes)]
         data = change(image)
-        near[_write(folder / "val" / names[sample.label] / f"near-{number:02d}{suffix}", data)] = paths[id(sample)]
+        near[_write(folder / "val" / names[sample.label] / f"near-{number:02d}{suffix}", data)] = (
+            paths[id(sample)]
+        )
     for number in range(NUM_BROKEN):
         sample = next(sources)
         side = "val" if number % 2 else "train"
-        broken.add(_write(folder / side / names[sample.label] / f"broken-{number}.jpg", _break(sample.read(), number)))
+        broken.add(
+            _write(
+                folder / side / names[sample.label] / f"broken-{number}.jpg",
+                _break(sample.read(), number),
+            )
+        )
     return Faults(folder, exact, near, frozenset(flipped), frozenset(broken), missing)
 
 
@@ -80,7 +94,12 @@ def _encode(image: Image.Image, kind: str, **options: int) -> bytes:
 
 
 def _resize(image: Image.Image, factor: float) -> bytes:
-    return _encode(image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.BICUBIC), "PNG")
+    return _encode(
+        image.resize(
+            (round(image.width * factor), round(image.height * factor)), Image.Resampling.BICUBIC
+        ),
+        "PNG",
+    )
 
 
 _Change = tuple[Callable[[Image.Image], bytes], str]

@@ -39,7 +39,9 @@ def methods(measured: Sequence[Figures]) -> list[str]:
 
 def values(measured: Sequence[Figures], case: str, method: str, name: str) -> list[float]:
     """One value over all repeats."""
-    return [found.values[name] for found in measured if found.case == case and found.method == method]
+    return [
+        found.values[name] for found in measured if found.case == case and found.method == method
+    ]
 
 
 def middle(measured: Sequence[Figures], case: str, method: str, name: str) -> float | None:

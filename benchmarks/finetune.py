@@ -38,7 +38,15 @@ from benchmarks.images import make_emoji, make_fashion_csvs, make_fashion_mnist,
 from benchmarks.journal import Journal
 from benchmarks.machine import describe_machine
 from benchmarks.process import run_process
-from benchmarks.report import ANEW, KEPT, Measurement, report_boundary, report_engine, report_growth, report_peers
+from benchmarks.report import (
+    ANEW,
+    KEPT,
+    Measurement,
+    report_boundary,
+    report_engine,
+    report_growth,
+    report_peers,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 BACKBONE = "tf_efficientnet_lite0"
@@ -82,19 +90,43 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--what", choices=("peers", "engine", "growth", "boundary"), default="peers")
-    parser.add_argument("--peer-python", default=sys.executable, help="the interpreter that has fastai")
-    parser.add_argument("--data-dir", type=Path, default=Path(tempfile.gettempdir()) / "graft-benchmark", help="images and the journal")
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where finetune-benchmark.md and .png are written")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--what", choices=("peers", "engine", "growth", "boundary"), default="peers"
+    )
+    parser.add_argument(
+        "--peer-python", default=sys.executable, help="the interpreter that has fastai"
+    )
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "graft-benchmark",
+        help="images and the journal",
+    )
+    parser.add_argument(
+        "--docs",
+        type=Path,
+        default=ROOT / "docs",
+        help="where finetune-benchmark.md and .png are written",
+    )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--fine-tune-repeats", type=int, default=1, help="of fastai's fine_tune, the slowest by far")
+    parser.add_argument(
+        "--fine-tune-repeats", type=int, default=1, help="of fastai's fine_tune, the slowest by far"
+    )
     parser.add_argument("--epochs", type=int, default=5, help="of the peers")
     parser.add_argument("--workers", type=int, default=2, help="of the peers' data loaders")
-    parser.add_argument("--limit", type=int, help="about so many images a set, to try the benchmark itself")
+    parser.add_argument(
+        "--limit", type=int, help="about so many images a set, to try the benchmark itself"
+    )
     parser.add_argument("--precision", help="of Graft's engine; else its own choice")
-    parser.add_argument("--resume", action="store_true", help="keep what an interrupted run, with the same options, has measured")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep what an interrupted run, with the same options, has measured",
+    )
     return parser.parse_args()
 
 
@@ -102,7 +134,14 @@ def shown_arguments(args: argparse.Namespace) -> list[str]:
     """The command as the report shows it, without the paths of this machine."""
     shown = ["--what", args.what, "--repeats", str(args.repeats)]
     if args.what == "peers":
-        shown += ["--fine-tune-repeats", str(args.fine_tune_repeats), "--epochs", str(args.epochs), "--workers", str(args.workers)]
+        shown += [
+            "--fine-tune-repeats",
+            str(args.fine_tune_repeats),
+            "--epochs",
+            str(args.epochs),
+            "--workers",
+            str(args.workers),
+        ]
         shown += ["--peer-python", ".venv-bench/bin/python"]
         shown += [] if args.methods == list(METHODS) else ["--methods", *args.methods]
     for name in ("limit", "precision"):
@@ -122,9 +161,22 @@ class GraftRun:
     def measure(self, dataset: str, method: str, repeat: int) -> Measurement:
         """The whole process; a second call finds the first one's cache warm."""
         folders = {"--cache-dir": "cache", "--output": "runs", "--repository": "checkpoints"}
-        places = [part for flag, name in folders.items() for part in (flag, str(self.scratch / name))]
-        command = [sys.executable, "finetune/run.py", "--data", str(self.data), "--backbone", BACKBONE, "--name", "benchmark"]
-        finished = run_process([*command, *places, *self.options], ROOT, sampling_share=_GRAFT_SAMPLING_SHARE)
+        places = [
+            part for flag, name in folders.items() for part in (flag, str(self.scratch / name))
+        ]
+        command = [
+            sys.executable,
+            "finetune/run.py",
+            "--data",
+            str(self.data),
+            "--backbone",
+            BACKBONE,
+            "--name",
+            "benchmark",
+        ]
+        finished = run_process(
+            [*command, *places, *self.options], ROOT, sampling_share=_GRAFT_SAMPLING_SHARE
+        )
         metrics = json.loads((self.newest / "metrics.json").read_text())
         return Measurement(
             dataset,
@@ -139,7 +191,9 @@ class GraftRun:
     @property
     def newest(self) -> Path:
         """The folder of the last run."""
-        return max((self.scratch / "runs").glob("*/metrics.json"), key=lambda path: path.stat().st_mtime).parent
+        return max(
+            (self.scratch / "runs").glob("*/metrics.json"), key=lambda path: path.stat().st_mtime
+        ).parent
 
     @property
     def checkpoint(self) -> Path:
@@ -153,7 +207,9 @@ def measure_peers(args: argparse.Namespace, journal: Journal[Measurement]) -> No
     for repeat in range(max(args.repeats, args.fine_tune_repeats)):
         for dataset, data in sets.items():
             for method in args.methods:
-                num_repeats = args.fine_tune_repeats if METHODS[method] == FINE_TUNE else args.repeats
+                num_repeats = (
+                    args.fine_tune_repeats if METHODS[method] == FINE_TUNE else args.repeats
+                )
                 if repeat >= num_repeats or (dataset, METHODS[method], repeat) in journal:
                     continue
                 for measurement in measure_method(method, dataset, data, weights, repeat, args):
@@ -161,14 +217,22 @@ def measure_peers(args: argparse.Namespace, journal: Journal[Measurement]) -> No
 
 
 def make_sets(args: argparse.Namespace) -> dict[str, Path]:
-    num_train, num_val = (3_000, 1_000) if args.limit is None else (args.limit * 3 // 4, args.limit // 4)
+    num_train, num_val = (
+        (3_000, 1_000) if args.limit is None else (args.limit * 3 // 4, args.limit // 4)
+    )
     return {
-        f"Fashion-MNIST {num_train:,} + {num_val:,}": make_fashion_mnist(args.data_dir, num_train=num_train, num_val=num_val),
-        "Emoji" if args.limit is None else f"Emoji {args.limit}": make_emoji(args.data_dir, limit=args.limit),
+        f"Fashion-MNIST {num_train:,} + {num_val:,}": make_fashion_mnist(
+            args.data_dir, num_train=num_train, num_val=num_val
+        ),
+        "Emoji" if args.limit is None else f"Emoji {args.limit}": make_emoji(
+            args.data_dir, limit=args.limit
+        ),
     }
 
 
-def measure_method(method: str, dataset: str, data: Path, weights: Path, repeat: int, args: argparse.Namespace) -> Iterator[Measurement]:
+def measure_method(
+    method: str, dataset: str, data: Path, weights: Path, repeat: int, args: argparse.Namespace
+) -> Iterator[Measurement]:
     """One whole process, or Graft's two: the first with an empty cache, the second with what the first left there."""
     if method == "graft":
         with tempfile.TemporaryDirectory() as scratch:
@@ -183,11 +247,31 @@ def measure_method(method: str, dataset: str, data: Path, weights: Path, repeat:
         "tutorial": ("torch_loop.py",),
         "tutorial-32": ("torch_loop.py", "--batch-size", "32", "--lr", "0.008"),
     }[method]
-    settings = ["--backbone", BACKBONE, "--epochs", str(args.epochs), "--workers", str(args.workers), "--seed", str(repeat)]
-    command = [args.peer_python, f"benchmarks/peers/{peer[0]}", *peer[1:], "--data", data, "--weights", weights, *settings]
+    settings = [
+        "--backbone",
+        BACKBONE,
+        "--epochs",
+        str(args.epochs),
+        "--workers",
+        str(args.workers),
+        "--seed",
+        str(repeat),
+    ]
+    command = [
+        args.peer_python,
+        f"benchmarks/peers/{peer[0]}",
+        *peer[1:],
+        "--data",
+        data,
+        "--weights",
+        weights,
+        *settings,
+    ]
     finished = run_process(command, ROOT)
     accuracy = json.loads(finished.output.splitlines()[-1])["accuracy"]
-    yield Measurement(dataset, METHODS[method], repeat, finished.seconds, finished.peak_bytes, accuracy)
+    yield Measurement(
+        dataset, METHODS[method], repeat, finished.seconds, finished.peak_bytes, accuracy
+    )
 
 
 def precision_option(args: argparse.Namespace) -> tuple[str, ...]:
@@ -207,8 +291,22 @@ def measure_engine(args: argparse.Namespace, journal: Journal[Measurement]) -> N
             engine_ms = core_ms_to_run(run.checkpoint, sorted(photos.rglob("*.jpg")))
             decode_ms = core_ms_to_decode(run.checkpoint, sorted(photos.rglob("*.jpg")))
         seconds = extraction.parts["features"]
-        parts = {"images_per_second": num_photos / seconds, "engine_ms": engine_ms, "decode_ms": decode_ms}
-        journal.add(Measurement("photos", "extraction", repeat, extraction.seconds, extraction.peak_bytes, extraction.accuracy, parts))
+        parts = {
+            "images_per_second": num_photos / seconds,
+            "engine_ms": engine_ms,
+            "decode_ms": decode_ms,
+        }
+        journal.add(
+            Measurement(
+                "photos",
+                "extraction",
+                repeat,
+                extraction.seconds,
+                extraction.peak_bytes,
+                extraction.accuracy,
+                parts,
+            )
+        )
 
 
 def measure_growth(args: argparse.Namespace, journal: Journal[Measurement]) -> None:
@@ -220,7 +318,11 @@ def measure_growth(args: argparse.Namespace, journal: Journal[Measurement]) -> N
             if (str(size), GRAFT, repeat) in journal:
                 continue
             with tempfile.TemporaryDirectory() as scratch:
-                journal.add(GraftRun(path, Path(scratch), precision_option(args)).measure(str(size), GRAFT, repeat))
+                journal.add(
+                    GraftRun(path, Path(scratch), precision_option(args)).measure(
+                        str(size), GRAFT, repeat
+                    )
+                )
 
 
 def measure_boundary(args: argparse.Namespace, journal: Journal[Measurement]) -> None:
@@ -231,9 +333,21 @@ def measure_boundary(args: argparse.Namespace, journal: Journal[Measurement]) ->
                 if (freeze, method, repeat) in journal:
                     continue
                 with tempfile.TemporaryDirectory() as scratch:
-                    run = GraftRun(Path("digits"), Path(scratch), ("--freeze", freeze, "--epochs", "1", option, *precision_option(args)))
+                    run = GraftRun(
+                        Path("digits"),
+                        Path(scratch),
+                        ("--freeze", freeze, "--epochs", "1", option, *precision_option(args)),
+                    )
                     measured = run.measure(freeze, method, repeat)
-                    journal.add(replace(measured, parts={**measured.parts, "images_per_second": _training_speed(run.newest)}))
+                    journal.add(
+                        replace(
+                            measured,
+                            parts={
+                                **measured.parts,
+                                "images_per_second": _training_speed(run.newest),
+                            },
+                        )
+                    )
 
 
 def _training_speed(run_dir: Path) -> float:

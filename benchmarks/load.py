@@ -37,7 +37,10 @@ class Requests:
         """Each request in full, as it goes over the wire."""
         bodies = [path.read_bytes() for path in self.body_paths]
         count = max(len(bodies), len(self.targets))
-        return [_encode_post(self.targets[index % len(self.targets)], bodies[index % len(bodies)]) for index in range(count)]
+        return [
+            _encode_post(self.targets[index % len(self.targets)], bodies[index % len(bodies)])
+            for index in range(count)
+        ]
 
 
 def write_bodies(images: Sequence[bytes], folder: Path) -> tuple[Path, ...]:
@@ -46,7 +49,12 @@ def write_bodies(images: Sequence[bytes], folder: Path) -> tuple[Path, ...]:
     paths = tuple(folder / f"{index:03d}.form" for index in range(len(images)))
     for path, image in zip(paths, images, strict=True):
         head = f'--{_BOUNDARY}\r\nContent-Disposition: form-data; name="images"; filename="{path.stem}.jpg"\r\n'
-        path.write_bytes(head.encode() + b"Content-Type: image/jpeg\r\n\r\n" + image + f"\r\n--{_BOUNDARY}--\r\n".encode())
+        path.write_bytes(
+            head.encode()
+            + b"Content-Type: image/jpeg\r\n\r\n"
+            + image
+            + f"\r\n--{_BOUNDARY}--\r\n".encode()
+        )
     return paths
 
 
@@ -56,7 +64,9 @@ def check_wrk() -> None:
         raise RuntimeError("wrk, which makes the load, is not installed; apt-get install wrk")
 
 
-def closed_loop(url: str, requests: Requests, *, num_clients: int, seconds: float) -> dict[str, float]:
+def closed_loop(
+    url: str, requests: Requests, *, num_clients: int, seconds: float
+) -> dict[str, float]:
     """wrk with one connection a client, each of which sends its next request when it has its answer.
 
     Gives answers a second, latencies, what was not answered 2xx, and wrk's own processor time.
@@ -74,7 +84,9 @@ def closed_loop(url: str, requests: Requests, *, num_clients: int, seconds: floa
     ]
     command += [_CONTENT_TYPE, " ".join(requests.targets), *map(str, requests.body_paths)]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 2 * TIMEOUT_SECONDS)
+    finished = subprocess.run(
+        command, capture_output=True, text=True, timeout=seconds + 2 * TIMEOUT_SECONDS
+    )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if finished.returncode:
         raise RuntimeError(f"wrk exited {finished.returncode}: {finished.stdout}{finished.stderr}")
@@ -99,10 +111,14 @@ class Sent:
         return 200 <= self.status < 300
 
 
-def open_loop(url: str, requests: Requests, *, per_second: float, seconds: float, seed: int = 0) -> list[Sent]:
+def open_loop(
+    url: str, requests: Requests, *, per_second: float, seconds: float, seed: int = 0
+) -> list[Sent]:
     """Requests that come as those of many strangers do (a Poisson process), whether or not the others have been answered."""
     with _interrupt_nobody():
-        return run_loop(_open_loop(url, requests.encode(), per_second, seconds, random.Random(seed)))
+        return run_loop(
+            _open_loop(url, requests.encode(), per_second, seconds, random.Random(seed))
+        )
 
 
 def summarize(sent: Sequence[Sent], seconds: float) -> dict[str, float]:
@@ -145,7 +161,14 @@ def _interrupt_nobody() -> Iterator[None]:
 class _OpenLoop:
     """One open loop, under way."""
 
-    def __init__(self, client: Client, encoded: Sequence[bytes], per_second: float, seconds: float, chance: random.Random) -> None:
+    def __init__(
+        self,
+        client: Client,
+        encoded: Sequence[bytes],
+        per_second: float,
+        seconds: float,
+        chance: random.Random,
+    ) -> None:
         self._client = client
         self._encoded = encoded
         self._per_second = per_second
@@ -177,7 +200,10 @@ class _OpenLoop:
         """A generator that is late sends at once what is due, and the lateness counts as latency."""
         now = self._now()
         while self._due <= now and self._due < self._seconds:
-            self._client.start(self._encoded[self._num_sent % len(self._encoded)], partial(self._answered, self._due))
+            self._client.start(
+                self._encoded[self._num_sent % len(self._encoded)],
+                partial(self._answered, self._due),
+            )
             self._num_sent += 1
             self._draw_next()
         if self._due < self._seconds:
@@ -196,7 +222,9 @@ class _OpenLoop:
             self._is_over.set()
 
 
-async def _open_loop(url: str, encoded: Sequence[bytes], per_second: float, seconds: float, chance: random.Random) -> list[Sent]:
+async def _open_loop(
+    url: str, encoded: Sequence[bytes], per_second: float, seconds: float, chance: random.Random
+) -> list[Sent]:
     client = Client(url)
     sent = await _OpenLoop(client, encoded, per_second, seconds, chance).run()
     client.close()

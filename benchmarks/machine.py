@@ -11,7 +11,12 @@ from dataclasses import dataclass
 from models.engine.engine import cpu_flags, cpu_name, num_cpus
 
 # The widest first: an engine in bf16 takes a third of one in fp32 on the same cores.
-_VECTORS = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 with bf16", "avx512f": "AVX-512", "avx2": "AVX2, no bf16"}
+_VECTORS = {
+    "amx_bf16": "AMX",
+    "avx512_bf16": "AVX-512 with bf16",
+    "avx512f": "AVX-512",
+    "avx2": "AVX2, no bf16",
+}
 
 
 @dataclass(frozen=True)
@@ -26,8 +31,15 @@ class Machine:
     command: str
 
     def describe(self, *, with_peers: bool) -> str:
-        listed = [("Graft", self.versions), ("peers", self.peer_versions)] if with_peers else [("Graft", self.versions)]
-        lines = "; ".join(f"{who}: {', '.join(f'{name} {version}' for name, version in found.items())}" for who, found in listed)
+        listed = (
+            [("Graft", self.versions), ("peers", self.peer_versions)]
+            if with_peers
+            else [("Graft", self.versions)]
+        )
+        lines = "; ".join(
+            f"{who}: {', '.join(f'{name} {version}' for name, version in found.items())}"
+            for who, found in listed
+        )
         return f"{self.cpu} ({self.vectors}), {self.num_cpus} cores. {lines}.\n\n```\n{self.command}\n```\n"
 
 
@@ -35,7 +47,14 @@ def describe_machine(peer_python: str, packages: Sequence[str], command: str) ->
     """This machine, with the installed versions of `packages` as Graft's interpreter and the peers' see them."""
     flags = cpu_flags()
     vectors = next((name for flag, name in _VECTORS.items() if flag in flags), "vectors unknown")
-    return Machine(cpu_name(), vectors, num_cpus(), _versions(sys.executable, packages), _versions(peer_python, packages), command)
+    return Machine(
+        cpu_name(),
+        vectors,
+        num_cpus(),
+        _versions(sys.executable, packages),
+        _versions(peer_python, packages),
+        command,
+    )
 
 
 def _versions(python: str, packages: Sequence[str]) -> dict[str, str]:
@@ -44,6 +63,8 @@ def _versions(python: str, packages: Sequence[str]) -> dict[str, str]:
         "found = {d.metadata['Name'].lower(): d.version for d in m.distributions()}\n"
         "print(json.dumps({'Python': platform.python_version(), **{n: found[n] for n in sys.argv[1:] if n in found}}))"
     )
-    printed = subprocess.run([python, "-c", code, *packages], check=True, capture_output=True, text=True).stdout
+    printed = subprocess.run(
+        [python, "-c", code, *packages], check=True, capture_output=True, text=True
+    ).stdout
     found: dict[str, str] = json.loads(printed)
     return found

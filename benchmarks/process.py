@@ -28,7 +28,9 @@ class Finished:
     output: str
 
 
-def run_process(command: Sequence[str | Path], cwd: Path, sampling_share: float = _SAMPLING_SHARE) -> Finished:
+def run_process(
+    command: Sequence[str | Path], cwd: Path, sampling_share: float = _SAMPLING_SHARE
+) -> Finished:
     """Run `command` to its end, its memory read in at most `sampling_share` of the time.
 
     Raises RuntimeError with the end of its output where it fails.
@@ -37,7 +39,13 @@ def run_process(command: Sequence[str | Path], cwd: Path, sampling_share: float 
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryFile("w+") as out:
         started = time.perf_counter()
-        process = subprocess.Popen([str(part) for part in command], cwd=cwd, env=environment, stdout=out, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            [str(part) for part in command],
+            cwd=cwd,
+            env=environment,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+        )
         memory = MemorySampler(process.pid, sampling_share=sampling_share)
         memory.start()
         code = process.wait()
@@ -56,7 +64,12 @@ class MemorySampler(threading.Thread):
     Not ru_maxrss: Linux hands a parent's size on to the child that it starts.
     """
 
-    def __init__(self, pid: int, sample_seconds: float = _SAMPLE_SECONDS, sampling_share: float = _SAMPLING_SHARE) -> None:
+    def __init__(
+        self,
+        pid: int,
+        sample_seconds: float = _SAMPLE_SECONDS,
+        sampling_share: float = _SAMPLING_SHARE,
+    ) -> None:
         super().__init__(daemon=True)
         self._sample_seconds = sample_seconds
         self._sampling_share = sampling_share
@@ -70,8 +83,12 @@ class MemorySampler(threading.Thread):
         while not self._done.wait(pause):
             started = time.perf_counter()
             self.samples.append(tree_bytes(self._root.pid))
-            self.peak_bytes = max(self.peak_bytes, self.samples[-1], _high_water_bytes(self._root.pid))
-            pause = max(self._sample_seconds, (time.perf_counter() - started) / self._sampling_share)
+            self.peak_bytes = max(
+                self.peak_bytes, self.samples[-1], _high_water_bytes(self._root.pid)
+            )
+            pause = max(
+                self._sample_seconds, (time.perf_counter() - started) / self._sampling_share
+            )
 
     def stop(self) -> None:
         self._done.set()

@@ -12,9 +12,7 @@ from benchmarks.machine import Machine
 from benchmarks.sections import spread, write_section
 
 _FILE = "finetune-benchmark.md"
-_TITLE = (
-    "# Fine-tuning, measured\n\nWritten by `benchmarks/finetune.py`; every figure is a median, with the lowest and highest in brackets.\n"
-)
+_TITLE = "# Fine-tuning, measured\n\nWritten by `benchmarks/finetune.py`; every figure is a median, with the lowest and highest in brackets.\n"
 _REFERENCE = "Graft"
 KEPT, ANEW = "activations kept", "frozen layers run anew"
 
@@ -53,7 +51,9 @@ def report_peers(measured: Sequence[Measurement], machine: Machine, docs_dir: Pa
         "the process tree's, shared pages counted once. Graft's first run has an empty cache, its second the first's.",
     ]
     for dataset in datasets:
-        rows = {method: found for method in methods if (found := _select(measured, dataset, method))}
+        rows = {
+            method: found for method in methods if (found := _select(measured, dataset, method))
+        }
         reference = rows.get(_REFERENCE, [])
         lines += [
             "",
@@ -63,17 +63,33 @@ def report_peers(measured: Sequence[Measurement], machine: Machine, docs_dir: Pa
             "|---|---|---|---|---|---|",
         ]
         for method, found in rows.items():
-            ratio = f"{_median(found, _seconds) / _median(reference, _seconds):.1f}" if reference else ""
-            cells = (_spread(found, _seconds, ".1f"), ratio, _spread(found, _accuracy, ".4f"), _spread(found, _peak_mb, ".0f"))
+            ratio = (
+                f"{_median(found, _seconds) / _median(reference, _seconds):.1f}"
+                if reference
+                else ""
+            )
+            cells = (
+                _spread(found, _seconds, ".1f"),
+                ratio,
+                _spread(found, _accuracy, ".4f"),
+                _spread(found, _peak_mb, ".0f"),
+            )
             lines.append(f"| {method} | {' | '.join(cells)} | {len(found)} |")
     plot = docs_dir / "finetune-benchmark.png"
     draw_peers(measured, plot)
-    lines += ["", f"![Seconds and accuracy of each]({plot.name})", "", machine.describe(with_peers=True)]
+    lines += [
+        "",
+        f"![Seconds and accuracy of each]({plot.name})",
+        "",
+        machine.describe(with_peers=True),
+    ]
     write_section(docs_dir / _FILE, _TITLE, "peers", lines)
 
 
 def report_engine(measured: Sequence[Measurement], machine: Machine, docs_dir: Path) -> None:
-    decode_ms, engine_ms, rate = (_parts_median(measured, name) for name in ("decode_ms", "engine_ms", "images_per_second"))
+    decode_ms, engine_ms, rate = (
+        _parts_median(measured, name) for name in ("decode_ms", "engine_ms", "images_per_second")
+    )
     bare = 1000 * machine.num_cpus / engine_ms
     bound = 1000 * machine.num_cpus / (decode_ms + engine_ms)
     lines = [
@@ -119,7 +135,12 @@ def report_growth(measured: Sequence[Measurement], machine: Machine, docs_dir: P
         )
         lines.append(f"| {size:,} | {' | '.join(cells)} |")
     peaks = [_median(found, _peak_mb) for found in by_size.values()]
-    lines += ["", f"Peak memory varies by {max(peaks) - min(peaks):.0f} MB over all sizes.", "", machine.describe(with_peers=False)]
+    lines += [
+        "",
+        f"Peak memory varies by {max(peaks) - min(peaks):.0f} MB over all sizes.",
+        "",
+        machine.describe(with_peers=False),
+    ]
     write_section(docs_dir / _FILE, _TITLE, "growth", lines)
 
 
@@ -154,13 +175,22 @@ def draw_peers(measured: Sequence[Measurement], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     datasets, methods = _names(measured, "dataset"), _names(measured, "method")
-    figure, axes = plt.subplots(1, len(datasets), figsize=(6.5 * len(datasets), 0.7 + 0.55 * len(methods)), squeeze=False, sharey=True)
+    figure, axes = plt.subplots(
+        1,
+        len(datasets),
+        figsize=(6.5 * len(datasets), 0.7 + 0.55 * len(methods)),
+        squeeze=False,
+        sharey=True,
+    )
     for panel, dataset in zip(axes[0], datasets, strict=True):
         rows = {method: _select(measured, dataset, method) for method in methods}
         seconds = {method: _median(found, _seconds) for method, found in rows.items() if found}
         colors = ["tab:blue" if method.startswith(_REFERENCE) else "silver" for method in seconds]
         bars = panel.barh(list(seconds), list(seconds.values()), color=colors)
-        labels = [f"{value:.1f} s, {_median(rows[method], _accuracy):.3f}" for method, value in seconds.items()]
+        labels = [
+            f"{value:.1f} s, {_median(rows[method], _accuracy):.3f}"
+            for method, value in seconds.items()
+        ]
         panel.bar_label(bars, labels, padding=4, fontsize=9)
         panel.set(xscale="log", title=dataset, xlabel="seconds, and validation accuracy")
         panel.set_xlim(1, 12 * max(seconds.values()))
@@ -174,7 +204,13 @@ def draw_peers(measured: Sequence[Measurement], path: Path) -> None:
 def _names(measured: Sequence[Measurement], attribute: str) -> list[str]:
     """The different values, in the order in which they first came; Graft's own first."""
     found = dict.fromkeys(getattr(measurement, attribute) for measurement in measured)
-    return sorted(found, key=lambda name: (not name.startswith(_REFERENCE), name if name.startswith(_REFERENCE) else ""))
+    return sorted(
+        found,
+        key=lambda name: (
+            not name.startswith(_REFERENCE),
+            name if name.startswith(_REFERENCE) else "",
+        ),
+    )
 
 
 def _select(measured: Sequence[Measurement], dataset: str, method: str) -> list[Measurement]:

@@ -13,7 +13,11 @@ def write_section(path: Path, title: str, name: str, lines: Sequence[str]) -> No
     text = path.read_text() if path.exists() else title
     section = f"<!-- {name} -->\n" + "\n".join(lines).strip() + f"\n<!-- /{name} -->"
     pattern = re.compile(f"<!-- {name} -->.*<!-- /{name} -->", re.DOTALL)
-    replaced = pattern.sub(lambda _: section, text) if pattern.search(text) else f"{text.rstrip()}\n\n{section}"
+    replaced = (
+        pattern.sub(lambda _: section, text)
+        if pattern.search(text)
+        else f"{text.rstrip()}\n\n{section}"
+    )
     path.write_text(replaced.rstrip() + "\n")
     print(f"\n{section}\n\n{path}")
 

@@ -43,7 +43,14 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from benchmarks.bounds import core_ms_to_decode, core_ms_to_run
-from benchmarks.checkpoints import Head, Measured, draw_head, measure_backbone, publish, recognising_head
+from benchmarks.checkpoints import (
+    Head,
+    Measured,
+    draw_head,
+    measure_backbone,
+    publish,
+    recognising_head,
+)
 from benchmarks.client import Client, run_loop
 from benchmarks.figures import Figures
 from benchmarks.images import make_request_images
@@ -82,7 +89,18 @@ DEFAULTS = {"storm_seconds": 60.0, "num_requests": None, "num_swaps": 20, "num_c
 STORM_FACTOR = 3
 _LEAST_RECOGNISED = 0.9
 _SETTLE_SECONDS = 1.0
-_PACKAGES = ("bentoml", "litserve", "fastapi", "uvicorn", "uvloop", "torch", "timm", "openvino", "pillow", "simplejpeg")
+_PACKAGES = (
+    "bentoml",
+    "litserve",
+    "fastapi",
+    "uvicorn",
+    "uvloop",
+    "torch",
+    "timm",
+    "openvino",
+    "pillow",
+    "simplejpeg",
+)
 
 
 def main() -> int:
@@ -93,7 +111,9 @@ def main() -> int:
     machine = describe_machine(args.peer_python, _PACKAGES, command)
     args.data_dir.mkdir(parents=True, exist_ok=True)
     args.docs.mkdir(parents=True, exist_ok=True)
-    journal = Journal(args.data_dir / f"served-{args.what}-{args.precision}.jsonl", Figures, keep=args.resume)
+    journal = Journal(
+        args.data_dir / f"served-{args.what}-{args.precision}.jsonl", Figures, keep=args.resume
+    )
     measure = {
         "peers": measure_peers,
         "bound": measure_bound,
@@ -114,29 +134,66 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--what", choices=tuple(REPORTS), default="peers")
-    parser.add_argument("--peer-python", default=sys.executable, help="the interpreter that has the peers")
     parser.add_argument(
-        "--data-dir", type=Path, default=Path(tempfile.gettempdir()) / "graft-benchmark", help="what is kept, and the journal"
+        "--peer-python", default=sys.executable, help="the interpreter that has the peers"
     )
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where serve-benchmark.md and its plots are written")
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "graft-benchmark",
+        help="what is kept, and the journal",
+    )
+    parser.add_argument(
+        "--docs",
+        type=Path,
+        default=ROOT / "docs",
+        help="where serve-benchmark.md and its plots are written",
+    )
     parser.add_argument("--frameworks", nargs="*", choices=FRAMEWORKS, default=list(FRAMEWORKS))
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), help="of the peers")
-    parser.add_argument("--peer-workers", type=int, help="of each peer; else one for torch, one a core for the others")
-    parser.add_argument("--clients", nargs="+", type=int, default=list(CLIENTS), help="of the closed loops")
     parser.add_argument(
-        "--open", nargs="*", type=int, default=list(OPEN_PERCENTS), help="of the open loops, in %% of the server's capacity"
+        "--engines", nargs="+", choices=ENGINES, default=list(ENGINES), help="of the peers"
     )
-    parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "int8"), default="auto", help="of Graft's engine")
+    parser.add_argument(
+        "--peer-workers",
+        type=int,
+        help="of each peer; else one for torch, one a core for the others",
+    )
+    parser.add_argument(
+        "--clients", nargs="+", type=int, default=list(CLIENTS), help="of the closed loops"
+    )
+    parser.add_argument(
+        "--open",
+        nargs="*",
+        type=int,
+        default=list(OPEN_PERCENTS),
+        help="of the open loops, in %% of the server's capacity",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "fp32", "bf16", "int8"),
+        default="auto",
+        help="of Graft's engine",
+    )
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=8.0, help="of each load; the storm's is --storm-seconds")
+    parser.add_argument(
+        "--seconds", type=float, default=8.0, help="of each load; the storm's is --storm-seconds"
+    )
     parser.add_argument("--storm-seconds", type=float)
-    parser.add_argument("--num-requests", type=int, help="of the soak (100,000) and of the swaps (10,000)")
+    parser.add_argument(
+        "--num-requests", type=int, help="of the soak (100,000) and of the swaps (10,000)"
+    )
     parser.add_argument("--num-swaps", type=int)
     parser.add_argument("--num-classes", type=int, help="of the models and of the versions")
     parser.set_defaults(**DEFAULTS)
-    parser.add_argument("--resume", action="store_true", help="keep what an interrupted run, with the same options, has measured")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep what an interrupted run, with the same options, has measured",
+    )
     return parser.parse_args()
 
 
@@ -184,7 +241,12 @@ class Bench:
     @cached_property
     def checkpoint(self) -> Path:
         """The only version of the only model in a repository of its own."""
-        return publish(self.folder / "checkpoints", NAME, self.measured, recognising_head(self.measured, prefix=NAME))
+        return publish(
+            self.folder / "checkpoints",
+            NAME,
+            self.measured,
+            recognising_head(self.measured, prefix=NAME),
+        )
 
     def draw_head(self, prefix: str, seed: int) -> Head:
         return draw_head(self.measured, num_classes=self.num_classes, prefix=prefix, seed=seed)
@@ -201,7 +263,9 @@ class Bench:
 @contextmanager
 def prepare(args: argparse.Namespace) -> Iterator[Bench]:
     images = make_request_images(args.data_dir, count=NUM_IMAGES)
-    measured = measure_backbone(BACKBONE, images, precision=args.precision, cache_dir=args.data_dir / "cache")
+    measured = measure_backbone(
+        BACKBONE, images, precision=args.precision, cache_dir=args.data_dir / "cache"
+    )
     # Beside the cache, from which checkpoints have hard links.
     with tempfile.TemporaryDirectory(dir=args.data_dir, prefix="serve-") as folder:
         yield Bench(Path(folder), measured, args.num_classes)
@@ -210,7 +274,9 @@ def prepare(args: argparse.Namespace) -> Iterator[Bench]:
 def launch_graft(repository: Path) -> Launch:
     bentoml = str(Path(sys.executable).with_name("bentoml"))
     environment = {"CHECKPOINTS": str(repository), "GRAFT_DRAIN_SECONDS": "0.2"}
-    return Launch((bentoml, "serve", ".", "--host", "127.0.0.1", "--port", "{port}"), "/readyz", environment)
+    return Launch(
+        (bentoml, "serve", ".", "--host", "127.0.0.1", "--port", "{port}"), "/readyz", environment
+    )
 
 
 def launch_peer(framework: str, engine: str, checkpoint: Path, args: argparse.Namespace) -> Launch:
@@ -220,8 +286,16 @@ def launch_peer(framework: str, engine: str, checkpoint: Path, args: argparse.Na
     if framework in ("bento", "bento-depends"):
         bentoml = str(Path(args.peer_python).with_name("bentoml"))
         target = f"benchmarks.peers.serve_{framework.replace('-', '_')}:Classify"
-        return Launch((bentoml, "serve", target, "--host", "127.0.0.1", "--port", "{port}"), "/readyz", environment)
-    return Launch((args.peer_python, f"benchmarks/peers/serve_{framework}.py", "{port}"), "/health", environment)
+        return Launch(
+            (bentoml, "serve", target, "--host", "127.0.0.1", "--port", "{port}"),
+            "/readyz",
+            environment,
+        )
+    return Launch(
+        (args.peer_python, f"benchmarks/peers/serve_{framework}.py", "{port}"),
+        "/health",
+        environment,
+    )
 
 
 def measure_peers(args: argparse.Namespace, journal: Journal[Figures]) -> None:
@@ -229,7 +303,9 @@ def measure_peers(args: argparse.Namespace, journal: Journal[Figures]) -> None:
     combined = [(framework, engine) for engine in args.engines for framework in args.frameworks]
     with prepare(args) as bench:
         launches = {GRAFT: launch_graft(bench.checkpoint.parents[1])} | {
-            f"{FRAMEWORKS[framework]}; {ENGINES[engine]}": launch_peer(framework, engine, bench.checkpoint, args)
+            f"{FRAMEWORKS[framework]}; {ENGINES[engine]}": launch_peer(
+                framework, engine, bench.checkpoint, args
+            )
             for framework, engine in combined
         }
         for repeat in range(args.repeats):
@@ -241,22 +317,37 @@ def measure_peers(args: argparse.Namespace, journal: Journal[Figures]) -> None:
                         journal.add(figures)
 
 
-def measure_server(server: Server, bench: Bench, method: str, repeat: int, args: argparse.Namespace) -> Iterator[Figures]:
+def measure_server(
+    server: Server, bench: Bench, method: str, repeat: int, args: argparse.Namespace
+) -> Iterator[Figures]:
     """Every load on one server; what it is and needs comes last, so that a journal that has it has all."""
     recognised = recognised_fraction(server, bench)
     warm_up(server, bench.requests, args.seconds)
     capacity = 0.0
     for num_clients in args.clients:
-        found = closed_loop(server.url, bench.requests, num_clients=num_clients, seconds=args.seconds)
+        found = closed_loop(
+            server.url, bench.requests, num_clients=num_clients, seconds=args.seconds
+        )
         capacity = max(capacity, found["per_second"])
         yield Figures(f"closed {num_clients}", method, repeat, found)
         settle(server, bench.requests)
     for percent in args.open if capacity else ():
-        sent = open_loop(server.url, bench.requests, per_second=capacity * percent / 100, seconds=args.seconds, seed=repeat)
+        sent = open_loop(
+            server.url,
+            bench.requests,
+            per_second=capacity * percent / 100,
+            seconds=args.seconds,
+            seed=repeat,
+        )
         yield Figures(f"open {percent}", method, repeat, summarize(sent, args.seconds))
         settle(server, bench.requests)
     memory = float(tree_bytes(server.pid))
-    values = {"capacity": capacity, "pss_bytes": memory, "start_seconds": server.start_seconds, "recognised": recognised}
+    values = {
+        "capacity": capacity,
+        "pss_bytes": memory,
+        "start_seconds": server.start_seconds,
+        "recognised": recognised,
+    }
     yield Figures("server", method, repeat, values)
 
 
@@ -278,11 +369,15 @@ def recognised_fraction(server: Server, bench: Bench) -> float:
     """
     answers = run_loop(ask_all(server.url, bench.requests.encode()))
     if any(status != 200 for status, _ in answers):
-        raise RuntimeError(f"{server.url} answered {Counter(status for status, _ in answers)}, at first {answers[0][1][:500]!r}")
+        raise RuntimeError(
+            f"{server.url} answered {Counter(status for status, _ in answers)}, at first {answers[0][1][:500]!r}"
+        )
     labels = [best_label(json.loads(body)) for _, body in answers]
     recognised = sum(label == f"{NAME}-{index}" for index, label in enumerate(labels)) / len(labels)
     if recognised < _LEAST_RECOGNISED:
-        raise RuntimeError(f"{server.url} recognises {recognised:.0%} of the images: it has other weights or another preprocess")
+        raise RuntimeError(
+            f"{server.url} recognises {recognised:.0%} of the images: it has other weights or another preprocess"
+        )
     return recognised
 
 
@@ -313,13 +408,20 @@ def measure_bound(args: argparse.Namespace, journal: Journal[Figures]) -> None:
                 values["http_ms"] = core_ms_of_empty_request(server, args.seconds)
                 warm_up(server, bench.requests, args.seconds)
                 for num_clients in (16, 64):
-                    found = closed_loop(server.url, bench.requests, num_clients=num_clients, seconds=args.seconds)
+                    found = closed_loop(
+                        server.url, bench.requests, num_clients=num_clients, seconds=args.seconds
+                    )
                     values[f"per_second_{num_clients}"] = found["per_second"]
             # Before and after, for a machine that others share is not as fast in one minute as in the next.
             after = core_ms_of_parts(bench)
             values |= {name: (before[name] + after[name]) / 2 for name in before}
-            values["bound_per_second"] = 1000 * num_cpus() / (values["decode_ms"] + values["engine_ms"] + values["http_ms"])
-            values |= {f"share_{count}": values[f"per_second_{count}"] / values["bound_per_second"] for count in (16, 64)}
+            values["bound_per_second"] = (
+                1000 * num_cpus() / (values["decode_ms"] + values["engine_ms"] + values["http_ms"])
+            )
+            values |= {
+                f"share_{count}": values[f"per_second_{count}"] / values["bound_per_second"]
+                for count in (16, 64)
+            }
             journal.add(Figures("bound", GRAFT, repeat, values))
 
 
@@ -352,15 +454,33 @@ def measure_models(args: argparse.Namespace, journal: Journal[Figures]) -> None:
                     continue
                 repository = bench.folder / f"models-{count}"
                 for name in names[:count]:
-                    shutil.copytree(bench.folder / "all" / name, repository / name, copy_function=os.link, dirs_exist_ok=True)
-                requests = replace(bench.requests, targets=tuple(f"/predict?model={name}" for name in names[:count]))
+                    shutil.copytree(
+                        bench.folder / "all" / name,
+                        repository / name,
+                        copy_function=os.link,
+                        dirs_exist_ok=True,
+                    )
+                requests = replace(
+                    bench.requests,
+                    targets=tuple(f"/predict?model={name}" for name in names[:count]),
+                )
                 with bench.serve_graft(repository) as server:
                     idle_bytes = float(tree_bytes(server.pid))
                     warm_up(server, requests, args.seconds)
                     found = closed_loop(server.url, requests, num_clients=16, seconds=args.seconds)
-                    values = {"loaded_bytes": float(tree_bytes(server.pid)), "start_seconds": server.start_seconds}
+                    values = {
+                        "loaded_bytes": float(tree_bytes(server.pid)),
+                        "start_seconds": server.start_seconds,
+                    }
                 head_bytes = float(heads[names[0]].num_bytes)
-                journal.add(Figures(case, GRAFT, repeat, {**found, **values, "idle_bytes": idle_bytes, "head_bytes": head_bytes}))
+                journal.add(
+                    Figures(
+                        case,
+                        GRAFT,
+                        repeat,
+                        {**found, **values, "idle_bytes": idle_bytes, "head_bytes": head_bytes},
+                    )
+                )
                 shutil.rmtree(repository)
 
 
@@ -372,19 +492,31 @@ def measure_storm(args: argparse.Namespace, journal: Journal[Figures]) -> None:
                 continue
             with bench.serve_graft(bench.checkpoint.parents[1]) as server:
                 warm_up(server, bench.requests, args.seconds)
-                quiet = closed_loop(server.url, bench.requests, num_clients=1, seconds=args.seconds / 2)
-                capacity = closed_loop(server.url, bench.requests, num_clients=16, seconds=args.seconds)["per_second"]
+                quiet = closed_loop(
+                    server.url, bench.requests, num_clients=1, seconds=args.seconds / 2
+                )
+                capacity = closed_loop(
+                    server.url, bench.requests, num_clients=16, seconds=args.seconds
+                )["per_second"]
                 settle(server, bench.requests)
                 before = float(tree_bytes(server.pid))
                 # Reading it stops the process for a moment, so not often.
                 memory = MemorySampler(server.pid, sample_seconds=1.0)
                 memory.start()
                 offered, cpu_seconds = STORM_FACTOR * capacity, time.process_time()
-                sent = open_loop(server.url, bench.requests, per_second=offered, seconds=args.storm_seconds, seed=repeat)
+                sent = open_loop(
+                    server.url,
+                    bench.requests,
+                    per_second=offered,
+                    seconds=args.storm_seconds,
+                    seed=repeat,
+                )
                 cpu_seconds = time.process_time() - cpu_seconds
                 memory.stop()
                 time.sleep(_SETTLE_SECONDS)
-                after = closed_loop(server.url, bench.requests, num_clients=1, seconds=args.seconds / 2)
+                after = closed_loop(
+                    server.url, bench.requests, num_clients=1, seconds=args.seconds / 2
+                )
                 values = {
                     **summarize(sent, args.storm_seconds),
                     "capacity": capacity,
@@ -423,12 +555,18 @@ def measure_soak(args: argparse.Namespace, journal: Journal[Figures]) -> None:
             series["descriptors"].append(float(tree_descriptors(server.pid)))
             if num_done >= num_requests:
                 break
-            found = closed_loop(server.url, bench.requests, num_clients=16, seconds=4 * args.seconds)
+            found = closed_loop(
+                server.url, bench.requests, num_clients=16, seconds=4 * args.seconds
+            )
             num_done += found["num_answers"]
             num_failed += found["num_refused"] + found["num_broken"]
             print(f"{num_done:.0f} requests, {series['bytes'][-1] / 1e6:.0f} MB", flush=True)
             settle(server, bench.requests)
-        values = {"num_requests": num_done, "num_failed": num_failed, "seconds": time.perf_counter() - started}
+        values = {
+            "num_requests": num_done,
+            "num_failed": num_failed,
+            "seconds": time.perf_counter() - started,
+        }
     journal.add(Figures("soak", GRAFT, 0, values, series))
 
 
@@ -440,11 +578,20 @@ def measure_swaps(args: argparse.Namespace, journal: Journal[Figures]) -> None:
             continue
         with prepare(args) as bench:
             repository = bench.folder / "swapped"
-            heads = [bench.draw_head(f"v{version}", version) for version in range(1, args.num_swaps + 2)]
+            heads = [
+                bench.draw_head(f"v{version}", version) for version in range(1, args.num_swaps + 2)
+            ]
             publish(repository, NAME, bench.measured, heads[0])
             with bench.serve_graft(repository) as server:
                 warm_up(server, bench.requests, args.seconds)
-                swapped = swap_under_load(server.url, bench.requests, num_requests, bench.measured, heads, repository / NAME)
+                swapped = swap_under_load(
+                    server.url,
+                    bench.requests,
+                    num_requests,
+                    bench.measured,
+                    heads,
+                    repository / NAME,
+                )
         series = {"swap_seconds": swapped.swap_seconds}
         journal.add(Figures("swaps", GRAFT, repeat, swapped.to_values(), series))
 

@@ -54,16 +54,30 @@ def serve(launch: Launch, log_path: Path) -> Iterator[Server]:
     """Run the server for as long as the block lasts. Raises RuntimeError with the end of its log where it does not become ready."""
     port = next(port for port in _PORTS if _is_free(port))
     command = [part.format(port=port) for part in launch.command]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "BENTOML_DO_NOT_TRACK": "True", **launch.environment}
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "BENTOML_DO_NOT_TRACK": "True",
+        **launch.environment,
+    }
     started = time.perf_counter()
     with log_path.open("wb") as log:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     try:
         url = f"http://127.0.0.1:{port}{launch.ready_path}"
         while not _answers(url):
             if process.poll() is not None or time.perf_counter() - started > _START_SECONDS:
                 end = log_path.read_text(errors="replace")[-3000:]
-                raise RuntimeError(f"{' '.join(command)} was not ready after {time.perf_counter() - started:.0f} s:\n{end}")
+                raise RuntimeError(
+                    f"{' '.join(command)} was not ready after {time.perf_counter() - started:.0f} s:\n{end}"
+                )
             time.sleep(_POLL_SECONDS)
         yield Server(port, process.pid, time.perf_counter() - started)
     finally:

@@ -53,19 +53,33 @@ class Swapped:
         }
 
 
-def swap_under_load(url: str, requests: Requests, num_requests: int, measured: Measured, heads: Sequence[Head], model_dir: Path) -> Swapped:
+def swap_under_load(
+    url: str,
+    requests: Requests,
+    num_requests: int,
+    measured: Measured,
+    heads: Sequence[Head],
+    model_dir: Path,
+) -> Swapped:
     """Send `num_requests` while the heads after the first, which is served as version 1, are published evenly over them.
 
     Raises RuntimeError where a version is not served in time.
     """
     try:
-        return run_loop(_swap(Client(url), requests.encode(), num_requests, measured, heads, model_dir))
+        return run_loop(
+            _swap(Client(url), requests.encode(), num_requests, measured, heads, model_dir)
+        )
     except ExceptionGroup as group:
         raise group.exceptions[0] from None
 
 
 async def _swap(
-    client: Client, encoded: Sequence[bytes], num_requests: int, measured: Measured, heads: Sequence[Head], model_dir: Path
+    client: Client,
+    encoded: Sequence[bytes],
+    num_requests: int,
+    measured: Measured,
+    heads: Sequence[Head],
+    model_dir: Path,
 ) -> Swapped:
     swapped = Swapped()
     expected = [head.scores(measured.features) for head in heads]
@@ -82,13 +96,17 @@ async def _swap(
             version = answer["version"]
             swapped.num_good += 1
             swapped.by_version[version] += 1
-            swapped.num_mixed += not _is_of(answer, heads[version - 1], expected[version - 1][index])
+            swapped.num_mixed += not _is_of(
+                answer, heads[version - 1], expected[version - 1][index]
+            )
 
     async def publish_all() -> None:
         for number, head in enumerate(heads[1:], start=1):
             while swapped.num_done < num_requests * number / len(heads):
                 await asyncio.sleep(_POLL_SECONDS)
-            path = await asyncio.to_thread(publish, model_dir.parent, model_dir.name, measured, head)
+            path = await asyncio.to_thread(
+                publish, model_dir.parent, model_dir.name, measured, head
+            )
             published = time.perf_counter()
             await _until_served(client, int(path.name))
             swapped.swap_seconds.append(time.perf_counter() - published)
@@ -104,14 +122,20 @@ async def _swap(
 def _is_of(answer: Any, head: Head, expected: npt.NDArray[np.float32]) -> bool:
     columns = {label: column for column, label in enumerate(head.label_names)}
     top = answer["predictions"][0]["top"]
-    return all(one["label"] in columns and abs(one["score"] - expected[columns[one["label"]]]) < _SCORE_TOLERANCE for one in top)
+    return all(
+        one["label"] in columns
+        and abs(one["score"] - expected[columns[one["label"]]]) < _SCORE_TOLERANCE
+        for one in top
+    )
 
 
 async def _until_served(client: Client, version: int) -> None:
     end = time.monotonic() + _SERVED_WITHIN_SECONDS
     while time.monotonic() < end:
         status, body = await client.send(encode_get("/v1/models"))
-        if status == 200 and any(model["version"] == version for model in json.loads(body)["models"]):
+        if status == 200 and any(
+            model["version"] == version for model in json.loads(body)["models"]
+        ):
             return
         await asyncio.sleep(_POLL_SECONDS)
     raise RuntimeError(

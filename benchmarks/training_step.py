@@ -26,7 +26,13 @@ from torch import nn
 from benchmarks.machine import describe_machine
 from finetune.training.depthwise import DepthwiseGradientsInFloat32
 
-BACKBONES = ("tf_efficientnet_lite0", "efficientnet_b0", "mobilenetv3_small_100", "convnext_atto", "resnet18")
+BACKBONES = (
+    "tf_efficientnet_lite0",
+    "efficientnet_b0",
+    "mobilenetv3_small_100",
+    "convnext_atto",
+    "resnet18",
+)
 WAYS = {
     "torch's own order": (torch.contiguous_format, False),
     "channels_last": (torch.channels_last, False),
@@ -36,19 +42,30 @@ _NUM_CLASSES = 10
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--backbones", nargs="+", default=list(BACKBONES))
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--steps", type=int, default=8, help="of each way")
     args = parser.parse_args()
-    print(f"| {args.precision}, ms an image | {' | '.join(WAYS)} | times as fast |\n|---|{'---|' * (len(WAYS) + 1)}")
+    print(
+        f"| {args.precision}, ms an image | {' | '.join(WAYS)} | times as fast |\n|---|{'---|' * (len(WAYS) + 1)}"
+    )
     for name in args.backbones:
         torch.manual_seed(0)
         found = measure(timm.create_model(name, num_classes=_NUM_CLASSES), args)
-        print(f"| {name} | {' | '.join(f'{ms:.1f}' for ms in found)} | {found[0] / found[-1]:.2f} |", flush=True)
+        print(
+            f"| {name} | {' | '.join(f'{ms:.1f}' for ms in found)} | {found[0] / found[-1]:.2f} |",
+            flush=True,
+        )
     print()
-    print(describe_machine(sys.executable, ("torch", "timm"), "python benchmarks/training_step.py").describe(with_peers=False))
+    print(
+        describe_machine(
+            sys.executable, ("torch", "timm"), "python benchmarks/training_step.py"
+        ).describe(with_peers=False)
+    )
     return 0
 
 

@@ -22,7 +22,11 @@ from importlib.metadata import Distribution, distributions
 from pathlib import Path
 
 _MEGABYTE = 1_000_000
-_OLD_CLASSIFIERS = {"MIT License": "MIT", "Apache Software License": "Apache-2.0", "ISC License (ISCL)": "ISC"}
+_OLD_CLASSIFIERS = {
+    "MIT License": "MIT",
+    "Apache Software License": "Apache-2.0",
+    "ISC License (ISCL)": "ISC",
+}
 
 
 @dataclass(frozen=True)
@@ -38,13 +42,20 @@ class Component:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cyclonedx", action="store_true", help="an SBOM as CycloneDX 1.6 JSON")
-    parser.add_argument("--no-system", action="store_true", help="without the base image's packages")
+    parser.add_argument(
+        "--no-system", action="store_true", help="without the base image's packages"
+    )
     parser.add_argument(
         "--checkpoints",
         type=Path,
-        default=Path(os.environ.get("CHECKPOINTS") or Path(os.environ.get("BENTO_PATH", "."), "src/checkpoints")),
+        default=Path(
+            os.environ.get("CHECKPOINTS")
+            or Path(os.environ.get("BENTO_PATH", "."), "src/checkpoints")
+        ),
         help="the repository whose weights are listed",
     )
     options = parser.parse_args()
@@ -57,8 +68,12 @@ def main() -> None:
         print()
         return
     for one in components:
-        print(f"{one.num_bytes / _MEGABYTE:8.1f} MB  {one.kind:23} {one.name} {one.version}  {one.licence or 'no licence given'}")
-    print(f"{sum(one.num_bytes for one in components) / _MEGABYTE:8.1f} MB  in {len(components)} components")
+        print(
+            f"{one.num_bytes / _MEGABYTE:8.1f} MB  {one.kind:23} {one.name} {one.version}  {one.licence or 'no licence given'}"
+        )
+    print(
+        f"{sum(one.num_bytes for one in components) / _MEGABYTE:8.1f} MB  in {len(components)} components"
+    )
 
 
 def list_packages() -> Iterator[Component]:
@@ -76,11 +91,20 @@ def list_system_packages() -> Iterator[Component]:
     status = Path("/var/lib/dpkg/status")
     if not status.exists():
         return
-    query = ["dpkg-query", "-W", "-f", "${Package}\t${Version}\t${Architecture}\t${Installed-Size}\n"]
-    for line in subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines():
+    query = [
+        "dpkg-query",
+        "-W",
+        "-f",
+        "${Package}\t${Version}\t${Architecture}\t${Installed-Size}\n",
+    ]
+    for line in subprocess.run(
+        query, capture_output=True, text=True, check=True
+    ).stdout.splitlines():
         name, version, architecture, kilobytes = line.split("\t")
         purl = f"pkg:deb/debian/{name}@{version}?arch={architecture}"
-        yield Component("library", name, version, _debian_licence(name), purl, 1024 * int(kilobytes or 0))
+        yield Component(
+            "library", name, version, _debian_licence(name), purl, 1024 * int(kilobytes or 0)
+        )
 
 
 def list_checkpoints(repository: Path) -> Iterator[Component]:
@@ -91,7 +115,12 @@ def list_checkpoints(repository: Path) -> Iterator[Component]:
         num_bytes = sum(file.stat().st_size for file in path.parent.iterdir())
         weights = f"{name} ({section.get('weights') or 'no pretrained weights'})"
         yield Component(
-            "machine-learning-model", weights, version, section.get("license") or "", f"pkg:generic/{name}@{version}", num_bytes
+            "machine-learning-model",
+            weights,
+            version,
+            section.get("license") or "",
+            f"pkg:generic/{name}@{version}",
+            num_bytes,
         )
 
 
@@ -127,7 +156,11 @@ def _licence_of(one: Distribution) -> str:
     if "license_expression" in fields:
         return str(fields["license_expression"])
     prefix = "License :: OSI Approved :: "
-    classifiers = [line.removeprefix(prefix) for line in fields.get("classifier", ()) if line.startswith(prefix)]
+    classifiers = [
+        line.removeprefix(prefix)
+        for line in fields.get("classifier", ())
+        if line.startswith(prefix)
+    ]
     if classifiers:
         return " AND ".join(_OLD_CLASSIFIERS.get(name, name) for name in classifiers)
     lines = str(fields.get("license", "")).strip().splitlines()
@@ -144,7 +177,11 @@ def _debian_licence(package: str) -> str:
     except OSError:
         return ""
     # Some put the first line of the text there; a name is short.
-    names = dict.fromkeys(name for name in re.findall(r"^License: *(\S.*?)\s*$", text, re.MULTILINE) if len(name) <= 40)
+    names = dict.fromkeys(
+        name
+        for name in re.findall(r"^License: *(\S.*?)\s*$", text, re.MULTILINE)
+        if len(name) <= 40
+    )
     return " AND ".join(names) or "see /usr/share/doc/" + package + "/copyright"
 
 

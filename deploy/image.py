@@ -28,12 +28,22 @@ BUILDERS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--flavour", choices=BENTOFILES, default="cpu", help="cpu: OpenVINO; cuda: torch on a GPU")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--flavour", choices=BENTOFILES, default="cpu", help="cpu: OpenVINO; cuda: torch on a GPU"
+    )
     parser.add_argument("--tag", help="the image's name; by default graft:<flavour>")
-    parser.add_argument("--backend", choices=BUILDERS, help="which builder; by default the first that answers")
-    parser.add_argument("--pip-conf", type=Path, help="a pip.conf for the build alone, which no layer keeps")
-    parser.add_argument("--ca", type=Path, help="certificates for the build alone, which no layer keeps")
+    parser.add_argument(
+        "--backend", choices=BUILDERS, help="which builder; by default the first that answers"
+    )
+    parser.add_argument(
+        "--pip-conf", type=Path, help="a pip.conf for the build alone, which no layer keeps"
+    )
+    parser.add_argument(
+        "--ca", type=Path, help="certificates for the build alone, which no layer keeps"
+    )
     options = parser.parse_args()
     tag = options.tag or f"graft:{options.flavour}"
     try:
@@ -55,8 +65,12 @@ def find_builder() -> str:
         answer = subprocess.run(probe, capture_output=True, text=True)
         if answer.returncode == 0:
             return name
-        reasons.append(f"{name} does not answer ({answer.stderr.strip().splitlines()[-1] if answer.stderr.strip() else 'no message'})")
-    raise RuntimeError(f"an image needs one of {', '.join(BUILDERS)}, and {'; '.join(reasons)}. Debian's is `apt-get install buildah`")
+        reasons.append(
+            f"{name} does not answer ({answer.stderr.strip().splitlines()[-1] if answer.stderr.strip() else 'no message'})"
+        )
+    raise RuntimeError(
+        f"an image needs one of {', '.join(BUILDERS)}, and {'; '.join(reasons)}. Debian's is `apt-get install buildah`"
+    )
 
 
 def build_bento(bentofile: str) -> str:
@@ -75,7 +89,16 @@ def containerize(bento: str, backend: str, tag: str, secrets: dict[str, Path | N
     with tempfile.TemporaryDirectory(prefix="graft-image-") as folder:
         # It asks buildah and podman for an OCI image; OCI has no HEALTHCHECK, Docker's format has.
         env = {"TMPDIR": folder, "BUILDAH_FORMAT": "docker"}
-        _run("bentoml", "containerize", bento, "--backend", backend, *options, cwd=Path(folder), env=env)
+        _run(
+            "bentoml",
+            "containerize",
+            bento,
+            "--backend",
+            backend,
+            *options,
+            cwd=Path(folder),
+            env=env,
+        )
 
 
 def _run(command: str, *arguments: str, cwd: Path = PROJECT_DIR, env: Mapping[str, str]) -> str:
@@ -88,7 +111,9 @@ def _run(command: str, *arguments: str, cwd: Path = PROJECT_DIR, env: Mapping[st
         text=True,
     )
     if answer.returncode:
-        raise RuntimeError(f"{command} {' '.join(arguments)} failed:\n{answer.stdout}{answer.stderr}")
+        raise RuntimeError(
+            f"{command} {' '.join(arguments)} failed:\n{answer.stdout}{answer.stderr}"
+        )
     return answer.stdout
 
 

@@ -64,7 +64,11 @@ _MAX_ODD_FRACTION = 0.01
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; gives the exit code."""
-    return run_program(lambda: audit(parse_options(AuditOptions, list(sys.argv[1:] if arguments is None else arguments))))
+    return run_program(
+        lambda: audit(
+            parse_options(AuditOptions, list(sys.argv[1:] if arguments is None else arguments))
+        )
+    )
 
 
 def audit(options: AuditOptions) -> Audit:
@@ -75,21 +79,40 @@ def audit(options: AuditOptions) -> Audit:
     with prepare_meanwhile(options):
         loaded, duplicates = load_lasting_splits(options, check=False)
     with tempfile.TemporaryDirectory(prefix="graft-") as scratch:
-        backbone = prepare(options.backbone, loaded.train, options, Path(scratch), weights=options.weights, pretrained=options.pretrained)
+        backbone = prepare(
+            options.backbone,
+            loaded.train,
+            options,
+            Path(scratch),
+            weights=options.weights,
+            pretrained=options.pretrained,
+        )
         engine = open_engine(backbone, options)
         splits, features = extract_splits(loaded, backbone, engine, options, check=False)
         engine.close()
     labels = splits.labels(splits.train)
     if len(count_labels(splits.train)) < (1 if splits.is_multi_label else 2):
-        raise GraftError(f"--data {options.data}: fewer than two classes have images to train on that can be read")
+        raise GraftError(
+            f"--data {options.data}: fewer than two classes have images to train on that can be read"
+        )
     probe = solve_probe(features["train"], labels, len(splits.label_names), seed=options.seed)
-    found = inspect(loaded, splits, features, probe, duplicates, backbone.preprocess, min_images=options.min_images)
+    found = inspect(
+        loaded,
+        splits,
+        features,
+        probe,
+        duplicates,
+        backbone.preprocess,
+        min_images=options.min_images,
+    )
     paths = write_audit(found, options.output, f"audit-{name_of_data(options.data)}", options.data)
     _print(found, paths, options)
     if options.strict:
         found.refuse_leaks()
         if broken := found.of_kind("unreadable"):
-            raise GraftError(f"{len(broken)} unreadable (--strict makes that an error; the table above names them)")
+            raise GraftError(
+                f"{len(broken)} unreadable (--strict makes that an error; the table above names them)"
+            )
     return found
 
 
@@ -105,26 +128,36 @@ def inspect(
 ) -> Audit:
     """All findings: `loaded` is what the source holds, `splits` its readable part with `features`, and `probe` was solved on train."""
     copies = list(_find_copies(splits, duplicates))
-    leaked = {id(finding.sample) for finding in copies if finding.kind in ("exact_leak", "near_leak")}
+    leaked = {
+        id(finding.sample) for finding in copies if finding.kind in ("exact_leak", "near_leak")
+    }
     accuracy: dict[SplitName, tuple[float, float | None]] = {}
     for split, samples in splits.named():
         if split != "train" and samples:
             logits, labels = probe.logits(features[split]), splits.labels(samples)
             is_clean = np.array([id(sample) not in leaked for sample in samples])
-            clean = evaluate(logits[is_clean], labels[is_clean]).score if labels[is_clean].size else None
+            clean = (
+                evaluate(logits[is_clean], labels[is_clean]).score
+                if labels[is_clean].size
+                else None
+            )
             accuracy[split] = evaluate(logits, labels).score, clean
     findings = [
         *_find_unreadable(loaded, splits, preprocess),
         *_find_small_classes(splits, min_images),
         *_find_wrong_extensions(splits),
         *copies,
-        *(_find_wrong_label_rows if splits.is_multi_label else _find_wrong_labels)(splits, features, probe),
+        *(_find_wrong_label_rows if splits.is_multi_label else _find_wrong_labels)(
+            splits, features, probe
+        ),
         *_find_odd(splits, features),
     ]
     order = list(WORDING)
     findings.sort(key=lambda finding: (order.index(finding.kind), -(finding.score or 0)))
     metric = "mean average precision" if splits.is_multi_label else "accuracy"
-    return Audit(tuple(findings), accuracy, sum(len(samples) for _, samples in loaded.named()), metric)
+    return Audit(
+        tuple(findings), accuracy, sum(len(samples) for _, samples in loaded.named()), metric
+    )
 
 
 def write_audit(found: Audit, folder: Path, stem: str, data: str) -> tuple[Path, Path]:
@@ -138,7 +171,9 @@ def write_audit(found: Audit, folder: Path, stem: str, data: str) -> tuple[Path,
             unfinished.write_text(text, encoding="utf-8", errors="surrogateescape")
             unfinished.replace(path)
     except OSError as error:
-        raise GraftError(f"--output {folder}: {in_words(error)}; make room, or name a folder that you can write to") from error
+        raise GraftError(
+            f"--output {folder}: {in_words(error)}; make room, or name a folder that you can write to"
+        ) from error
     return paths
 
 
@@ -147,7 +182,13 @@ def _find_unreadable(loaded: Splits, splits: Splits, preprocess: Preprocess) -> 
     for split, samples in loaded.named():
         for sample in samples:
             if sample.key not in read:
-                yield Finding("unreadable", split, loaded.describe(sample), _why_unreadable(sample, preprocess), sample=sample)
+                yield Finding(
+                    "unreadable",
+                    split,
+                    loaded.describe(sample),
+                    _why_unreadable(sample, preprocess),
+                    sample=sample,
+                )
 
 
 def _why_unreadable(sample: Sample, preprocess: Preprocess) -> str:
@@ -165,10 +206,17 @@ def _find_small_classes(splits: Splits, min_images: int) -> Iterator[Finding]:
     for label, name in enumerate(splits.label_names):
         for split, count in counts.items():
             if not count[label]:
-                yield Finding("missing_class", split, name, f"class {name!r} has no image in {split}")
+                yield Finding(
+                    "missing_class", split, name, f"class {name!r} has no image in {split}"
+                )
         if 0 < (number := counts["train"][label]) < min_images:
             has = "1 image" if number == 1 else f"{number} images"
-            yield Finding("small_class", "train", name, f"class {name!r} has {has} in train, fewer than {min_images}")
+            yield Finding(
+                "small_class",
+                "train",
+                name,
+                f"class {name!r} has {has} in train, fewer than {min_images}",
+            )
 
 
 def _find_wrong_extensions(splits: Splits) -> Iterator[Finding]:
@@ -182,7 +230,9 @@ def _find_wrong_extensions(splits: Splits) -> Iterator[Finding]:
             name = begins_as(start)
             if name is not None and sample.image.suffix.lower() not in _SUFFIXES[name]:
                 detail = f"named {sample.image.suffix}, but its content is {name}; rename it to {_SUFFIXES[name][0]}"
-                yield Finding("wrong_extension", split, splits.describe(sample), detail, sample=sample)
+                yield Finding(
+                    "wrong_extension", split, splits.describe(sample), detail, sample=sample
+                )
 
 
 def _find_copies(splits: Splits, duplicates: Duplicates) -> Iterator[Finding]:
@@ -190,60 +240,112 @@ def _find_copies(splits: Splits, duplicates: Duplicates) -> Iterator[Finding]:
     order: list[SplitName] = [split for split, _ in splits.named()]
     split_of = {id(sample): split for split, samples in splits.named() for sample in samples}
     for group in duplicates.groups:
-        members = sorted((sample for sample in group if id(sample) in split_of), key=lambda sample: order.index(split_of[id(sample)]))
+        members = sorted(
+            (sample for sample in group if id(sample) in split_of),
+            key=lambda sample: order.index(split_of[id(sample)]),
+        )
         for at, sample in enumerate(members[1:], start=1):
             split = split_of[id(sample)]
-            earlier = [other for other in members[:at] if split_of[id(other)] != split] or members[:at]
+            earlier = [other for other in members[:at] if split_of[id(other)] != split] or members[
+                :at
+            ]
             # An exact copy says more than a near one.
-            other = max(earlier, key=lambda other: (duplicates.is_exact(sample, other), duplicates.similarity(sample, other)))
+            other = max(
+                earlier,
+                key=lambda other: (
+                    duplicates.is_exact(sample, other),
+                    duplicates.similarity(sample, other),
+                ),
+            )
             is_exact, other_split = duplicates.is_exact(sample, other), split_of[id(other)]
             kind: Kind = "exact_duplicate" if is_exact else "near_duplicate"
             if other_split != split:
                 kind = "exact_leak" if is_exact else "near_leak"
             label, other_label = splits.describe(sample), splits.describe(other)
             but = "" if label == other_label else f", but labelled {other_label!r} there"
-            detail = f"the same {'file' if is_exact else 'picture'} as {other.key} in {other_split}{but}"
+            detail = (
+                f"the same {'file' if is_exact else 'picture'} as {other.key} in {other_split}{but}"
+            )
             similarity = duplicates.similarity(sample, other)
-            yield Finding(kind, split, label, detail, similarity, sample, (other_split, other_label, other))
+            yield Finding(
+                kind, split, label, detail, similarity, sample, (other_split, other_label, other)
+            )
 
 
-def _find_wrong_labels(splits: Splits, features: Mapping[SplitName, Features], probe: Probe) -> Iterator[Finding]:
+def _find_wrong_labels(
+    splits: Splits, features: Mapping[SplitName, Features], probe: Probe
+) -> Iterator[Finding]:
     """By the probe's out-of-fold predictions on train, and by the probe itself on the splits that it did not see."""
     out_of_fold = softmax(probe.out_of_fold_logits / probe.temperature)
     thresholds = confident_thresholds(out_of_fold, splits.labels(splits.train))
     for split, samples in splits.named():
         if not samples:
             continue
-        held_out = out_of_fold if split == "train" else softmax(probe.logits(features[split]) / probe.temperature)
+        held_out = (
+            out_of_fold
+            if split == "train"
+            else softmax(probe.logits(features[split]) / probe.temperature)
+        )
         quality = judge_labels(held_out, splits.labels(samples), thresholds)
         for index in np.flatnonzero(quality.is_issue):
             sample, suggested = samples[index], quality.suggested[index]
             label, other = splits.label_names[sample.label], splits.label_names[suggested]
-            shares = f"{held_out[index, suggested]:.0%}, {label!r} {held_out[index, sample.label]:.0%}"
-            yield Finding("wrong_label", split, label, f"rather {other!r} ({shares})", float(quality.score[index]), sample, suggested=other)
+            shares = (
+                f"{held_out[index, suggested]:.0%}, {label!r} {held_out[index, sample.label]:.0%}"
+            )
+            yield Finding(
+                "wrong_label",
+                split,
+                label,
+                f"rather {other!r} ({shares})",
+                float(quality.score[index]),
+                sample,
+                suggested=other,
+            )
 
 
-def _find_wrong_label_rows(splits: Splits, features: Mapping[SplitName, Features], probe: Probe) -> Iterator[Finding]:
+def _find_wrong_label_rows(
+    splits: Splits, features: Mapping[SplitName, Features], probe: Probe
+) -> Iterator[Finding]:
     """The same for images of any number of labels: each that looks wrong or missing is a finding of its own."""
     temperature = np.float32(probe.temperature)
-    out_of_fold, train_rows = sigmoid(probe.out_of_fold_logits / temperature), splits.labels(splits.train)
+    out_of_fold, train_rows = (
+        sigmoid(probe.out_of_fold_logits / temperature),
+        splits.labels(splits.train),
+    )
     for split, samples in splits.named():
         if not samples:
             continue
-        held_out = out_of_fold if split == "train" else sigmoid(probe.logits(features[split]) / temperature)
-        for label, quality in judge_label_rows(held_out, splits.labels(samples), out_of_fold, train_rows):
+        held_out = (
+            out_of_fold
+            if split == "train"
+            else sigmoid(probe.logits(features[split]) / temperature)
+        )
+        for label, quality in judge_label_rows(
+            held_out, splits.labels(samples), out_of_fold, train_rows
+        ):
             for index in np.flatnonzero(quality.is_issue):
                 sample = samples[index]
                 is_there = label in sample.labels
                 rather = splits.join(sorted({*sample.labels} ^ {label})) or "no label"
                 detail = f"rather {'without' if is_there else 'with'} {splits.label_names[label]!r} ({held_out[index, label]:.0%})"
-                yield Finding("wrong_label", split, splits.describe(sample), detail, float(quality.score[index]), sample, suggested=rather)
+                yield Finding(
+                    "wrong_label",
+                    split,
+                    splits.describe(sample),
+                    detail,
+                    float(quality.score[index]),
+                    sample,
+                    suggested=rather,
+                )
 
 
 def _find_odd(splits: Splits, features: Mapping[SplitName, Features]) -> Iterator[Finding]:
     """Far from the fifth nearest other image (Ramaswamy, Rastogi & Shim, SIGMOD 2000), by the cosine of centred features."""
     samples = [(split, sample) for split, of_split in splits.named() for sample in of_split]
-    distances = _neighbour_distances([features[split][: len(of_split)] for split, of_split in splits.named()])
+    distances = _neighbour_distances(
+        [features[split][: len(of_split)] for split, of_split in splits.named()]
+    )
     center = float(np.median(distances))
     spread = 1.4826 * float(np.median(np.abs(distances - center)))
     most = max(1, int(len(samples) * _MAX_ODD_FRACTION))
@@ -252,15 +354,22 @@ def _find_odd(splits: Splits, features: Mapping[SplitName, Features]) -> Iterato
             break
         split, sample = samples[index]
         detail = f"at distance {distances[index]:.2f} from its neighbours, others at {center:.2f}"
-        yield Finding("odd", split, splits.describe(sample), detail, float(distances[index]), sample)
+        yield Finding(
+            "odd", split, splits.describe(sample), detail, float(distances[index]), sample
+        )
 
 
 def _neighbour_distances(features: Sequence[Features]) -> Floats:
     """Of features `[N,F]` in parts, to reference images drawn by chance; an image is no neighbour of itself."""
     starts = np.cumsum([0, *(len(part) for part in features)])
     num_images = int(starts[-1])
-    chosen = np.sort(np.random.default_rng(0).choice(num_images, min(num_images, _NUM_REFERENCES), replace=False))
-    drawn = [part[chosen[(chosen >= start) & (chosen < start + len(part))] - start] for part, start in zip(features, starts, strict=False)]
+    chosen = np.sort(
+        np.random.default_rng(0).choice(num_images, min(num_images, _NUM_REFERENCES), replace=False)
+    )
+    drawn = [
+        part[chosen[(chosen >= start) & (chosen < start + len(part))] - start]
+        for part, start in zip(features, starts, strict=False)
+    ]
     center = features[0].mean(axis=0)
     references = _unit(np.concatenate(drawn) - center)
     distances: list[Floats] = []
@@ -277,7 +386,9 @@ def _neighbour_distances(features: Sequence[Features]) -> Floats:
 
 
 def _unit(vectors: Floats) -> Floats:
-    return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12), np.float32)
+    return np.asarray(
+        vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12), np.float32
+    )
 
 
 def _print(found: Audit, paths: tuple[Path, Path], options: AuditOptions) -> None:
@@ -291,10 +402,16 @@ def _print(found: Audit, paths: tuple[Path, Path], options: AuditOptions) -> Non
         for finding in findings[:_NUM_SHOWN]:
             score = "      " if finding.score is None else f"{finding.score:6.3f}"
             where = "" if finding.sample is None else f"{finding.sample.key}: "
-            print(f"  {score}  {finding.split:<{split_width}}  {finding.label:<{label_width}}  {where}{finding.detail}")
+            print(
+                f"  {score}  {finding.split:<{split_width}}  {finding.label:<{label_width}}  {where}{finding.detail}"
+            )
         if len(findings) > _NUM_SHOWN:
             print(f"  and {len(findings) - _NUM_SHOWN:,} more in {paths[0]}")
-    print(f"\naudit of {found.summary}", *(f"audit: {line}" for line in found.describe_leaks()), sep="\n")
+    print(
+        f"\naudit of {found.summary}",
+        *(f"audit: {line}" for line in found.describe_leaks()),
+        sep="\n",
+    )
     print(f"\n  table  {paths[0]}\n  page   {paths[1]}\n")
     if any(finding.split != "test" for finding in found.of_kind("missing_class")):
         print(

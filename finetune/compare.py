@@ -36,7 +36,11 @@ logger = logging.getLogger("graft.compare")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; gives the exit code."""
-    return run_program(lambda: compare(parse_options(CompareOptions, list(sys.argv[1:] if arguments is None else arguments))))
+    return run_program(
+        lambda: compare(
+            parse_options(CompareOptions, list(sys.argv[1:] if arguments is None else arguments))
+        )
+    )
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,9 @@ def wilson_interval(num_right: int, num_images: int) -> tuple[float, float]:
     z = 1.959964
     share, inverse = num_right / num_images, z * z / num_images
     center = (share + inverse / 2) / (1 + inverse)
-    half = z * math.sqrt(share * (1 - share) / num_images + inverse / (4 * num_images)) / (1 + inverse)
+    half = (
+        z * math.sqrt(share * (1 - share) / num_images + inverse / (4 * num_images)) / (1 + inverse)
+    )
     # The share lies within, but for rounding: 24 of 24 would end at 0.9999999999999999.
     return max(0.0, min(center - half, share)), min(1.0, max(center + half, share))
 
@@ -99,19 +105,25 @@ def _names(options: CompareOptions) -> list[str]:
     if options.backbones != "installed":
         names = [name.strip() for name in options.backbones.split(",") if name.strip()]
         if not names:
-            raise GraftError(f"--backbones {options.backbones}: name one or more, with commas between")
+            raise GraftError(
+                f"--backbones {options.backbones}: name one or more, with commas between"
+            )
         return names
     from models.backbone.build import installed_backbones
 
     names = installed_backbones()
     if not names:
-        raise GraftError("--backbones installed: no package and no cache of the hub has weights here; name some where there is a network")
+        raise GraftError(
+            "--backbones installed: no package and no cache of the hub has weights here; name some where there is a network"
+        )
     return names
 
 
 def _measure(name: str, splits: Splits, options: CompareOptions) -> Candidate:
     with tempfile.TemporaryDirectory(prefix="graft-") as scratch:
-        backbone = prepare(name, splits.train, options, Path(scratch), weights=None, pretrained=True)
+        backbone = prepare(
+            name, splits.train, options, Path(scratch), weights=None, pretrained=True
+        )
         engine = open_engine(backbone, options)
         splits, features = extract_splits(splits, backbone, engine, options, only=("train",))
         engine.close()
@@ -119,7 +131,14 @@ def _measure(name: str, splits: Splits, options: CompareOptions) -> Candidate:
     probe = solve_probe(features["train"], labels, len(splits.label_names), seed=options.seed)
     num_right = int((probe.out_of_fold_logits.argmax(axis=1) == labels).sum())
     low, high = wilson_interval(num_right, len(labels))
-    return Candidate(name, num_right / len(labels), low, high, engine.info.images_per_second, engine.info.precision)
+    return Candidate(
+        name,
+        num_right / len(labels),
+        low,
+        high,
+        engine.info.images_per_second,
+        engine.info.precision,
+    )
 
 
 def _print(comparison: Comparison, options: CompareOptions, path: Path) -> None:
@@ -129,7 +148,9 @@ def _print(comparison: Comparison, options: CompareOptions, path: Path) -> None:
         mark = "  <- recommended" if candidate is comparison.recommended else ""
         interval = f"{candidate.low:.4f} to {candidate.high:.4f}"
         speed = f"{candidate.images_per_second:>8.0f}"
-        print(f"{candidate.name:<{width}}  {candidate.accuracy:.4f}     {interval}  {speed}  {candidate.precision}{mark}")
+        print(
+            f"{candidate.name:<{width}}  {candidate.accuracy:.4f}     {interval}  {speed}  {candidate.precision}{mark}"
+        )
     print(
         f"""
 Accuracy is cross-validated on the training images; the recommended backbone is the fastest that may be as accurate as the best.

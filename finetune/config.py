@@ -11,7 +11,13 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, CliApp, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
+from pydantic_settings import (
+    BaseSettings,
+    CliApp,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
 
 from models.allowed import describe_allowed
 from models.checkpoint import check_name
@@ -35,7 +41,12 @@ class SharedOptions(BaseSettings):
         cli_avoid_json=True,
     )
 
-    config: Annotated[Path | None, Field(exclude=True, description="YAML file of options, such as a run's config.yaml; flags win")] = None
+    config: Annotated[
+        Path | None,
+        Field(
+            exclude=True, description="YAML file of options, such as a run's config.yaml; flags win"
+        ),
+    ] = None
     data: Annotated[
         str,
         Field(
@@ -45,10 +56,18 @@ class SharedOptions(BaseSettings):
             "torchvision:OxfordIIITPet), or digits",
         ),
     ] = "digits"
-    data_root: Annotated[Path, Field(description="where torchvision:NAME keeps its files, and looks for them without a network")] = Path(
-        "data"
-    )
-    val_fraction: Annotated[float, Field(gt=0, lt=1, description="share of each class set aside where the data has no val split")] = 0.2
+    data_root: Annotated[
+        Path,
+        Field(
+            description="where torchvision:NAME keeps its files, and looks for them without a network"
+        ),
+    ] = Path("data")
+    val_fraction: Annotated[
+        float,
+        Field(
+            gt=0, lt=1, description="share of each class set aside where the data has no val split"
+        ),
+    ] = 0.2
     new_split: Annotated[
         bool,
         Field(
@@ -58,10 +77,20 @@ class SharedOptions(BaseSettings):
         ),
     ] = False
     strict: Annotated[
-        bool, Field(description="stop on an unreadable image, which is else left out, and on one that leaks from one split to another")
+        bool,
+        Field(
+            description="stop on an unreadable image, which is else left out, and on one that leaks from one split to another"
+        ),
     ] = False
-    image_size: Annotated[int | None, Field(ge=32, le=1024, description="side of the input crop in pixels; else the backbone's own")] = None
-    device: Annotated[Literal["auto", "cpu", "cuda"], Field(description="where to train and compute features")] = "auto"
+    image_size: Annotated[
+        int | None,
+        Field(
+            ge=32, le=1024, description="side of the input crop in pixels; else the backbone's own"
+        ),
+    ] = None
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], Field(description="where to train and compute features")
+    ] = "auto"
     precision: Annotated[
         Precision,
         Field(
@@ -70,11 +99,25 @@ class SharedOptions(BaseSettings):
         ),
     ] = "auto"
     workers: Annotated[int, Field(ge=1, description="threads that decode images")] = num_cpus()
-    seed: Annotated[int, Field(ge=0, lt=2**32, description="of the split, the head and the order of the images")] = 0
-    output: Annotated[Path, Field(description="folder of run folders: metrics, TensorBoard logs, config.yaml, splits.csv")] = Path("runs")
-    cache_dir: Annotated[Path, Field(description="converted backbones and features are kept here between runs")] = _default_cache_dir()
+    seed: Annotated[
+        int, Field(ge=0, lt=2**32, description="of the split, the head and the order of the images")
+    ] = 0
+    output: Annotated[
+        Path,
+        Field(
+            description="folder of run folders: metrics, TensorBoard logs, config.yaml, splits.csv"
+        ),
+    ] = Path("runs")
+    cache_dir: Annotated[
+        Path, Field(description="converted backbones and features are kept here between runs")
+    ] = _default_cache_dir()
     cache_gb: Annotated[
-        float, Field(ge=0, allow_inf_nan=False, description="features used longest ago are removed above this many gigabytes")
+        float,
+        Field(
+            ge=0,
+            allow_inf_nan=False,
+            description="features used longest ago are removed above this many gigabytes",
+        ),
     ] = 20.0
     cache: Annotated[bool, Field(description="--no-cache computes everything anew")] = True
 
@@ -104,12 +147,20 @@ class BackboneOptions(SharedOptions):
     """Those of programs that work with one backbone."""
 
     backbone: Annotated[
-        str, Field(description="a timm name (resnet18), or package.module:callable that returns an nn.Module, images to features")
+        str,
+        Field(
+            description="a timm name (resnet18), or package.module:callable that returns an nn.Module, images to features"
+        ),
     ] = "tf_efficientnet_lite0"
     weights: Annotated[
-        Path | None, Field(description="pretrained state_dict, .safetensors or .pth; else from a package or the Hugging Face hub")
+        Path | None,
+        Field(
+            description="pretrained state_dict, .safetensors or .pth; else from a package or the Hugging Face hub"
+        ),
     ] = None
-    pretrained: Annotated[bool, Field(description="--no-pretrained starts from random weights, knowingly")] = True
+    pretrained: Annotated[
+        bool, Field(description="--no-pretrained starts from random weights, knowingly")
+    ] = True
 
 
 class Options(BackboneOptions):
@@ -127,11 +178,22 @@ class Options(BackboneOptions):
             "none: all of it trains"
         ),
     ] = "backbone"
-    epochs: Annotated[int, Field(ge=1, description="gradient epochs, where something besides the head trains")] = 5
+    epochs: Annotated[
+        int, Field(ge=1, description="gradient epochs, where something besides the head trains")
+    ] = 5
     batch_size: Annotated[int, Field(ge=1, description="images per gradient step")] = 32
-    lr: Annotated[float, Field(gt=0, allow_inf_nan=False, description="peak learning rate of the head")] = 1e-3
-    backbone_lr: Annotated[float, Field(gt=0, allow_inf_nan=False, description="peak learning rate of the backbone")] = 5e-4
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False, description="AdamW's, on weights but not on biases and norms")] = 0.05
+    lr: Annotated[
+        float, Field(gt=0, allow_inf_nan=False, description="peak learning rate of the head")
+    ] = 1e-3
+    backbone_lr: Annotated[
+        float, Field(gt=0, allow_inf_nan=False, description="peak learning rate of the backbone")
+    ] = 5e-4
+    weight_decay: Annotated[
+        float,
+        Field(
+            ge=0, allow_inf_nan=False, description="AdamW's, on weights but not on biases and norms"
+        ),
+    ] = 0.05
     batch_norm: Annotated[
         Literal["keep", "update"],
         Field(
@@ -147,7 +209,12 @@ class Options(BackboneOptions):
         ),
     ] = "none"
     label_smoothing: Annotated[
-        float, Field(ge=0, lt=1, description="part of every label that gradient epochs spread over all classes; 0: off")
+        float,
+        Field(
+            ge=0,
+            lt=1,
+            description="part of every label that gradient epochs spread over all classes; 0: off",
+        ),
     ] = 0.0
     mix: Annotated[
         Literal["none", "mixup", "cutmix", "both"],
@@ -175,7 +242,11 @@ class Options(BackboneOptions):
     ] = 0
     layer_decay: Annotated[
         float,
-        Field(gt=0, le=1, description="rate of each stage of the backbone over that of the next one, such as 0.7; 1: all have the same"),
+        Field(
+            gt=0,
+            le=1,
+            description="rate of each stage of the backbone over that of the next one, such as 0.7; 1: all have the same",
+        ),
     ] = 1.0
     head_init: Annotated[
         str,
@@ -187,7 +258,9 @@ class Options(BackboneOptions):
     ] = "soft"
     augment: Annotated[
         Literal["none", "light", "flip"],
-        Field(description="light: shifted and scaled crops. flip: mirrored too (not for digits or letters). none: the plain crop"),
+        Field(
+            description="light: shifted and scaled crops. flip: mirrored too (not for digits or letters). none: the plain crop"
+        ),
     ] = "light"
     views: Annotated[
         int,
@@ -205,10 +278,20 @@ class Options(BackboneOptions):
             description="the service marks an answer unsure where the labels that would hold the true one this often are none or several",
         ),
     ] = 0.95
-    name: Annotated[str | None, Field(description="the model's name in the repository; else made from the data's")] = None
-    repository: Annotated[Path, Field(description="where the checkpoint is published, as <name>/<version>")] = Path("checkpoints")
+    name: Annotated[
+        str | None,
+        Field(description="the model's name in the repository; else made from the data's"),
+    ] = None
+    repository: Annotated[
+        Path, Field(description="where the checkpoint is published, as <name>/<version>")
+    ] = Path("checkpoints")
     save_minutes: Annotated[
-        float, Field(ge=0, allow_inf_nan=False, description="gradient epochs are saved for --resume this often, and after each epoch")
+        float,
+        Field(
+            ge=0,
+            allow_inf_nan=False,
+            description="gradient epochs are saved for --resume this often, and after each epoch",
+        ),
     ] = 10.0
     explain: Annotated[
         Literal["auto", "yes", "no"],
@@ -225,7 +308,10 @@ class Options(BackboneOptions):
     ] = False
     resume: Annotated[
         Path | None,
-        Field(exclude=True, description="folder of a run that was stopped or killed: goes on with it under its own options"),
+        Field(
+            exclude=True,
+            description="folder of a run that was stopped or killed: goes on with it under its own options",
+        ),
     ] = None
 
     @field_validator("name")
@@ -236,13 +322,19 @@ class Options(BackboneOptions):
     @field_validator("head_init")
     @classmethod
     def _head_init_is_known(cls, head_init: str) -> str:
-        if head_init not in ("soft", "probe", "zeros") and not re.fullmatch(r"[\w.]+:\w+", head_init):
+        if head_init not in ("soft", "probe", "zeros") and not re.fullmatch(
+            r"[\w.]+:\w+", head_init
+        ):
             raise ValueError("it must be soft, probe, zeros or package.module:function")
         return head_init
 
     @model_validator(mode="after")
     def _head_init_has_epochs_to_begin(self) -> Self:
-        if self.head_init not in ("soft", "probe") and self.freeze == "backbone" and self.resume is None:
+        if (
+            self.head_init not in ("soft", "probe")
+            and self.freeze == "backbone"
+            and self.resume is None
+        ):
             raise ValueError(
                 f"--head-init {self.head_init}: --freeze backbone solves the head, from no beginning; say --freeze until:NAME or none"
             )
@@ -251,7 +343,9 @@ class Options(BackboneOptions):
     @model_validator(mode="after")
     def _int8_fits_the_policy(self) -> Self:
         if self.precision == "int8" and self.freeze != "backbone":
-            raise ValueError("--precision int8: only with --freeze backbone, where the head is solved on the quantised features")
+            raise ValueError(
+                "--precision int8: only with --freeze backbone, where the head is solved on the quantised features"
+            )
         return self
 
     @model_validator(mode="after")
@@ -262,10 +356,14 @@ class Options(BackboneOptions):
         if self.preflight:
             raise ValueError(f"--preflight: it tries gradient epochs, and {way_out}")
         if self.balance == "sampler":
-            raise ValueError(f"--balance sampler: it draws the batches of gradient epochs, and {way_out}, or --balance weights")
+            raise ValueError(
+                f"--balance sampler: it draws the batches of gradient epochs, and {way_out}, or --balance weights"
+            )
         for name in ("label_smoothing", "mix", "ema", "gradual", "layer_decay"):
             if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{_flag(name)} {getattr(self, name)}: it is for gradient epochs, and {way_out}")
+                raise ValueError(
+                    f"{_flag(name)} {getattr(self, name)}: it is for gradient epochs, and {way_out}"
+                )
         return self
 
     @model_validator(mode="after")
@@ -276,13 +374,17 @@ class Options(BackboneOptions):
                 "say --mix mixup, which blends activations too, or --no-cache, which runs the frozen layers anew in each epoch"
             )
         if self.mix != "none" and self.batch_size == 1:
-            raise ValueError(f"--mix {self.mix}: it blends the images of a batch, and --batch-size 1 has only one; say 2 or more")
+            raise ValueError(
+                f"--mix {self.mix}: it blends the images of a batch, and --batch-size 1 has only one; say 2 or more"
+            )
         return self
 
     @property
     def first_head(self) -> str:
         """What gradient epochs begin with, in words."""
-        return {"soft": "a soft head", "probe": "the probe's head"}.get(self.head_init, f"the head of --head-init {self.head_init}")
+        return {"soft": "a soft head", "probe": "the probe's head"}.get(
+            self.head_init, f"the head of --head-init {self.head_init}"
+        )
 
     @property
     def explains(self) -> bool:
@@ -302,7 +404,9 @@ class CompareOptions(SharedOptions):
 
     backbones: Annotated[
         str,
-        Field(description="comma-separated timm names, or installed: all whose weights a package or the hub's local cache has"),
+        Field(
+            description="comma-separated timm names, or installed: all whose weights a package or the hub's local cache has"
+        ),
     ] = "installed"
 
 
@@ -314,8 +418,12 @@ class AuditOptions(BackboneOptions):
 
     model_config = SettingsConfigDict(cli_prog_name="python finetune/audit.py")
 
-    output: Annotated[Path, Field(description="folder of the CSV and of the page of thumbnails")] = Path("runs")
-    min_images: Annotated[int, Field(ge=1, description="a class with fewer images than this in train is named")] = 10
+    output: Annotated[
+        Path, Field(description="folder of the CSV and of the page of thumbnails")
+    ] = Path("runs")
+    min_images: Annotated[
+        int, Field(ge=1, description="a class with fewer images than this in train is named")
+    ] = 10
 
 
 def source_of(data: str, data_root: Path) -> str:
@@ -328,7 +436,9 @@ def name_of_data(data: str) -> str:
     """A model's name made from `--data`: its last part in lower case, other characters as `-`."""
     last = data.rpartition(":")[2].rstrip("/")
     stem = Path(last).resolve().stem if last.endswith(".csv") else Path(last).resolve().name
-    made = "".join(char if char.isascii() and char.isalnum() else "-" for char in stem.lower()).strip("-")
+    made = "".join(
+        char if char.isascii() and char.isalnum() else "-" for char in stem.lower()
+    ).strip("-")
     if not made:
         raise GraftError(f"--data {data}: no name can be made from it with a-z and 0-9; say --name")
     return check_name(made[:63])
@@ -349,25 +459,37 @@ def parse_options(kind: type[AnyOptions], arguments: list[str]) -> AnyOptions:
         from_file = {} if config_path is None else _read_config(kind, config_path)
         return CliApp.run(kind, cli_args=arguments, cli_exit_on_error=False, **from_file)
     except ValidationError as error:
-        raise GraftError("\n".join(_describe(kind, problem) for problem in error.errors())) from None
+        raise GraftError(
+            "\n".join(_describe(kind, problem) for problem in error.errors())
+        ) from None
     except (SettingsError, argparse.ArgumentError) as error:
-        raise GraftError(_describe_flag(kind, str(error).removeprefix("error parsing CLI: "))) from None
+        raise GraftError(
+            _describe_flag(kind, str(error).removeprefix("error parsing CLI: "))
+        ) from None
 
 
 def _read_config(kind: type[SharedOptions], path: Path) -> dict[str, Any]:
     try:
         loaded = yaml.safe_load(path.read_text())
     except OSError as error:
-        raise GraftError(f"--config {path}: {error.strerror}; it takes a YAML file, such as the config.yaml of a run") from error
+        raise GraftError(
+            f"--config {path}: {error.strerror}; it takes a YAML file, such as the config.yaml of a run"
+        ) from error
     except UnicodeDecodeError as error:
-        raise GraftError(f"--config {path}: it is not text in UTF-8; it takes a YAML file, such as the config.yaml of a run") from error
+        raise GraftError(
+            f"--config {path}: it is not text in UTF-8; it takes a YAML file, such as the config.yaml of a run"
+        ) from error
     except yaml.YAMLError as error:
         raise GraftError(f"--config {path}: not YAML that can be read: {error}") from error
     if not isinstance(loaded, dict):
-        raise GraftError(f"--config {path}: it must hold one `option: value` a line, as the config.yaml of a run does")
+        raise GraftError(
+            f"--config {path}: it must hold one `option: value` a line, as the config.yaml of a run does"
+        )
     unknown = sorted(str(key) for key in loaded if key not in kind.model_fields)
     if unknown:
-        raise GraftError(f"--config {path}: unknown options {', '.join(unknown)}; known are {', '.join(kind.model_fields)}")
+        raise GraftError(
+            f"--config {path}: unknown options {', '.join(unknown)}; known are {', '.join(kind.model_fields)}"
+        )
     return loaded
 
 
@@ -392,9 +514,14 @@ def _describe_flag(kind: type[SharedOptions], message: str) -> str:
         unknown = [word.partition("=")[0] for word in words if word.startswith("-")]
         if not unknown:
             return f"{words[0]}: it belongs to no option; options are given as --name VALUE, --help lists them"
-        switches = [f"no_{name}" for name, field in kind.model_fields.items() if field.annotation is bool]
+        switches = [
+            f"no_{name}" for name, field in kind.model_fields.items() if field.annotation is bool
+        ]
         known = [_flag(name) for name in (*kind.model_fields, *switches)]
-        return "\n".join(f"{flag}: there is no such option; {_guess(flag, known)}--help lists them" for flag in unknown)
+        return "\n".join(
+            f"{flag}: there is no such option; {_guess(flag, known)}--help lists them"
+            for flag in unknown
+        )
     if found := re.match(r"argument --([\w-]+)(/\S+)?: (.*)", message):
         name = found[1].replace("-", "_")
         if found[2]:
@@ -404,7 +531,9 @@ def _describe_flag(kind: type[SharedOptions], message: str) -> str:
 
 
 def _guess(flag: str, known: list[str]) -> str:
-    close = [other for other in known if other.startswith(flag)] or difflib.get_close_matches(flag, known, n=1, cutoff=0.7)
+    close = [other for other in known if other.startswith(flag)] or difflib.get_close_matches(
+        flag, known, n=1, cutoff=0.7
+    )
     return f"did you mean {close[0]}? " if close else ""
 
 

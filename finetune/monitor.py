@@ -17,8 +17,19 @@ from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.compat.proto.types_pb2 import DT_STRING
-from tensorboard.plugins.hparams.api_pb2 import DataType, Experiment, HParamInfo, MetricInfo, MetricName, Status
-from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo, SessionStartInfo
+from tensorboard.plugins.hparams.api_pb2 import (
+    DataType,
+    Experiment,
+    HParamInfo,
+    MetricInfo,
+    MetricName,
+    Status,
+)
+from tensorboard.plugins.hparams.plugin_data_pb2 import (
+    HParamsPluginData,
+    SessionEndInfo,
+    SessionStartInfo,
+)
 from tensorboard.plugins.text.metadata import create_summary_metadata
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
@@ -42,17 +53,26 @@ class Monitor:
         self._write(Summary.Value(tag=tag, simple_value=value), step)
 
     def image(self, tag: str, picture: Picture, step: int = 0) -> None:
-        encoded = Summary.Image(height=picture.height, width=picture.width, colorspace=3, encoded_image_string=picture.png)
+        encoded = Summary.Image(
+            height=picture.height,
+            width=picture.width,
+            colorspace=3,
+            encoded_image_string=picture.png,
+        )
         self._write(Summary.Value(tag=tag, image=encoded), step)
 
     def text(self, tag: str, markdown: str) -> None:
         tensor = TensorProto(
-            dtype=DT_STRING, string_val=[markdown.encode()], tensor_shape=TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)])
+            dtype=DT_STRING,
+            string_val=[markdown.encode()],
+            tensor_shape=TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)]),
         )
         metadata = create_summary_metadata(display_name=tag, description="")
         self._write(Summary.Value(tag=f"{tag}/text_summary", metadata=metadata, tensor=tensor), 0)
 
-    def metrics(self, split: str, metrics: AnyMetrics, label_names: tuple[str, ...], step: int = 0) -> None:
+    def metrics(
+        self, split: str, metrics: AnyMetrics, label_names: tuple[str, ...], step: int = 0
+    ) -> None:
         """The averages as curves, each class's precision, recall and support as curves (where not too many) and as a table."""
         for name in (*metrics.NAMES, "loss"):
             self.scalar(f"{split}/{name}", getattr(metrics, name), step)
@@ -64,7 +84,11 @@ class Monitor:
                 self.scalar(f"{split}_precision/{name}", float(metrics.precision[label]), step)
                 self.scalar(f"{split}_recall/{name}", float(metrics.recall[label]), step)
         head, *rows = tabulate(metrics, label_names)
-        lines = (f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(row)} |" for row in rows))
+        lines = (
+            f"| {' | '.join(head)} |",
+            "|---" * len(head) + "|",
+            *(f"| {' | '.join(row)} |" for row in rows),
+        )
         self.text(f"{split} per class", "\n".join(lines))
 
     def calibration(self, split: str, calibrated: Calibrated | LabelCalibrated) -> None:
@@ -74,10 +98,19 @@ class Monitor:
 
     def options(self, options: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """The options as a table, and as HParams beside the run's final metrics, which must be scalars of the same tags."""
-        shown = {name: value if isinstance(value, bool | int | float | str) else json.dumps(value) for name, value in options.items()}
-        self.text("options", "| option | value |\n|---|---|\n" + "\n".join(f"| {name} | `{value}` |" for name, value in shown.items()))
+        shown = {
+            name: value if isinstance(value, bool | int | float | str) else json.dumps(value)
+            for name, value in options.items()
+        }
+        self.text(
+            "options",
+            "| option | value |\n|---|---|\n"
+            + "\n".join(f"| {name} | `{value}` |" for name, value in shown.items()),
+        )
         experiment = Experiment(
-            hparam_infos=[HParamInfo(name=name, type=_data_type(value)) for name, value in shown.items()],
+            hparam_infos=[
+                HParamInfo(name=name, type=_data_type(value)) for name, value in shown.items()
+            ],
             metric_infos=[MetricInfo(name=MetricName(tag=tag)) for tag in metrics],
         )
         start = SessionStartInfo(start_time_secs=time.time())
@@ -89,10 +122,19 @@ class Monitor:
             else:
                 start.hparams[name].string_value = value
         end = SessionEndInfo(status=Status.STATUS_SUCCESS, end_time_secs=time.time())
-        for kind, data in (("experiment", experiment), ("session_start_info", start), ("session_end_info", end)):
+        for kind, data in (
+            ("experiment", experiment),
+            ("session_start_info", start),
+            ("session_end_info", end),
+        ):
             content = HParamsPluginData(version=0, **{kind: data}).SerializeToString()
             plugin = SummaryMetadata.PluginData(plugin_name="hparams", content=content)
-            self._write(Summary.Value(tag=f"_hparams_/{kind}", metadata=SummaryMetadata(plugin_data=plugin)), 0)
+            self._write(
+                Summary.Value(
+                    tag=f"_hparams_/{kind}", metadata=SummaryMetadata(plugin_data=plugin)
+                ),
+                0,
+            )
 
     def flush(self) -> None:
         """What was written so far is in the file."""
@@ -102,10 +144,14 @@ class Monitor:
         self._writer.close()
 
     def _write(self, value: Summary.Value, step: int) -> None:
-        self._writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=[value])))
+        self._writer.add_event(
+            Event(wall_time=time.time(), step=step, summary=Summary(value=[value]))
+        )
 
 
 def _data_type(value: object) -> int:
     if isinstance(value, bool):
         return int(DataType.DATA_TYPE_BOOL)
-    return int(DataType.DATA_TYPE_FLOAT64 if isinstance(value, int | float) else DataType.DATA_TYPE_STRING)
+    return int(
+        DataType.DATA_TYPE_FLOAT64 if isinstance(value, int | float) else DataType.DATA_TYPE_STRING
+    )

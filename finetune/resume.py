@@ -38,7 +38,17 @@ METADATA_KEY = "graft"
 _RUN_FILE = "run.json"
 _LOCK_FILE = "lock"
 _EVENT_FILES = "events.out.tfevents.*"
-_KEPT = {"id", "folder", "fixed", "precision", "reason", "label_names", "splits", "unreadable", "digests"}
+_KEPT = {
+    "id",
+    "folder",
+    "fixed",
+    "precision",
+    "reason",
+    "label_names",
+    "splits",
+    "unreadable",
+    "digests",
+}
 # Flags that --resume takes: they change how long a run takes and what it needs, not what it comes to.
 _CHANGEABLE_OPTIONS = {"workers", "save_minutes", "cache_gb", "explain"}
 # What may be another in a resumed run's config.yaml, for no gradient step depends on it. The precision is fixed as it was resolved, the
@@ -84,9 +94,13 @@ def read_options(options: Options) -> Options:
     assert options.resume is not None
     run_dir = options.resume
     if not (run_dir / "config.yaml").is_file():
-        raise GraftError(f"--resume {run_dir}: no config.yaml in it; it takes the folder of a run, such as runs/digits-20261123-045110")
+        raise GraftError(
+            f"--resume {run_dir}: no config.yaml in it; it takes the folder of a run, such as runs/digits-20261123-045110"
+        )
     if (run_dir / "metrics.json").is_file():
-        raise GraftError(f"--resume {run_dir}: that run is done, its metrics.json says how; --config {run_dir}/config.yaml repeats it")
+        raise GraftError(
+            f"--resume {run_dir}: that run is done, its metrics.json says how; --config {run_dir}/config.yaml repeats it"
+        )
     its_own = parse_options(Options, ["--config", str(run_dir / "config.yaml")])
     contradictions = [
         f"--{name.replace('_', '-')} {getattr(options, name)}: the run in {run_dir} has {getattr(its_own, name)}, and a resumed run goes "
@@ -96,7 +110,9 @@ def read_options(options: Options) -> Options:
     ]
     if contradictions:
         raise GraftError("\n".join(contradictions))
-    changes = {name: getattr(options, name) for name in options.model_fields_set & _CHANGEABLE_OPTIONS}
+    changes = {
+        name: getattr(options, name) for name in options.model_fields_set & _CHANGEABLE_OPTIONS
+    }
     resumed = its_own.model_copy(update={**changes, "resume": run_dir.resolve()})
     kept = _read_kept(run_dir)
     if kept is None:
@@ -123,13 +139,24 @@ def restore_splits(run_dir: Path, splits: Splits) -> Splits | None:
     images = {sample.key: sample.image for _, samples in splits.named() for sample in samples}
     gone = [key for split in kept["splits"].values() for key, *_ in split if key not in images]
     if gone:
-        raise GraftError(f"--resume {run_dir}: images of the run are gone: {name_some(gone)}; bring them back, or begin another run")
+        raise GraftError(
+            f"--resume {run_dir}: images of the run are gone: {name_some(gone)}; bring them back, or begin another run"
+        )
 
     def restore(split: SplitName) -> tuple[Sample, ...]:
-        return tuple(Sample(key, label, images[key], tuple(labels)) for key, label, *labels in kept["splits"][split])
+        return tuple(
+            Sample(key, label, images[key], tuple(labels))
+            for key, label, *labels in kept["splits"][split]
+        )
 
     label_names = tuple(kept["label_names"])
-    return replace(splits, label_names=label_names, train=restore("train"), val=restore("val"), test=restore("test"))
+    return replace(
+        splits,
+        label_names=label_names,
+        train=restore("train"),
+        val=restore("val"),
+        test=restore("test"),
+    )
 
 
 def keep_choices(run_dir: Path, choices: Choices) -> str:
@@ -138,7 +165,9 @@ def keep_choices(run_dir: Path, choices: Choices) -> str:
     Raises GraftError where they are not.
     """
     readable = {sample.key for _, samples in choices.readable.named() for sample in samples}
-    unreadable = sorted({sample.key for _, samples in choices.loaded.named() for sample in samples} - readable)
+    unreadable = sorted(
+        {sample.key for _, samples in choices.loaded.named() for sample in samples} - readable
+    )
     digests = {key: digest.hex() for key, digest in choices.digests.items()}
     kept = _read_kept(run_dir)
     if kept is None:
@@ -150,7 +179,13 @@ def keep_choices(run_dir: Path, choices: Choices) -> str:
             "precision": choices.precision,
             "reason": choices.reason,
             "label_names": choices.loaded.label_names,
-            "splits": {name: [[sample.key, sample.label, *sample.labels] for sample in getattr(choices.loaded, name)] for name in names},
+            "splits": {
+                name: [
+                    [sample.key, sample.label, *sample.labels]
+                    for sample in getattr(choices.loaded, name)
+                ]
+                for name in names
+            },
             "unreadable": unreadable,
             "digests": digests,
         }
@@ -158,8 +193,12 @@ def keep_choices(run_dir: Path, choices: Choices) -> str:
         return choices.reason
     if kept["unreadable"] != unreadable:
         changed = sorted(set(unreadable) ^ set(kept["unreadable"]))[0]
-        raise GraftError(f"--resume {run_dir}: {changed}: whether it can be read has changed since the run began; put it back as it was")
-    if changed := sorted(key for key, digest in kept["digests"].items() if digests.get(key) != digest):
+        raise GraftError(
+            f"--resume {run_dir}: {changed}: whether it can be read has changed since the run began; put it back as it was"
+        )
+    if changed := sorted(
+        key for key, digest in kept["digests"].items() if digests.get(key) != digest
+    ):
         raise GraftError(
             f"--resume {run_dir}: images have changed since the run began: {name_some(changed)}; put them back as they were, or begin "
             "another run"
@@ -175,13 +214,17 @@ def lock(run_dir: Path) -> Iterator[None]:
         folder.mkdir(exist_ok=True)
         file = (folder / _LOCK_FILE).open("w")
     except OSError as error:
-        raise GraftError(f"{folder}: {in_words(error)}; a run must be able to write to its folder") from error
+        raise GraftError(
+            f"{folder}: {in_words(error)}; a run must be able to write to its folder"
+        ) from error
     with file:
         try:
             # A record lock, not `flock`: a killed run's decoding processes, which outlive it by seconds, would hold that.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise GraftError(f"{run_dir}: another process is at work on this run; wait for it, or stop it") from None
+            raise GraftError(
+                f"{run_dir}: another process is at work on this run; wait for it, or stop it"
+            ) from None
         remove_temporary(run_dir)
         remove_temporary(folder)
         yield
@@ -207,7 +250,10 @@ def _read_saved(run_dir: Path, name: str, default: Any) -> Any:
     """A part of the training's state that is no tensor; a file that cannot be read is told of when its tensors are."""
     path = run_dir / STATE_DIR / TRAINING_FILE
     if path.exists():
-        with contextlib.suppress(OSError, SafetensorError, ValueError, KeyError, TypeError), safe_open(path, framework="np") as file:
+        with (
+            contextlib.suppress(OSError, SafetensorError, ValueError, KeyError, TypeError),
+            safe_open(path, framework="np") as file,
+        ):
             return json.loads(file.metadata()[METADATA_KEY])[name]
     return default
 
@@ -228,7 +274,10 @@ def find_published(options: Options, run_dir: Path) -> Path | None:
     for version in reversed(list_versions(options.repository, options.model_name)):
         path = options.repository / options.model_name / str(version)
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            if run_id is not None and json.loads((path / CONFIG_FILE).read_text())["graft"].get("run_id") == run_id:
+            if (
+                run_id is not None
+                and json.loads((path / CONFIG_FILE).read_text())["graft"].get("run_id") == run_id
+            ):
                 return path
     return None
 
@@ -242,10 +291,16 @@ def read_id(run_dir: Path) -> str | None:
 def fix_options(options: Options) -> dict[str, Any]:
     """By their flags, the options that shape a run's outcome: one half of one kind and half of another would be neither."""
     values = options.model_dump(mode="json")
-    return {f"--{name.replace('_', '-')}": value for name, value in values.items() if name not in _FREE_OPTIONS}
+    return {
+        f"--{name.replace('_', '-')}": value
+        for name, value in values.items()
+        if name not in _FREE_OPTIONS
+    }
 
 
-def check_fixed(run_dir: Path, then: Mapping[str, Any], now: Mapping[str, Any], otherwise: str = "") -> None:
+def check_fixed(
+    run_dir: Path, then: Mapping[str, Any], now: Mapping[str, Any], otherwise: str = ""
+) -> None:
     """Raise GraftError for the first thing that is not what it was when the run began, with a way out and another one, `otherwise`."""
     for name, value in now.items():
         if then.get(name) != value:
@@ -280,7 +335,9 @@ def _read_kept(run_dir: Path) -> Any | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise GraftError(f"{path}: it cannot be read: {error}; remove {path.parent}, and --resume begins again") from error
+        raise GraftError(
+            f"{path}: it cannot be read: {error}; remove {path.parent}, and --resume begins again"
+        ) from error
 
 
 def _write(path: Path, text: str) -> None:

@@ -35,10 +35,20 @@ from finetune.data.balance import class_weights, say_if_uneven
 from finetune.data.duplicates import Duplicates
 from finetune.data.lasting_split import load_lasting_splits
 from finetune.data.splits import Splits
-from finetune.evaluation.calibration import Calibrated, Calibration, calibrate_probe, calibrate_trained
+from finetune.evaluation.calibration import (
+    Calibrated,
+    Calibration,
+    calibrate_probe,
+    calibrate_trained,
+)
 from finetune.evaluation.learning_curve import measure_learning_curve
 from finetune.evaluation.metrics import Metrics, evaluate
-from finetune.evaluation.thresholds import LabelCalibrated, LabelCalibration, calibrate_probe_of_labels, calibrate_trained_of_labels
+from finetune.evaluation.thresholds import (
+    LabelCalibrated,
+    LabelCalibration,
+    calibrate_probe_of_labels,
+    calibrate_trained_of_labels,
+)
 from finetune.evaluation.verdict import compare_with_probe
 from finetune.monitor import Monitor
 from finetune.probe.features import extract_splits, open_engine, prepare, prepare_meanwhile
@@ -79,7 +89,9 @@ logger = logging.getLogger("graft.run")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; gives the exit code."""
-    return run_program(lambda: run(parse_options(Options, list(sys.argv[1:] if arguments is None else arguments))))
+    return run_program(
+        lambda: run(parse_options(Options, list(sys.argv[1:] if arguments is None else arguments)))
+    )
 
 
 def run(options: Options) -> Path:
@@ -91,7 +103,9 @@ def run(options: Options) -> Path:
         import_named("--head-init", options.head_init)  # known to be wrong before any work
     run_dir = options.resume
     with prepare_meanwhile(options):
-        splits, duplicates = load_lasting_splits(options, restore=None if run_dir is None else functools.partial(restore_splits, run_dir))
+        splits, duplicates = load_lasting_splits(
+            options, restore=None if run_dir is None else functools.partial(restore_splits, run_dir)
+        )
     _check_task(options, splits)
     _log_splits(options, splits)
     run_dir = run_dir or _make_run_dir(options)
@@ -100,7 +114,9 @@ def run(options: Options) -> Path:
             return _run_in(run_dir, options, splits, duplicates, started)
     except GraftError as error:
         if is_resumable(run_dir) or find_published(options, run_dir) is not None:
-            error.add_note(f"{run_dir} is kept; when that is mended, go on with\n  {resume_command(run_dir)}")
+            error.add_note(
+                f"{run_dir} is kept; when that is mended, go on with\n  {resume_command(run_dir)}"
+            )
         elif (run_dir / BROKEN_BATCH_DIR).exists():
             remove_state(run_dir)
         elif options.resume is None:
@@ -112,14 +128,18 @@ def run(options: Options) -> Path:
         raise
 
 
-def _run_in(run_dir: Path, options: Options, splits: Splits, duplicates: Duplicates, started: float) -> Path:
+def _run_in(
+    run_dir: Path, options: Options, splits: Splits, duplicates: Duplicates, started: float
+) -> Path:
     trim_events(run_dir)
     earlier_seconds = seconds_trained(run_dir)
     monitor = Monitor(run_dir)
     with tempfile.TemporaryDirectory(prefix="graft-") as scratch:
         result = _fit(options, splits, duplicates, monitor, run_dir, Path(scratch), earlier_seconds)
         golden = choose_golden(result, duplicates.digests)
-        checkpoint = (find_published(options, run_dir) if options.resume else None) or publish_result(result, golden, run_dir)
+        checkpoint = (
+            find_published(options, run_dir) if options.resume else None
+        ) or publish_result(result, golden, run_dir)
         mistakes = worst_mistakes(result)
         if mistakes and options.explains:
             mistakes = explain_mistakes(result, mistakes)
@@ -127,7 +147,10 @@ def _run_in(run_dir: Path, options: Options, splits: Splits, duplicates: Duplica
     result.seconds["total"] = earlier_seconds + time.perf_counter() - started
     result.splits.write_csv(run_dir / "splits.csv")
     commands = commands_to_try(options, write_example(run_dir, result.splits))
-    _write(run_dir / "report.html", write_report(result, mistakes, version=int(checkpoint.name), commands=commands))
+    _write(
+        run_dir / "report.html",
+        write_report(result, mistakes, version=int(checkpoint.name), commands=commands),
+    )
     # The last of all: it says that the run is done.
     _write(run_dir / "metrics.json", json.dumps(result.to_dict(), indent=2) + "\n")
     remove_state(run_dir)
@@ -136,58 +159,113 @@ def _run_in(run_dir: Path, options: Options, splits: Splits, duplicates: Duplica
 
 
 def _fit(
-    options: Options, loaded: Splits, duplicates: Duplicates, monitor: Monitor, run_dir: Path, scratch: Path, earlier_seconds: float
+    options: Options,
+    loaded: Splits,
+    duplicates: Duplicates,
+    monitor: Monitor,
+    run_dir: Path,
+    scratch: Path,
+    earlier_seconds: float,
 ) -> Result:
     """Features → probe → audit → gradient epochs where something is unfrozen → metrics.
 
     `scratch` holds backbones that are not kept; `earlier_seconds` of training were another process's, of which this one is the resumption.
     """
-    backbone = prepare(options.backbone, loaded.train, options, scratch, weights=options.weights, pretrained=options.pretrained)
+    backbone = prepare(
+        options.backbone,
+        loaded.train,
+        options,
+        scratch,
+        weights=options.weights,
+        pretrained=options.pretrained,
+    )
     backbone.check_freeze(options.freeze)
     at = [time.perf_counter()]
-    chosen, splits, features, extract_seconds = extract_in_best_precision(backbone, loaded, options, scratch)
+    chosen, splits, features, extract_seconds = extract_in_best_precision(
+        backbone, loaded, options, scratch
+    )
     backbone, engine = chosen.backbone, chosen.engine
     engine.close()
-    why_precision = keep_choices(run_dir, Choices(options, loaded, splits, engine.info.precision, chosen.reason, duplicates.digests))
+    why_precision = keep_choices(
+        run_dir,
+        Choices(options, loaded, splits, engine.info.precision, chosen.reason, duplicates.digests),
+    )
     options = options.model_copy(update={"precision": engine.info.precision})
     at.append(time.perf_counter())
     labels = {split: splits.labels(samples) for split, samples in splits.named()}
     num_classes = len(splits.label_names)
     # Balanced drawing comes to the same, and full batches need no luck.
     weights = None if options.balance == "none" else class_weights(labels["train"], num_classes)
-    probe = solve_on_best_views(features["train"], labels["train"], num_classes, seed=options.seed, class_weights=weights)
+    probe = solve_on_best_views(
+        features["train"], labels["train"], num_classes, seed=options.seed, class_weights=weights
+    )
     at.append(time.perf_counter())
     head, best_epoch, verdict = Head(probe.weight, probe.bias), None, None
     logits = _compute_logits(head, features)
     probe_metrics = evaluate(logits["val"], labels["val"])
     metric = next(iter(probe_metrics.NAMES.values()))
-    logger.info("probe: val %s %.4f, in %.1f s (L2 %.0e)", metric, probe_metrics.score, at[2] - at[1], probe.l2)
+    logger.info(
+        "probe: val %s %.4f, in %.1f s (L2 %.0e)",
+        metric,
+        probe_metrics.score,
+        at[2] - at[1],
+        probe.l2,
+    )
     audit = inspect(loaded, splits, features, probe, duplicates, backbone.preprocess)
     _say_audit(audit, write_audit(audit, run_dir, "audit", options.data), options)
     at.append(time.perf_counter())
     learnt_from = features["train"][: probe.num_views * len(labels["train"])]
-    learning_curve = measure_learning_curve(learnt_from, labels["train"], probe, features["val"], labels["val"], seed=options.seed)
+    learning_curve = measure_learning_curve(
+        learnt_from, labels["train"], probe, features["val"], labels["val"], seed=options.seed
+    )
     at.append(time.perf_counter())
     if options.freeze != "backbone":
         plain = features["train"][: len(labels["train"])]
-        start = soften(probe, plain, labels["train"], num_classes) if options.head_init == "soft" else probe
+        start = (
+            soften(probe, plain, labels["train"], num_classes)
+            if options.head_init == "soft"
+            else probe
+        )
         trained, trained_head, best_epoch = _train(options, splits, start, monitor, scratch)
         trained_engine = open_engine(trained, options)
         still, trained_features = extract_splits(
-            splits, trained, trained_engine, options, only=("val", "test"), keep=False, check=False, digests=duplicates.digests
+            splits,
+            trained,
+            trained_engine,
+            options,
+            only=("val", "test"),
+            keep=False,
+            check=False,
+            digests=duplicates.digests,
         )
         trained_engine.close()
         _check_none_gone(splits, still)
         trained_logits = _compute_logits(trained_head, trained_features)
-        seconds = {"probe_seconds": at[2] - at[1], "train_seconds": earlier_seconds + time.perf_counter() - at[4]}
+        seconds = {
+            "probe_seconds": at[2] - at[1],
+            "train_seconds": earlier_seconds + time.perf_counter() - at[4],
+        }
         weights = None if options.balance == "none" else class_weights(labels["val"], num_classes)
         verdict = compare_with_probe(
-            logits["val"], trained_logits["val"], labels["val"], class_weights=weights, has_learnt=best_epoch > 0, **seconds
+            logits["val"],
+            trained_logits["val"],
+            labels["val"],
+            class_weights=weights,
+            has_learnt=best_epoch > 0,
+            **seconds,
         )
         if verdict.publishes == "fine-tuned":
-            backbone, engine, head, logits, features = trained, trained_engine, trained_head, trained_logits, trained_features
+            backbone, engine, head, logits, features = (
+                trained,
+                trained_engine,
+                trained_head,
+                trained_logits,
+                trained_features,
+            )
     at.append(time.perf_counter())
-    calibration, calibrated = _calibrate(probe if backbone is chosen.backbone else None, logits, labels, options)
+    calibration, calibrated = _calibrate(
+        probe if backbone is chosen.backbone else None, logits, labels, options
+    )
     return Result(
         options=options,
         splits=splits,
@@ -195,7 +273,10 @@ def _fit(
         engine=engine.info,
         why_precision=why_precision,
         head=head,
-        metrics={split: evaluate(logits[split], labels[split], _answers(calibrated[split])) for split in logits},
+        metrics={
+            split: evaluate(logits[split], labels[split], _answers(calibrated[split]))
+            for split in logits
+        },
         calibration=calibration,
         calibrated=calibrated,
         probe_metrics=probe_metrics,
@@ -220,12 +301,19 @@ def _fit(
 def _check_none_gone(splits: Splits, still: Splits) -> None:
     """Raise GraftError where images that the probe was measured on are no longer there to measure what was trained."""
     left = {sample.key for _, samples in still.named() for sample in samples}
-    if gone := [sample.key for _, samples in splits.named() for sample in samples if sample.key not in left]:
-        raise GraftError(f"{name_some(gone)}: gone or changed since the run began; put back what was there")
+    if gone := [
+        sample.key for _, samples in splits.named() for sample in samples if sample.key not in left
+    ]:
+        raise GraftError(
+            f"{name_some(gone)}: gone or changed since the run began; put back what was there"
+        )
 
 
 def _calibrate(
-    probe: Probe | None, logits: Mapping[SplitName, Floats], labels: Mapping[SplitName, Labels], options: Options
+    probe: Probe | None,
+    logits: Mapping[SplitName, Floats],
+    labels: Mapping[SplitName, Labels],
+    options: Options,
 ) -> tuple[Calibration | LabelCalibration, Mapping[SplitName, Calibrated | LabelCalibrated]]:
     """Of the probe where it is published; None where it is not."""
     if labels["train"].ndim == 2:
@@ -243,7 +331,9 @@ def _answers(calibrated: Calibrated | LabelCalibrated) -> npt.NDArray[np.bool_] 
 
 def _compute_logits(head: Head, features: Mapping[SplitName, Features]) -> dict[SplitName, Floats]:
     """Of every split that was not trained on, `[N,C]`."""
-    return {split: features[split] @ head.weight.T + head.bias for split in features if split != "train"}
+    return {
+        split: features[split] @ head.weight.T + head.bias for split in features if split != "train"
+    }
 
 
 def _say_audit(audit: Audit, paths: tuple[Path, Path], options: Options) -> None:
@@ -261,7 +351,9 @@ def _check_task(options: Options, splits: Splits) -> None:
         value = getattr(options, name)
         if splits.is_multi_label and value != type(options).model_fields[name].default:
             flag = f"--{name.replace('_', '-')}"
-            raise GraftError(f"{flag} {value}: it is for one label an image, and {options.data} has a column labels; leave it out")
+            raise GraftError(
+                f"{flag} {value}: it is for one label an image, and {options.data} has a column labels; leave it out"
+            )
 
 
 def _log_splits(options: Options, splits: Splits) -> None:
@@ -287,7 +379,9 @@ def _make_run_dir(options: Options) -> Path:
             break
     except OSError as error:
         folders = f"--output {options.output}, --repository {options.repository}"
-        raise GraftError(f"{folders}: {error.strerror}: {error.filename}; name folders that you can write to") from error
+        raise GraftError(
+            f"{folders}: {error.strerror}: {error.filename}; name folders that you can write to"
+        ) from error
     try:
         _write(run_dir / "config.yaml", options.to_yaml())
     except GraftError:
@@ -299,12 +393,19 @@ def _make_run_dir(options: Options) -> Path:
 def _write(path: Path, text: str) -> None:
     try:
         # A path may hold bytes that are no text.
-        write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8", errors="surrogateescape"))
+        write_whole(
+            path,
+            lambda temporary: temporary.write_text(
+                text, encoding="utf-8", errors="surrogateescape"
+            ),
+        )
     except OSError as error:
         raise GraftError(f"{path}: it cannot be written: {error.strerror}") from error
 
 
-def _train(options: Options, splits: Splits, start: Probe, monitor: Monitor, scratch: Path) -> tuple[PreparedBackbone, Head, int]:
+def _train(
+    options: Options, splits: Splits, start: Probe, monitor: Monitor, scratch: Path
+) -> tuple[PreparedBackbone, Head, int]:
     """Gradient epochs; the trained backbone is prepared for the engine in `scratch`."""
     # Imported here: a probe needs neither torch nor timm, which take longer to import than a probe to solve.
     from finetune.training.train import train
@@ -319,10 +420,14 @@ def _train(options: Options, splits: Splits, start: Probe, monitor: Monitor, scr
         image_size=options.image_size,
         seed=options.seed,
     )
-    best_epoch = train(backbone, splits, start, options, monitor, scratch, state_dir=monitor.run_dir / STATE_DIR)
+    best_epoch = train(
+        backbone, splits, start, options, monitor, scratch, state_dir=monitor.run_dir / STATE_DIR
+    )
     logger.info("converting what was trained for the engine …")
     backbone.model.cpu()
-    weight, bias = (tensor.detach().numpy().copy() for tensor in (backbone.head.weight, backbone.head.bias))
+    weight, bias = (
+        tensor.detach().numpy().copy() for tensor in (backbone.head.weight, backbone.head.bias)
+    )
     return write_prepared(backbone, scratch / "trained"), Head(weight, bias), best_epoch
 
 
@@ -339,7 +444,11 @@ def _show_in_tensorboard(monitor: Monitor, result: Result, mistakes: Sequence[Mi
     if isinstance(val, Metrics):
         monitor.image("val/confusion", draw_confusion(val, label_names))
     monitor.image("val/worst_mistakes", draw_mistakes(mistakes))
-    if explained := [replace(mistake, crop=mistake.looked_at) for mistake in mistakes if mistake.looked_at is not None]:
+    if explained := [
+        replace(mistake, crop=mistake.looked_at)
+        for mistake in mistakes
+        if mistake.looked_at is not None
+    ]:
         monitor.image("val/worst_mistakes_looked_at", draw_mistakes(explained))
     write_projector(monitor.run_dir, result, with_thumbnails=result.options.explains)
     monitor.scalar(f"probe/{result.metric}", result.probe_metrics.score)

@@ -16,7 +16,15 @@ from contextlib import contextmanager
 from types import FrameType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 from models.errors import GraftError
@@ -31,12 +39,16 @@ class ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         style = "yellow" if record.levelno >= logging.WARNING else None
-        _console.print(self.format(record), style=style, soft_wrap=True, markup=False, highlight=False)
+        _console.print(
+            self.format(record), style=style, soft_wrap=True, markup=False, highlight=False
+        )
 
 
 class _Speed(ProgressColumn):
     def render(self, task: Task) -> Text:
-        return Text("" if task.speed is None else f"{task.speed:.0f} images/s", style="progress.data.speed")
+        return Text(
+            "" if task.speed is None else f"{task.speed:.0f} images/s", style="progress.data.speed"
+        )
 
 
 class Terminated(KeyboardInterrupt):
@@ -65,7 +77,12 @@ def run_program(work: Callable[[], object]) -> int:
         print(f"error: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print("stopped; nothing was published", *getattr(stop, "__notes__", ()), sep="\n", file=sys.stderr)
+        print(
+            "stopped; nothing was published",
+            *getattr(stop, "__notes__", ()),
+            sep="\n",
+            file=sys.stderr,
+        )
         return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
     return 0
 
@@ -86,14 +103,18 @@ def stop_softly() -> Iterator[Callable[[], KeyboardInterrupt | None]]:
         os.write(2, b"\nstopping after this step; once more ends it at once\n")
 
     def what_was_asked() -> KeyboardInterrupt | None:
-        return (Terminated() if asked[0] == signal.SIGTERM else KeyboardInterrupt()) if asked else None
+        return (
+            (Terminated() if asked[0] == signal.SIGTERM else KeyboardInterrupt()) if asked else None
+        )
 
     with _handling({signal.SIGINT: handle, signal.SIGTERM: handle}):
         yield what_was_asked
 
 
 @contextmanager
-def _handling(handlers: dict[signal.Signals, Callable[[int, FrameType | None], None]]) -> Iterator[None]:
+def _handling(
+    handlers: dict[signal.Signals, Callable[[int, FrameType | None], None]],
+) -> Iterator[None]:
     """Signal handlers for a while, where they can be set: in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -123,7 +144,15 @@ def _raise_again(unraisable: sys.UnraisableHookArgs) -> None:
 @contextmanager
 def progress_bar(description: str, num_images: int) -> Iterator[Callable[[int], None]]:
     """Give a function to call with the number of images done since; the bar goes when it is over."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn())
-    with Progress(*columns, console=_console, transient=True, disable=not sys.stderr.isatty()) as progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _Speed(),
+        TimeRemainingColumn(),
+    )
+    with Progress(
+        *columns, console=_console, transient=True, disable=not sys.stderr.isatty()
+    ) as progress:
         task = progress.add_task(description, total=num_images)
         yield lambda num_done: progress.advance(task, num_done)

@@ -47,4 +47,6 @@ def _range(limits: list[Any], is_whole: bool) -> str:
                 words.append(f"to {bound - 1}")
             case Lt(lt=bound):
                 words.append(f"{'and ' if words else ''}below {bound}")
-    return "".join(f" {word}" for word in words) + (" up" if words and words[-1].startswith("from") else "")
+    return "".join(f" {word}" for word in words) + (
+        " up" if words and words[-1].startswith("from") else ""
+    )

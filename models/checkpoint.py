@@ -66,7 +66,9 @@ class Checkpoint:
     temperature: float
     coverage: float | None  # asked of the conformal sets; None in checkpoints without them
     threshold: float | None  # the least score of a label in the set
-    thresholds: npt.NDArray[np.float32] | None  # [C], the least score at which an image has a label; None but for multi-label
+    thresholds: (
+        npt.NDArray[np.float32] | None
+    )  # [C], the least score at which an image has a label; None but for multi-label
     head_weight: npt.NDArray[np.float32]  # [C,F]
     head_bias: npt.NDArray[np.float32]  # [C]
     golden: Golden
@@ -79,13 +81,22 @@ class Checkpoint:
         return self.path / OPENVINO_FILE
 
 
-def fingerprint(architecture: str, tensors: Mapping[str, Array], preprocess: Preprocess, engine_artefact: str = "float") -> str:
+def fingerprint(
+    architecture: str,
+    tensors: Mapping[str, Array],
+    preprocess: Preprocess,
+    engine_artefact: str = "float",
+) -> str:
     """Hash a backbone: architecture, every tensor (parameters and buffers), preprocess, and the engine's artefact.
 
     `engine_artefact` is "float" for the tensors themselves at any float precision, or the hash of a quantised backbone.
     """
     digest = hashlib.sha256()
-    described = {"architecture": architecture, "preprocess": preprocess.to_dict(), "engine": engine_artefact}
+    described = {
+        "architecture": architecture,
+        "preprocess": preprocess.to_dict(),
+        "engine": engine_artefact,
+    }
     digest.update(json.dumps(described, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = np.ascontiguousarray(tensors[name])
@@ -98,7 +109,11 @@ def list_names(repository: Path) -> list[str]:
     """The models of a repository that have at least one version."""
     if not repository.is_dir():
         return []
-    return sorted(path.name for path in repository.iterdir() if path.is_dir() and list_versions(repository, path.name))
+    return sorted(
+        path.name
+        for path in repository.iterdir()
+        if path.is_dir() and list_versions(repository, path.name)
+    )
 
 
 def list_versions(repository: Path, name: str) -> list[int]:
@@ -106,13 +121,19 @@ def list_versions(repository: Path, name: str) -> list[int]:
     folder = repository / name
     if not folder.is_dir():
         return []
-    return sorted(int(path.name) for path in folder.iterdir() if _VERSION_PATTERN.fullmatch(path.name) and (path / CONFIG_FILE).is_file())
+    return sorted(
+        int(path.name)
+        for path in folder.iterdir()
+        if _VERSION_PATTERN.fullmatch(path.name) and (path / CONFIG_FILE).is_file()
+    )
 
 
 def check_name(name: str) -> str:
     """The name if it can be a folder and a part of a URL; raises GraftError with the rule otherwise."""
     if not NAME_PATTERN.fullmatch(name):
-        raise GraftError(f"--name {name!r}: a model's name is 1 to 63 of a-z 0-9 _ . -, the first a letter or a digit")
+        raise GraftError(
+            f"--name {name!r}: a model's name is 1 to 63 of a-z 0-9 _ . -, the first a letter or a digit"
+        )
     return name
 
 
@@ -141,8 +162,13 @@ def publish(
         save_file(dict(state), temporary / WEIGHTS_FILE, metadata={"format": "pt"})
         _write_golden(temporary / GOLDEN_FILE, golden)
         write_engine(temporary / OPENVINO_FILE)
-        graft = {**config["graft"], "files": {path.name: hash_file(path) for path in sorted(temporary.iterdir())}}
-        (temporary / CONFIG_FILE).write_text(json.dumps({**config, "graft": graft}, indent=2) + "\n")
+        graft = {
+            **config["graft"],
+            "files": {path.name: hash_file(path) for path in sorted(temporary.iterdir())},
+        }
+        (temporary / CONFIG_FILE).write_text(
+            json.dumps({**config, "graft": graft}, indent=2) + "\n"
+        )
         version = (list_versions(repository, name) or [0])[-1] + 1
         while True:
             (temporary / CARD_FILE).write_text(card(version))
@@ -160,7 +186,9 @@ def publish(
                 version += 1
         fsync(folder)
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise GraftError(f"the checkpoint could not be written to {folder}: {in_words(error)}; nothing was published") from error
+        raise GraftError(
+            f"the checkpoint could not be written to {folder}: {in_words(error)}; nothing was published"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder / str(version)
@@ -175,10 +203,14 @@ def load_checkpoint(path: Path) -> Checkpoint:
         config = json.loads((path / CONFIG_FILE).read_text())
         graft = config["graft"]
         if graft["format_version"] != FORMAT_VERSION:
-            raise CheckpointError(f"{path}: format {graft['format_version']}, this Graft reads format {FORMAT_VERSION}")
+            raise CheckpointError(
+                f"{path}: format {graft['format_version']}, this Graft reads format {FORMAT_VERSION}"
+            )
         for file_name, expected in graft["files"].items():
             if "/" in file_name or hash_file(path / file_name) != expected:
-                raise CheckpointError(f"{path}: {file_name} is not the file that was published (its hash differs)")
+                raise CheckpointError(
+                    f"{path}: {file_name} is not the file that was published (its hash differs)"
+                )
         with safe_open(path / WEIGHTS_FILE, framework="np") as tensors:
             head_weight = tensors.get_tensor(f"{graft['head']}.weight")
             head_bias = tensors.get_tensor(f"{graft['head']}.bias")
@@ -205,12 +237,20 @@ def load_checkpoint(path: Path) -> Checkpoint:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{path}: not a checkpoint that can be read: {type(error).__name__}: {error}") from error
+        raise CheckpointError(
+            f"{path}: not a checkpoint that can be read: {type(error).__name__}: {error}"
+        ) from error
     num_classes = len(checkpoint.label_names)
-    if head_weight.shape != (num_classes, config["num_features"]) or head_bias.shape != (num_classes,):
-        raise CheckpointError(f"{path}: the head is {head_weight.shape}, its labels are {num_classes}")
+    if head_weight.shape != (num_classes, config["num_features"]) or head_bias.shape != (
+        num_classes,
+    ):
+        raise CheckpointError(
+            f"{path}: the head is {head_weight.shape}, its labels are {num_classes}"
+        )
     if checkpoint.thresholds is not None and checkpoint.thresholds.shape != (num_classes,):
-        raise CheckpointError(f"{path}: there are {len(checkpoint.thresholds)} thresholds, its labels are {num_classes}")
+        raise CheckpointError(
+            f"{path}: there are {len(checkpoint.thresholds)} thresholds, its labels are {num_classes}"
+        )
     return checkpoint
 
 
@@ -224,7 +264,9 @@ def sigmoid(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     return np.asarray(0.5 * np.tanh(0.5 * logits) + 0.5, np.float32)
 
 
-def is_unsure(scores: npt.NDArray[np.float32], threshold: float | npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+def is_unsure(
+    scores: npt.NDArray[np.float32], threshold: float | npt.NDArray[np.float64]
+) -> npt.NDArray[np.bool_]:
     """Whether the conformal set of scores `[…,C]`, the labels that reach `threshold`, is not exactly one label: none fits, or several."""
     return np.asarray((scores >= threshold).sum(axis=-1) != 1)
 
@@ -238,7 +280,9 @@ def check_golden(checkpoint: Checkpoint, computed: npt.NDArray[np.float32]) -> N
     """
     expected, found = checkpoint.golden.logits, computed
     if checkpoint.thresholds is None:
-        expected, found = (values - values.mean(axis=1, keepdims=True) for values in (expected, found))
+        expected, found = (
+            values - values.mean(axis=1, keepdims=True) for values in (expected, found)
+        )
     spread = float(np.ptp(expected)) or 1.0
     drift = float(np.abs(expected - found).max()) / spread
     if not drift <= 0.05:
@@ -276,7 +320,10 @@ def _read_thresholds(graft: Mapping[str, Any]) -> npt.NDArray[np.float32] | None
 
 
 def _write_golden(path: Path, golden: Golden) -> None:
-    images = {f"image_{index}": np.frombuffer(image, np.uint8) for index, image in enumerate(golden.images)}
+    images = {
+        f"image_{index}": np.frombuffer(image, np.uint8)
+        for index, image in enumerate(golden.images)
+    }
     with path.open("wb") as file:
         np.savez(file, logits=golden.logits, **images)  # type: ignore[arg-type]
 

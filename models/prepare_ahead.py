@@ -24,20 +24,38 @@ logger = logging.getLogger("graft.prepare_ahead")
 
 
 @contextlib.contextmanager
-def prepare_ahead(name: str, *, weights: Path | None, pretrained: bool, image_size: int | None, cache_dir: Path | None) -> Iterator[None]:
+def prepare_ahead(
+    name: str,
+    *,
+    weights: Path | None,
+    pretrained: bool,
+    image_size: int | None,
+    cache_dir: Path | None,
+) -> Iterator[None]:
     """Within it the backbone is being prepared, and at its end it is in the cache, as `prepare_backbone` puts it there.
 
     Nothing is done where that has it, where weights would be downloaded, or where torch is loaded already. What goes wrong is left to
     `prepare_backbone`, which tries again and tells of it.
     """
-    given = {"name": name, "weights": weights, "pretrained": pretrained, "image_size": image_size, "cache_dir": cache_dir}
-    if "torch" in sys.modules or find_missing(name, weights, pretrained, image_size, cache_dir) is None:
+    given = {
+        "name": name,
+        "weights": weights,
+        "pretrained": pretrained,
+        "image_size": image_size,
+        "cache_dir": cache_dir,
+    }
+    if (
+        "torch" in sys.modules
+        or find_missing(name, weights, pretrained, image_size, cache_dir) is None
+    ):
         yield
         return
     logger.info("converting %s for this machine (once) …", name)
     command = [sys.executable, __file__, json.dumps(given, default=str)]
     # In a session of its own, Ctrl-C is this process's to answer.
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True) as process:
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
+    ) as process:
         try:
             yield
             process.wait()
@@ -53,7 +71,12 @@ def main(given: dict[str, Any]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     weights, cache_dir = given.pop("weights"), Path(given.pop("cache_dir"))
     try:
-        prepare_backbone(**given, weights=None if weights is None else Path(weights), cache_dir=cache_dir, scratch_dir=cache_dir)
+        prepare_backbone(
+            **given,
+            weights=None if weights is None else Path(weights),
+            cache_dir=cache_dir,
+            scratch_dir=cache_dir,
+        )
     except Exception:
         return 1
     return 0

@@ -24,9 +24,26 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from models.backbone.freeze_policy import resolve_policy
-from models.checkpoint import CONFIG_FILE, OPENVINO_FILE, WEIGHTS_FILE, Array, CheckpointError, fingerprint, hash_file
+from models.checkpoint import (
+    CONFIG_FILE,
+    OPENVINO_FILE,
+    WEIGHTS_FILE,
+    Array,
+    CheckpointError,
+    fingerprint,
+    hash_file,
+)
 from models.engine.deferred import DeferredEngine
-from models.engine.engine import Engine, EngineInfo, OpenVINOEngine, Precision, TorchEngine, cpu_name, num_cpus, openvino_name
+from models.engine.engine import (
+    Engine,
+    EngineInfo,
+    OpenVINOEngine,
+    Precision,
+    TorchEngine,
+    cpu_name,
+    num_cpus,
+    openvino_name,
+)
 from models.errors import GraftError, in_words
 from models.preprocess import Preprocess
 
@@ -62,7 +79,13 @@ class PreparedBackbone:
 
     def check_freeze(self, policy: str) -> None:
         """Raise GraftError where `policy` does not fit this network."""
-        resolve_policy(policy, self.module_names, classifier=self.classifier, prefix=self.module_prefix, stages=self.stages)
+        resolve_policy(
+            policy,
+            self.module_names,
+            classifier=self.classifier,
+            prefix=self.module_prefix,
+            stages=self.stages,
+        )
 
     def open_engine(self, device: Device, precision: Precision) -> Engine:
         """The engine for this backbone; batch, streams and speed are searched for once on a machine and then remembered beside it.
@@ -71,17 +94,29 @@ class PreparedBackbone:
         """
         if resolve_device(device) != "cpu":
             logger.info("searching for the engine's fastest batch …")
-            return build_engine(self.folder, self.preprocess, self.config, device=device, precision=precision)
+            return build_engine(
+                self.folder, self.preprocess, self.config, device=device, precision=precision
+            )
         path = self.folder / f"engine-{precision}.json"
         known = _recall_engine(path)
         if known is not None:
             names = ("batch_size", "num_streams", "images_per_second")
             found = {name: getattr(known, name) for name in names}
-            build = functools.partial(build_engine, self.folder, self.preprocess, self.config, device=device, precision=precision, **found)
+            build = functools.partial(
+                build_engine,
+                self.folder,
+                self.preprocess,
+                self.config,
+                device=device,
+                precision=precision,
+                **found,
+            )
             return DeferredEngine(known, self.num_features, build)
         # Compiling for each batch size takes up to 4 s.
         logger.info("searching for the engine's fastest batch (once) …")
-        engine = build_engine(self.folder, self.preprocess, self.config, device=device, precision=precision)
+        engine = build_engine(
+            self.folder, self.preprocess, self.config, device=device, precision=precision
+        )
         temporary = path.with_name(f".tmp-{uuid.uuid4().hex}")
         with contextlib.suppress(OSError):
             temporary.write_text(json.dumps({**engine.info.to_dict(), "num_cpus": num_cpus()}))
@@ -98,7 +133,13 @@ class PreparedBackbone:
 
 
 def prepare_backbone(
-    name: str, *, weights: Path | None, pretrained: bool, image_size: int | None, cache_dir: Path | None, scratch_dir: Path
+    name: str,
+    *,
+    weights: Path | None,
+    pretrained: bool,
+    image_size: int | None,
+    cache_dir: Path | None,
+    scratch_dir: Path,
 ) -> PreparedBackbone:
     """The backbone from the cache, else built, converted and kept there; in `scratch_dir` where it cannot be kept.
 
@@ -118,7 +159,13 @@ def prepare_backbone(
     return _build(name, weights, pretrained, image_size, folder)
 
 
-def find_missing(name: str, weights: Path | None, pretrained: bool, image_size: int | None, cache_dir: Path | None) -> Path | None:
+def find_missing(
+    name: str,
+    weights: Path | None,
+    pretrained: bool,
+    image_size: int | None,
+    cache_dir: Path | None,
+) -> Path | None:
     """The folder in which `prepare_backbone` will keep the backbone that it makes of weights that are here; None where it has it, say."""
     key = _cache_key(name, weights, pretrained, image_size)
     if cache_dir is None or key is None or (weights is None and _version(_package(name)) is None):
@@ -129,7 +176,12 @@ def find_missing(name: str, weights: Path | None, pretrained: bool, image_size: 
 
 def write_prepared(backbone: Backbone, folder: Path) -> PreparedBackbone:
     """Convert and write `backbone` to `folder`, whole or not at all; what another run wrote there meanwhile is as good."""
-    from models.backbone.build import FeatureExtractor, backbone_tensors, export_openvino, timm_config
+    from models.backbone.build import (
+        FeatureExtractor,
+        backbone_tensors,
+        export_openvino,
+        timm_config,
+    )
     from models.backbone.freezing import stages
 
     tensors = backbone_tensors(backbone)
@@ -152,10 +204,17 @@ def write_prepared(backbone: Backbone, folder: Path) -> PreparedBackbone:
     try:
         temporary.mkdir(parents=True)
         save_file(tensors, temporary / WEIGHTS_FILE)
-        export_openvino(FeatureExtractor(backbone.model), backbone.name, backbone.preprocess, temporary / OPENVINO_FILE)
+        export_openvino(
+            FeatureExtractor(backbone.model),
+            backbone.name,
+            backbone.preprocess,
+            temporary / OPENVINO_FILE,
+        )
         # The code of a user's own network shapes it as the tensors do, and shows in what it was converted to.
         artefact = hash_openvino(temporary) if _is_own(backbone.name) else "float"
-        described["fingerprint"] = fingerprint(config["architecture"], tensors, backbone.preprocess, artefact)
+        described["fingerprint"] = fingerprint(
+            config["architecture"], tensors, backbone.preprocess, artefact
+        )
         described["files"] = _hash_files(temporary)
         (temporary / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n")
         try:
@@ -177,7 +236,9 @@ def write_prepared(backbone: Backbone, folder: Path) -> PreparedBackbone:
 def read_prepared(folder: Path) -> PreparedBackbone:
     """What `write_prepared` wrote; raises CheckpointError where a file is not what it was then."""
     stored = json.loads((folder / CONFIG_FILE).read_text())
-    if stored.pop("format_version") != _FORMAT_VERSION or stored.pop("files") != _hash_files(folder):
+    if stored.pop("format_version") != _FORMAT_VERSION or stored.pop("files") != _hash_files(
+        folder
+    ):
         raise CheckpointError(f"{folder}: its files are not those that were written")
     return PreparedBackbone(
         folder=folder,
@@ -196,7 +257,9 @@ def read_kept(folder: Path) -> PreparedBackbone | None:
         return read_prepared(folder)
     # A damaged JSON can be wrong in any of these ways; whatever it is, the backbone can be made again.
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        logger.warning("the kept backbone %s is damaged (%s): it is made again", folder, type(error).__name__)
+        logger.warning(
+            "the kept backbone %s is damaged (%s): it is made again", folder, type(error).__name__
+        )
         shutil.rmtree(folder, ignore_errors=True)
         return None
 
@@ -213,15 +276,26 @@ def _recall_engine(path: Path) -> EngineInfo | None:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         recorded = json.loads(path.read_text())
         is_here = recorded.pop("num_cpus") == num_cpus() and recorded["device"] == cpu_name()
-        is_sound = all(1 <= recorded[name] <= 1e6 for name in ("batch_size", "num_streams", "images_per_second"))
-        if is_here and is_sound and recorded["engine"] == openvino_name() and isinstance(recorded["precision"], str):
+        is_sound = all(
+            1 <= recorded[name] <= 1e6
+            for name in ("batch_size", "num_streams", "images_per_second")
+        )
+        if (
+            is_here
+            and is_sound
+            and recorded["engine"] == openvino_name()
+            and isinstance(recorded["precision"], str)
+        ):
             return EngineInfo(**recorded)
     return None
 
 
 def _hash_files(folder: Path) -> dict[str, str]:
     ir_path = folder / OPENVINO_FILE
-    return {path.name: hash_file(path) for path in (folder / WEIGHTS_FILE, ir_path, ir_path.with_suffix(".bin"))}
+    return {
+        path.name: hash_file(path)
+        for path in (folder / WEIGHTS_FILE, ir_path, ir_path.with_suffix(".bin"))
+    }
 
 
 def _is_own(name: str) -> bool:
@@ -248,7 +322,9 @@ def build_engine(
         from models.backbone.build import FeatureExtractor, build_from_config, read_state_dict
 
         model = build_from_config(config, read_state_dict(folder / WEIGHTS_FILE))
-        return TorchEngine(FeatureExtractor(model), preprocess, precision=precision, batch_size=batch_size)
+        return TorchEngine(
+            FeatureExtractor(model), preprocess, precision=precision, batch_size=batch_size
+        )
     return OpenVINOEngine(
         folder / OPENVINO_FILE,
         preprocess,
@@ -263,13 +339,18 @@ def build_engine(
 def resolve_device(asked: Device) -> Literal["cpu", "cuda"]:
     """`auto` is cuda where there is a device and torch can use it; raises GraftError where cuda is asked for and is not there."""
     # The system is asked first: importing torch only to hear that there is no GPU costs seconds. The second file is WSL's.
-    if asked == "cpu" or (asked == "auto" and not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/dxg"))):
+    if asked == "cpu" or (
+        asked == "auto"
+        and not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/dxg"))
+    ):
         return "cpu"
     reason = _why_no_cuda()
     if reason is None:
         return "cuda"
     if asked == "cuda":
-        raise GraftError(f"cuda was asked for (--device, GRAFT_DEVICE), but {reason}; leave it at auto, or say cpu")
+        raise GraftError(
+            f"cuda was asked for (--device, GRAFT_DEVICE), but {reason}; leave it at auto, or say cpu"
+        )
     logger.warning("there is an NVIDIA device, but %s: using the CPU", reason)
     return "cpu"
 
@@ -282,15 +363,21 @@ def _why_no_cuda() -> str | None:
     return None if torch.cuda.is_available() else "torch finds no CUDA device"
 
 
-def _build(name: str, weights: Path | None, pretrained: bool, image_size: int | None, folder: Path) -> PreparedBackbone:
+def _build(
+    name: str, weights: Path | None, pretrained: bool, image_size: int | None, folder: Path
+) -> PreparedBackbone:
     from models.backbone.build import build_backbone
 
     # The number of classes of this throw-away head does not matter.
-    backbone = build_backbone(name, num_classes=2, weights=weights, pretrained=pretrained, image_size=image_size)
+    backbone = build_backbone(
+        name, num_classes=2, weights=weights, pretrained=pretrained, image_size=image_size
+    )
     return write_prepared(backbone, folder)
 
 
-def _cache_key(name: str, weights: Path | None, pretrained: bool, image_size: int | None) -> str | None:
+def _cache_key(
+    name: str, weights: Path | None, pretrained: bool, image_size: int | None
+) -> str | None:
     """A folder name that changes with everything that shapes the prepared backbone; None where that cannot be known."""
     if _is_own(name) or name.startswith("local-dir:") or (weights is None and not pretrained):
         return None

@@ -95,7 +95,9 @@ class Preprocess:
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
-    def __call__(self, data: bytes, *, view: View | None = None, max_pixels: int = MAX_PIXELS) -> Pixels:
+    def __call__(
+        self, data: bytes, *, view: View | None = None, max_pixels: int = MAX_PIXELS
+    ) -> Pixels:
         """Decode `data` to the upright crop, `uint8 [H,W,3]`, deterministically.
 
         Raises ImageError where `data` is no readable image of one of FORMATS, or has more than `max_pixels`.
@@ -128,8 +130,12 @@ class Preprocess:
             image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
         except UnidentifiedImageError:
             if (name := begins_as(data)) is not None:
-                raise ImageError(f"it begins as a {name} does, but is cut short or damaged ({len(data):,} bytes)") from None
-            raise ImageError(f"not an image (it starts with {data[:12]!r}); readable are {', '.join(FORMATS)}") from None
+                raise ImageError(
+                    f"it begins as a {name} does, but is cut short or damaged ({len(data):,} bytes)"
+                ) from None
+            raise ImageError(
+                f"not an image (it starts with {data[:12]!r}); readable are {', '.join(FORMATS)}"
+            ) from None
         except Image.DecompressionBombError:
             # Pillow's own check, at twice its limit and before ours.
             raise ImageError(
@@ -142,7 +148,9 @@ class Preprocess:
         orientation = image.getexif().get(_EXIF_ORIENTATION_TAG, 1)
         return _to_rgb(image), image.size, orientation if orientation in _UPRIGHT else 1
 
-    def _decode_jpeg(self, data: bytes, max_pixels: int) -> tuple[Image.Image, tuple[float, float], int] | None:
+    def _decode_jpeg(
+        self, data: bytes, max_pixels: int
+    ) -> tuple[Image.Image, tuple[float, float], int] | None:
         """The fast path; None where Pillow must decide (CMYK, or a file that libjpeg only reads with warnings)."""
         try:
             height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
@@ -157,7 +165,9 @@ class Preprocess:
         gap = REDUCING_GAP * max(target_width / crop_width, target_height / crop_height)
         try:
             # min_factor 2: the odd eighths that libjpeg offers between 1 and 1/2 are slower than decoding it all.
-            pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=int(height * gap), min_width=int(width * gap), min_factor=2)
+            pixels = simplejpeg.decode_jpeg(
+                data, "RGB", min_height=int(height * gap), min_width=int(width * gap), min_factor=2
+            )
         except ValueError:
             return None
         # libjpeg scales by eighths and rounds up: at a quarter, 1201 columns become 301, the last of which shows one of four.
@@ -175,7 +185,9 @@ class Preprocess:
         pixels_per_target = self.crop_fraction * min(width / target_width, height / target_height)
         return target_width * pixels_per_target, target_height * pixels_per_target
 
-    def _crop(self, image: Image.Image, size: tuple[float, float], orientation: int, view: View | None) -> Pixels:
+    def _crop(
+        self, image: Image.Image, size: tuple[float, float], orientation: int, view: View | None
+    ) -> Pixels:
         width, height = size
         crop_width, crop_height = self._crop_size(width, height, orientation)
         center_x, center_y = width / 2, height / 2
@@ -189,7 +201,12 @@ class Preprocess:
         left, top = max(center_x - crop_width / 2, 0.0), max(center_y - crop_height / 2, 0.0)
         box = (left, top, min(left + crop_width, width), min(top + crop_height, height))
         # Resizing straight from the crop box leaves out the pixels that a crop after the resize would throw away.
-        crop = image.resize(self._target_size(orientation), _RESAMPLING[self.interpolation], box=box, reducing_gap=REDUCING_GAP)
+        crop = image.resize(
+            self._target_size(orientation),
+            _RESAMPLING[self.interpolation],
+            box=box,
+            reducing_gap=REDUCING_GAP,
+        )
         if orientation in _UPRIGHT:
             crop = crop.transpose(_UPRIGHT[orientation])
         if view is not None and view.mirror:
@@ -218,7 +235,9 @@ def _jpeg_orientation(data: bytes) -> int:
     if not _has_exif(data):
         return 1
     try:
-        orientation = Image.open(io.BytesIO(data), formats=("JPEG",)).getexif().get(_EXIF_ORIENTATION_TAG, 1)
+        orientation = (
+            Image.open(io.BytesIO(data), formats=("JPEG",)).getexif().get(_EXIF_ORIENTATION_TAG, 1)
+        )
     # A broken EXIF block says nothing about the pixels, and raises as freely as a broken image does.
     except Exception:
         return 1
@@ -243,7 +262,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
-        raise ImageError("32-bit pixels have no agreed range; save the image with 8 or 16 bits a channel")
+        raise ImageError(
+            "32-bit pixels have no agreed range; save the image with 8 or 16 bits a channel"
+        )
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))

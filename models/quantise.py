@@ -42,7 +42,9 @@ def quantise(backbone: PreparedBackbone, images: Pixels) -> PreparedBackbone:
         shutil.copyfile(backbone.folder / WEIGHTS_FILE, temporary / WEIGHTS_FILE)
         stored: dict[str, Any] = json.loads((backbone.folder / CONFIG_FILE).read_text())
         architecture = stored["config"]["architecture"]
-        stored["fingerprint"] = fingerprint(architecture, backbone.read_tensors(), backbone.preprocess, hash_openvino(temporary))
+        stored["fingerprint"] = fingerprint(
+            architecture, backbone.read_tensors(), backbone.preprocess, hash_openvino(temporary)
+        )
         stored["files"] = {name: hash_file(temporary / name) for name in stored["files"]}
         (temporary / CONFIG_FILE).write_text(json.dumps(stored, indent=2) + "\n")
         # Another run may have been faster: its artefact is the one that heads are solved on.
@@ -51,7 +53,9 @@ def quantise(backbone: PreparedBackbone, images: Pixels) -> PreparedBackbone:
         if not (folder / CONFIG_FILE).is_file():
             raise GraftError(f"the quantised backbone could not be written to {folder}")
     except OSError as error:
-        raise GraftError(f"the quantised backbone could not be written to {folder}: {in_words(error)}") from error
+        raise GraftError(
+            f"the quantised backbone could not be written to {folder}: {in_words(error)}"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return read_prepared(folder)
@@ -65,13 +69,18 @@ def _write_quantised(backbone: PreparedBackbone, images: Pixels, path: Path) -> 
     try:
         import nncf
     except ImportError:
-        raise GraftError("--precision int8 needs nncf: pip install nncf; or leave --precision at auto") from None
+        raise GraftError(
+            "--precision int8 needs nncf: pip install nncf; or leave --precision at auto"
+        ) from None
     import openvino as ov
 
     nncf.set_log_level(logging.ERROR)
     model = openvino_core().read_model(backbone.openvino_path)
     samples = nncf.Dataset([image[None] for image in images])
-    is_transformer = any(operation.get_type_name() in ("Softmax", "ScaledDotProductAttention") for operation in model.get_ops())
+    is_transformer = any(
+        operation.get_type_name() in ("Softmax", "ScaledDotProductAttention")
+        for operation in model.get_ops()
+    )
     try:
         quantised = nncf.quantize(
             model,
@@ -81,5 +90,7 @@ def _write_quantised(backbone: PreparedBackbone, images: Pixels, path: Path) -> 
             model_type=nncf.ModelType.TRANSFORMER if is_transformer else None,
         )
     except (RuntimeError, ValueError) as error:
-        raise GraftError(f"--precision int8: NNCF cannot quantise {backbone.name}: {str(error).splitlines()[0]}") from error
+        raise GraftError(
+            f"--precision int8: NNCF cannot quantise {backbone.name}: {str(error).splitlines()[0]}"
+        ) from error
     ov.save_model(quantised, path, compress_to_fp16=False)

@@ -46,7 +46,9 @@ class TorchvisionImage:
 
     def read_bytes(self) -> bytes:
         image = self.dataset[self.index][0]
-        return _encode(image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image)))
+        return _encode(
+            image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
+        )
 
 
 @dataclass(frozen=True)
@@ -73,11 +75,15 @@ def read_source(data: str, data_root: Path) -> tuple[Labelled, FixedSplits]:
     path = Path(data).expanduser()
     try:
         if not path.exists():
-            raise GraftError(f"--data {data}: there is no such file or folder; or say digits, or torchvision:NAME")
+            raise GraftError(
+                f"--data {data}: there is no such file or folder; or say digits, or torchvision:NAME"
+            )
         return _load_csv(path) if path.is_file() else _load_folder(path)
     except OSError as error:
         where = "" if error.filename in (None, str(path)) else f": {error.filename}"
-        raise GraftError(f"--data {data[:80]}: it cannot be read: {error.strerror}{where}") from error
+        raise GraftError(
+            f"--data {data[:80]}: it cannot be read: {error.strerror}{where}"
+        ) from error
 
 
 def _load_digits() -> Labelled:
@@ -96,14 +102,24 @@ def _load_digits() -> Labelled:
 
 
 def _load_folder(root: Path) -> tuple[Labelled, FixedSplits]:
-    folders = [path for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(".")]
-    split_folders = {path: _SPLIT_FOLDERS[path.name.lower()] for path in folders if path.name.lower() in _SPLIT_FOLDERS}
+    folders = [
+        path for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(".")
+    ]
+    split_folders = {
+        path: _SPLIT_FOLDERS[path.name.lower()]
+        for path in folders
+        if path.name.lower() in _SPLIT_FOLDERS
+    }
     if "train" not in split_folders.values():
         return _load_class_folders(root, folders), None
     labelled: Labelled = []
     splits: list[SplitName] = []
     for folder, split in split_folders.items():
-        classes = [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+        classes = [
+            path
+            for path in sorted(folder.iterdir())
+            if path.is_dir() and not path.name.startswith(".")
+        ]
         found = _load_class_folders(folder, classes)
         labelled += found
         splits += [split] * len(found)
@@ -117,11 +133,19 @@ def _load_class_folders(root: Path, folders: list[Path]) -> Labelled:
             "(photos/cat/1.jpg, photos/dog/2.jpg), or in train/ and val/ with class folders each"
         )
     for folder in folders:
-        if not folder.name.isprintable() or any("\ud800" <= char <= "\udfff" for char in folder.name):
-            raise GraftError(f"--data {root}: the class folder {folder.name!r} has a name that is no printable text; rename it")
+        if not folder.name.isprintable() or any(
+            "\ud800" <= char <= "\udfff" for char in folder.name
+        ):
+            raise GraftError(
+                f"--data {root}: the class folder {folder.name!r} has a name that is no printable text; rename it"
+            )
     images = {folder: _image_files(folder) for folder in folders}
     if empty := [folder.name for folder, paths in images.items() if not paths]:
-        logger.warning("--data %s: no file in the class folders %s; they are left out", root, name_some(empty, 10))
+        logger.warning(
+            "--data %s: no file in the class folders %s; they are left out",
+            root,
+            name_some(empty, 10),
+        )
     return [(str(path), folder.name, path) for folder, paths in images.items() for path in paths]
 
 
@@ -130,7 +154,9 @@ def _image_files(folder: Path) -> list[Path]:
     return sorted(
         path
         for path in folder.rglob("*")
-        if path.is_file() and path.name not in _LITTER and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.is_file()
+        and path.name not in _LITTER
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
 
 
@@ -144,11 +170,19 @@ def _load_csv(path: Path) -> tuple[Labelled, FixedSplits]:
     except csv.Error as error:
         raise GraftError(f"--data {path}: not a CSV that can be read: {error}") from error
     except UnicodeDecodeError as error:
-        encoding = "text in UTF-16" if path.read_bytes()[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "not text in UTF-8"
-        raise GraftError(f"--data {path}: it is {encoding}; save it as CSV in UTF-8, separated by commas") from error
+        encoding = (
+            "text in UTF-16"
+            if path.read_bytes()[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+            else "not text in UTF-8"
+        )
+        raise GraftError(
+            f"--data {path}: it is {encoding}; save it as CSV in UTF-8, separated by commas"
+        ) from error
     is_multi_label = "labels" in columns
     if is_multi_label and "label" in columns:
-        raise GraftError(f"--data {path}: it has both label and labels; keep label for one an image, or labels for any number of them")
+        raise GraftError(
+            f"--data {path}: it has both label and labels; keep label for one an image, or labels for any number of them"
+        )
     if "path" not in columns or not (is_multi_label or "label" in columns):
         raise GraftError(
             f"--data {path}: it needs the columns path,label and perhaps split; it has {_describe_columns(columns)} (where images have "
@@ -165,15 +199,21 @@ def _load_csv(path: Path) -> tuple[Labelled, FixedSplits]:
                 'or label with a comma in it into "quotes"'
             )
         if "\0" in (row["path"] or ""):
-            raise GraftError(f"--data {path}: line {number} has a path with a NUL in it, which no file has")
+            raise GraftError(
+                f"--data {path}: line {number} has a path with a NUL in it, which no file has"
+            )
         if not row["path"] or not (is_multi_label or (row["label"] or "").strip()):
-            raise GraftError(f"--data {path}: line {number} has no {'path' if not row['path'] else 'label'}")
+            raise GraftError(
+                f"--data {path}: line {number} has no {'path' if not row['path'] else 'label'}"
+            )
         label = _split_names(row["labels"] or "") if is_multi_label else row["label"].strip()
         labelled.append((row["path"], label, path.parent / row["path"]))
         if "split" in columns:
             split = _SPLIT_FOLDERS.get((row["split"] or "").lower())
             if split is None:
-                raise GraftError(f"--data {path}: line {number} has the split {row['split']!r}; allowed are train, val and test")
+                raise GraftError(
+                    f"--data {path}: line {number} has the split {row['split']!r}; allowed are train, val and test"
+                )
             splits.append(split)
     return labelled, splits if "split" in columns else None
 
@@ -210,7 +250,11 @@ def _load_torchvision(name: str, root: Path) -> tuple[Labelled, FixedSplits]:
         wanted = [("train", {"train": True}), ("test", {"train": False})]
     elif "split" in parameters:
         official = "trainval" if parameters["split"].default == "trainval" else "train"
-        wanted = [("train", {"split": official}), ("val", {"split": "val"}), ("test", {"split": "test"})]
+        wanted = [
+            ("train", {"split": official}),
+            ("val", {"split": "val"}),
+            ("test", {"split": "test"}),
+        ]
     labelled: Labelled = []
     splits: list[SplitName] = []
     for split, arguments in wanted:
@@ -220,7 +264,13 @@ def _load_torchvision(name: str, root: Path) -> tuple[Labelled, FixedSplits]:
         names = getattr(dataset, "classes", None)
         for index, label in enumerate(_torchvision_labels(dataset)):
             label_name = str(names[label]) if names is not None else str(label)
-            labelled.append((f"torchvision:{name}/{split}/{index}", label_name, TorchvisionImage(dataset, index)))
+            labelled.append(
+                (
+                    f"torchvision:{name}/{split}/{index}",
+                    label_name,
+                    TorchvisionImage(dataset, index),
+                )
+            )
             splits.append(split)
     return labelled, splits if len(wanted) > 1 else None
 

@@ -46,7 +46,9 @@ async def docs(request: Request, server: Server) -> Response:
 
 @cache
 def _describe(needs_token: bool) -> dict[str, Any]:
-    return describe(cast(bentoml.Service[Any], Graft).openapi_spec.asdict(), ROUTES, needs_token=needs_token)
+    return describe(
+        cast(bentoml.Service[Any], Graft).openapi_spec.asdict(), ROUTES, needs_token=needs_token
+    )
 
 
 ROUTES = (
@@ -59,26 +61,70 @@ ROUTES = (
     Route("GET", "/readyz", readyz, needs="nothing"),
     Route("GET", "/metrics", prometheus, needs="nothing"),
     Route("POST", "/v1/models/{name}/versions/{version}:load", load_version, needs="admin_token"),
-    Route("POST", "/v1/models/{name}/versions/{version}:unload", unload_version, needs="admin_token"),
+    Route(
+        "POST", "/v1/models/{name}/versions/{version}:unload", unload_version, needs="admin_token"
+    ),
     Route("PATCH", "/v1/models/{name}/rollout", patch_rollout, needs="admin_token"),
     Route("POST", "/v1/models/{name}:predict", tf_serving.predict, error_body=plain_error),
-    Route("POST", "/v1/models/{name}/versions/{version}:predict", tf_serving.predict, error_body=plain_error),
-    Route("POST", "/v1/models/{name}/labels/{label}:predict", tf_serving.predict, error_body=plain_error),
+    Route(
+        "POST",
+        "/v1/models/{name}/versions/{version}:predict",
+        tf_serving.predict,
+        error_body=plain_error,
+    ),
+    Route(
+        "POST",
+        "/v1/models/{name}/labels/{label}:predict",
+        tf_serving.predict,
+        error_body=plain_error,
+    ),
     Route("GET", "/v1/models/{name}", tf_serving.model_status, error_body=plain_error),
-    Route("GET", "/v1/models/{name}/versions/{version}", tf_serving.model_status, error_body=plain_error),
-    Route("GET", "/v1/models/{name}/labels/{label}", tf_serving.model_status, error_body=plain_error),
+    Route(
+        "GET",
+        "/v1/models/{name}/versions/{version}",
+        tf_serving.model_status,
+        error_body=plain_error,
+    ),
+    Route(
+        "GET", "/v1/models/{name}/labels/{label}", tf_serving.model_status, error_body=plain_error
+    ),
     Route("GET", "/v1/models/{name}/metadata", tf_serving.model_metadata, error_body=plain_error),
-    Route("GET", "/v1/models/{name}/versions/{version}/metadata", tf_serving.model_metadata, error_body=plain_error),
-    Route("GET", "/v1/models/{name}/labels/{label}/metadata", tf_serving.model_metadata, error_body=plain_error),
+    Route(
+        "GET",
+        "/v1/models/{name}/versions/{version}/metadata",
+        tf_serving.model_metadata,
+        error_body=plain_error,
+    ),
+    Route(
+        "GET",
+        "/v1/models/{name}/labels/{label}/metadata",
+        tf_serving.model_metadata,
+        error_body=plain_error,
+    ),
     Route("GET", "/v2", open_inference.server_metadata, error_body=plain_error),
     Route("GET", "/v2/health/live", open_inference.live, needs="nothing", error_body=plain_error),
     Route("GET", "/v2/health/ready", open_inference.ready, needs="nothing", error_body=plain_error),
     Route("GET", "/v2/models/{name}", open_inference.model_metadata, error_body=plain_error),
-    Route("GET", "/v2/models/{name}/versions/{version}", open_inference.model_metadata, error_body=plain_error),
+    Route(
+        "GET",
+        "/v2/models/{name}/versions/{version}",
+        open_inference.model_metadata,
+        error_body=plain_error,
+    ),
     Route("GET", "/v2/models/{name}/ready", open_inference.model_ready, error_body=plain_error),
-    Route("GET", "/v2/models/{name}/versions/{version}/ready", open_inference.model_ready, error_body=plain_error),
+    Route(
+        "GET",
+        "/v2/models/{name}/versions/{version}/ready",
+        open_inference.model_ready,
+        error_body=plain_error,
+    ),
     Route("POST", "/v2/models/{name}/infer", open_inference.infer, error_body=plain_error),
-    Route("POST", "/v2/models/{name}/versions/{version}/infer", open_inference.infer, error_body=plain_error),
+    Route(
+        "POST",
+        "/v2/models/{name}/versions/{version}/infer",
+        open_inference.infer,
+        error_body=plain_error,
+    ),
     Route("POST", "/hf/{name}", classify_image, error_body=plain_error),
     Route("POST", "/hf/{name}/versions/{version}", classify_image, error_body=plain_error),
 )
@@ -121,10 +167,21 @@ class Graft:
     async def predict(
         self,
         images: Annotated[list[Path], Field(description="One or more image files.")],
-        model: Annotated[str, Field(description="The model's name, or all; needed where several are served.")] = "",
-        version: Annotated[str, Field(description="A version's number, a label, or latest; by default what the rollout says.")] = "",
+        model: Annotated[
+            str, Field(description="The model's name, or all; needed where several are served.")
+        ] = "",
+        version: Annotated[
+            str,
+            Field(
+                description="A version's number, a label, or latest; by default what the rollout says."
+            ),
+        ] = "",
         top_k: Annotated[
-            int, Field(ge=1, description="How many labels to list per image; left out, a multi-label model lists all.")
+            int,
+            Field(
+                ge=1,
+                description="How many labels to list per image; left out, a multi-label model lists all.",
+            ),
         ] = DEFAULT_TOP_K,
     ) -> PredictResponse:
         """Classify images. The answer has one entry per image, in order; one that cannot be read has an error in its place."""

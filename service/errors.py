@@ -11,7 +11,14 @@ from models.preprocess import ImageError, ImageTooLargeError
 class RequestError(GraftError):
     """A request that gets no answer; `code` is one of the keys of `service.web.routes.STATUS_BY_CODE`."""
 
-    def __init__(self, code: str, message: str, *, retry_after_seconds: int | None = None, allowed_methods: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        code: str,
+        message: str,
+        *,
+        retry_after_seconds: int | None = None,
+        allowed_methods: Sequence[str] = (),
+    ) -> None:
         super().__init__(message)
         self.code = code
         self.message = message

@@ -80,13 +80,24 @@ def _reap_dead(watcher: Any) -> None:
 
 def _log_death(watcher: Any, process_pid: int, exit_code: int | None, **_: object) -> None:
     if not watcher.is_stopping():
-        then = "another one is started" if watcher.respawn else "the server ends, so that it is started again"
-        logger.error("the worker, process %d, ended with %s and nobody had asked it to; %s", process_pid, exit_code, then)
+        then = (
+            "another one is started"
+            if watcher.respawn
+            else "the server ends, so that it is started again"
+        )
+        logger.error(
+            "the worker, process %d, ended with %s and nobody had asked it to; %s",
+            process_pid,
+            exit_code,
+            then,
+        )
 
 
 def _follow(parent: int) -> None:
     # Who adopts an orphan has another number, also where the parent is a container's first process.
     while os.getppid() == parent:
         time.sleep(_SECONDS_BETWEEN_LOOKS)
-    logger.error("the parent, process %d, is gone; this worker finishes what it has and ends", parent)
+    logger.error(
+        "the parent, process %d, is gone; this worker finishes what it has and ends", parent
+    )
     os.kill(os.getpid(), signal.SIGTERM)

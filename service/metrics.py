@@ -11,7 +11,15 @@ from collections.abc import Iterable
 # Set by BentoML for its own; with it values live in files for processes to share, and no series can be dropped. We are one process.
 os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 
 # For who serves this: nothing else here imports prometheus_client, which would be before the line above in some order of imports.
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -23,23 +31,72 @@ _IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 REQUESTS = Counter("graft_requests", "Requests answered.", ("route", "status"), registry=REGISTRY)
 REQUEST_SECONDS = Histogram(
-    "graft_request_seconds", "From a request's headers to its answer.", ("route",), buckets=_SECONDS, registry=REGISTRY
+    "graft_request_seconds",
+    "From a request's headers to its answer.",
+    ("route",),
+    buckets=_SECONDS,
+    registry=REGISTRY,
 )
-REJECTED = Counter("graft_rejected", "Requests that got an error, by its code.", ("reason", "model", "version"), registry=REGISTRY)
-IMAGES = Counter("graft_images", "Images answered, readable or not.", ("model", "version", "outcome"), registry=REGISTRY)
+REJECTED = Counter(
+    "graft_rejected",
+    "Requests that got an error, by its code.",
+    ("reason", "model", "version"),
+    registry=REGISTRY,
+)
+IMAGES = Counter(
+    "graft_images",
+    "Images answered, readable or not.",
+    ("model", "version", "outcome"),
+    registry=REGISTRY,
+)
 PREDICT_SECONDS = Histogram(
-    "graft_predict_seconds", "From a complete body to the scores.", ("model", "version"), buckets=_SECONDS, registry=REGISTRY
+    "graft_predict_seconds",
+    "From a complete body to the scores.",
+    ("model", "version"),
+    buckets=_SECONDS,
+    registry=REGISTRY,
 )
-SHADOW = Counter("graft_shadow_images", "Images a shadow version was asked about too.", ("model", "version", "outcome"), registry=REGISTRY)
-DECODE_SECONDS = Histogram("graft_decode_seconds", "Encoded image to crop, of one image.", buckets=_SECONDS, registry=REGISTRY)
+SHADOW = Counter(
+    "graft_shadow_images",
+    "Images a shadow version was asked about too.",
+    ("model", "version", "outcome"),
+    registry=REGISTRY,
+)
+DECODE_SECONDS = Histogram(
+    "graft_decode_seconds",
+    "Encoded image to crop, of one image.",
+    buckets=_SECONDS,
+    registry=REGISTRY,
+)
 QUEUE_SECONDS = Histogram(
-    "graft_queue_seconds", "Admission to the start of its batch, of one image.", ("backbone",), buckets=_SECONDS, registry=REGISTRY
+    "graft_queue_seconds",
+    "Admission to the start of its batch, of one image.",
+    ("backbone",),
+    buckets=_SECONDS,
+    registry=REGISTRY,
 )
-ENGINE_SECONDS = Histogram("graft_engine_seconds", "Of one batch, decoded.", ("backbone",), buckets=_SECONDS, registry=REGISTRY)
-BATCH_IMAGES = Histogram("graft_batch_images", "Images in a batch.", ("backbone",), buckets=_IMAGES, registry=REGISTRY)
-QUEUE_IMAGES = Gauge("graft_queue_images", "Images admitted and not yet answered.", ("backbone",), registry=REGISTRY)
-CACHED_FEATURES = Counter("graft_cached_features", "Images looked up in the feature cache.", ("found",), registry=REGISTRY)
-LOADED = Gauge("graft_model_loaded", "1 for every version that is served.", ("model", "version"), registry=REGISTRY)
+ENGINE_SECONDS = Histogram(
+    "graft_engine_seconds",
+    "Of one batch, decoded.",
+    ("backbone",),
+    buckets=_SECONDS,
+    registry=REGISTRY,
+)
+BATCH_IMAGES = Histogram(
+    "graft_batch_images", "Images in a batch.", ("backbone",), buckets=_IMAGES, registry=REGISTRY
+)
+QUEUE_IMAGES = Gauge(
+    "graft_queue_images", "Images admitted and not yet answered.", ("backbone",), registry=REGISTRY
+)
+CACHED_FEATURES = Counter(
+    "graft_cached_features", "Images looked up in the feature cache.", ("found",), registry=REGISTRY
+)
+LOADED = Gauge(
+    "graft_model_loaded",
+    "1 for every version that is served.",
+    ("model", "version"),
+    registry=REGISTRY,
+)
 
 
 # What was noted since it was last written: metric, labels, and how much.

@@ -71,8 +71,12 @@ _SHAPES: dict[Handler, Shapes] = {
     open_inference.ready: Shapes(open_inference.ServerReady),
     open_inference.model_metadata: Shapes(open_inference.InferMetadata),
     open_inference.model_ready: Shapes(open_inference.ModelReady),
-    open_inference.infer: Shapes(open_inference.InferResponse, open_inference.InferRequest, binary="application/octet-stream"),
-    hugging_face.classify_image: Shapes(ImageLabels, hugging_face.ImageClassificationRequest, binary="image/*"),
+    open_inference.infer: Shapes(
+        open_inference.InferResponse, open_inference.InferRequest, binary="application/octet-stream"
+    ),
+    hugging_face.classify_image: Shapes(
+        ImageLabels, hugging_face.ImageClassificationRequest, binary="image/*"
+    ),
 }
 
 
@@ -112,7 +116,11 @@ def describe(spec: dict[str, Any], routes: Sequence[Route], *, needs_token: bool
 def _operation(route: Route, references: dict[Any, Any], needs_token: bool) -> dict[str, Any]:
     shapes = _SHAPES.get(route.handler)
     error = ProtocolError if route.error_body is plain_error else ErrorResponse
-    gives = {"application/json": {"schema": references[shapes.gives, "serialization"]}} if shapes else {"*/*": {}}
+    gives = (
+        {"application/json": {"schema": references[shapes.gives, "serialization"]}}
+        if shapes
+        else {"*/*": {}}
+    )
     if route.handler is open_inference.infer:
         gives["application/octet-stream"] = _BYTES
     refused = {"content": {"application/json": {"schema": references[error, "serialization"]}}}
@@ -122,12 +130,20 @@ def _operation(route: Route, references: dict[Any, Any], needs_token: bool) -> d
         "summary": _summary(route.handler),
         "tags": [route.handler.__module__.rpartition(".")[2]],
         "parameters": [
-            {"name": name, "in": "path", "required": True, "schema": {"type": "string", "pattern": "^[^/:]+$"}}
+            {
+                "name": name,
+                "in": "path",
+                "required": True,
+                "schema": {"type": "string", "pattern": "^[^/:]+$"},
+            }
             for name in route.pattern.groupindex
         ],
         "responses": {
             "200": {"description": "The answer", "content": gives},
-            **{str(status): {"description": HTTPStatus(status).phrase, **refused} for status in statuses},
+            **{
+                str(status): {"description": HTTPStatus(status).phrase, **refused}
+                for status in statuses
+            },
             "default": {"description": "Why there is no answer, and what to do", **refused},
         },
     }
@@ -135,20 +151,34 @@ def _operation(route: Route, references: dict[Any, Any], needs_token: bool) -> d
         operation["security"] = [{"bearer": []}]
     if shapes is not None and shapes.takes is not None:
         takes = {"application/json": {"schema": references[shapes.takes, "validation"]}}
-        operation["requestBody"] = {"required": True, "content": takes | ({shapes.binary: _BYTES} if shapes.binary else {})}
+        operation["requestBody"] = {
+            "required": True,
+            "content": takes | ({shapes.binary: _BYTES} if shapes.binary else {}),
+        }
     return operation
 
 
 def _predict(spec: dict[str, Any]) -> dict[str, Any]:
     """The form that BentoML derives, its options as query parameters too, and a raw body."""
-    form = spec["paths"]["/predict"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
+    form = spec["paths"]["/predict"]["post"]["requestBody"]["content"]["multipart/form-data"][
+        "schema"
+    ]
     options = {name: schema for name, schema in form["properties"].items() if name != "images"}
     return {
         "parameters": [
-            {"name": name, "in": "query", "required": False, "description": schema["description"], "schema": schema}
+            {
+                "name": name,
+                "in": "query",
+                "required": False,
+                "description": schema["description"],
+                "schema": schema,
+            }
             for name, schema in options.items()
         ],
-        "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": form}, "image/*": _BYTES}},
+        "requestBody": {
+            "required": True,
+            "content": {"multipart/form-data": {"schema": form}, "image/*": _BYTES},
+        },
     }
 
 

@@ -38,39 +38,60 @@ class Settings(BaseSettings):
         "rollout.json says.",
     )
     poll_seconds: NonNegativeSeconds = Field(
-        default=1.0, description="How often the repository is looked through for new versions; 0: only at the start."
+        default=1.0,
+        description="How often the repository is looked through for new versions; 0: only at the start.",
     )
     api_token: SecretStr | None = Field(
-        default=None, description="Where set, predictions and lists need `Authorization: Bearer <token>`; health and metrics do not."
+        default=None,
+        description="Where set, predictions and lists need `Authorization: Bearer <token>`; health and metrics do not.",
     )
     admin_token: SecretStr | None = Field(
-        default=None, description="Needed to load, unload and change rollouts over HTTP; without it that is switched off."
+        default=None,
+        description="Needed to load, unload and change rollouts over HTTP; without it that is switched off.",
     )
-    access_log: bool = Field(default=True, description="One line of JSON per request on standard output, health checks excepted.")
+    access_log: bool = Field(
+        default=True,
+        description="One line of JSON per request on standard output, health checks excepted.",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
-        default="auto", description="What runs the backbones; auto takes CUDA where there is a device and torch, else the CPU."
+        default="auto",
+        description="What runs the backbones; auto takes CUDA where there is a device and torch, else the CPU.",
     )
     precision: Precision | None = Field(
-        default=None, description="Precision of the engines; by default what each checkpoint recorded, where this device can."
+        default=None,
+        description="Precision of the engines; by default what each checkpoint recorded, where this device can.",
     )
-    max_body_bytes: PositiveInt = Field(default=32 * 2**20, description="Largest request body; more is answered 413.")
+    max_body_bytes: PositiveInt = Field(
+        default=32 * 2**20, description="Largest request body; more is answered 413."
+    )
     max_buffered_bytes: PositiveInt = Field(
-        default=512 * 2**20, description="Bodies of all requests together that are held in memory; more is answered 429."
+        default=512 * 2**20,
+        description="Bodies of all requests together that are held in memory; more is answered 429.",
     )
-    max_images: PositiveInt = Field(default=64, description="Most images in one request; more is answered 413.")
+    max_images: PositiveInt = Field(
+        default=64, description="Most images in one request; more is answered 413."
+    )
     max_pixels: PositiveInt = Field(
-        default=50_000_000, description="Most pixels of one image, read from its header before anything is decoded."
+        default=50_000_000,
+        description="Most pixels of one image, read from its header before anything is decoded.",
     )
-    max_queue_images: PositiveInt = Field(default=1024, description="Images accepted at once per backbone; more is answered 429.")
+    max_queue_images: PositiveInt = Field(
+        default=1024, description="Images accepted at once per backbone; more is answered 429."
+    )
     deadline_seconds: PositiveSeconds = Field(
-        default=10.0, description="Time from a complete request to its answer; what cannot make it is answered 429 at once."
+        default=10.0,
+        description="Time from a complete request to its answer; what cannot make it is answered 429 at once.",
     )
-    body_seconds: PositiveSeconds = Field(default=30.0, description="Time in which a request's body must have arrived; else 408.")
+    body_seconds: PositiveSeconds = Field(
+        default=30.0, description="Time in which a request's body must have arrived; else 408."
+    )
     cached_images: Annotated[int, Ge(0)] = Field(
-        default=0, description="Images whose features are kept, for those that come again; 5 KB each, per backbone. 0: none."
+        default=0,
+        description="Images whose features are kept, for those that come again; 5 KB each, per backbone. 0: none.",
     )
     tracing: bool = Field(
-        default=False, description="OpenTelemetry spans for every request, sent where BentoML's `tracing` configuration says."
+        default=False,
+        description="OpenTelemetry spans for every request, sent where BentoML's `tracing` configuration says.",
     )
     keep_alive_seconds: PositiveSeconds = Field(
         default=75.0,
@@ -78,15 +99,22 @@ class Settings(BaseSettings):
         "60 s), or it would now and then send a request into one that is being closed.",
     )
     drain_seconds: NonNegativeSeconds = Field(
-        default=1.0, description="Time between SIGTERM, when /readyz turns to 503, and the end of accepting connections."
+        default=1.0,
+        description="Time between SIGTERM, when /readyz turns to 503, and the end of accepting connections.",
     )
-    shutdown_seconds: PositiveSeconds = Field(default=30.0, description="The process ends at the latest this long after SIGTERM.")
+    shutdown_seconds: PositiveSeconds = Field(
+        default=30.0, description="The process ends at the latest this long after SIGTERM."
+    )
 
     @field_validator("api_token", "admin_token")
     @classmethod
     def _check_token(cls, token: SecretStr | None) -> SecretStr | None:
-        if token is not None and not (len(token.get_secret_value()) >= 8 and token.get_secret_value().isprintable()):
-            raise ValueError("a token is at least 8 printable characters, for example from `openssl rand -hex 16`")
+        if token is not None and not (
+            len(token.get_secret_value()) >= 8 and token.get_secret_value().isprintable()
+        ):
+            raise ValueError(
+                "a token is at least 8 printable characters, for example from `openssl rand -hex 16`"
+            )
         return token
 
     @model_validator(mode="after")

@@ -40,7 +40,15 @@ os.environ.update(
     no_proxy="127.0.0.1,localhost",
     NO_PROXY="127.0.0.1,localhost",
 )
-for _name in ("HF_ENDPOINT", "HF_TOKEN", "HUGGINGFACE_HUB_CACHE", "HF_HUB_CACHE", "TORCH_HOME", "ALL_PROXY", "all_proxy"):
+for _name in (
+    "HF_ENDPOINT",
+    "HF_TOKEN",
+    "HUGGINGFACE_HUB_CACHE",
+    "HF_HUB_CACHE",
+    "TORCH_HOME",
+    "ALL_PROXY",
+    "all_proxy",
+):
     os.environ.pop(_name, None)
 
 PROJECT_DIR = Path(__file__).resolve().parent.parent
@@ -89,7 +97,11 @@ def _loopback_only() -> Iterator[None]:
     connect = socket.socket.connect
 
     def guarded(self: socket.socket, address: Any) -> None:
-        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in (
+            "127.0.0.1",
+            "::1",
+            "localhost",
+        ):
             raise AssertionError(f"a test looked for the network: {address}")
         connect(self, address)
 
@@ -120,7 +132,9 @@ def prepared(cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Prepa
 @pytest.fixture(scope="session")
 def engine(prepared: PreparedBackbone) -> Iterator[OpenVINOEngine]:
     """The embedded backbone in fp32, four images a batch, two streams: so that batches are padded and overtake one another."""
-    engine = OpenVINOEngine(prepared.openvino_path, prepared.preprocess, precision="fp32", batch_size=4, num_streams=2)
+    engine = OpenVINOEngine(
+        prepared.openvino_path, prepared.preprocess, precision="fp32", batch_size=4, num_streams=2
+    )
     yield engine
     engine.close()
 
@@ -176,7 +190,12 @@ def run_forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunForked]:
     """
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
     process = subprocess.Popen(
-        [sys.executable, "-c", _FORKER], cwd=PROJECT_DIR, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", _FORKER],
+        cwd=PROJECT_DIR,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdin is not None
     assert process.stdout is not None
@@ -184,7 +203,10 @@ def run_forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunForked]:
     def run(jobs: list[tuple[str, dict[str, str]]]) -> list[tuple[int, str]]:
         folder = tmp_path_factory.mktemp("forked")
         outputs = [folder / str(index) for index in range(len(jobs))]
-        request = [{"code": code, "env": env, "output": str(output)} for (code, env), output in zip(jobs, outputs, strict=True)]
+        request = [
+            {"code": code, "env": env, "output": str(output)}
+            for (code, env), output in zip(jobs, outputs, strict=True)
+        ]
         process.stdin.write(json.dumps(request) + "\n")
         process.stdin.flush()
         codes = json.loads(process.stdout.readline())

@@ -24,9 +24,18 @@ NUM_CLIENTS = 32
 
 def test_folder_to_prediction(tmp_path: Path) -> None:
     data = write_class_folders(tmp_path / "shapes", 16)
-    folders = ("--output", tmp_path / "runs", "--repository", tmp_path / "checkpoints", "--cache-dir", tmp_path / "cache")
+    folders = (
+        "--output",
+        tmp_path / "runs",
+        "--repository",
+        tmp_path / "checkpoints",
+        "--cache-dir",
+        tmp_path / "cache",
+    )
     command = [sys.executable, ROOT / "finetune" / "run.py", "--data", data, *folders]
-    done = subprocess.run([str(part) for part in command], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [str(part) for part in command], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
 
     checkpoint = checkpoints.load_checkpoint(tmp_path / "checkpoints" / "shapes" / "1")
@@ -36,24 +45,43 @@ def test_folder_to_prediction(tmp_path: Path) -> None:
     features = run(engine, np.stack([checkpoint.preprocess(image) for image in good]))
     engine.close()
     scores = softmax(checkpoints.logits(checkpoint, features) / checkpoint.temperature)
-    broken = [b"", b"hello", good[0][:300], good[1][: len(good[1]) // 2], b"\xff\xd8\xff" + os.urandom(500), b"<svg></svg>"]
+    broken = [
+        b"",
+        b"hello",
+        good[0][:300],
+        good[1][: len(good[1]) // 2],
+        b"\xff\xd8\xff" + os.urandom(500),
+        b"<svg></svg>",
+    ]
 
     with serve(tmp_path / "serve.log", {"CHECKPOINTS": str(tmp_path / "checkpoints")}) as server:
 
         def ask(number: int) -> tuple[int, requests.Response]:
             """Every third request is a broken image, the others alternate between multipart and raw."""
             if number % 3 == 2:
-                return -1, requests.post(f"{server.url}/predict", files={"images": ("x.jpg", broken[number % len(broken)])}, timeout=30)
+                return -1, requests.post(
+                    f"{server.url}/predict",
+                    files={"images": ("x.jpg", broken[number % len(broken)])},
+                    timeout=30,
+                )
             index = number % len(good)
             if number % 3:
-                return index, requests.post(f"{server.url}/predict?top_k=3", files={"images": ("x", good[index])}, timeout=30)
+                return index, requests.post(
+                    f"{server.url}/predict?top_k=3",
+                    files={"images": ("x", good[index])},
+                    timeout=30,
+                )
             headers = {"Content-Type": "image/jpeg"}
-            return index, requests.post(f"{server.url}/predict?top_k=3", data=good[index], headers=headers, timeout=30)
+            return index, requests.post(
+                f"{server.url}/predict?top_k=3", data=good[index], headers=headers, timeout=30
+            )
 
         with ThreadPoolExecutor(NUM_CLIENTS) as clients:
             answers = list(clients.map(ask, range(9 * NUM_CLIENTS)))
 
-    assert {index for index, _ in answers} == {-1, *range(len(good))} - {index for index in range(len(good)) if index % 3 == 2}
+    assert {index for index, _ in answers} == {-1, *range(len(good))} - {
+        index for index in range(len(good)) if index % 3 == 2
+    }
     for index, answer in answers:
         if index < 0:
             assert 400 <= answer.status_code < 500, answer.text
@@ -63,4 +91,6 @@ def test_folder_to_prediction(tmp_path: Path) -> None:
         (prediction,) = answer.json()["predictions"]
         assert prediction["label"] == checkpoint.label_names[scores[index].argmax()]
         by_label = {entry["label"]: entry["score"] for entry in prediction["top"]}
-        np.testing.assert_allclose([by_label[name] for name in checkpoint.label_names], scores[index], atol=1e-3)
+        np.testing.assert_allclose(
+            [by_label[name] for name in checkpoint.label_names], scores[index], atol=1e-3
+        )

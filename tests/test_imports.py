@@ -15,8 +15,15 @@ FORBIDDEN = {"models": {"finetune", "service"}, "finetune": {"service"}, "servic
 
 def imported_packages(path: Path) -> set[str]:
     tree = ast.parse(path.read_text())
-    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+    names = {
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    }
+    names |= {
+        node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module
+    }
     return {name.split(".")[0] for name in names}
 
 
@@ -30,13 +37,24 @@ def test_room_imports_only_what_it_may(room: str) -> None:
 
 def test_only_backbone_knows_timm() -> None:
     knowing = {
-        str(path.relative_to(ROOT)) for room in FORBIDDEN for path in (ROOT / room).rglob("*.py") if "timm" in imported_packages(path)
+        str(path.relative_to(ROOT))
+        for room in FORBIDDEN
+        for path in (ROOT / room).rglob("*.py")
+        if "timm" in imported_packages(path)
     }
     assert knowing == {"models/backbone/build.py"}
 
 
 @pytest.mark.parametrize(
-    "module", ["service.app", "finetune.run", "models.preprocess", "models.engine.engine", "models.checkpoint", "models.prepared"]
+    "module",
+    [
+        "service.app",
+        "finetune.run",
+        "models.preprocess",
+        "models.engine.engine",
+        "models.checkpoint",
+        "models.prepared",
+    ],
 )
 def test_importable_where_torch_is_not(module: str) -> None:
     code = f"import sys; sys.modules['torch'] = None; import {module}"

@@ -25,7 +25,11 @@ from models.engine.engine import num_cpus
 
 TOP_K = 5
 MAX_BATCH_SIZE = 16
-NUM_WORKERS = int(os.environ.get("GRAFT_PEER_WORKERS", 1 if os.environ["GRAFT_PEER_ENGINE"] == "torch" else num_cpus()))
+NUM_WORKERS = int(
+    os.environ.get(
+        "GRAFT_PEER_WORKERS", 1 if os.environ["GRAFT_PEER_ENGINE"] == "torch" else num_cpus()
+    )
+)
 THREADS_PER_WORKER = max(1, num_cpus() // NUM_WORKERS)
 
 Input = Any  # what `decode` gives and `predict` takes: a tensor, or an array of pixels
@@ -61,7 +65,9 @@ class TorchClassifier:
         self._memory_format = torch.channels_last if tuned else torch.contiguous_format
         self._dtype = torch.bfloat16 if tuned else torch.float32
         self._model = self._model.to(dtype=self._dtype, memory_format=self._memory_format)
-        self._transform = timm.data.create_transform(**timm.data.resolve_model_data_config(self._model), is_training=False)
+        self._transform = timm.data.create_transform(
+            **timm.data.resolve_model_data_config(self._model), is_training=False
+        )
         self._label_names = _label_names(checkpoint)
 
     def decode(self, data: bytes) -> Input:
@@ -70,10 +76,15 @@ class TorchClassifier:
     def predict(self, inputs: Sequence[Input]) -> list[Answer]:
         torch = self._torch
         with torch.inference_mode():
-            batch = torch.stack(list(inputs)).to(dtype=self._dtype, memory_format=self._memory_format)
+            batch = torch.stack(list(inputs)).to(
+                dtype=self._dtype, memory_format=self._memory_format
+            )
             scores = self._model(batch).float().softmax(1)
             best = scores.topk(min(TOP_K, scores.shape[1]))
-        return [_answer(self._label_names, *row) for row in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
+        return [
+            _answer(self._label_names, *row)
+            for row in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        ]
 
 
 class EngineClassifier:
@@ -84,20 +95,30 @@ class EngineClassifier:
         from models.engine.engine import OpenVINOEngine, run
 
         loaded = load_checkpoint(checkpoint)
-        found = {name: loaded.engine[name] for name in ("precision", "batch_size", "images_per_second")}
-        self._engine = OpenVINOEngine(loaded.openvino_path, loaded.preprocess, num_streams=num_streams, **found)
+        found = {
+            name: loaded.engine[name] for name in ("precision", "batch_size", "images_per_second")
+        }
+        self._engine = OpenVINOEngine(
+            loaded.openvino_path, loaded.preprocess, num_streams=num_streams, **found
+        )
         self._checkpoint, self._logits, self._run = loaded, logits, run
 
     def decode(self, data: bytes) -> Input:
         return self._checkpoint.preprocess(data)
 
     def predict(self, inputs: Sequence[Input]) -> list[Answer]:
-        scaled = self._logits(self._checkpoint, self._run(self._engine, np.stack(inputs))) / self._checkpoint.temperature
+        scaled = (
+            self._logits(self._checkpoint, self._run(self._engine, np.stack(inputs)))
+            / self._checkpoint.temperature
+        )
         exponents = np.exp(scaled - scaled.max(axis=1, keepdims=True))
         scores = exponents / exponents.sum(axis=1, keepdims=True)
         best = np.argsort(-scores, axis=1)[:, :TOP_K]
         names = self._checkpoint.label_names
-        return [_answer(names, row[columns].tolist(), columns.tolist()) for row, columns in zip(scores, best, strict=True)]
+        return [
+            _answer(names, row[columns].tolist(), columns.tolist())
+            for row, columns in zip(scores, best, strict=True)
+        ]
 
 
 def load_classifier(*, num_threads: int) -> Classifier:
@@ -116,6 +137,7 @@ def _label_names(checkpoint: Path) -> list[str]:
 
 def _answer(names: Sequence[str], scores: Sequence[float], columns: Sequence[int]) -> Answer:
     top: list[dict[str, str | float]] = [
-        {"label": names[column], "score": round(score, 6)} for score, column in zip(scores, columns, strict=True)
+        {"label": names[column], "score": round(score, 6)}
+        for score, column in zip(scores, columns, strict=True)
     ]
     return {"label": names[columns[0]], "score": round(scores[0], 6), "top": top}

@@ -17,7 +17,9 @@ from fastai.vision.all import ImageDataLoaders, Resize, accuracy, set_seed, visi
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--backbone", default="tf_efficientnet_lite0")
@@ -28,9 +30,13 @@ def main() -> None:
     args = parser.parse_args()
 
     set_seed(args.seed)
-    loaders = ImageDataLoaders.from_folder(args.data, train="train", valid="val", item_tfms=Resize(224), num_workers=args.workers)
+    loaders = ImageDataLoaders.from_folder(
+        args.data, train="train", valid="val", item_tfms=Resize(224), num_workers=args.workers
+    )
     # fastai hands what it does not know to timm, which then reads the weights from the file instead of its hub.
-    learner = vision_learner(loaders, args.backbone, metrics=accuracy, pretrained_cfg_overlay={"file": str(args.weights)})
+    learner = vision_learner(
+        loaders, args.backbone, metrics=accuracy, pretrained_cfg_overlay={"file": str(args.weights)}
+    )
     getattr(learner, args.recipe)(args.epochs)
     print(json.dumps({"accuracy": float(learner.recorder.values[-1][-1])}))
 

@@ -13,7 +13,13 @@ import bentoml
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.peers.classifiers import MAX_BATCH_SIZE, NUM_WORKERS, THREADS_PER_WORKER, Answer, load_classifier
+from benchmarks.peers.classifiers import (
+    MAX_BATCH_SIZE,
+    NUM_WORKERS,
+    THREADS_PER_WORKER,
+    Answer,
+    load_classifier,
+)
 
 
 @bentoml.service(workers=NUM_WORKERS, traffic={"timeout": 60})
@@ -40,7 +46,9 @@ class Classify:
 
     @bentoml.api(route="/predict")  # type: ignore[untyped-decorator]
     async def predict(self, images: Path) -> Answer:
-        decoded = await asyncio.to_thread(lambda: np.asarray(self._classifier.decode(images.read_bytes()))[None])
+        decoded = await asyncio.to_thread(
+            lambda: np.asarray(self._classifier.decode(images.read_bytes()))[None]
+        )
         answers: list[Answer] = await self.runner.to_async.predict(decoded)
         return answers[0]
 

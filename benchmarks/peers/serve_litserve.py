@@ -14,7 +14,13 @@ if __name__ == "__main__":
 import litserve  # type: ignore[import-not-found]
 from starlette.requests import Request
 
-from benchmarks.peers.classifiers import MAX_BATCH_SIZE, NUM_WORKERS, THREADS_PER_WORKER, Answer, load_classifier
+from benchmarks.peers.classifiers import (
+    MAX_BATCH_SIZE,
+    NUM_WORKERS,
+    THREADS_PER_WORKER,
+    Answer,
+    load_classifier,
+)
 
 
 class ClassifyAPI(litserve.LitAPI):  # type: ignore[misc]
@@ -40,4 +46,6 @@ class ClassifyAPI(litserve.LitAPI):  # type: ignore[misc]
 if __name__ == "__main__":
     api = ClassifyAPI(max_batch_size=MAX_BATCH_SIZE, batch_timeout=0.005)
     server = litserve.LitServer(api, accelerator="cpu", workers_per_device=NUM_WORKERS, timeout=60)
-    server.run(host="127.0.0.1", port=int(sys.argv[1]), generate_client_file=False, log_level="warning")
+    server.run(
+        host="127.0.0.1", port=int(sys.argv[1]), generate_client_file=False, log_level="warning"
+    )

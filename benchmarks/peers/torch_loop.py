@@ -25,7 +25,9 @@ Loader = DataLoader[tuple[torch.Tensor, torch.Tensor]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--backbone", default="tf_efficientnet_lite0")
@@ -41,19 +43,48 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     num_classes = sum(path.is_dir() for path in (args.data / "train").iterdir())
     file = {"file": str(args.weights)}
-    model = timm.create_model(args.backbone, pretrained=True, num_classes=num_classes, pretrained_cfg_overlay=file).to(device)
+    model = timm.create_model(
+        args.backbone, pretrained=True, num_classes=num_classes, pretrained_cfg_overlay=file
+    ).to(device)
     model.requires_grad_(False)
     model.get_classifier().requires_grad_(True)
-    train_loader, val_loader = load_data(args.data, model.pretrained_cfg, args.batch_size, args.workers)
+    train_loader, val_loader = load_data(
+        args.data, model.pretrained_cfg, args.batch_size, args.workers
+    )
     optimizer = torch.optim.SGD(model.get_classifier().parameters(), lr=args.lr, momentum=0.9)
-    print(json.dumps({"accuracy": fit(model, optimizer, train_loader, val_loader, device, args.epochs, args.tutorial_batch_norm)}))
+    print(
+        json.dumps(
+            {
+                "accuracy": fit(
+                    model,
+                    optimizer,
+                    train_loader,
+                    val_loader,
+                    device,
+                    args.epochs,
+                    args.tutorial_batch_norm,
+                )
+            }
+        )
+    )
 
 
-def load_data(folder: Path, cfg: dict[str, tuple[float, ...]], batch_size: int, num_workers: int) -> tuple[Loader, Loader]:
+def load_data(
+    folder: Path, cfg: dict[str, tuple[float, ...]], batch_size: int, num_workers: int
+) -> tuple[Loader, Loader]:
     """The tutorial's transforms, with the backbone's own mean and std."""
     normalize = transforms.Normalize(cfg["mean"], cfg["std"])
-    augment = transforms.Compose([transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip(), transforms.ToTensor(), normalize])
-    plain = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224), transforms.ToTensor(), normalize])
+    augment = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(224),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            normalize,
+        ]
+    )
+    plain = transforms.Compose(
+        [transforms.Resize(256), transforms.CenterCrop(224), transforms.ToTensor(), normalize]
+    )
     train = datasets.ImageFolder(str(folder / "train"), augment)
     val = datasets.ImageFolder(str(folder / "val"), plain)
     return (
@@ -89,7 +120,9 @@ def fit(
     return best
 
 
-def train_epoch(model: nn.Module, loader: Loader, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+def train_epoch(
+    model: nn.Module, loader: Loader, optimizer: torch.optim.Optimizer, device: torch.device
+) -> None:
     criterion = nn.CrossEntropyLoss()
     for images, labels in loader:
         optimizer.zero_grad()

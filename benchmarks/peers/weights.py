@@ -23,10 +23,18 @@ def main(name: str, path: Path) -> None:
     """Raises AssertionError where timm, reading the file, does not end with the same tensors in every place but the classifier."""
     backbone = build_backbone(name, num_classes=2)
     prefix = f"{backbone.classifier}."
-    tensors = {key: tensor for key, tensor in backbone.model.state_dict().items() if not key.startswith(prefix)}
+    tensors = {
+        key: tensor
+        for key, tensor in backbone.model.state_dict().items()
+        if not key.startswith(prefix)
+    }
     save_file(tensors, path)
-    read = timm.create_model(name, pretrained=True, num_classes=2, pretrained_cfg_overlay={"file": str(path)}).state_dict()
-    assert all(torch.equal(tensor, read[key]) for key, tensor in tensors.items()), f"{path}: timm reads other weights from it"
+    read = timm.create_model(
+        name, pretrained=True, num_classes=2, pretrained_cfg_overlay={"file": str(path)}
+    ).state_dict()
+    assert all(torch.equal(tensor, read[key]) for key, tensor in tensors.items()), (
+        f"{path}: timm reads other weights from it"
+    )
 
 
 if __name__ == "__main__":

@@ -50,7 +50,10 @@ WORDING: dict[Kind, Wording] = {
         "What a split does not hold, it cannot teach or measure. Add images, or let Graft draw the split.",
     ),
     "small_class": Wording(
-        "small class", "small classes", "Classes with few images", "A class is learnt from a few dozen images. Add some, or merge classes."
+        "small class",
+        "small classes",
+        "Classes with few images",
+        "A class is learnt from a few dozen images. Add some, or merge classes.",
     ),
     "wrong_extension": Wording(
         "wrong extension",
@@ -143,7 +146,11 @@ class Audit:
         """Raise GraftError where an image is in two splits."""
         leaks = self.leaks
         if leaks:
-            shown = "\n".join(f"  {finding.sample.key}: {finding.detail}" for finding in leaks[:10] if finding.sample is not None)
+            shown = "\n".join(
+                f"  {finding.sample.key}: {finding.detail}"
+                for finding in leaks[:10]
+                if finding.sample is not None
+            )
             more = f"\n  and {len(leaks) - 10} more" if len(leaks) > 10 else ""
             raise GraftError(
                 f"{_count(len(leaks), 'image leaks', 'images leak')} from one split to another:\n{shown}{more}\n"
@@ -152,8 +159,15 @@ class Audit:
 
     def to_dict(self) -> dict[str, Any]:
         """As metrics.json holds it."""
-        accuracy = {split: {"all": whole, "without_leaks": clean} for split, (whole, clean) in self.accuracy.items()}
-        return {"num_images": self.num_images, "found": self.count(), self.metric.replace(" ", "_"): accuracy}
+        accuracy = {
+            split: {"all": whole, "without_leaks": clean}
+            for split, (whole, clean) in self.accuracy.items()
+        }
+        return {
+            "num_images": self.num_images,
+            "found": self.count(),
+            self.metric.replace(" ", "_"): accuracy,
+        }
 
     def to_csv(self) -> str:
         """`kind,split,path,label,detail,score`, a row for each finding."""
@@ -163,19 +177,28 @@ class Audit:
         for finding in self.findings:
             place = "" if finding.sample is None else finding.sample.place
             score = "" if finding.score is None else f"{finding.score:.4f}"
-            rows.writerow((finding.kind, finding.split, place, finding.label, finding.detail, score))
+            rows.writerow(
+                (finding.kind, finding.split, place, finding.label, finding.detail, score)
+            )
         return text.getvalue()
 
     @property
     def summary(self) -> str:
         """How many images, and how many of each kind of finding."""
-        found = [_count(number, WORDING[kind].one, WORDING[kind].many) for kind, number in self.count().items() if number]
+        found = [
+            _count(number, WORDING[kind].one, WORDING[kind].many)
+            for kind, number in self.count().items()
+            if number
+        ]
         return f"{self.num_images:,} images: {', '.join(found) or 'nothing to complain of'}"
 
     def to_lines(self) -> list[str]:
         """What a run says: what was found, in one line, and what the leaks are worth in another."""
         lines = [f"audit of {self.summary}"]
-        lines += [f"audit: {finding.detail}" for finding in self.of_kind("missing_class", "small_class")[:5]]
+        lines += [
+            f"audit: {finding.detail}"
+            for finding in self.of_kind("missing_class", "small_class")[:5]
+        ]
         return lines + [f"audit: {line}" for line in self.describe_leaks()]
 
     def describe_leaks(self) -> list[str]:

@@ -34,15 +34,22 @@ def confident_thresholds(probabilities: Floats, labels: Labels) -> Floats:
     return np.where(counts > 0, sums / np.maximum(counts, 1), 1).astype(np.float32)
 
 
-def judge_label_rows(probabilities: Floats, rows: Labels, out_of_fold: Floats, train_rows: Labels) -> Iterator[tuple[int, LabelQuality]]:
+def judge_label_rows(
+    probabilities: Floats, rows: Labels, out_of_fold: Floats, train_rows: Labels
+) -> Iterator[tuple[int, LabelQuality]]:
     """For each label of multi-label data its number, and of each sample whether it is rightly there or missing.
 
     A label is a classification into 0, without it, and 1, with it, of its own: held-out `probabilities` and `rows` are `[N,C]`, and
     what each class gets on its own samples is taken from the training split's `out_of_fold` and `train_rows`.
     """
     for label in range(rows.shape[1]):
-        thresholds = confident_thresholds(_with_and_without(out_of_fold[:, label]), train_rows[:, label])
-        yield label, judge_labels(_with_and_without(probabilities[:, label]), rows[:, label], thresholds)
+        thresholds = confident_thresholds(
+            _with_and_without(out_of_fold[:, label]), train_rows[:, label]
+        )
+        yield (
+            label,
+            judge_labels(_with_and_without(probabilities[:, label]), rows[:, label], thresholds),
+        )
 
 
 def _with_and_without(probabilities: Floats) -> Floats:
@@ -65,4 +72,6 @@ def judge_labels(probabilities: Floats, labels: Labels, thresholds: Floats) -> L
     is_likelier = others[rows, suggested] > probabilities[rows, labels]
     is_issue = np.zeros(len(labels), bool)
     is_issue[np.argsort(-np.where(is_likelier, score, -1), kind="stable")[:num_issues]] = True
-    return LabelQuality(score.astype(np.float32), suggested.astype(np.int64), is_issue & is_likelier)
+    return LabelQuality(
+        score.astype(np.float32), suggested.astype(np.int64), is_issue & is_likelier
+    )

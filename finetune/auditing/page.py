@@ -25,7 +25,11 @@ def write_page(audit: Audit, data: str) -> str:
     counts = {kind: number for kind, number in audit.count().items() if number}
     tiles = "".join(_tile(kind, number) for kind, number in counts.items())
     sections = "".join(_section(audit, kind) for kind in counts)
-    nothing = "" if counts else '<p class="none">Nothing to complain of: every image was read, and none stood out.</p>'
+    nothing = (
+        ""
+        if counts
+        else '<p class="none">Nothing to complain of: every image was read, and none stood out.</p>'
+    )
     return _PAGE.format(
         style=_STYLE,
         script=_SCRIPT,
@@ -48,7 +52,11 @@ def _score(audit: Audit, split: str) -> str:
     whole, clean = next(scores for name, scores in audit.accuracy.items() if name == split)
     text = f"The probe's {split} {audit.metric} is <b>{whole:.1%}</b>"
     if any(finding.split == split for finding in audit.leaks):
-        text += ", with nothing but images of other splits" if clean is None else f", and <b>{clean:.1%}</b> without the leaks"
+        text += (
+            ", with nothing but images of other splits"
+            if clean is None
+            else f", and <b>{clean:.1%}</b> without the leaks"
+        )
     return f"<p>{text}.</p>"
 
 
@@ -73,7 +81,11 @@ def _card(finding: Finding) -> str:
         # Without the detail, which says in words what the second picture shows.
         detail = '<p class="detail differ">the labels differ</p>' if label != finding.label else ""
         pictures += _picture(sample, split, label, None)
-    score = "" if finding.score is None else f'<span class="score" title="score">{finding.score:.3f}</span>'
+    score = (
+        ""
+        if finding.score is None
+        else f'<span class="score" title="score">{finding.score:.3f}</span>'
+    )
     wide = " pair" if finding.other is not None else ""
     return f'<article class="card{wide}"><div class="pictures">{pictures}</div><div class="under">{detail}{score}</div></article>'
 
@@ -83,7 +95,11 @@ def _picture(sample: Sample, split: str, label: str, suggested: str | None) -> s
     place = escape(_printable(sample.place))
     name = escape(_printable(sample.key.replace("\\", "/").rpartition("/")[2]))
     uri = _thumbnail(sample)
-    image = '<span class="blank">cannot be shown</span>' if uri is None else f'<img src="{uri}" alt="" loading="lazy">'
+    image = (
+        '<span class="blank">cannot be shown</span>'
+        if uri is None
+        else f'<img src="{uri}" alt="" loading="lazy">'
+    )
     rather = "" if suggested is None else f' <span class="rather">→ {escape(suggested)}</span>'
     return (
         f'<label class="picture" title="{key}"><input type="checkbox" value="{place}">{image}'

@@ -18,10 +18,14 @@ _UNEVEN = 10
 def class_weights(labels: Labels, num_classes: int) -> Floats:
     """Inverse to how often each class comes in `labels` `[N]`: `[C]`, 1 on average over the images, 0 for a class without any."""
     counts = np.bincount(labels, minlength=num_classes)
-    return np.where(counts > 0, len(labels) / (np.count_nonzero(counts) * np.maximum(counts, 1)), 0).astype(np.float32)
+    return np.where(
+        counts > 0, len(labels) / (np.count_nonzero(counts) * np.maximum(counts, 1)), 0
+    ).astype(np.float32)
 
 
-def draw_balanced(order: npt.NDArray[np.int64], weights: Floats, start: float) -> npt.NDArray[np.int64]:
+def draw_balanced(
+    order: npt.NDArray[np.int64], weights: Floats, start: float
+) -> npt.NDArray[np.int64]:
     """As many images as `order` `[N]` holds, each as often as its weight says, rounded up or down: `[N]`, those of an image side by side.
 
     `weights` `[N]` are by image and 1 on average. Systematic sampling: N points at equal distances, the first at `start` in [0, 1), on
@@ -29,7 +33,9 @@ def draw_balanced(order: npt.NDArray[np.int64], weights: Floats, start: float) -
     """
     ends = np.cumsum(weights[order], dtype=np.float64)
     points = (np.arange(len(order)) + start) * (ends[-1] / len(order))
-    drawn: npt.NDArray[np.int64] = order[np.searchsorted(ends, points, side="right").clip(max=len(order) - 1)]
+    drawn: npt.NDArray[np.int64] = order[
+        np.searchsorted(ends, points, side="right").clip(max=len(order) - 1)
+    ]
     return drawn
 
 

@@ -55,10 +55,21 @@ class FeatureCache:
     Raises GraftError where the folder cannot be written.
     """
 
-    def __init__(self, cache_dir: Path, fingerprint: str, engine: EngineInfo, num_features: int) -> None:
+    def __init__(
+        self, cache_dir: Path, fingerprint: str, engine: EngineInfo, num_features: int
+    ) -> None:
         # Another precision, batch, library or processor rounds differently.
-        parts = [fingerprint, engine.engine, engine.device, engine.precision, engine.batch_size, num_features]
-        self.folder = cache_dir / "features" / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+        parts = [
+            fingerprint,
+            engine.engine,
+            engine.device,
+            engine.precision,
+            engine.batch_size,
+            num_features,
+        ]
+        self.folder = (
+            cache_dir / "features" / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+        )
         self.num_hits = 0
         self.num_misses = 0
         self._is_full = False
@@ -77,12 +88,19 @@ class FeatureCache:
                     merge_segments(self.folder, self._record_size)
                 self._index_all()
         except OSError as error:
-            raise GraftError(f"--cache-dir {cache_dir}: {error.strerror}: {error.filename}; name another, or say --no-cache") from error
+            raise GraftError(
+                f"--cache-dir {cache_dir}: {error.strerror}: {error.filename}; name another, or say --no-cache"
+            ) from error
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         for descriptor in (*self._readers, *(self._writers or ())):
             os.close(descriptor)
 
@@ -113,13 +131,20 @@ class FeatureCache:
             _write_all(keys_writer, b"".join(digests))
         except OSError as error:
             self._is_full = True
-            logger.warning("the feature cache %s cannot take more (%s); this run goes on without it", self.folder, error.strerror)
+            logger.warning(
+                "the feature cache %s cannot take more (%s); this run goes on without it",
+                self.folder,
+                error.strerror,
+            )
 
     def _open_writers(self) -> tuple[int, int]:
         while self._writers is None:
             stem = self.folder / uuid.uuid4().hex
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND
-            rows, keys = os.open(f"{stem}.rows", flags, 0o644), os.open(f"{stem}.keys", flags, 0o644)
+            rows, keys = (
+                os.open(f"{stem}.rows", flags, 0o644),
+                os.open(f"{stem}.keys", flags, 0o644),
+            )
             # It says that a run writes here, for as long as the process lives. A merge may have been faster and taken the file away.
             with contextlib.suppress(OSError):
                 fcntl.flock(keys, fcntl.LOCK_EX)
@@ -163,7 +188,11 @@ def merge_segments(folder: Path, record_size: int) -> None:
         for keys_path in sorted(folder.glob("*.keys")):
             rows_path = keys_path.with_suffix(".rows")
             is_large = rows_path.exists() and rows_path.stat().st_size >= _LARGE_BYTES
-            if len(merged) < _MAX_MERGED and not is_large and stack.enter_context(_locked(keys_path)):
+            if (
+                len(merged) < _MAX_MERGED
+                and not is_large
+                and stack.enter_context(_locked(keys_path))
+            ):
                 merged.append(keys_path)
         if len(merged) < 2:
             return
@@ -173,7 +202,11 @@ def merge_segments(folder: Path, record_size: int) -> None:
         except OSError as error:
             for suffix in (".rows", ".unfinished"):
                 stem.with_suffix(suffix).unlink(missing_ok=True)
-            logger.warning("the feature cache %s has many small files that cannot be merged: %s", folder, error.strerror)
+            logger.warning(
+                "the feature cache %s has many small files that cannot be merged: %s",
+                folder,
+                error.strerror,
+            )
             return
         for keys_path in merged:
             # In this order: keys without rows are found and removed by the next merge, rows without keys by nobody.
@@ -186,7 +219,10 @@ def _write_merged(segments: Sequence[Path], stem: Path, record_size: int) -> Non
     seen: set[bytes] = set()
     with unfinished.open("wb") as keys, stem.with_suffix(".rows").open("wb") as rows:
         for keys_path in segments:
-            with contextlib.suppress(FileNotFoundError), keys_path.with_suffix(".rows").open("rb") as file:
+            with (
+                contextlib.suppress(FileNotFoundError),
+                keys_path.with_suffix(".rows").open("rb") as file,
+            ):
                 for digest in _read_keys(keys_path, file.fileno(), record_size):
                     record = file.read(record_size)
                     if digest not in seen and _is_whole(record, record_size):

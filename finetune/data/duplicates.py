@@ -29,7 +29,9 @@ from finetune.terminal import progress_bar
 from models.engine.engine import EngineInfo
 from models.preprocess import FORMATS, ImageError, Preprocess
 
-_WHOLE_IMAGE = Preprocess(height=32, width=32, crop_fraction=1.0, crop_mode="squash", interpolation="bilinear")
+_WHOLE_IMAGE = Preprocess(
+    height=32, width=32, crop_fraction=1.0, crop_mode="squash", interpolation="bilinear"
+)
 _COARSE_SIDE = 8
 _NUM_CELLS = 3 * _COARSE_SIDE**2
 # How far two copies may differ in any cell, of 255. Measured on the 32x32 grid: 400 copies of emoji (JPEG of quality 30 to 85, WebP, half
@@ -99,7 +101,9 @@ def open_grids(cache_dir: Path) -> FeatureCache:
     return FeatureCache(cache_dir, "coarse grid, 1", how, _NUM_CELLS)
 
 
-def find_duplicates(splits: Splits, *, num_workers: int, cache: FeatureCache | None = None) -> Duplicates:
+def find_duplicates(
+    splits: Splits, *, num_workers: int, cache: FeatureCache | None = None
+) -> Duplicates:
     """Groups of copies within and across splits; an image that cannot be read is in none. `cache` holds coarse grids."""
     samples = [sample for _, of_split in splits.named() for sample in of_split]
     grids = np.zeros((len(samples), _NUM_CELLS), np.uint8)
@@ -113,17 +117,32 @@ def find_duplicates(splits: Splits, *, num_workers: int, cache: FeatureCache | N
             if cache is not None and glimpse.is_new:
                 cache.write([glimpse.digest], glimpse.grid[None])
     places = np.flatnonzero(is_read)
-    pairs = [(int(places[first]), int(places[second])) for first, second in _near_pairs(grids[places])]
+    pairs = [
+        (int(places[first]), int(places[second])) for first, second in _near_pairs(grids[places])
+    ]
     again = sorted({index for pair in pairs for index in pair})
-    looks = dict(zip(again, _map(_look_at, [samples[index] for index in again], num_workers, "comparing copies"), strict=True))
+    looks = dict(
+        zip(
+            again,
+            _map(_look_at, [samples[index] for index in again], num_workers, "comparing copies"),
+            strict=True,
+        )
+    )
 
     def is_copy(pair: tuple[int, int]) -> bool:
         first, second = looks[pair[0]], looks[pair[1]]
         return first is not None and second is not None and first.is_copy_of(second)
 
     groups = _connect(pair for pair in pairs if is_copy(pair))
-    in_groups = {id(samples[index]): look for group in groups for index in group if (look := looks[index]) is not None}
-    return Duplicates(tuple(tuple(samples[index] for index in group) for group in groups), in_groups, digests)
+    in_groups = {
+        id(samples[index]): look
+        for group in groups
+        for index in group
+        if (look := looks[index]) is not None
+    }
+    return Duplicates(
+        tuple(tuple(samples[index] for index in group) for group in groups), in_groups, digests
+    )
 
 
 @dataclass(frozen=True)
@@ -145,7 +164,9 @@ def _glance_at(sample: Sample, cache: FeatureCache | None) -> _Glimpse | None:
     if cache is not None and cache.read(digest, grid):
         return _Glimpse(digest, grid, False)
     look = _look(data)
-    return None if look is None else _Glimpse(digest, look.coarse.reshape(-1).astype(np.float32), True)
+    return (
+        None if look is None else _Glimpse(digest, look.coarse.reshape(-1).astype(np.float32), True)
+    )
 
 
 def _look_at(sample: Sample) -> Look | None:
@@ -162,7 +183,9 @@ def _look(data: bytes) -> Look | None:
     except ImageError:
         return None
     # From the fine grid: scaled at once, it would depend on the size scaled from.
-    coarse = np.asarray(Image.fromarray(fine).resize((_COARSE_SIDE, _COARSE_SIDE), Image.Resampling.BILINEAR))
+    coarse = np.asarray(
+        Image.fromarray(fine).resize((_COARSE_SIDE, _COARSE_SIDE), Image.Resampling.BILINEAR)
+    )
     shorter_side = min(Image.open(io.BytesIO(data), formats=FORMATS).size)
     return Look(digest_image(data), shorter_side, fine.astype(np.int16), coarse.astype(np.int16))
 
@@ -170,9 +193,14 @@ def _look(data: bytes) -> Look | None:
 _Result = TypeVar("_Result")
 
 
-def _map(work: Callable[[Sample], _Result], samples: Sequence[Sample], num_workers: int, description: str) -> Iterator[_Result]:
+def _map(
+    work: Callable[[Sample], _Result], samples: Sequence[Sample], num_workers: int, description: str
+) -> Iterator[_Result]:
     """In threads, in order, a few hundred at a time."""
-    with ThreadPoolExecutor(num_workers, thread_name_prefix="look") as pool, progress_bar(description, len(samples)) as advance:
+    with (
+        ThreadPoolExecutor(num_workers, thread_name_prefix="look") as pool,
+        progress_bar(description, len(samples)) as advance,
+    ):
         for start in range(0, len(samples), 256):
             chunk = samples[start : start + 256]
             yield from pool.map(work, chunk)

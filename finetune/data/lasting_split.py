@@ -25,7 +25,10 @@ _SIDES: dict[str, SplitName] = {"train": "train", "val": "val"}
 
 
 def load_lasting_splits(
-    options: SharedOptions, *, check: bool = True, restore: Callable[[Splits], Splits | None] | None = None
+    options: SharedOptions,
+    *,
+    check: bool = True,
+    restore: Callable[[Splits], Splits | None] | None = None,
 ) -> tuple[Splits, Duplicates]:
     """The images of `--data` and which of them are copies; `check` as in load_splits.
 
@@ -34,7 +37,12 @@ def load_lasting_splits(
     """
     kept = None if options.new_split else find_kept_split(options)
     splits = load_splits(
-        options.data, data_root=options.data_root, val_fraction=options.val_fraction, seed=options.seed, kept=kept, check=check
+        options.data,
+        data_root=options.data_root,
+        val_fraction=options.val_fraction,
+        seed=options.seed,
+        kept=kept,
+        check=check,
     )
     restored = None if restore is None else restore(splits)
     splits = restored or splits
@@ -53,7 +61,11 @@ def find_kept_split(options: SharedOptions) -> KeptSplit | None:
             continue
         try:
             with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-                split_of = {row["path"]: _SIDES[row["split"]] for row in csv.DictReader(file) if row["split"] in _SIDES}
+                split_of = {
+                    row["path"]: _SIDES[row["split"]]
+                    for row in csv.DictReader(file)
+                    if row["split"] in _SIDES
+                }
         except (OSError, ValueError, KeyError, csv.Error):
             split_of = {}
         if split_of:
@@ -62,7 +74,9 @@ def find_kept_split(options: SharedOptions) -> KeptSplit | None:
     return None
 
 
-def keep_together(splits: Splits, groups: Sequence[Sequence[Sample]], kept: KeptSplit | None, *, seed: int) -> Splits:
+def keep_together(
+    splits: Splits, groups: Sequence[Sequence[Sample]], kept: KeptSplit | None, *, seed: int
+) -> Splits:
     """`splits` with each group of duplicates on one side, where Graft drew the split; the very same object where none has to move.
 
     A group goes to the side where an earlier run had one of it, to train
@@ -75,7 +89,9 @@ def keep_together(splits: Splits, groups: Sequence[Sequence[Sample]], kept: Kept
     labels = splits.labels(pool)
     before = np.arange(len(pool)) >= len(splits.train)
     is_val, is_bound = before.copy(), np.zeros(len(pool), bool)
-    was = [None] * len(pool) if kept is None else [kept.split_of.get(sample.place) for sample in pool]
+    was = (
+        [None] * len(pool) if kept is None else [kept.split_of.get(sample.place) for sample in pool]
+    )
     places = {id(sample): index for index, sample in enumerate(pool)}
     for group in groups:
         members = [places[id(sample)] for sample in group if id(sample) in places]
@@ -91,7 +107,14 @@ def keep_together(splits: Splits, groups: Sequence[Sequence[Sample]], kept: Kept
     generator = np.random.default_rng(seed)
     for label in () if splits.is_multi_label else np.unique(labels):
         of_class = labels == label
-        can_move = np.array([index for index in np.flatnonzero(of_class & ~is_val & ~is_bound) if was[index] is None], np.int64)
+        can_move = np.array(
+            [
+                index
+                for index in np.flatnonzero(of_class & ~is_val & ~is_bound)
+                if was[index] is None
+            ],
+            np.int64,
+        )
         num_missing = max(0, int(before[of_class].sum() - is_val[of_class].sum()))
         is_val[generator.permutation(can_move)[:num_missing]] = True
         if is_val[of_class].all() or not is_val[of_class].any():
@@ -101,21 +124,33 @@ def keep_together(splits: Splits, groups: Sequence[Sequence[Sample]], kept: Kept
         return splits
     logger.info("split: %d images changed sides, so that duplicates are on one", num_moved)
     # In one order, whichever side they come from: the next run finds them in their source's.
-    order = sorted(range(len(pool)), key=lambda index: (pool[index].label, pool[index].labels, pool[index].key))
-    train, val = (tuple(pool[index] for index in order if is_val[index] == side) for side in (False, True))
+    order = sorted(
+        range(len(pool)), key=lambda index: (pool[index].label, pool[index].labels, pool[index].key)
+    )
+    train, val = (
+        tuple(pool[index] for index in order if is_val[index] == side) for side in (False, True)
+    )
     return replace(splits, train=train, val=val)
 
 
 def _fill_val(
-    labels: Labels, before: npt.NDArray[np.bool_], is_val: npt.NDArray[np.bool_], can_move: npt.NDArray[np.bool_], seed: int
+    labels: Labels,
+    before: npt.NDArray[np.bool_],
+    is_val: npt.NDArray[np.bool_],
+    can_move: npt.NDArray[np.bool_],
+    seed: int,
 ) -> npt.NDArray[np.bool_]:
     """Who of a multi-label pool `[N]` validates: `is_val`, and as many of those that can move as each label in `labels` `[N,C]` lost."""
     counted = np.column_stack([np.ones(len(labels), np.int64), labels])
     in_val = counted[before].sum(axis=0)
     wanted = np.stack([counted.sum(axis=0) - in_val, in_val]).astype(np.float64)
 
-    def fill(is_val: npt.NDArray[np.bool_], can_move: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-        return np.asarray(stratify(labels, wanted, seed=seed, placed=np.where(can_move, -1, is_val)) == 1)
+    def fill(
+        is_val: npt.NDArray[np.bool_], can_move: npt.NDArray[np.bool_]
+    ) -> npt.NDArray[np.bool_]:
+        return np.asarray(
+            stratify(labels, wanted, seed=seed, placed=np.where(can_move, -1, is_val)) == 1
+        )
 
     filled = fill(is_val, can_move)
     num_left = labels[filled].sum(axis=0)

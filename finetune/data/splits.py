@@ -14,7 +14,15 @@ import numpy.typing as npt
 
 from finetune.data.strata import stratify_val
 from models.errors import GraftError
-from models.sources import SEPARATOR, EncodedImage, FixedSplits, Labelled, SplitName, TorchvisionImage, read_source
+from models.sources import (
+    SEPARATOR,
+    EncodedImage,
+    FixedSplits,
+    Labelled,
+    SplitName,
+    TorchvisionImage,
+    read_source,
+)
 
 logger = logging.getLogger("graft.data")
 
@@ -111,7 +119,15 @@ class KeptSplit:
     split_of: Mapping[str, SplitName]
 
 
-def load_splits(data: str, *, data_root: Path, val_fraction: float, seed: int, kept: KeptSplit | None = None, check: bool = True) -> Splits:
+def load_splits(
+    data: str,
+    *,
+    data_root: Path,
+    val_fraction: float,
+    seed: int,
+    kept: KeptSplit | None = None,
+    check: bool = True,
+) -> Splits:
     """The images of `--data`, split; where Graft has to draw the split, images stay where an earlier run had them.
 
     Raises GraftError with the way out where there is nothing to train on, and, unless `check` is off, where a class is missing.
@@ -121,12 +137,26 @@ def load_splits(data: str, *, data_root: Path, val_fraction: float, seed: int, k
 
 
 def _to_splits(
-    data: str, labelled: Labelled, fixed: FixedSplits, val_fraction: float, seed: int, kept: KeptSplit | None, check: bool
+    data: str,
+    labelled: Labelled,
+    fixed: FixedSplits,
+    val_fraction: float,
+    seed: int,
+    kept: KeptSplit | None,
+    check: bool,
 ) -> Splits:
     if not labelled:
         raise GraftError(f"--data {data}: there is no image in it")
     is_multi_label = isinstance(labelled[0][1], tuple)
-    label_names = tuple(sorted({name for _, label, _ in labelled for name in ([label] if isinstance(label, str) else label)}))
+    label_names = tuple(
+        sorted(
+            {
+                name
+                for _, label, _ in labelled
+                for name in ([label] if isinstance(label, str) else label)
+            }
+        )
+    )
     numbers = {name: number for number, name in enumerate(label_names)}
     samples = [
         Sample(key, numbers[label], image)
@@ -136,18 +166,25 @@ def _to_splits(
     ]
     chosen: list[SplitName] = list(fixed) if fixed is not None else ["train"] * len(samples)
     if is_multi_label and not label_names:
-        raise GraftError(f"--data {data}: no image has a label; the column labels takes names with {SEPARATOR} between them")
+        raise GraftError(
+            f"--data {data}: no image has a label; the column labels takes names with {SEPARATOR} between them"
+        )
     if not is_multi_label and len(label_names) < 2:
-        raise GraftError(f"--data {data}: only one class, {label_names[0]!r}; a classifier needs two or more")
+        raise GraftError(
+            f"--data {data}: only one class, {label_names[0]!r}; a classifier needs two or more"
+        )
     is_drawn = "val" not in chosen
     if is_drawn and is_multi_label:
         _split_off_val_of_many(samples, len(label_names), chosen, val_fraction, seed, kept)
     elif is_drawn:
         _split_off_val(data, samples, label_names, chosen, val_fraction, seed, kept, check)
     by_split = {
-        name: tuple(sample for sample, split in zip(samples, chosen, strict=True) if split == name) for name in ("train", "val", "test")
+        name: tuple(sample for sample, split in zip(samples, chosen, strict=True) if split == name)
+        for name in ("train", "val", "test")
     }
-    splits = Splits(label_names, by_split["train"], by_split["val"], by_split["test"], is_drawn, is_multi_label)
+    splits = Splits(
+        label_names, by_split["train"], by_split["val"], by_split["test"], is_drawn, is_multi_label
+    )
     if check:
         _check_classes(splits, f"--data {data}")
     return splits
@@ -167,13 +204,23 @@ def _split_off_val(
 
     What an earlier run had stays where it was, and new images make up the share.
     """
-    was = {} if kept is None else {index: kept.split_of.get(sample.place) for index, sample in enumerate(samples)}
+    was = (
+        {}
+        if kept is None
+        else {index: kept.split_of.get(sample.place) for index, sample in enumerate(samples)}
+    )
     generator = np.random.default_rng(seed)
     num_kept = num_to_train = num_to_val = 0
     for label, name in enumerate(label_names):
-        members = [index for index, sample in enumerate(samples) if sample.label == label and chosen[index] == "train"]
+        members = [
+            index
+            for index, sample in enumerate(samples)
+            if sample.label == label and chosen[index] == "train"
+        ]
         if len(members) == 1 and check:
-            raise GraftError(f"--data {data}: class {name!r} has one image; it needs two or more, one of them to validate on")
+            raise GraftError(
+                f"--data {data}: class {name!r} has one image; it needs two or more, one of them to validate on"
+            )
         in_val = [index for index in members if was.get(index) == "val"]
         new = [index for index in members if was.get(index) not in ("train", "val")]
         num_val = min(max(1, round(len(members) * val_fraction)), len(members) - 1)
@@ -187,7 +234,12 @@ def _split_off_val(
 
 
 def _split_off_val_of_many(
-    samples: list[Sample], num_labels: int, chosen: list[SplitName], val_fraction: float, seed: int, kept: KeptSplit | None
+    samples: list[Sample],
+    num_labels: int,
+    chosen: list[SplitName],
+    val_fraction: float,
+    seed: int,
+    kept: KeptSplit | None,
 ) -> None:
     """The same for images of any number of labels; what an earlier run had counts for the share of each label."""
     pool = [index for index, split in enumerate(chosen) if split == "train"]
@@ -198,13 +250,24 @@ def _split_off_val_of_many(
     for index, to_val in zip(pool, is_val, strict=True):
         chosen[index] = "val" if to_val else "train"
     is_new = placed < 0
-    _say_kept(kept, int((~is_new).sum()), int((is_new & ~is_val).sum()), int((is_new & is_val).sum()))
+    _say_kept(
+        kept, int((~is_new).sum()), int((is_new & ~is_val).sum()), int((is_new & is_val).sum())
+    )
 
 
 def _say_kept(kept: KeptSplit | None, num_kept: int, num_to_train: int, num_to_val: int) -> None:
     if kept is not None and num_kept:
-        new_ones = f"; new: {num_to_train:,} to train, {num_to_val:,} to val" if num_to_train + num_to_val else ""
-        logger.info("split: %d images stay where %s has them%s (--new-split draws anew)", num_kept, kept.path, new_ones)
+        new_ones = (
+            f"; new: {num_to_train:,} to train, {num_to_val:,} to val"
+            if num_to_train + num_to_val
+            else ""
+        )
+        logger.info(
+            "split: %d images stay where %s has them%s (--new-split draws anew)",
+            num_kept,
+            kept.path,
+            new_ones,
+        )
 
 
 def _label_rows(samples: Sequence[Sample], num_labels: int) -> npt.NDArray[np.int64]:
@@ -216,7 +279,11 @@ def _label_rows(samples: Sequence[Sample], num_labels: int) -> npt.NDArray[np.in
 
 def count_labels(samples: Iterable[Sample]) -> Counter[int]:
     """How many samples have each label."""
-    return Counter(label for sample in samples for label in ((sample.label,) if sample.label != NO_LABEL else sample.labels))
+    return Counter(
+        label
+        for sample in samples
+        for label in ((sample.label,) if sample.label != NO_LABEL else sample.labels)
+    )
 
 
 def _check_classes(splits: Splits, where: str) -> None:
@@ -224,9 +291,13 @@ def _check_classes(splits: Splits, where: str) -> None:
     counts = {split: count_labels(samples) for split, samples in splits.named()}
     for label, name in enumerate(splits.label_names):
         if splits.is_multi_label and counts["train"][label] == len(splits.train) > 0:
-            raise GraftError(f"{where}: every image to train on has the label {name!r}, so that it cannot be learnt; take it out{anew}")
+            raise GraftError(
+                f"{where}: every image to train on has the label {name!r}, so that it cannot be learnt; take it out{anew}"
+            )
         if not counts["train"][label]:
-            raise GraftError(f"{where}: class {name!r} has no image to train on; add some to train/, or take the class out{anew}")
+            raise GraftError(
+                f"{where}: class {name!r} has no image to train on; add some to train/, or take the class out{anew}"
+            )
         if not counts["val"][label]:
             raise GraftError(
                 f"{where}: class {name!r} has no image to validate on; add some to val/, or put train/ and val/ together "

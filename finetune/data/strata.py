@@ -12,7 +12,11 @@ Labels = npt.NDArray[np.int64]
 
 
 def stratify(
-    labels: Labels, wanted: npt.NDArray[np.float64], *, seed: int, placed: npt.NDArray[np.int64] | None = None
+    labels: Labels,
+    wanted: npt.NDArray[np.float64],
+    *,
+    seed: int,
+    placed: npt.NDArray[np.int64] | None = None,
 ) -> npt.NDArray[np.int64]:
     """A part `[N]` for each row of `labels` `[N,C]`; `wanted` `[K,1+C]` says how many images in all and of each label a part shall have.
 
@@ -27,7 +31,11 @@ def stratify(
     free = generator.permutation(np.flatnonzero(parts < 0))
     left = counted[free].sum(axis=0)
     while left[0]:
-        column = 1 + int(np.where(left[1:] > 0, left[1:], len(labels) + 1).argmin()) if left[1:].any() else 0
+        column = (
+            1 + int(np.where(left[1:] > 0, left[1:], len(labels) + 1).argmin())
+            if left[1:].any()
+            else 0
+        )
         for index in free[(parts[free] < 0) & (counted[free, column] > 0)]:
             most = missing[:, column] == missing[:, column].max()
             # Ties go to the part that wants most images, then to chance.
@@ -45,7 +53,9 @@ def stratify_folds(labels: Labels, num_folds: int, seed: int) -> npt.NDArray[np.
     return stratify(labels, np.tile(totals / num_folds, (num_folds, 1)), seed=seed)
 
 
-def stratify_val(labels: Labels, val_fraction: float, seed: int, placed: npt.NDArray[np.int64] | None = None) -> npt.NDArray[np.int64]:
+def stratify_val(
+    labels: Labels, val_fraction: float, seed: int, placed: npt.NDArray[np.int64] | None = None
+) -> npt.NDArray[np.int64]:
     """1 for validation and 0 for training `[N]`: a share of each label in `labels` `[N,C]`, at least one image of it on both sides."""
     totals = np.concatenate([[len(labels)], labels.sum(axis=0)])
     in_val = np.clip(np.round(totals * val_fraction), 1, np.maximum(1, totals - 1))

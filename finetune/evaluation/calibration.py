@@ -16,7 +16,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from finetune.probe.solve import NUM_FOLDS, Floats, Labels, Probe, assign_folds, fit_temperature, softmax
+from finetune.probe.solve import (
+    NUM_FOLDS,
+    Floats,
+    Labels,
+    Probe,
+    assign_folds,
+    fit_temperature,
+    softmax,
+)
 from models.checkpoint import is_unsure
 from models.sources import SplitName
 
@@ -35,7 +43,12 @@ class Calibration:
     basis: str
 
     def to_dict(self) -> dict[str, Any]:
-        return {"temperature": self.temperature, "coverage": self.coverage, "threshold": self.threshold, "fitted_on": self.basis}
+        return {
+            "temperature": self.temperature,
+            "coverage": self.coverage,
+            "threshold": self.threshold,
+            "fitted_on": self.basis,
+        }
 
 
 @dataclass(frozen=True)
@@ -49,7 +62,9 @@ class Reliability:
     @property
     def error(self) -> float:
         """Expected calibration error (Guo et al. 2017, arXiv 1706.04599): how far accuracy is from score, over all images."""
-        return float((self.counts * np.abs(self.accuracies - self.scores)).sum() / self.counts.sum())
+        return float(
+            (self.counts * np.abs(self.accuracies - self.scores)).sum() / self.counts.sum()
+        )
 
 
 @dataclass(frozen=True)
@@ -82,10 +97,18 @@ def describe_calibration(calibration: Calibration, calibrated: Calibrated) -> st
     asked = f"{100 * calibration.coverage:.4g}% coverage"
     if calibration.threshold == 0:
         return f"{error}; too few images to promise {asked}: every answer is unsure; a lower --coverage helps"
-    sure = "" if math.isnan(calibrated.sure_accuracy) else f", of the others {calibrated.sure_accuracy:.1%} right"
+    sure = (
+        ""
+        if math.isnan(calibrated.sure_accuracy)
+        else f", of the others {calibrated.sure_accuracy:.1%} right"
+    )
     # Three standard errors: what images like the others do once in 700 times.
-    slack = 3 * math.sqrt(calibration.coverage * (1 - calibration.coverage) / calibrated.after.counts.sum())
-    missed = f"; only {calibrated.covered:.1%} are covered, so they differ from those it was fitted on"
+    slack = 3 * math.sqrt(
+        calibration.coverage * (1 - calibration.coverage) / calibrated.after.counts.sum()
+    )
+    missed = (
+        f"; only {calibrated.covered:.1%} are covered, so they differ from those it was fitted on"
+    )
     is_missed = calibrated.covered < calibration.coverage - slack
     return f"{error}; {calibrated.unsure:.1%} unsure at {asked}{sure}{missed if is_missed else ''}"
 
@@ -100,7 +123,11 @@ def describe_unsure(calibration: Calibration) -> str:
 
 
 def calibrate_probe(
-    probe: Probe, train_labels: Labels, logits: Mapping[SplitName, Floats], labels: Mapping[SplitName, Labels], coverage: float
+    probe: Probe,
+    train_labels: Labels,
+    logits: Mapping[SplitName, Floats],
+    labels: Mapping[SplitName, Labels],
+    coverage: float,
 ) -> tuple[Calibration, dict[SplitName, Calibrated]]:
     """Fitted on the probe's out-of-fold predictions of its training images, and measured on every split of `logits`.
 
@@ -108,18 +135,28 @@ def calibrate_probe(
     """
     basis = f"out-of-fold predictions of {len(train_labels):,} training images"
     calibration = _fit(probe.out_of_fold_logits, train_labels, coverage, basis, probe.temperature)
-    return calibration, {split: _measure(logits[split], labels[split], calibration) for split in logits}
+    return calibration, {
+        split: _measure(logits[split], labels[split], calibration) for split in logits
+    }
 
 
 def calibrate_trained(
-    logits: Mapping[SplitName, Floats], labels: Mapping[SplitName, Labels], coverage: float, seed: int
+    logits: Mapping[SplitName, Floats],
+    labels: Mapping[SplitName, Labels],
+    coverage: float,
+    seed: int,
 ) -> tuple[Calibration, dict[SplitName, Calibrated]]:
     """Fitted on "val", because a model that trained its layers has seen all of "train" and has no folds.
 
     On "val" it is measured by cross-validation, each fold with what the others gave, so as not to be fooled by its own fit; other splits
     take no part in it. That the epoch was chosen on the same images is not undone by this.
     """
-    calibration = _fit(logits["val"], labels["val"], coverage, f"{len(labels['val']):,} validation images, which also chose the epoch")
+    calibration = _fit(
+        logits["val"],
+        labels["val"],
+        coverage,
+        f"{len(labels['val']):,} validation images, which also chose the epoch",
+    )
     calibrated: dict[SplitName, Calibrated] = {}
     for split in logits:
         calibrated[split] = _measure(logits[split], labels[split], calibration)
@@ -129,13 +166,19 @@ def calibrate_trained(
         others = folds != fold
         fitted = _fit(logits["val"][others], labels["val"][others], coverage, "")
         temperatures[~others], thresholds[~others] = fitted.temperature, fitted.threshold
-    calibrated["val"] = _measure_scores(logits["val"], softmax(logits["val"] / temperatures), thresholds, labels["val"])
+    calibrated["val"] = _measure_scores(
+        logits["val"], softmax(logits["val"] / temperatures), thresholds, labels["val"]
+    )
     return calibration, calibrated
 
 
-def _fit(logits: Floats, labels: Labels, coverage: float, basis: str, temperature: float | None = None) -> Calibration:
+def _fit(
+    logits: Floats, labels: Labels, coverage: float, basis: str, temperature: float | None = None
+) -> Calibration:
     chosen = fit_temperature(logits, labels) if temperature is None else temperature
-    return Calibration(chosen, coverage, conformal_threshold(softmax(logits / chosen), labels, coverage), basis)
+    return Calibration(
+        chosen, coverage, conformal_threshold(softmax(logits / chosen), labels, coverage), basis
+    )
 
 
 def conformal_threshold(scores: Floats, labels: Labels, coverage: float) -> float:
@@ -167,7 +210,9 @@ def _measure(logits: Floats, labels: Labels, calibration: Calibration) -> Calibr
     return _measure_scores(logits, scores, np.full((len(labels), 1), calibration.threshold), labels)
 
 
-def _measure_scores(logits: Floats, scores: Floats, thresholds: npt.NDArray[np.float64], labels: Labels) -> Calibrated:
+def _measure_scores(
+    logits: Floats, scores: Floats, thresholds: npt.NDArray[np.float64], labels: Labels
+) -> Calibrated:
     """Of scores `[N,C]` made of `logits`, with a threshold `[N,1]` for each image."""
     unsure = is_unsure(scores, thresholds)
     is_right = scores.argmax(axis=1) == labels

@@ -26,16 +26,24 @@ class Interval:
         return [self.low, self.high]
 
 
-def draw_counts(counts: npt.NDArray[np.int64], num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> npt.NDArray[np.float64]:
+def draw_counts(
+    counts: npt.NDArray[np.int64], num_resamples: int = NUM_RESAMPLES, seed: int = 0
+) -> npt.NDArray[np.float64]:
     """Resampled `counts` `[K]` of N images in K kinds: `[num_resamples,K]`.
 
     Where a statistic depends only on how many images are of which kind, drawing N of them with replacement is one multinomial draw.
     """
     shares = counts / counts.sum()
-    return np.random.default_rng(seed).multinomial(int(counts.sum()), shares, num_resamples).astype(np.float64)
+    return (
+        np.random.default_rng(seed)
+        .multinomial(int(counts.sum()), shares, num_resamples)
+        .astype(np.float64)
+    )
 
 
-def draw_weights(num_images: int, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> npt.NDArray[np.float32]:
+def draw_weights(
+    num_images: int, num_resamples: int = NUM_RESAMPLES, seed: int = 0
+) -> npt.NDArray[np.float32]:
     """How often each of N images is drawn in each resample, `[num_resamples,N]`, where a statistic depends on every single one."""
     drawn = np.random.default_rng(seed).integers(0, num_images, (num_resamples, num_images))
     drawn += num_images * np.arange(num_resamples)[:, None]

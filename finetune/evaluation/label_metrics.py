@@ -58,7 +58,9 @@ class LabelMetrics:
 
     @property
     def micro_f1(self) -> float:
-        return float(2 * self._num_right.sum() / max(1, self.support.sum() + self._num_answered.sum()))
+        return float(
+            2 * self._num_right.sum() / max(1, self.support.sum() + self._num_answered.sum())
+        )
 
     @property
     def exact_match(self) -> float:
@@ -77,7 +79,11 @@ class LabelMetrics:
     @cached_property
     def average_precision(self) -> Shares:
         """Of each label `[C]`, NaN where no image has it."""
-        return np.asarray(measure_average_precision(self.logits, self.labels, np.ones((1, len(self.labels)), np.float32))[0])
+        return np.asarray(
+            measure_average_precision(
+                self.logits, self.labels, np.ones((1, len(self.labels)), np.float32)
+            )[0]
+        )
 
     @property
     def precision(self) -> Shares:
@@ -94,7 +100,12 @@ class LabelMetrics:
     @property
     def per_class(self) -> dict[str, npt.NDArray[Any]]:
         """The columns of a table of labels."""
-        ranked = {"precision": self.precision, "recall": self.recall, "F1": self.f1, "average precision": self.average_precision}
+        ranked = {
+            "precision": self.precision,
+            "recall": self.recall,
+            "F1": self.f1,
+            "average precision": self.average_precision,
+        }
         return {**ranked, "images": self.support}
 
     @property
@@ -116,11 +127,17 @@ class LabelMetrics:
         f1 = np.where(has > 0, 2 * right / (has + answered).clip(min=1), np.nan)
         is_wrong = self.answers != self.labels
         resampled = {
-            "mean_average_precision": mean_of_present(measure_average_precision(self.logits, self.labels, weights)),
+            "mean_average_precision": mean_of_present(
+                measure_average_precision(self.logits, self.labels, weights)
+            ),
             "macro_f1": mean_of_present(f1),
-            "micro_f1": 2 * right.sum(axis=1) / (has.sum(axis=1) + answered.sum(axis=1)).clip(min=1),
-            "exact_match": (weights @ (~is_wrong.any(axis=1)).astype(np.float32)).astype(np.float64) / len(self.labels),
-            "hamming_loss": (weights @ is_wrong.sum(axis=1).astype(np.float32)).astype(np.float64) / is_wrong.size,
+            "micro_f1": 2
+            * right.sum(axis=1)
+            / (has.sum(axis=1) + answered.sum(axis=1)).clip(min=1),
+            "exact_match": (weights @ (~is_wrong.any(axis=1)).astype(np.float32)).astype(np.float64)
+            / len(self.labels),
+            "hamming_loss": (weights @ is_wrong.sum(axis=1).astype(np.float32)).astype(np.float64)
+            / is_wrong.size,
         }
         return {name: Interval.of(resampled[name]) for name in self.NAMES}
 
@@ -139,7 +156,9 @@ class LabelMetrics:
                     "precision": float(self.precision[label]),
                     "recall": float(self.recall[label]),
                     "f1": float(self.f1[label]),
-                    "average_precision": float(self.average_precision[label]) if self.support[label] else None,
+                    "average_precision": float(self.average_precision[label])
+                    if self.support[label]
+                    else None,
                     "support": int(self.support[label]),
                 }
                 for label, name in enumerate(label_names)
@@ -184,7 +203,16 @@ def _average_precision(logits: Floats, has_label: npt.NDArray[np.bool_], weights
     steps, starts = np.unique(np.searchsorted(ends, of_label), return_index=True)
     ends = ends[steps]
     right = np.add.reduceat(weights[:, order[of_label]], starts, axis=1).astype(np.float64)
-    listed = np.add.reduceat(weights[:, order[: ends[-1] + 1]], np.concatenate([[0], ends[:-1] + 1]), axis=1).cumsum(axis=1)
+    listed = np.add.reduceat(
+        weights[:, order[: ends[-1] + 1]], np.concatenate([[0], ends[:-1] + 1]), axis=1
+    ).cumsum(axis=1)
     precision = right.cumsum(axis=1) / listed.clip(min=1)
     total = right.sum(axis=1)
-    return np.asarray(np.divide((right * precision).sum(axis=1), total, out=np.full(len(weights), np.nan), where=total > 0))
+    return np.asarray(
+        np.divide(
+            (right * precision).sum(axis=1),
+            total,
+            out=np.full(len(weights), np.nan),
+            where=total > 0,
+        )
+    )

@@ -11,7 +11,12 @@ import numpy.typing as npt
 
 from finetune.data.strata import stratify_folds
 from finetune.evaluation.interval import Interval, draw_counts, draw_weights
-from finetune.evaluation.label_metrics import Shares, mean_of_present, measure_average_precision, num_resamples
+from finetune.evaluation.label_metrics import (
+    Shares,
+    mean_of_present,
+    measure_average_precision,
+    num_resamples,
+)
 from finetune.probe.solve import Floats, Labels, Probe, solve_head
 from models.engine.engine import Features
 
@@ -43,12 +48,20 @@ class LearningCurve:
         half = f"half the images would have given the probe {self.accuracies[1]:.4f}"
         low, high = 100 * self.interval.low, 100 * self.interval.high
         if low <= 0:
-            return f"{half}; doubling them may be worth nothing, and {max(high, 0):.1f} points at most"
+            return (
+                f"{half}; doubling them may be worth nothing, and {max(high, 0):.1f} points at most"
+            )
         return f"{half}; doubling them is worth about {100 * self.gain:.1f} points ({low:.1f} to {high:.1f})"
 
 
 def measure_learning_curve(
-    features: Features, labels: Labels, probe: Probe, val_features: Features, val_labels: Labels, *, seed: int
+    features: Features,
+    labels: Labels,
+    probe: Probe,
+    val_features: Features,
+    val_labels: Labels,
+    *,
+    seed: int,
 ) -> LearningCurve:
     """`probe` was solved on all of `features` `[V·N,F]` with labels `[N]` or `[N,C]`; each part is a larger one's, seeded and stratified.
 
@@ -76,7 +89,11 @@ def measure_learning_curve(
         precisions = [measure_average_precision(each, val_labels, weights) for each in logits]
         means = np.stack([mean_of_present(each) for each in precisions], axis=1)
         return _continue_curve(num_images, means, len(val_labels), "mean_average_precision")
-    return _continue_curve(num_images, _accuracies(np.stack([each.argmax(axis=1) == val_labels for each in logits])), len(val_labels))
+    return _continue_curve(
+        num_images,
+        _accuracies(np.stack([each.argmax(axis=1) == val_labels for each in logits])),
+        len(val_labels),
+    )
 
 
 def _rank(labels: Labels, seed: int) -> npt.NDArray[np.float64]:
@@ -97,10 +114,14 @@ def _accuracies(is_right: npt.NDArray[np.bool_]) -> Shares:
     kinds = (1 << np.arange(len(is_right))) @ is_right
     counts = np.bincount(kinds, minlength=1 << len(is_right))
     is_right_of_kind = (np.arange(len(counts))[:, None] >> np.arange(len(is_right))) & 1
-    return np.asarray(np.concatenate([counts[None], draw_counts(counts)]) @ is_right_of_kind / len(kinds))
+    return np.asarray(
+        np.concatenate([counts[None], draw_counts(counts)]) @ is_right_of_kind / len(kinds)
+    )
 
 
-def _continue_curve(num_images: list[int], accuracies: Shares, num_val: int, metric: str = "accuracy") -> LearningCurve:
+def _continue_curve(
+    num_images: list[int], accuracies: Shares, num_val: int, metric: str = "accuracy"
+) -> LearningCurve:
     """From the heads' accuracies `[1+B,4]` on all validation images, and on them resampled."""
     # Half an image more is wrong, so that a head without a mistake has a logarithm.
     errors = np.log((1 - accuracies) + 0.5 / num_val)
@@ -114,4 +135,10 @@ def _continue_curve(num_images: list[int], accuracies: Shares, num_val: int, met
     at_all = errors.mean(axis=1) + slopes * centred[-1]
     # No error is more than all.
     gains = np.exp(np.minimum(at_all, 0)) - np.exp(np.minimum(at_all + slopes * np.log(2), 0))
-    return LearningCurve(tuple(num_images), tuple(map(float, accuracies[0])), float(gains[0]), Interval.of(gains[1:]), metric)
+    return LearningCurve(
+        tuple(num_images),
+        tuple(map(float, accuracies[0])),
+        float(gains[0]),
+        Interval.of(gains[1:]),
+        metric,
+    )

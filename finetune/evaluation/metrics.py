@@ -26,7 +26,11 @@ class Metrics:
     """
 
     # The averages that have intervals, by attribute; the first is what runs and epochs are judged by.
-    NAMES: ClassVar[dict[str, str]] = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro F1"}
+    NAMES: ClassVar[dict[str, str]] = {
+        "accuracy": "accuracy",
+        "balanced_accuracy": "balanced accuracy",
+        "macro_f1": "macro F1",
+    }
 
     loss: float
     confusion: npt.NDArray[np.int64]
@@ -66,12 +70,21 @@ class Metrics:
     @property
     def f1(self) -> npt.NDArray[np.float64]:
         total = self.precision + self.recall
-        return np.asarray(np.divide(2 * self.precision * self.recall, total, out=np.zeros_like(total), where=total > 0))
+        return np.asarray(
+            np.divide(
+                2 * self.precision * self.recall, total, out=np.zeros_like(total), where=total > 0
+            )
+        )
 
     @property
     def per_class(self) -> dict[str, npt.NDArray[Any]]:
         """The columns of a table of classes."""
-        return {"precision": self.precision, "recall": self.recall, "F1": self.f1, "images": self.support}
+        return {
+            "precision": self.precision,
+            "recall": self.recall,
+            "F1": self.f1,
+            "images": self.support,
+        }
 
     @cached_property
     def intervals(self) -> dict[str, Interval]:
@@ -86,8 +99,15 @@ class Metrics:
         """The most frequent mistakes: true label, predicted label, images."""
         mistakes = self.confusion - np.diag(np.diag(self.confusion))
         order = np.argsort(-mistakes, axis=None, kind="stable")[:max_pairs]
-        pairs = ((int(true), int(predicted)) for true, predicted in zip(*np.unravel_index(order, mistakes.shape), strict=True))
-        return [(true, predicted, int(mistakes[true, predicted])) for true, predicted in pairs if mistakes[true, predicted]]
+        pairs = (
+            (int(true), int(predicted))
+            for true, predicted in zip(*np.unravel_index(order, mistakes.shape), strict=True)
+        )
+        return [
+            (true, predicted, int(mistakes[true, predicted]))
+            for true, predicted in pairs
+            if mistakes[true, predicted]
+        ]
 
     def to_dict(self, label_names: tuple[str, ...]) -> dict[str, Any]:
         return {
@@ -112,7 +132,9 @@ class Metrics:
 AnyMetrics = Metrics | LabelMetrics
 
 
-def evaluate(logits: Floats, labels: Labels, answers: npt.NDArray[np.bool_] | None = None) -> AnyMetrics:
+def evaluate(
+    logits: Floats, labels: Labels, answers: npt.NDArray[np.bool_] | None = None
+) -> AnyMetrics:
     """Metrics of logits `[N,C]` against labels `[N]`; the loss is cross-entropy in nats of the logits as they are.
 
     Against labels `[N,C]` those of multi-label data, of the `answers` `[N,C]` or else of those with a score of at least a half.
@@ -121,7 +143,9 @@ def evaluate(logits: Floats, labels: Labels, answers: npt.NDArray[np.bool_] | No
         return evaluate_labels(logits, labels, logits >= 0 if answers is None else answers)
     num_classes = logits.shape[1]
     predicted = logits.argmax(axis=1)
-    confusion = np.bincount(labels * num_classes + predicted, minlength=num_classes**2).reshape(num_classes, num_classes)
+    confusion = np.bincount(labels * num_classes + predicted, minlength=num_classes**2).reshape(
+        num_classes, num_classes
+    )
     return Metrics(log_loss(logits, labels), confusion)
 
 
@@ -130,14 +154,27 @@ def tabulate(metrics: AnyMetrics, label_names: Sequence[str]) -> list[tuple[str,
     columns = metrics.per_class
     rows = zip(label_names, *columns.values(), strict=True)
     head = ("label" if isinstance(metrics, LabelMetrics) else "class", *columns)
-    return [head, *((name, *(f"{number:.3f}" if number.dtype.kind == "f" else f"{number:,}" for number in row)) for name, *row in rows)]
+    return [
+        head,
+        *(
+            (
+                name,
+                *(f"{number:.3f}" if number.dtype.kind == "f" else f"{number:,}" for number in row),
+            )
+            for name, *row in rows
+        ),
+    ]
 
 
 def _bootstrap(confusion: npt.NDArray[np.int64]) -> dict[str, Interval]:
     true, predicted = np.nonzero(confusion)
     counts, num_classes = confusion[true, predicted], len(confusion)
     is_right = true == predicted
-    parts: dict[str, list[npt.NDArray[np.float64]]] = {"accuracy": [], "balanced_accuracy": [], "macro_f1": []}
+    parts: dict[str, list[npt.NDArray[np.float64]]] = {
+        "accuracy": [],
+        "balanced_accuracy": [],
+        "macro_f1": [],
+    }
     size = max(1, min(NUM_RESAMPLES, _MAX_DRAWN // max(len(counts), num_classes)))
     for start in range(0, NUM_RESAMPLES, size):
         draws = draw_counts(counts, min(size, NUM_RESAMPLES - start), seed=start)
@@ -153,7 +190,9 @@ def _bootstrap(confusion: npt.NDArray[np.int64]) -> dict[str, Interval]:
     return {name: Interval.of(np.concatenate(values)) for name, values in parts.items()}
 
 
-def _sum_by(draws: npt.NDArray[np.float64], labels: npt.NDArray[np.int64], num_classes: int) -> npt.NDArray[np.float64]:
+def _sum_by(
+    draws: npt.NDArray[np.float64], labels: npt.NDArray[np.int64], num_classes: int
+) -> npt.NDArray[np.float64]:
     """Columns of draws `[B,K]` added up by their label `[K]`: `[B,C]`."""
     order = np.argsort(labels, kind="stable")
     present, starts = np.unique(labels[order], return_index=True)

@@ -28,7 +28,11 @@ class LabelCalibration:
     basis: str
 
     def to_dict(self) -> dict[str, Any]:
-        return {"temperature": self.temperature, "thresholds": self.thresholds.tolist(), "fitted_on": self.basis}
+        return {
+            "temperature": self.temperature,
+            "thresholds": self.thresholds.tolist(),
+            "fitted_on": self.basis,
+        }
 
 
 @dataclass(frozen=True)
@@ -58,20 +62,31 @@ def describe_thresholds(calibration: LabelCalibration) -> str:
 
 
 def calibrate_probe_of_labels(
-    probe: Probe, train_labels: Labels, logits: Mapping[SplitName, Floats], labels: Mapping[SplitName, Labels]
+    probe: Probe,
+    train_labels: Labels,
+    logits: Mapping[SplitName, Floats],
+    labels: Mapping[SplitName, Labels],
 ) -> tuple[LabelCalibration, dict[SplitName, LabelCalibrated]]:
     """Fitted on the probe's out-of-fold predictions of its training images, and measured on every split of `logits`."""
-    thresholds = best_thresholds(sigmoid(probe.out_of_fold_logits / np.float32(probe.temperature)), train_labels)
+    thresholds = best_thresholds(
+        sigmoid(probe.out_of_fold_logits / np.float32(probe.temperature)), train_labels
+    )
     basis = f"out-of-fold predictions of {len(train_labels):,} training images"
     calibration = LabelCalibration(probe.temperature, thresholds, basis)
-    return calibration, {split: _measure(logits[split], labels[split], calibration) for split in logits}
+    return calibration, {
+        split: _measure(logits[split], labels[split], calibration) for split in logits
+    }
 
 
 def calibrate_trained_of_labels(
     logits: Mapping[SplitName, Floats], labels: Mapping[SplitName, Labels], seed: int
 ) -> tuple[LabelCalibration, dict[SplitName, LabelCalibrated]]:
     """Fitted on "val", where it is measured by cross-validation, for the reasons that `calibrate_trained` has."""
-    calibration = _fit(logits["val"], labels["val"], f"{len(labels['val']):,} validation images, which also chose the epoch")
+    calibration = _fit(
+        logits["val"],
+        labels["val"],
+        f"{len(labels['val']):,} validation images, which also chose the epoch",
+    )
     calibrated = {split: _measure(logits[split], labels[split], calibration) for split in logits}
     folds = assign_folds(labels["val"], NUM_FOLDS, seed)
     scores, answers = np.empty_like(logits["val"]), np.empty(logits["val"].shape, bool)
@@ -81,7 +96,9 @@ def calibrate_trained_of_labels(
         scores[~others] = sigmoid(logits["val"][~others] / np.float32(fitted.temperature))
         answers[~others] = scores[~others] >= fitted.thresholds
     before = measure_label_reliability(sigmoid(logits["val"]), labels["val"])
-    calibrated["val"] = LabelCalibrated(before, measure_label_reliability(scores, labels["val"]), answers)
+    calibrated["val"] = LabelCalibrated(
+        before, measure_label_reliability(scores, labels["val"]), answers
+    )
     return calibration, calibrated
 
 
@@ -113,7 +130,9 @@ def measure_label_reliability(scores: Floats, labels: Labels) -> Reliability:
 
 def _fit(logits: Floats, labels: Labels, basis: str) -> LabelCalibration:
     temperature = fit_temperature(logits, labels)
-    return LabelCalibration(temperature, best_thresholds(sigmoid(logits / np.float32(temperature)), labels), basis)
+    return LabelCalibration(
+        temperature, best_thresholds(sigmoid(logits / np.float32(temperature)), labels), basis
+    )
 
 
 def _measure(logits: Floats, labels: Labels, calibration: LabelCalibration) -> LabelCalibrated:

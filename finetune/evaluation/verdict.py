@@ -8,7 +8,12 @@ from typing import Any
 import numpy as np
 
 from finetune.evaluation.interval import Interval, draw_counts, draw_weights
-from finetune.evaluation.label_metrics import evaluate_labels, mean_of_present, measure_average_precision, num_resamples
+from finetune.evaluation.label_metrics import (
+    evaluate_labels,
+    mean_of_present,
+    measure_average_precision,
+    num_resamples,
+)
 from finetune.probe.solve import Floats, Labels
 
 
@@ -53,7 +58,9 @@ class Verdict:
         elif high < 0:
             outcome = "the probe is better and is published"
         elif not self.has_learnt:
-            outcome = "no epoch was better than the head that they began from, so the probe is published"
+            outcome = (
+                "no epoch was better than the head that they began from, so the probe is published"
+            )
         else:
             outcome = "a tie, so the probe is published"
         of_what = "" if self.metric == "accuracy" else f" of {self.metric.replace('_', ' ')}"
@@ -80,15 +87,35 @@ def compare_with_probe(
     """
     if labels.ndim == 2:
         drawn = draw_weights(len(labels), num_resamples(labels))
-        means = [mean_of_present(measure_average_precision(logits, labels, drawn)) for logits in (probe_logits, tuned_logits)]
-        scores = [evaluate_labels(logits, labels, logits >= 0).score for logits in (probe_logits, tuned_logits)]
+        means = [
+            mean_of_present(measure_average_precision(logits, labels, drawn))
+            for logits in (probe_logits, tuned_logits)
+        ]
+        scores = [
+            evaluate_labels(logits, labels, logits >= 0).score
+            for logits in (probe_logits, tuned_logits)
+        ]
         interval = Interval.of(means[1] - means[0])
-        return Verdict(scores[0], scores[1], interval, probe_seconds, train_seconds, "mean_average_precision", has_learnt)
-    weights = np.ones(len(labels)) if class_weights is None else class_weights[labels].astype(np.float64)
-    probe_right, tuned_right = (weights * (logits.argmax(axis=1) == labels) for logits in (probe_logits, tuned_logits))
+        return Verdict(
+            scores[0],
+            scores[1],
+            interval,
+            probe_seconds,
+            train_seconds,
+            "mean_average_precision",
+            has_learnt,
+        )
+    weights = (
+        np.ones(len(labels)) if class_weights is None else class_weights[labels].astype(np.float64)
+    )
+    probe_right, tuned_right = (
+        weights * (logits.argmax(axis=1) == labels) for logits in (probe_logits, tuned_logits)
+    )
     # All that the difference depends on is how many images give how much to it.
     gains, counts = np.unique(tuned_right - probe_right, return_counts=True)
     differences = draw_counts(counts) @ gains / len(labels)
     accuracies = float(probe_right.mean()), float(tuned_right.mean())
     metric = "accuracy" if class_weights is None else "balanced_accuracy"
-    return Verdict(*accuracies, Interval.of(differences), probe_seconds, train_seconds, metric, has_learnt)
+    return Verdict(
+        *accuracies, Interval.of(differences), probe_seconds, train_seconds, metric, has_learnt
+    )

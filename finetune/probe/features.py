@@ -86,7 +86,13 @@ def extract_features(
     def submit() -> None:
         nonlocal batch
         crops = [decoded.pixels for _, decoded in batch if decoded.pixels is not None]
-        in_flight.append((engine.submit(crops), [at for at, _ in batch], [decoded.digest for _, decoded in batch]))
+        in_flight.append(
+            (
+                engine.submit(crops),
+                [at for at, _ in batch],
+                [decoded.digest for _, decoded in batch],
+            )
+        )
         batch = []
 
     def collect() -> None:
@@ -102,7 +108,9 @@ def extract_features(
         unwritten.clear()
 
     with progress_bar(description, len(samples)) as advance:
-        for sample, decoded in _decode_all(samples, preprocess, num_workers, 4 * size + num_workers, cache, draw):
+        for sample, decoded in _decode_all(
+            samples, preprocess, num_workers, 4 * size + num_workers, cache, draw
+        ):
             advance(1)
             if isinstance(decoded, ImageError):
                 unreadable[sample.key] = str(decoded)
@@ -114,7 +122,16 @@ def extract_features(
                 batch.append((row, decoded))
             elif cache is None or not cache.read(decoded.digest, features[row]):
                 # Damaged on disk since it was indexed: computed again.
-                batch.append((row, _Decoded(decoded.digest, decoded.view, preprocess(sample.read(), view=decoded.view))))
+                batch.append(
+                    (
+                        row,
+                        _Decoded(
+                            decoded.digest,
+                            decoded.view,
+                            preprocess(sample.read(), view=decoded.view),
+                        ),
+                    )
+                )
             row += 1
             if len(batch) == size:
                 submit()
@@ -132,28 +149,49 @@ def prepare_meanwhile(options: BackboneOptions) -> contextlib.AbstractContextMan
     """Within it another process makes what `prepare` will ask for, where it can."""
     cache_dir = options.cache_dir if options.cache else None
     return prepare_ahead(
-        options.backbone, weights=options.weights, pretrained=options.pretrained, image_size=options.image_size, cache_dir=cache_dir
+        options.backbone,
+        weights=options.weights,
+        pretrained=options.pretrained,
+        image_size=options.image_size,
+        cache_dir=cache_dir,
     )
 
 
-def prepare(name: str, samples: Sequence[Sample], options: SharedOptions, scratch: Path, **weights: Any) -> PreparedBackbone:
+def prepare(
+    name: str, samples: Sequence[Sample], options: SharedOptions, scratch: Path, **weights: Any
+) -> PreparedBackbone:
     """The pretrained backbone as the options ask for it, in int8 calibrated on `samples`; `weights` as `prepare_backbone` takes them."""
     cache_dir = options.cache_dir if options.cache else None
-    backbone = prepare_backbone(name, image_size=options.image_size, cache_dir=cache_dir, scratch_dir=scratch, **weights)
+    backbone = prepare_backbone(
+        name, image_size=options.image_size, cache_dir=cache_dir, scratch_dir=scratch, **weights
+    )
     logger.info("backbone %s, weights: %s", backbone.name, backbone.weights)
     return prepare_int8(backbone, samples, options) if options.precision == "int8" else backbone
 
 
-def prepare_int8(backbone: PreparedBackbone, samples: Sequence[Sample], options: SharedOptions) -> PreparedBackbone:
+def prepare_int8(
+    backbone: PreparedBackbone, samples: Sequence[Sample], options: SharedOptions
+) -> PreparedBackbone:
     """The backbone in int8, kept beside the float one, else quantised on `samples`."""
     quantised = find_quantised(backbone)
     if quantised is None:
         logger.info("quantising %s to int8 (5 to 15 s) …", backbone.name)
-        chosen = [samples[index] for index in np.linspace(0, len(samples) - 1, NUM_CALIBRATION_IMAGES).astype(int)]
-        decoded = _decode_all(chosen, backbone.preprocess, options.workers, options.workers, None, lambda index: None)
-        crops = [item.pixels for _, item in decoded if not isinstance(item, ImageError) and item.pixels is not None]
+        chosen = [
+            samples[index]
+            for index in np.linspace(0, len(samples) - 1, NUM_CALIBRATION_IMAGES).astype(int)
+        ]
+        decoded = _decode_all(
+            chosen, backbone.preprocess, options.workers, options.workers, None, lambda index: None
+        )
+        crops = [
+            item.pixels
+            for _, item in decoded
+            if not isinstance(item, ImageError) and item.pixels is not None
+        ]
         if not crops:
-            raise GraftError(f"--precision int8: none of {len(chosen)} training images can be read to calibrate on")
+            raise GraftError(
+                f"--precision int8: none of {len(chosen)} training images can be read to calibrate on"
+            )
         quantised = quantise(backbone, np.stack(crops))
         logger.info("quantised to int8 on %d training images", len(crops))
     return quantised
@@ -189,7 +227,11 @@ def extract_splits(
     with contextlib.ExitStack() as stack:
         cache = None
         if options.cache and keep:
-            cache = stack.enter_context(FeatureCache(options.cache_dir, backbone.fingerprint, engine.info, engine.num_features))
+            cache = stack.enter_context(
+                FeatureCache(
+                    options.cache_dir, backbone.fingerprint, engine.info, engine.num_features
+                )
+            )
         for split, samples in splits.named():
             if split not in only:
                 continue
@@ -200,17 +242,24 @@ def extract_splits(
                     backbone.preprocess,
                     engine,
                     num_workers=options.workers,
-                    description=f"features of {split}" + (f", augmented view {view} of {num_views - 1}" if view else ""),
+                    description=f"features of {split}"
+                    + (f", augmented view {view} of {num_views - 1}" if view else ""),
                     cache=cache,
-                    draw=functools.partial(draw_view, augment if view else "none", options.seed, view),
+                    draw=functools.partial(
+                        draw_view, augment if view else "none", options.seed, view
+                    ),
                     digests=digests,
                 )
                 views.append(extracted.features)
                 unreadable |= extracted.unreadable
-            _check_finite(views, [sample for sample in samples if sample.key not in unreadable], backbone)
+            _check_finite(
+                views, [sample for sample in samples if sample.key not in unreadable], backbone
+            )
             features[split] = views[0] if len(views) == 1 else np.concatenate(views)
         if cache is not None:
-            logger.info("features: %d from the cache, %d computed", cache.num_hits, cache.num_misses)
+            logger.info(
+                "features: %d from the cache, %d computed", cache.num_hits, cache.num_misses
+            )
     if options.cache:
         trim(options.cache_dir, int(options.cache_gb * 1e9))
     if unreadable and check:
@@ -223,7 +272,9 @@ def extract_splits(
     return splits.without(unreadable, check=check), features
 
 
-def _check_finite(views: Sequence[Features], samples: Sequence[Sample], backbone: PreparedBackbone) -> None:
+def _check_finite(
+    views: Sequence[Features], samples: Sequence[Sample], backbone: PreparedBackbone
+) -> None:
     is_broken = np.any([~np.isfinite(view.sum(axis=1)) for view in views], axis=0)
     if broken := [samples[int(index)].key for index in np.flatnonzero(is_broken)]:
         raise GraftError(
@@ -246,7 +297,11 @@ def _decode_all(
         try:
             data, view = sample.read(), draw(index)
             digest = digest_image(data, view)
-            return _Decoded(digest, view, None if cache is not None and digest in cache else preprocess(data, view=view))
+            return _Decoded(
+                digest,
+                view,
+                None if cache is not None and digest in cache else preprocess(data, view=view),
+            )
         except ImageError as error:
             return error
         except OSError as error:

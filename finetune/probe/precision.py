@@ -75,7 +75,9 @@ class Chosen:
     reason: str
 
 
-def choose_engine(backbone: PreparedBackbone, splits: Splits, options: Options, scratch: Path, *, num_views: int) -> Chosen:
+def choose_engine(
+    backbone: PreparedBackbone, splits: Splits, options: Options, scratch: Path, *, num_views: int
+) -> Chosen:
     """The engine for `backbone` in the precision asked for, or in the one that verdicts, remembered or reached now, speak for.
 
     Without `--cache` they are remembered in `scratch`, for this run alone.
@@ -87,9 +89,13 @@ def choose_engine(backbone: PreparedBackbone, splits: Splits, options: Options, 
     about_int8 = [verdict for verdict in _recall(path) if verdict.candidate == "int8"]
     if obstacle is None and about_int8 and all(verdict.holds for verdict in about_int8):
         quantised = prepare_int8(backbone, splits.train, options)
-        return _say(Chosen(quantised, quantised.open_engine(options.device, "int8"), _join(about_int8)))
+        return _say(
+            Chosen(quantised, quantised.open_engine(options.device, "int8"), _join(about_int8))
+        )
     about_float = [verdict for verdict in _recall(path) if verdict.candidate != "int8"]
-    engine = backbone.open_engine(options.device, "auto" if all(verdict.holds for verdict in about_float) else "fp32")
+    engine = backbone.open_engine(
+        options.device, "auto" if all(verdict.holds for verdict in about_float) else "fp32"
+    )
     if obstacle is None and not about_int8:
         int8 = _open_int8(backbone, engine, splits, options, num_views)
         if isinstance(int8, Chosen):
@@ -103,11 +109,18 @@ def choose_engine(backbone: PreparedBackbone, splits: Splits, options: Options, 
         else:
             obstacle = int8
     against = obstacle or _join([verdict for verdict in about_int8 if not verdict.holds])
-    return _say(Chosen(backbone, engine, "; ".join((against, *(verdict.reason for verdict in about_float)))))
+    return _say(
+        Chosen(backbone, engine, "; ".join((against, *(verdict.reason for verdict in about_float))))
+    )
 
 
 def compare_with_fp32(
-    chosen: Chosen, backbone: PreparedBackbone, splits: Splits, features: Features, options: Options, scratch: Path
+    chosen: Chosen,
+    backbone: PreparedBackbone,
+    splits: Splits,
+    features: Features,
+    options: Options,
+    scratch: Path,
 ) -> Verdict | None:
     """Whether a probe on the training images' `features` `[N,F]` (or `[V·N,F]`) of the chosen engine is as good as in fp32.
 
@@ -116,7 +129,10 @@ def compare_with_fp32(
     """
     info = chosen.engine.info
     path = _verdicts_path(backbone, splits, options, scratch)
-    was_compared = any((verdict.candidate, verdict.reference) == (info.precision, "fp32") for verdict in _recall(path))
+    was_compared = any(
+        (verdict.candidate, verdict.reference) == (info.precision, "fp32")
+        for verdict in _recall(path)
+    )
     if options.precision != "auto" or info.precision == "fp32" or was_compared:
         return None
     fp32_speed = info.images_per_second / _FP32_SLOWDOWN[info.precision]
@@ -148,7 +164,16 @@ def compare_with_fp32(
         _check_still_readable(new, readable)
         reference = np.concatenate((reference, found))
         pair = (features[order[:end]], reference)
-        verdict = _judge(info.precision, "fp32", pair, samples, splits, options, _FP32_TOLERANCE, allow_chance=True)
+        verdict = _judge(
+            info.precision,
+            "fp32",
+            pair,
+            samples,
+            splits,
+            options,
+            _FP32_TOLERANCE,
+            allow_chance=True,
+        )
         if verdict.holds or len(samples) == len(order):
             break
     fp32.close()
@@ -166,30 +191,46 @@ def extract_in_best_precision(
         chosen = choose_engine(backbone, splits, options, scratch, num_views=num_views)
         started = time.perf_counter()
         on = (chosen.backbone, chosen.engine, options)
-        readable, features = extract_splits(splits, *on, num_views=num_views, augment=options.augment)
+        readable, features = extract_splits(
+            splits, *on, num_views=num_views, augment=options.augment
+        )
         seconds = time.perf_counter() - started
         verdict = compare_with_fp32(chosen, backbone, readable, features["train"], options, scratch)
         if verdict is None:
             return chosen, readable, features, seconds
         if verdict.holds:
-            return replace(chosen, reason=f"{chosen.reason}; {verdict.reason}"), readable, features, seconds
+            return (
+                replace(chosen, reason=f"{chosen.reason}; {verdict.reason}"),
+                readable,
+                features,
+                seconds,
+            )
         # It is remembered, so the next choice is another one, fp32 in the end.
         chosen.engine.close()
 
 
-def _open_int8(backbone: PreparedBackbone, engine: Engine, splits: Splits, options: Options, num_views: int) -> Chosen | str:
+def _open_int8(
+    backbone: PreparedBackbone, engine: Engine, splits: Splits, options: Options, num_views: int
+) -> Chosen | str:
     """int8 where the pass over all images is long enough to pay for comparing it with the float `engine`; else why it is not."""
     order = _draw_order(splits, options)
     num_compared = _num_compared(splits)
     num_images = num_views * len(splits.train) + len(splits.val) + len(splits.test)
     speed = engine.info.images_per_second
 
-    def pays(num_missing: float, num_missing_in_int8: float, int8_speed: float, to_prepare: float) -> bool:
-        return num_missing / speed > num_missing_in_int8 / int8_speed + num_compared / speed + to_prepare
+    def pays(
+        num_missing: float, num_missing_in_int8: float, int8_speed: float, to_prepare: float
+    ) -> bool:
+        return (
+            num_missing / speed
+            > num_missing_in_int8 / int8_speed + num_compared / speed + to_prepare
+        )
 
     expected_speed = speed * _EXPECTED_SPEED_UP
     reason = f"int8 would not pay for {num_images:,} images"
-    if num_compared < _MIN_IMAGES or not pays(num_images, num_images, expected_speed, _COMPARE_SECONDS):
+    if num_compared < _MIN_IMAGES or not pays(
+        num_images, num_images, expected_speed, _COMPARE_SECONDS
+    ):
         return reason
     quantised = find_quantised(backbone)
     to_prepare = _COMPARE_SECONDS if quantised is not None else _COMPARE_SECONDS + _QUANTISE_SECONDS
@@ -198,7 +239,9 @@ def _open_int8(backbone: PreparedBackbone, engine: Engine, splits: Splits, optio
     # Not those that are compared, which are in both caches once they were.
     looked_up = [splits.train[row] for row in order[num_compared : num_compared + _NUM_LOOKED_UP]]
     num_missing = num_images * _missing_fraction(looked_up, backbone, engine, options)
-    if not pays(num_missing, 0 if quantised is not None else num_images, expected_speed, to_prepare):
+    if not pays(
+        num_missing, 0 if quantised is not None else num_images, expected_speed, to_prepare
+    ):
         return f"{reason}, about {num_images - num_missing:,.0f} of them in the cache"
     try:
         quantised = prepare_int8(backbone, splits.train, options)
@@ -212,16 +255,29 @@ def _open_int8(backbone: PreparedBackbone, engine: Engine, splits: Splits, optio
     return Chosen(quantised, int8, "")
 
 
-def _compare_int8(int8: Chosen, backbone: PreparedBackbone, engine: Engine, splits: Splits, options: Options) -> Verdict:
+def _compare_int8(
+    int8: Chosen, backbone: PreparedBackbone, engine: Engine, splits: Splits, options: Options
+) -> Verdict:
     """Both on a sample; what it computes stays in the cache for the pass over all images."""
     drawn = [splits.train[row] for row in _draw_order(splits, options)[: _num_compared(splits)]]
     samples, candidate = _extract(drawn, int8.backbone, int8.engine, options, keep=True)
     if len(samples) < _MIN_IMAGES:
-        reason = f"int8 is not compared: only {len(samples)} of {len(drawn)} training images can be read"
+        reason = (
+            f"int8 is not compared: only {len(samples)} of {len(drawn)} training images can be read"
+        )
         return Verdict("int8", engine.info.precision, False, reason)
     readable, reference = _extract(samples, backbone, engine, options, keep=True)
     _check_still_readable(samples, readable)
-    return _judge("int8", engine.info.precision, (candidate, reference), samples, splits, options, _INT8_TOLERANCE, allow_chance=False)
+    return _judge(
+        "int8",
+        engine.info.precision,
+        (candidate, reference),
+        samples,
+        splits,
+        options,
+        _INT8_TOLERANCE,
+        allow_chance=False,
+    )
 
 
 def _judge(
@@ -256,7 +312,9 @@ def _judge(
     return Verdict(candidate, reference, num_lost <= allowed, f"{candidate} {effect} ({measured})")
 
 
-def _is_right(features: Features, labels: Labels, num_classes: int, seed: int) -> npt.NDArray[np.bool_]:
+def _is_right(
+    features: Features, labels: Labels, num_classes: int, seed: int
+) -> npt.NDArray[np.bool_]:
     if not np.isfinite(features).all():
         return np.zeros(len(labels), bool)
     logits = solve_probe(features, labels, num_classes, seed=seed).out_of_fold_logits
@@ -298,13 +356,22 @@ def _draw_order(splits: Splits, options: Options) -> npt.NDArray[np.int64]:
 
 
 def _extract(
-    samples: list[Sample], backbone: PreparedBackbone, engine: Engine, options: Options, *, keep: bool
+    samples: list[Sample],
+    backbone: PreparedBackbone,
+    engine: Engine,
+    options: Options,
+    *,
+    keep: bool,
 ) -> tuple[list[Sample], Features]:
     """The readable samples, and their features through the cache or, not to be kept, without it."""
     with contextlib.ExitStack() as stack:
         cache = None
         if keep:
-            cache = stack.enter_context(FeatureCache(options.cache_dir, backbone.fingerprint, engine.info, engine.num_features))
+            cache = stack.enter_context(
+                FeatureCache(
+                    options.cache_dir, backbone.fingerprint, engine.info, engine.num_features
+                )
+            )
         extracted = extract_features(
             samples,
             backbone.preprocess,
@@ -313,26 +380,38 @@ def _extract(
             description=f"comparing {engine.info.precision}",
             cache=cache,
         )
-    return [sample for sample in samples if sample.key not in extracted.unreadable], extracted.features
+    return [
+        sample for sample in samples if sample.key not in extracted.unreadable
+    ], extracted.features
 
 
 def _check_still_readable(samples: list[Sample], readable: list[Sample]) -> None:
     if len(readable) < len(samples):
         gone = next(sample.key for sample in samples if sample not in readable)
-        raise GraftError(f"{gone}: gone or changed since the run began; put back what was there, and run again")
+        raise GraftError(
+            f"{gone}: gone or changed since the run began; put back what was there, and run again"
+        )
 
 
-def _missing_fraction(samples: list[Sample], backbone: PreparedBackbone, engine: Engine, options: Options) -> float:
+def _missing_fraction(
+    samples: list[Sample], backbone: PreparedBackbone, engine: Engine, options: Options
+) -> float:
     """The share of some images whose features are not in the cache."""
     num_missing = 0
-    with FeatureCache(options.cache_dir, backbone.fingerprint, engine.info, engine.num_features) as cache:
+    with FeatureCache(
+        options.cache_dir, backbone.fingerprint, engine.info, engine.num_features
+    ) as cache:
         for sample in samples:
-            with contextlib.suppress(OSError, ValueError):  # what cannot be read is not computed, either
+            with contextlib.suppress(
+                OSError, ValueError
+            ):  # what cannot be read is not computed, either
                 num_missing += digest_image(sample.read()) not in cache
     return num_missing / len(samples)
 
 
-def _verdicts_path(backbone: PreparedBackbone, splits: Splits, options: Options, scratch: Path) -> Path:
+def _verdicts_path(
+    backbone: PreparedBackbone, splits: Splits, options: Options, scratch: Path
+) -> Path:
     """Of a backbone, on this machine, for a source of images: by its place and classes, which stay as it grows."""
     device = (resolve_device(options.device), cpu_name())
     parts = [backbone.fingerprint, backbone.folder.name, device, options.source, splits.label_names]
@@ -351,10 +430,14 @@ def _remember(path: Path, verdict: Verdict) -> None:
     temporary = path.with_name(f".tmp-{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps([asdict(each) for each in (*_recall(path), verdict)], indent=2) + "\n")
+        temporary.write_text(
+            json.dumps([asdict(each) for each in (*_recall(path), verdict)], indent=2) + "\n"
+        )
         temporary.replace(path)
     except OSError as error:
-        raise GraftError(f"--cache-dir: {path.parent} cannot be written: {error.strerror}; name another, or say --no-cache") from error
+        raise GraftError(
+            f"--cache-dir: {path.parent} cannot be written: {error.strerror}; name another, or say --no-cache"
+        ) from error
 
 
 def _join(verdicts: Sequence[Verdict]) -> str:

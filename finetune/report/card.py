@@ -5,9 +5,7 @@ from __future__ import annotations
 from finetune.evaluation.metrics import Metrics, tabulate
 from finetune.report.result import Result
 
-_RANDOM_WARNING = (
-    "> **No pretrained weights.** This backbone started from random values (`--no-pretrained`); do not expect it to be good.\n\n"
-)
+_RANDOM_WARNING = "> **No pretrained weights.** This backbone started from random values (`--no-pretrained`); do not expect it to be good.\n\n"
 
 
 def write_card(result: Result, version: int) -> str:
@@ -84,5 +82,8 @@ def _confused(result: Result) -> str:
     val, names = result.metrics["val"], result.splits.label_names
     if not isinstance(val, Metrics):
         return ""
-    pairs = (f"{names[true]} taken for {names[predicted]} ({count:,})" for true, predicted, count in val.most_confused(5))
+    pairs = (
+        f"{names[true]} taken for {names[predicted]} ({count:,})"
+        for true, predicted, count in val.most_confused(5)
+    )
     return f"\nMost confused on val: {'; '.join(pairs) or 'none'}.\n"

@@ -49,7 +49,9 @@ def _worst_decisions(result: Result, calibration: LabelCalibration) -> list[Mist
     splits, names = result.splits, result.splits.label_names
     scores = sigmoid(result.val_logits / np.float32(calibration.temperature))
     has_label = splits.labels(splits.val) == 1
-    wrongness = np.where((scores >= calibration.thresholds) == has_label, 0, np.where(has_label, 1 - scores, scores))
+    wrongness = np.where(
+        (scores >= calibration.thresholds) == has_label, 0, np.where(has_label, 1 - scores, scores)
+    )
     worst = wrongness.argmax(axis=1)
     order = np.argsort(-wrongness.max(axis=1), kind="stable")[:_NUM_MISTAKES]
     return [
@@ -71,7 +73,9 @@ def _read_crop(result: Result, sample: Sample) -> Pixels | None:
     try:
         return result.backbone.preprocess(sample.read())
     except (ImageError, OSError) as error:
-        logger.warning("%s is left out of the pictures of mistakes: %s", sample.key, in_words(error))
+        logger.warning(
+            "%s is left out of the pictures of mistakes: %s", sample.key, in_words(error)
+        )
         return None
 
 
@@ -82,8 +86,13 @@ def explain_mistakes(result: Result, mistakes: Sequence[Mistake]) -> list[Mistak
 
     answers = [mistake.label for mistake in mistakes]
     try:
-        heats = explain(result.backbone, result.head, [mistake.crop for mistake in mistakes], answers)
+        heats = explain(
+            result.backbone, result.head, [mistake.crop for mistake in mistakes], answers
+        )
     except GraftError as error:
         logger.warning("no pictures of where the network looked: %s", error)
         return list(mistakes)
-    return [replace(mistake, looked_at=draw_heat(mistake.crop, heat)) for mistake, heat in zip(mistakes, heats, strict=True)]
+    return [
+        replace(mistake, looked_at=draw_heat(mistake.crop, heat))
+        for mistake, heat in zip(mistakes, heats, strict=True)
+    ]

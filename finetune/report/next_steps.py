@@ -29,7 +29,9 @@ def commands_to_try(options: Options, example: Path) -> str:
     setting = "" if is_default else f"CHECKPOINTS={shlex.quote(str(repository))} "
     # Within double quotes, curl's -F takes `;` and `,` for what they are.
     escaped = str(example).replace("\\", "\\\\").replace('"', '\\"')
-    image = shlex.quote(f'images=@"{escaped}"' if any(char in escaped for char in ';,"\\') else f"images=@{escaped}")
+    image = shlex.quote(
+        f'images=@"{escaped}"' if any(char in escaped for char in ';,"\\') else f"images=@{escaped}"
+    )
     home = Path(__file__).resolve().parents[2]
     make = "make serve" if Path.cwd() == home else f"make -C {shlex.quote(str(home))} serve"
     return f"{setting}{make}\ncurl -F {image} 'http://localhost:3000/predict?model={options.model_name}'"
@@ -38,7 +40,11 @@ def commands_to_try(options: Options, example: Path) -> str:
 def say_what_next(result: Result, run_dir: Path, checkpoint: Path, commands: str) -> None:
     val = result.metrics["val"]
     verdict = "" if result.verdict is None else f"{result.verdict}\n"
-    test = f", test {result.metrics['test'].with_interval(result.metric)}" if "test" in result.metrics else ""
+    test = (
+        f", test {result.metrics['test'].with_interval(result.metric)}"
+        if "test" in result.metrics
+        else ""
+    )
     if isinstance(val, Metrics):
         averages = f"balanced {val.balanced_accuracy:.4f}, macro F1 {val.macro_f1:.4f}"
     else:

@@ -73,7 +73,9 @@ pre { background: var(--card); border-radius: .5rem; padding: .75rem 1rem; overf
 """
 
 
-def write_report(result: Result, mistakes: Sequence[Mistake], *, version: int, commands: str) -> str:
+def write_report(
+    result: Result, mistakes: Sequence[Mistake], *, version: int, commands: str
+) -> str:
     """The page's text; `commands` are those that serve the model and ask it."""
     options = result.options
     title = f"{options.model_name}, version {version}"
@@ -89,10 +91,15 @@ def write_report(result: Result, mistakes: Sequence[Mistake], *, version: int, c
             chart_learning_curve(result.learning_curve),
         ),
         *_confusion_section(result),
-        _section("Labels" if result.splits.is_multi_label else "Classes", _classes(result.metrics, result.splits.label_names)),
+        _section(
+            "Labels" if result.splits.is_multi_label else "Classes",
+            _classes(result.metrics, result.splits.label_names),
+        ),
         _section("Worst mistakes", _mistakes(mistakes)),
         _section(
-            "How it was made", _making(result), f"<details><summary>All options</summary><pre>{escape(options.to_yaml())}</pre></details>"
+            "How it was made",
+            _making(result),
+            f"<details><summary>All options</summary><pre>{escape(options.to_yaml())}</pre></details>",
         ),
         _section("Serve it and ask", f"<pre>{escape(commands)}</pre>"),
     ]
@@ -116,7 +123,9 @@ def _head(result: Result, title: str) -> str:
     classes = "labels, any number an image," if splits.is_multi_label else "classes"
     about = f"{len(splits.label_names)} {classes} of {options.data} ({sizes} images) on {result.backbone.name}, --freeze {options.freeze}"
     warning = (
-        "" if result.backbone.is_pretrained else "<p class='warning'>No pretrained weights: the backbone started from random values.</p>"
+        ""
+        if result.backbone.is_pretrained
+        else "<p class='warning'>No pretrained weights: the backbone started from random values.</p>"
     )
     return f"<h1>{escape(title)}</h1><p class='faint'>{escape(about)}</p>{warning}"
 
@@ -132,31 +141,61 @@ def _tiles(result: Result) -> str:
         )
         for name, shown in metrics.NAMES.items()
     ]
-    tiles.append((f"{calibrated.after.error:.3f}", "calibration error", f"{calibrated.before.error:.3f} before temperature"))
+    tiles.append(
+        (
+            f"{calibrated.after.error:.3f}",
+            "calibration error",
+            f"{calibrated.before.error:.3f} before temperature",
+        )
+    )
     if isinstance(calibrated, Calibrated) and isinstance(result.calibration, Calibration):
-        tiles.append((f"{calibrated.unsure:.1%}", "unsure answers", f"at {100 * result.calibration.coverage:.4g}% coverage"))
+        tiles.append(
+            (
+                f"{calibrated.unsure:.1%}",
+                "unsure answers",
+                f"at {100 * result.calibration.coverage:.4g}% coverage",
+            )
+        )
     tiles += [
-        (f"{result.seconds['total']:.1f} s", "the whole run", f"{result.engine.precision} on {result.engine.device}"),
+        (
+            f"{result.seconds['total']:.1f} s",
+            "the whole run",
+            f"{result.engine.precision} on {result.engine.device}",
+        ),
     ]
-    drawn = (f"<div class='tile'><span>{name}</span><b>{value}</b><span>{below}</span></div>" for value, name, below in tiles)
+    drawn = (
+        f"<div class='tile'><span>{name}</span><b>{value}</b><span>{below}</span></div>"
+        for value, name, below in tiles
+    )
     return f"<div class='tiles'>{''.join(drawn)}</div>"
 
 
 def _results(result: Result) -> str:
     rows = [
-        (split, *(metrics.with_interval(name) for name in metrics.intervals), f"{metrics.loss:.4f}", f"{metrics.num_images:,}")
+        (
+            split,
+            *(metrics.with_interval(name) for name in metrics.intervals),
+            f"{metrics.loss:.4f}",
+            f"{metrics.num_images:,}",
+        )
         for split, metrics in result.metrics.items()
     ]
     alone = f"val {result.metric_name} {result.probe_metrics.score:.4f}"
     note = f"In brackets, 95 % intervals over resampled images. The probe alone: {alone}."
     head = ("split", *result.probe_metrics.NAMES.values(), "log loss", "images")
-    leaks = "".join(f"<p class='warning'>Images leak: {escape(line)}.</p>" for line in result.audit.describe_leaks())
+    leaks = "".join(
+        f"<p class='warning'>Images leak: {escape(line)}.</p>"
+        for line in result.audit.describe_leaks()
+    )
     return f"{_table(head, rows)}{leaks}<p class='faint'>{note}</p>"
 
 
 def _calibration(result: Result) -> str:
     calibrated, is_multi_label = result.calibrated["val"], result.splits.is_multi_label
-    rows = [(split, f"{one.before.error:.3f}", f"{one.after.error:.3f}", *_coverage(one)) for split, one in result.calibrated.items()]
+    rows = [
+        (split, f"{one.before.error:.3f}", f"{one.after.error:.3f}", *_coverage(one))
+        for split, one in result.calibrated.items()
+    ]
     of_sets = () if is_multi_label else ("covered", "unsure", "right where sure")
     head = ("split", "error before temperature", "error", *of_sets)
     legend = "<p class='faint'>On val: bars are after temperature, rings before; on the dashed line, scores are what they say.</p>"
@@ -174,11 +213,18 @@ def _coverage(one: Calibrated | LabelCalibrated) -> tuple[str, ...]:
 
 def _confusion_section(result: Result) -> list[str]:
     val = result.metrics["val"]
-    return [_section("Confusion", _confusion(val, result.splits.label_names))] if isinstance(val, Metrics) else []
+    return (
+        [_section("Confusion", _confusion(val, result.splits.label_names))]
+        if isinstance(val, Metrics)
+        else []
+    )
 
 
 def _confusion(metrics: Metrics, label_names: Sequence[str]) -> str:
-    pairs = [(label_names[true], label_names[predicted], f"{count:,}") for true, predicted, count in metrics.most_confused(_MAX_PAIRS)]
+    pairs = [
+        (label_names[true], label_names[predicted], f"{count:,}")
+        for true, predicted, count in metrics.most_confused(_MAX_PAIRS)
+    ]
     listed = _table(("true", "answered", "images"), pairs) if pairs else "<p>No mistake on val.</p>"
     if len(label_names) > _MAX_MATRIX:
         return listed
@@ -194,7 +240,9 @@ def _confusion(metrics: Metrics, label_names: Sequence[str]) -> str:
 
 
 def _cell(count: int, share: float) -> str:
-    return f"<td{' class=deep' if share > 0.55 else ''} style='--share:{share:.3f}'>{count or ''}</td>"
+    return (
+        f"<td{' class=deep' if share > 0.55 else ''} style='--share:{share:.3f}'>{count or ''}</td>"
+    )
 
 
 def _classes(metrics: Mapping[SplitName, AnyMetrics], label_names: Sequence[str]) -> str:
@@ -226,7 +274,9 @@ def _shorten(key: str) -> str:
 
 def _pictures(mistake: Mistake) -> str:
     crops = (crop for crop in (mistake.crop, mistake.looked_at) if crop is not None)
-    return "".join(f"<img alt='' title='{escape(mistake.key)}' src='{_to_uri(crop)}'>" for crop in crops)
+    return "".join(
+        f"<img alt='' title='{escape(mistake.key)}' src='{_to_uri(crop)}'>" for crop in crops
+    )
 
 
 def _to_uri(crop: Pixels) -> str:
@@ -243,7 +293,11 @@ def _making(result: Result) -> str:
         ("licence of the weights", backbone.license or "not known; ask whoever made them"),
         ("frozen", f"--freeze {result.freeze}"),
         ("trained with", result.trained_with),
-        *([("training began from", result.options.first_head)] if result.best_epoch is not None else []),
+        *(
+            [("training began from", result.options.first_head)]
+            if result.best_epoch is not None
+            else []
+        ),
         ("data", result.options.data),
         ("audit of the data", result.audit.summary),
         ("input", f"{preprocess.width}x{preprocess.height}, {preprocess.interpolation}"),
@@ -261,8 +315,14 @@ def _section(title: str, *parts: str) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    heads = f"<thead><tr>{''.join(f'<th>{escape(name)}</th>' for name in head)}</tr></thead>" if head else ""
-    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    heads = (
+        f"<thead><tr>{''.join(f'<th>{escape(name)}</th>' for name in head)}</tr></thead>"
+        if head
+        else ""
+    )
+    body = "".join(
+        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows
+    )
     kind = "numbers" if head else "words"
     return f"<div class='wide'><table class='{kind}'>{heads}{body}</table></div>"
 

@@ -63,7 +63,9 @@ def draw_confusion(metrics: Metrics, label_names: tuple[str, ...]) -> Picture:
     cell = 38 if num_classes <= 30 else 18 if num_classes <= 60 else max(1, 1000 // num_classes)
     side, font = max(cell * num_classes, 260), _font(_TEXT if num_classes <= 30 else _SMALL_TEXT)
     cell = side // num_classes
-    names = [_shorten(name, font, _LONGEST_NAME) for name in label_names] if num_classes <= 60 else []
+    names = (
+        [_shorten(name, font, _LONGEST_NAME) for name in label_names] if num_classes <= 60 else []
+    )
     widest = max((round(font.getlength(name)) for name in names), default=0)
     are_upright = bool(names) and widest > cell - 6
     left, top = 3 * _PAD + _TEXT + widest, 3 * _PAD + _TEXT
@@ -71,7 +73,9 @@ def draw_confusion(metrics: Metrics, label_names: tuple[str, ...]) -> Picture:
     image = Image.new("RGB", (left + side + _PAD, bottom + _TEXT + 2 * _PAD), "white")
     draw = ImageDraw.Draw(image)
     shares = metrics.confusion / metrics.confusion.sum(axis=1, keepdims=True).clip(min=1)
-    cells = Image.fromarray(_shade(shares, _SHADES).round().astype(np.uint8)).resize((cell * num_classes,) * 2, Image.Resampling.NEAREST)
+    cells = Image.fromarray(_shade(shares, _SHADES).round().astype(np.uint8)).resize(
+        (cell * num_classes,) * 2, Image.Resampling.NEAREST
+    )
     image.paste(cells, (left, top))
     centre = [cell * label + cell // 2 for label in range(num_classes)]
     if num_classes <= 30:
@@ -104,7 +108,9 @@ def draw_mistakes(mistakes: Sequence[Mistake]) -> Picture:
         x, y = _PAD + index % columns * width, _PAD + index // columns * height
         score = f"  {mistake.score:.0%}"
         predicted = _shorten(mistake.predicted, font, _TILE - font.getlength(f"→ {score}"))
-        for line, words in enumerate((_shorten(mistake.true, font, _TILE), f"→ {predicted}{score}")):
+        for line, words in enumerate(
+            (_shorten(mistake.true, font, _TILE), f"→ {predicted}{score}")
+        ):
             draw.text((x + _TILE / 2, y + line * (_TEXT + 3)), words, _INK, font, anchor="ma")
         crop = ImageOps.contain(Image.fromarray(mistake.crop), (_TILE, _TILE))
         image.paste(crop, (x + (_TILE - crop.width) // 2, y + 2 * _TEXT + _PAD))
@@ -123,7 +129,9 @@ def draw_heat(crop: Pixels, heat: Floats) -> Pixels:
 def _shade(values: Floats, shades: Sequence[tuple[int, int, int]]) -> Floats:
     """Values from 0 to 1, of any shape, as colours between `shades`, with a last axis for red, green and blue."""
     at = np.linspace(0, 1, len(shades))
-    return np.stack([np.interp(values, at, channel) for channel in zip(*shades, strict=True)], axis=-1)
+    return np.stack(
+        [np.interp(values, at, channel) for channel in zip(*shades, strict=True)], axis=-1
+    )
 
 
 @cache
@@ -148,7 +156,12 @@ def _shorten(words: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, wid
 
 
 def _draw_upwards(
-    image: Image.Image, words: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, color: str, middle: int, top: int
+    image: Image.Image,
+    words: str,
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    color: str,
+    middle: int,
+    top: int,
 ) -> None:
     """Text that reads from below, its end at `top`, about the column `middle`."""
     lying = Image.new("RGB", (round(font.getlength(words)) + 1, _TEXT + 5), "white")
@@ -187,8 +200,12 @@ def draw_comparison(candidates: Sequence[Candidate], recommended: Candidate) -> 
         below, above = candidate.accuracy - candidate.low, candidate.high - candidate.accuracy
         face = color if is_chosen else "white"
         point = (candidate.images_per_second, candidate.accuracy)
-        axes.errorbar(*point, yerr=[[below], [above]], fmt="o", color=color, markerfacecolor=face, capsize=3)
-        axes.annotate(candidate.name, point, xytext=(8, 4), textcoords="offset points", fontsize=8, color=_INK)
+        axes.errorbar(
+            *point, yerr=[[below], [above]], fmt="o", color=color, markerfacecolor=face, capsize=3
+        )
+        axes.annotate(
+            candidate.name, point, xytext=(8, 4), textcoords="offset points", fontsize=8, color=_INK
+        )
     axes.set_xscale("log")
     axes.set_xlabel("images/s on this machine", color=_INK)
     axes.set_ylabel("cross-validated accuracy", color=_INK)

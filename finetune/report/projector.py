@@ -26,27 +26,34 @@ _MAX_POINTS = 2000
 _NUM_COMPONENTS = 50
 _SIDE = 48
 _THUMBNAIL = Preprocess(height=_SIDE, width=_SIDE, crop_fraction=1.0)
-_CONFIG = (
-    'embeddings {{\n  tensor_name: "val"\n  tensor_path: "projector/tensors.tsv"\n  metadata_path: "projector/metadata.tsv"\n{sprite}}}\n'
-)
+_CONFIG = 'embeddings {{\n  tensor_name: "val"\n  tensor_path: "projector/tensors.tsv"\n  metadata_path: "projector/metadata.tsv"\n{sprite}}}\n'
 _SPRITE = f'  sprite {{ image_path: "projector/sprite.jpg" single_image_dim: {_SIDE} single_image_dim: {_SIDE} }}\n'
 
 
 def write_projector(run_dir: Path, result: Result, *, with_thumbnails: bool) -> None:
     """Points of all validation images, or of 2,000 spread over them. Raises GraftError where they cannot be written."""
     samples = result.splits.val
-    shown = np.unique(np.linspace(0, len(samples) - 1, min(len(samples), _MAX_POINTS)).round().astype(int))
+    shown = np.unique(
+        np.linspace(0, len(samples) - 1, min(len(samples), _MAX_POINTS)).round().astype(int)
+    )
     points = _principal_components(result.val_features[shown])
     folder = run_dir / "projector"
     try:
         folder.mkdir(exist_ok=True)
-        _write(folder / "tensors.tsv", ["\t".join(f"{value:.4g}" for value in row) for row in points.tolist()])
+        _write(
+            folder / "tensors.tsv",
+            ["\t".join(f"{value:.4g}" for value in row) for row in points.tolist()],
+        )
         _write(folder / "metadata.tsv", _describe(result, shown))
         if with_thumbnails:
             sprite = _draw_sprite([samples[index] for index in shown], result.options.workers)
-            write_whole(folder / "sprite.jpg", lambda temporary: sprite.save(temporary, "JPEG", quality=85))
+            write_whole(
+                folder / "sprite.jpg", lambda temporary: sprite.save(temporary, "JPEG", quality=85)
+            )
         config = _CONFIG.format(sprite=_SPRITE if with_thumbnails else "")
-        write_whole(run_dir / "projector_config.pbtxt", lambda temporary: temporary.write_text(config))
+        write_whole(
+            run_dir / "projector_config.pbtxt", lambda temporary: temporary.write_text(config)
+        )
     except OSError as error:
         raise GraftError(f"{folder}: it cannot be written: {error.strerror}") from error
 
@@ -55,7 +62,9 @@ def _principal_components(features: Floats) -> Floats:
     """Features `[N,F]` → `[N,K]`, by one step of a randomised decomposition (Halko, Martinsson & Tropp 2011): milliseconds, not seconds."""
     centred = features - features.mean(axis=0)
     num_components = min(_NUM_COMPONENTS, *centred.shape)
-    drawn = np.random.default_rng(0).standard_normal((centred.shape[1], min(num_components + 8, *centred.shape)), np.float32)
+    drawn = np.random.default_rng(0).standard_normal(
+        (centred.shape[1], min(num_components + 8, *centred.shape)), np.float32
+    )
     basis, _ = np.linalg.qr(centred @ (centred.T @ (centred @ drawn)))
     _, _, directions = np.linalg.svd(basis.T @ centred, full_matrices=False)
     return np.asarray(centred @ directions[:num_components].T, np.float32)
@@ -65,12 +74,17 @@ def _describe(result: Result, shown: npt.NDArray[np.int_]) -> list[str]:
     val = result.metrics["val"]
     if isinstance(val, LabelMetrics):
         return _describe_labels(result, val, shown)
-    names, scores = result.splits.label_names, softmax(result.val_logits[shown] / result.calibration.temperature)
+    names, scores = (
+        result.splits.label_names,
+        softmax(result.val_logits[shown] / result.calibration.temperature),
+    )
     rows = [("label", "answer", "is it right", "score", "file")]
     for index, row in zip(shown, scores, strict=True):
         sample, answer = result.splits.val[index], int(row.argmax())
         is_right = "right" if answer == sample.label else "wrong"
-        rows.append((names[sample.label], names[answer], is_right, f"{row[answer]:.3f}", sample.key))
+        rows.append(
+            (names[sample.label], names[answer], is_right, f"{row[answer]:.3f}", sample.key)
+        )
     return ["\t".join(" ".join(cell.split()) for cell in row) for row in rows]
 
 
@@ -78,7 +92,10 @@ def _describe_labels(result: Result, val: LabelMetrics, shown: npt.NDArray[np.in
     """In multi-label data all labels of an image, and all that its answer names."""
     rows = [("labels", "answer", "is it right", "file")]
     for index in shown:
-        sample, answer = result.splits.val[index], tuple(map(int, np.flatnonzero(val.answers[index])))
+        sample, answer = (
+            result.splits.val[index],
+            tuple(map(int, np.flatnonzero(val.answers[index]))),
+        )
         names = (result.splits.describe(sample) or "none", result.splits.join(answer) or "none")
         rows.append((*names, "right" if answer == sample.labels else "wrong", sample.key))
     return ["\t".join(" ".join(cell.split()) for cell in row) for row in rows]
@@ -107,4 +124,6 @@ def _read_thumbnail(sample: Sample) -> Pixels | None:
 def _write(path: Path, lines: list[str]) -> None:
     # A path may hold bytes that are no text.
     text = "\n".join(lines) + "\n"
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8", errors="replace"))
+    write_whole(
+        path, lambda temporary: temporary.write_text(text, encoding="utf-8", errors="replace")
+    )

@@ -30,10 +30,16 @@ def choose_golden(result: Result, digests: Mapping[str, bytes]) -> Golden:
     """
     samples = result.splits.val
     chosen = np.unique(np.linspace(0, len(samples) - 1, _NUM_GOLDEN).round().astype(int))
-    images = {index: data for index in chosen if (data := _read_unchanged(samples[index], digests)) is not None}
+    images = {
+        index: data
+        for index in chosen
+        if (data := _read_unchanged(samples[index], digests)) is not None
+    }
     if not images:
         keys = ", ".join(samples[index].key for index in chosen)
-        raise GraftError(f"{keys}: gone or changed since the run began; nothing was published: put them back as they were")
+        raise GraftError(
+            f"{keys}: gone or changed since the run began; nothing was published: put them back as they were"
+        )
     return Golden(tuple(images.values()), result.val_logits[list(images)])
 
 
@@ -68,10 +74,16 @@ def publish_result(result: Result, golden: Golden, run_dir: Path) -> Path:
             "weights": backbone.weights,
             "is_pretrained": backbone.is_pretrained,
             "license": backbone.license,
-            "versions": {name: importlib.metadata.version(name) for name in ("torch", "timm", "openvino", "pillow", "simplejpeg")},
+            "versions": {
+                name: importlib.metadata.version(name)
+                for name in ("torch", "timm", "openvino", "pillow", "simplejpeg")
+            },
         },
     }
-    head = {f"{backbone.classifier}.weight": result.head.weight, f"{backbone.classifier}.bias": result.head.bias}
+    head = {
+        f"{backbone.classifier}.weight": result.head.weight,
+        f"{backbone.classifier}.bias": result.head.bias,
+    }
 
     def copy_engine(path: Path) -> None:
         for suffix in (".xml", ".bin"):

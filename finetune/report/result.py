@@ -9,10 +9,20 @@ from typing import Any
 from finetune.auditing.findings import Audit
 from finetune.config import Options
 from finetune.data.splits import Splits
-from finetune.evaluation.calibration import Calibrated, Calibration, describe_calibration, describe_unsure
+from finetune.evaluation.calibration import (
+    Calibrated,
+    Calibration,
+    describe_calibration,
+    describe_unsure,
+)
 from finetune.evaluation.learning_curve import LearningCurve
 from finetune.evaluation.metrics import AnyMetrics
-from finetune.evaluation.thresholds import LabelCalibrated, LabelCalibration, describe_label_calibration, describe_thresholds
+from finetune.evaluation.thresholds import (
+    LabelCalibrated,
+    LabelCalibration,
+    describe_label_calibration,
+    describe_thresholds,
+)
 from finetune.evaluation.verdict import Verdict
 from finetune.probe.solve import Floats
 from models.engine.engine import EngineInfo
@@ -65,7 +75,11 @@ class Result:
     @property
     def freeze(self) -> str:
         """The policy of the published model: where the probe won, its backbone is frozen whatever was asked for."""
-        return "backbone" if self.verdict is not None and self.verdict.publishes == "probe" else self.options.freeze
+        return (
+            "backbone"
+            if self.verdict is not None and self.verdict.publishes == "probe"
+            else self.options.freeze
+        )
 
     @property
     def metric(self) -> str:
@@ -94,8 +108,13 @@ class Result:
     def trained_with(self) -> str:
         """The options that shaped the published model and are not at their defaults, as flags."""
         is_probe = self.freeze == "backbone"
-        chosen = self.options.model_dump(include={*_PROBE_OPTIONS, *(() if is_probe else _EPOCH_OPTIONS)}, exclude_defaults=True)
-        return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in chosen.items()) or "the default options"
+        chosen = self.options.model_dump(
+            include={*_PROBE_OPTIONS, *(() if is_probe else _EPOCH_OPTIONS)}, exclude_defaults=True
+        )
+        return (
+            " ".join(f"--{name.replace('_', '-')} {value}" for name, value in chosen.items())
+            or "the default options"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """As metrics.json holds it."""
@@ -105,7 +124,11 @@ class Result:
                 split: {**metrics.to_dict(names), "calibration": self.calibrated[split].to_dict()}
                 for split, metrics in self.metrics.items()
             },
-            "probe": {self.metric: self.probe_metrics.score, "loss": self.probe_metrics.loss, "l2": self.l2},
+            "probe": {
+                self.metric: self.probe_metrics.score,
+                "loss": self.probe_metrics.loss,
+                "l2": self.l2,
+            },
             "training": None if self.best_epoch is None else {"best_epoch": self.best_epoch},
             "audit": self.audit.to_dict(),
             "verdict": None if self.verdict is None else self.verdict.to_dict(),

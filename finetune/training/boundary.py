@@ -29,7 +29,9 @@ class FrozenPart(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         kept: list[torch.Tensor] = []
         # A copy: what follows may work in place.
-        hook = self.model.get_submodule(self._boundary).register_forward_hook(lambda _, __, output: kept.append(output.clone()))
+        hook = self.model.get_submodule(self._boundary).register_forward_hook(
+            lambda _, __, output: kept.append(output.clone())
+        )
         try:
             self.model(images)
         finally:
@@ -40,7 +42,13 @@ class FrozenPart(nn.Module):
 class TrainablePart(nn.Module):
     """Activations `[B,D]` → logits `[B,C]`; while it is open, the network's frozen modules only pretend."""
 
-    def __init__(self, model: nn.Module, units: list[str], shapes: dict[str, tuple[int, ...]], memory_format: torch.memory_format) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        units: list[str],
+        shapes: dict[str, tuple[int, ...]],
+        memory_format: torch.memory_format,
+    ) -> None:
         super().__init__()
         self._memory_format = memory_format
         self.model = model
@@ -81,11 +89,16 @@ class TrainablePart(nn.Module):
         return self._activation
 
     def _give_nan(self, shape: tuple[int, ...]) -> Forward:
-        return lambda *_, **__: self._activation.new_full((1,), torch.nan).expand(len(self._activation), *shape)
+        return lambda *_, **__: self._activation.new_full((1,), torch.nan).expand(
+            len(self._activation), *shape
+        )
 
 
 def cut(
-    model: nn.Module, freezing: Freezing, images: torch.Tensor, memory_format: torch.memory_format = torch.contiguous_format
+    model: nn.Module,
+    freezing: Freezing,
+    images: torch.Tensor,
+    memory_format: torch.memory_format = torch.contiguous_format,
 ) -> TrainablePart | None:
     """The rest of a frozen network, not yet open; None where nothing is frozen, or where it cannot be cut.
 
@@ -103,7 +116,10 @@ def cut(
 
         return hook
 
-    hooks = [model.get_submodule(name).register_forward_hook(remember(name)) for name in _frozen_units(model, freezing)]
+    hooks = [
+        model.get_submodule(name).register_forward_hook(remember(name))
+        for name in _frozen_units(model, freezing)
+    ]
     with torch.no_grad():
         expected = model(images)
     for hook in hooks:
@@ -116,7 +132,9 @@ def cut(
         activation = FrozenPart(model, rest.boundary)(images)
         rest.open()
         try:
-            fits = torch.allclose(rest(activation), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+            fits = torch.allclose(
+                rest(activation), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())
+            )
         # Whatever the network's own forward raises on an image of one pixel; timm's patch embedding, an AssertionError.
         except Exception:
             fits = False
@@ -131,7 +149,9 @@ def _frozen_units(model: nn.Module, freezing: Freezing) -> list[str]:
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
         whole = name in freezing.frozen_modules and all(
-            prefix + child in freezing.frozen_modules for child, _ in module.named_modules() if child
+            prefix + child in freezing.frozen_modules
+            for child, _ in module.named_modules()
+            if child
         )
         if whole and name and not any(name.startswith(f"{unit}.") for unit in units):
             units.append(name)

@@ -22,7 +22,13 @@ class BrokenLossError(GraftError):
     """The loss, or its gradient, is NaN or infinite."""
 
 
-def keep_broken_batch(run_dir: Path, samples: Sequence[Sample], splits: Splits, losses: Sequence[float], preprocess: Preprocess) -> str:
+def keep_broken_batch(
+    run_dir: Path,
+    samples: Sequence[Sample],
+    splits: Splits,
+    losses: Sequence[float],
+    preprocess: Preprocess,
+) -> str:
     """Write each image's plain crop as a PNG and `batch.csv`, and say in words where they are."""
     folder = run_dir / FOLDER
     try:
@@ -38,6 +44,8 @@ def keep_broken_batch(run_dir: Path, samples: Sequence[Sample], splits: Splits, 
                 rows.writerow((name, sample.key, splits.describe(sample), loss))
     except OSError as error:
         return f"the {len(samples)} images of the batch could not be written to {folder}: {in_words(error)}"
-    broken = [sample.key for sample, loss in zip(samples, losses, strict=True) if not math.isfinite(loss)]
+    broken = [
+        sample.key for sample, loss in zip(samples, losses, strict=True) if not math.isfinite(loss)
+    ]
     which = f": no number for {name_some(broken, 3)}" if broken else ""
     return f"the {len(samples)} images of the batch are in {folder}, with each one's loss in batch.csv{which}"

@@ -29,8 +29,19 @@ class Average:
         decay = min(self._decay, (1 + step) / (10 + step))
         names = [name for name, tensor in self._current.items() if tensor.is_floating_point()]
         blend = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
-        blend([self.tensors[name] for name in names], [self._current[name].detach() for name in names], None)
-        copy_tensors(self._current, {name: tensor for name, tensor in self.tensors.items() if not tensor.is_floating_point()})
+        blend(
+            [self.tensors[name] for name in names],
+            [self._current[name].detach() for name in names],
+            None,
+        )
+        copy_tensors(
+            self._current,
+            {
+                name: tensor
+                for name, tensor in self.tensors.items()
+                if not tensor.is_floating_point()
+            },
+        )
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:

@@ -24,39 +24,58 @@ from models.preprocess import Pixels
 logger = logging.getLogger("graft.explain")
 
 
-def explain(backbone: PreparedBackbone, head: Head, crops: Sequence[Pixels], answers: Sequence[int]) -> list[Floats]:
+def explain(
+    backbone: PreparedBackbone, head: Head, crops: Sequence[Pixels], answers: Sequence[int]
+) -> list[Floats]:
     """For each crop `uint8 [H,W,3]` how much each place speaks for the answer, `float32 [H,W]` from 0 to 1.
 
     At the last stage that has places which the answer depends on. One image at a time: a run may have come here with little memory.
     Raises GraftError where there is no such stage, or where the network cannot be run backwards.
     """
-    model = build_from_config(backbone.config, {name: torch.from_numpy(array) for name, array in backbone.read_tensors().items()})
+    model = build_from_config(
+        backbone.config,
+        {name: torch.from_numpy(array) for name, array in backbone.read_tensors().items()},
+    )
     linear = model.get_submodule(backbone.classifier)
-    linear.weight, linear.bias = (nn.Parameter(torch.from_numpy(np.asarray(array, np.float32))) for array in (head.weight, head.bias))
+    linear.weight, linear.bias = (
+        nn.Parameter(torch.from_numpy(np.asarray(array, np.float32)))
+        for array in (head.weight, head.bias)
+    )
     normalise = Normalise(backbone.preprocess, torch.device("cpu"), torch.contiguous_format)
     batches = [normalise(torch.from_numpy(crop.copy())[None]) for crop in crops]
     try:
         for stage in _stages_with_places(model, backbone, batches[0]):
-            heats = [_gradients_times_activations(model, stage, *given) for given in zip(batches, answers, strict=True)]
+            heats = [
+                _gradients_times_activations(model, stage, *given)
+                for given in zip(batches, answers, strict=True)
+            ]
             # A network that reads its class token alone passes nothing back to the other tokens of its last stage.
             if any(heat.abs().max() > 0 for heat in heats):
                 logger.info("where it looked for its worst mistakes: Grad-CAM at %s", stage)
                 return [_to_picture(heat, crop) for heat, crop in zip(heats, crops, strict=True)]
     # A user's own network may do anything here that no gradient passes.
     except Exception as error:
-        raise GraftError(f"{backbone.name}: Grad-CAM cannot be computed: {type(error).__name__}: {error}") from error
+        raise GraftError(
+            f"{backbone.name}: Grad-CAM cannot be computed: {type(error).__name__}: {error}"
+        ) from error
     raise GraftError(
         f"{backbone.name}: Grad-CAM needs a stage with places ([B,C,H,W] or tokens) on the way to the answer, and there is none"
     )
 
 
-def _stages_with_places(model: nn.Module, backbone: PreparedBackbone, images: torch.Tensor) -> list[str]:
+def _stages_with_places(
+    model: nn.Module, backbone: PreparedBackbone, images: torch.Tensor
+) -> list[str]:
     """The stages whose output can be seen as maps, the last one first."""
     found: list[str] = []
 
     def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def look(_: nn.Module, __: Any, output: Any) -> None:
-            if isinstance(output, torch.Tensor) and output.ndim in (3, 4) and _to_maps(output).shape[2:].numel() > 1:
+            if (
+                isinstance(output, torch.Tensor)
+                and output.ndim in (3, 4)
+                and _to_maps(output).shape[2:].numel() > 1
+            ):
                 found.append(name)
 
         return look
@@ -70,10 +89,14 @@ def _stages_with_places(model: nn.Module, backbone: PreparedBackbone, images: to
     return found[::-1]
 
 
-def _gradients_times_activations(model: nn.Module, stage: str, images: torch.Tensor, answer: int) -> torch.Tensor:
+def _gradients_times_activations(
+    model: nn.Module, stage: str, images: torch.Tensor, answer: int
+) -> torch.Tensor:
     """Grad-CAM at a stage, signed, `[1,1,h,w]`. captum takes maps `[B,C,h,w]`: an identity behind the stage shows it such."""
     maps = nn.Identity()
-    handle = model.get_submodule(stage).register_forward_hook(lambda _, __, output: _from_maps(maps(_to_maps(output)), output))
+    handle = model.get_submodule(stage).register_forward_hook(
+        lambda _, __, output: _from_maps(maps(_to_maps(output)), output)
+    )
     try:
         heat: torch.Tensor = LayerGradCam(model, maps).attribute(images, target=answer)
     finally:
@@ -86,7 +109,11 @@ def _to_maps(output: torch.Tensor) -> torch.Tensor:
     if output.ndim == 4:
         return output.movedim(channel_dim(output), 1)
     side = math.isqrt(output.shape[1])
-    return output[:, output.shape[1] - side * side :].transpose(1, 2).reshape(len(output), -1, side, side)
+    return (
+        output[:, output.shape[1] - side * side :]
+        .transpose(1, 2)
+        .reshape(len(output), -1, side, side)
+    )
 
 
 def _from_maps(maps: torch.Tensor, output: torch.Tensor) -> torch.Tensor:

@@ -31,9 +31,13 @@ def start_head(backbone: Backbone, solved: Probe, head_init: str) -> None:
     head = backbone.head
     if head.bias is None or (head.weight.shape, head.bias.shape) != (weight.shape, bias.shape):
         left = f"weight {list(head.weight.shape)} and bias {None if head.bias is None else list(head.bias.shape)}"
-        raise GraftError(f"--head-init {head_init}: it leaves {left}, not {list(weight.shape)} and {list(bias.shape)}")
+        raise GraftError(
+            f"--head-init {head_init}: it leaves {left}, not {list(weight.shape)} and {list(bias.shape)}"
+        )
     if not (head.weight.isfinite().all() and head.bias.isfinite().all()):
-        raise GraftError(f"--head-init {head_init}: it leaves values in the head that are no numbers")
+        raise GraftError(
+            f"--head-init {head_init}: it leaves values in the head that are no numbers"
+        )
 
 
 def _apply(backbone: Backbone, name: str) -> None:
@@ -44,4 +48,6 @@ def _apply(backbone: Backbone, name: str) -> None:
     except (Exception, SystemExit) as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{place.filename}:{place.lineno}"
-        raise GraftError(f"--head-init {name}: it raised {type(error).__name__}: {error} ({where}); it is given an nn.Linear") from error
+        raise GraftError(
+            f"--head-init {name}: it raised {type(error).__name__}: {error} ({where}); it is given an nn.Linear"
+        ) from error

@@ -104,7 +104,9 @@ class Bf16File:
             self._bits: npt.NDArray[np.uint16] = np.lib.format.open_memmap(path, mode="r")
             return
         try:
-            self._bits = np.lib.format.open_memmap(self._unfinished, mode="w+", dtype=np.uint16, shape=(num_rows, size))
+            self._bits = np.lib.format.open_memmap(
+                self._unfinished, mode="w+", dtype=np.uint16, shape=(num_rows, size)
+            )
             # On a disk that is full, a mapped file without its blocks ends the process by SIGBUS.
             with self._unfinished.open("rb+") as file:
                 os.posix_fallocate(file.fileno(), 0, file.seek(0, os.SEEK_END))
@@ -124,7 +126,11 @@ class Bf16File:
                 if bits.shape != shape or file.read() != self._digest(bits):
                     raise ValueError("they are damaged, or of something else")
         except (OSError, ValueError) as error:
-            logger.warning("%s: the kept activations cannot be used (%s): they are computed again", self._path, error)
+            logger.warning(
+                "%s: the kept activations cannot be used (%s): they are computed again",
+                self._path,
+                error,
+            )
             return False
         return True
 
@@ -170,7 +176,14 @@ class Inputs:
             self.network.close()
 
 
-def open_inputs(backbone: Backbone, freezing: Freezing, splits: Splits, options: Options, scratch: Path, device: torch.device) -> Inputs:
+def open_inputs(
+    backbone: Backbone,
+    freezing: Freezing,
+    splits: Splits,
+    options: Options,
+    scratch: Path,
+    device: torch.device,
+) -> Inputs:
     """Activations at the boundary where they can be kept, else crops; says which, and why.
 
     `scratch` is the run's own: whole files of activations in it are not computed again.
@@ -179,13 +192,21 @@ def open_inputs(backbone: Backbone, freezing: Freezing, splits: Splits, options:
     memory_format = _try_channels_last(backbone, splits)
     rest = _try_cut(backbone, freezing, splits, options, memory_format)
     if rest is not None:
-        num_views = 1 if options.augment == "none" else options.views if options.views > 1 else min(options.epochs, _MAX_VIEWS)
+        num_views = (
+            1
+            if options.augment == "none"
+            else options.views
+            if options.views > 1
+            else min(options.epochs, _MAX_VIEWS)
+        )
         size = int(np.prod(rest.boundary_shape))
         already = sum(path.stat().st_size for path in scratch.glob("*.npy"))
         num_bytes = max(0, 2 * size * (len(splits.train) * num_views + len(splits.val)) - already)
         free = shutil.disk_usage(scratch).free * _MAX_DISK_FRACTION
         if num_bytes <= free:
-            return _keep_activations(backbone, rest, freezing, splits, options, scratch, num_views, size, device)
+            return _keep_activations(
+                backbone, rest, freezing, splits, options, scratch, num_views, size, device
+            )
         logger.warning(
             "activations at %s would take %.1f GB, half of the free disk is %.1f GB: the frozen layers run anew in each epoch",
             rest.boundary,
@@ -193,7 +214,13 @@ def open_inputs(backbone: Backbone, freezing: Freezing, splits: Splits, options:
             free / 1e9,
         )
     return Inputs(
-        Crops(splits.train, backbone.preprocess, targets=_targets(splits, splits.train), augment=options.augment, seed=options.seed),
+        Crops(
+            splits.train,
+            backbone.preprocess,
+            targets=_targets(splits, splits.train),
+            augment=options.augment,
+            seed=options.seed,
+        ),
         Crops(splits.val, backbone.preprocess, targets=_targets(splits, splits.val)),
         backbone.model,
         Normalise(backbone.preprocess, device, memory_format),
@@ -204,13 +231,19 @@ def open_inputs(backbone: Backbone, freezing: Freezing, splits: Splits, options:
 class Normalise:
     """`uint8 [B,H,W,3]` → `float32 [B,3,H,W]` with the backbone's mean and std, on the device and in its memory format."""
 
-    def __init__(self, preprocess: Preprocess, device: torch.device, memory_format: torch.memory_format) -> None:
+    def __init__(
+        self, preprocess: Preprocess, device: torch.device, memory_format: torch.memory_format
+    ) -> None:
         self._memory_format = memory_format
         self._mean = torch.tensor(preprocess.mean, device=device) * 255
         self._std = torch.tensor(preprocess.std, device=device) * 255
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        return ((images.float() - self._mean) / self._std).permute(0, 3, 1, 2).contiguous(memory_format=self._memory_format)
+        return (
+            ((images.float() - self._mean) / self._std)
+            .permute(0, 3, 1, 2)
+            .contiguous(memory_format=self._memory_format)
+        )
 
 
 def _try_channels_last(backbone: Backbone, splits: Splits) -> torch.memory_format:
@@ -223,22 +256,34 @@ def _try_channels_last(backbone: Backbone, splits: Splits) -> torch.memory_forma
     except RuntimeError:
         memory_format = torch.contiguous_format
         backbone.model.to(memory_format=memory_format)
-        logger.info("the network cannot take images in channels_last, the faster order: it trains in torch's own")
+        logger.info(
+            "the network cannot take images in channels_last, the faster order: it trains in torch's own"
+        )
     return memory_format
 
 
 def _try_cut(
-    backbone: Backbone, freezing: Freezing, splits: Splits, options: Options, memory_format: torch.memory_format
+    backbone: Backbone,
+    freezing: Freezing,
+    splits: Splits,
+    options: Options,
+    memory_format: torch.memory_format,
 ) -> TrainablePart | None:
     if not options.cache or not freezing.frozen_modules:
         return None
-    rest = cut(backbone.model, freezing, _two_images(backbone, splits, memory_format), memory_format)
+    rest = cut(
+        backbone.model, freezing, _two_images(backbone, splits, memory_format), memory_format
+    )
     if rest is None:
-        logger.warning("this network cannot be cut at its freeze boundary: the frozen layers run anew in each epoch")
+        logger.warning(
+            "this network cannot be cut at its freeze boundary: the frozen layers run anew in each epoch"
+        )
     return rest
 
 
-def _two_images(backbone: Backbone, splits: Splits, memory_format: torch.memory_format) -> torch.Tensor:
+def _two_images(
+    backbone: Backbone, splits: Splits, memory_format: torch.memory_format
+) -> torch.Tensor:
     crops = torch.stack([_read_crop(sample, backbone.preprocess) for sample in splits.train[:2]])
     return Normalise(backbone.preprocess, torch.device("cpu"), memory_format)(crops)
 
@@ -254,12 +299,20 @@ def _keep_activations(
     size: int,
     device: torch.device,
 ) -> Inputs:
-    engine = functools.cache(lambda: _frozen_engine(backbone, rest.boundary, options, scratch, device))
+    engine = functools.cache(
+        lambda: _frozen_engine(backbone, rest.boundary, options, scratch, device)
+    )
 
     def keep(samples: Sequence[Sample], name: str, view: int) -> Bf16File:
         augment: Augment = options.augment if view else "none"
         drawn = (augment, view, options.seed) if view else ()
-        what = [freezing.digests, rest.boundary, backbone.preprocess.to_dict(), drawn, [sample.key for sample in samples]]
+        what = [
+            freezing.digests,
+            rest.boundary,
+            backbone.preprocess.to_dict(),
+            drawn,
+            [sample.key for sample in samples],
+        ]
         kept = Bf16File(scratch / f"{name}.npy", len(samples), size, json.dumps(what))
         if kept.is_kept:
             return kept
@@ -284,7 +337,9 @@ def _keep_activations(
     val = keep(splits.val, "val", 0)
     if engine.cache_info().currsize:
         engine().close()
-    logger.info("kept activations at %s: %d values an image, %d views", rest.boundary, size, num_views)
+    logger.info(
+        "kept activations at %s: %d values an image, %d views", rest.boundary, size, num_views
+    )
     rest.open()
     return Inputs(
         Activations(views, _targets(splits, splits.train)),
@@ -300,7 +355,12 @@ def _read_crop(sample: Sample, preprocess: Preprocess, view: View | None = None)
     try:
         return torch.from_numpy(preprocess(sample.read(), view=view).copy())
     except (ImageError, OSError) as error:
-        raise ImageGoneError(_say_gone(sample.key, error.strerror or str(error) if isinstance(error, OSError) else str(error))) from None
+        raise ImageGoneError(
+            _say_gone(
+                sample.key,
+                error.strerror or str(error) if isinstance(error, OSError) else str(error),
+            )
+        ) from None
 
 
 def _say_gone(key: str, reason: str) -> str:
@@ -309,10 +369,16 @@ def _say_gone(key: str, reason: str) -> str:
 
 def _targets(splits: Splits, samples: Sequence[Sample]) -> Sequence[Target]:
     labels = splits.labels(samples)
-    return list(labels.astype(np.float32)) if splits.is_multi_label else [int(label) for label in labels]
+    return (
+        list(labels.astype(np.float32))
+        if splits.is_multi_label
+        else [int(label) for label in labels]
+    )
 
 
-def _frozen_engine(backbone: Backbone, boundary: str, options: Options, scratch: Path, device: torch.device) -> Engine:
+def _frozen_engine(
+    backbone: Backbone, boundary: str, options: Options, scratch: Path, device: torch.device
+) -> Engine:
     logger.info("converting the frozen layers, up to %s, for the engine …", boundary)
     frozen = FrozenPart(backbone.model, boundary)
     if device.type == "cuda":

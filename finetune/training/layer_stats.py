@@ -32,7 +32,19 @@ _MAX_GRADIENT_SPREAD = 1e4
 # Of a stage's weights, evenly spread, those that a step's length is measured on: a copy of all might be what memory has no room for.
 _NUM_WEIGHTS = 100_000
 # torch's classes and timm's: units whose output stays at or below zero pass on nothing, or next to nothing.
-_RELU_LIKE = {"ReLU", "ReLU6", "GELU", "GELUTanh", "QuickGELU", "SiLU", "Swish", "Hardswish", "HardSwish", "Mish", "HardMish"}
+_RELU_LIKE = {
+    "ReLU",
+    "ReLU6",
+    "GELU",
+    "GELUTanh",
+    "QuickGELU",
+    "SiLU",
+    "Swish",
+    "Hardswish",
+    "HardSwish",
+    "Mish",
+    "HardMish",
+}
 
 
 @dataclass(frozen=True)
@@ -75,12 +87,17 @@ class _Look:
     def add_range(self, stage: str, module: nn.Module, output: torch.Tensor) -> None:
         channel = channel_dim(output)
         others = [dim for dim in range(output.ndim) if dim != channel]
-        found = _Range(output.amin(others), output.amax(others), output.numel() // output.shape[channel])
+        found = _Range(
+            output.amin(others), output.amax(others), output.numel() // output.shape[channel]
+        )
         ranges = self.ranges.setdefault(stage, {})
         # A batch may come in parts, and a module be called several times.
         known = ranges.get((module, output.shape[channel]))
         if known is not None:
-            found.lowest, found.highest = torch.minimum(known.lowest, found.lowest), torch.maximum(known.highest, found.highest)
+            found.lowest, found.highest = (
+                torch.minimum(known.lowest, found.lowest),
+                torch.maximum(known.highest, found.highest),
+            )
             found.num_values += known.num_values
         ranges[module, output.shape[channel]] = found
 
@@ -90,7 +107,9 @@ class _Look:
 
     def first_broken(self) -> str | None:
         """The stage that gave NaN or infinity before any other did."""
-        return next((stage for stage in self.totals if not math.isfinite(self.mean_activation(stage))), None)
+        return next(
+            (stage for stage in self.totals if not math.isfinite(self.mean_activation(stage))), None
+        )
 
     def dead_fraction(self, stage: Stage) -> float | None:
         """Of the stage's units, those at or below zero throughout; without ReLU-like modules, those that never change."""
@@ -106,7 +125,9 @@ class _Look:
 class Inside:
     """The stages of a network in training; what is seen of them goes to TensorBoard, and what is wrong is said once, with the remedy."""
 
-    def __init__(self, backbone: Backbone, freezing: Freezing, options: Options, monitor: Monitor) -> None:
+    def __init__(
+        self, backbone: Backbone, freezing: Freezing, options: Options, monitor: Monitor
+    ) -> None:
         self._stages = _find_stages(backbone, freezing)
         self._options = options
         self._monitor = monitor
@@ -127,7 +148,11 @@ class Inside:
             def see_gradients() -> None:
                 hooks.close()
                 for stage in watched:
-                    gradients = [parameter.grad for parameter in stage.trainable if parameter.grad is not None]
+                    gradients = [
+                        parameter.grad
+                        for parameter in stage.trainable
+                        if parameter.grad is not None
+                    ]
                     if gradients:
                         look.gradients[stage.name] = float(nn.utils.get_total_norm(gradients))
                     look.before[stage.name] = _sample_weights(stage)
@@ -147,12 +172,19 @@ class Inside:
         if broken is not None:
             return f"; the first stage that gives values which are no numbers is {broken}"
         for stage in reversed(watched):
-            if any(parameter.grad is not None and not parameter.grad.isfinite().all() for parameter in stage.trainable):
+            if any(
+                parameter.grad is not None and not parameter.grad.isfinite().all()
+                for parameter in stage.trainable
+            ):
                 return f"; on the way back, gradients are first no numbers in {stage.name}"
         return ""
 
     def _tell(self, watched: list[Stage], look: _Look, at: Progress) -> None:
-        dead = {stage.name: fraction for stage in watched if (fraction := look.dead_fraction(stage)) is not None}
+        dead = {
+            stage.name: fraction
+            for stage in watched
+            if (fraction := look.dead_fraction(stage)) is not None
+        }
         curves: dict[str, dict[str, float]] = {
             "activation": {name: look.mean_activation(name) for name in look.totals},
             "dead": dead,
@@ -162,7 +194,9 @@ class Inside:
         for stage in watched:
             before = look.before.get(stage.name)
             if before is not None and (size := float(before.norm())):
-                curves["update"][stage.name] = float((_sample_weights(stage) - before).norm()) / size
+                curves["update"][stage.name] = (
+                    float((_sample_weights(stage) - before).norm()) / size
+                )
         for kind, values in curves.items():
             for name, value in values.items():
                 self._monitor.scalar(f"inside_{kind}/{name}", value, at.step)
@@ -170,7 +204,9 @@ class Inside:
         if broken is not None:
             remedy = f"lower --backbone-lr (now {self._options.backbone_lr:.1e}), or say --precision fp32"
             self._warn(
-                "broken", f"the first stage that gives values which are no numbers is {broken}, though the loss is one; {remedy}", at
+                "broken",
+                f"the first stage that gives values which are no numbers is {broken}, though the loss is one; {remedy}",
+                at,
             )
         self._warn_of_dead(dead, at)
         self._warn_of_spread(look.gradients, at)
@@ -193,11 +229,18 @@ class Inside:
         norms = {name: norm for name, norm in gradients.items() if norm > 0}
         if len(norms) < 2:
             return
-        weakest, strongest = min(norms, key=lambda name: norms[name]), max(norms, key=lambda name: norms[name])
+        weakest, strongest = (
+            min(norms, key=lambda name: norms[name]),
+            max(norms, key=lambda name: norms[name]),
+        )
         if norms[strongest] / norms[weakest] > _MAX_GRADIENT_SPREAD:
             order = list(norms)
             grows_back = order.index(strongest) < order.index(weakest)
-            remedy = f"lower --backbone-lr (now {self._options.backbone_lr:.1e})" if grows_back else f"freeze it: --freeze until:{weakest}"
+            remedy = (
+                f"lower --backbone-lr (now {self._options.backbone_lr:.1e})"
+                if grows_back
+                else f"freeze it: --freeze until:{weakest}"
+            )
             self._warn(
                 "spread",
                 f"gradients {'explode' if grows_back else 'vanish'} on their way back: {norms[strongest]:.1e} in {strongest}, "
@@ -208,12 +251,16 @@ class Inside:
     def _warn(self, kind: str, message: str, at: Progress) -> None:
         if kind not in self._warned:
             self._warned.add(kind)
-            logger.warning("epoch %d, step %d: %s (TensorBoard: inside_*)", at.epoch, at.step, message)
+            logger.warning(
+                "epoch %d, step %d: %s (TensorBoard: inside_*)", at.epoch, at.step, message
+            )
 
 
 def channel_dim(output: torch.Tensor) -> int:
     """Where an output's units are: `[B,C]`, `[B,C,H,W]`, `[B,N,C]`, and `[B,H,W,C]` where H and W are the same and C is another."""
-    is_last = output.ndim == 3 or (output.ndim == 4 and output.shape[1] == output.shape[2] != output.shape[3])
+    is_last = output.ndim == 3 or (
+        output.ndim == 4 and output.shape[1] == output.shape[2] != output.shape[3]
+    )
     return output.ndim - 1 if is_last else 1
 
 
@@ -224,11 +271,20 @@ def _find_stages(backbone: Backbone, freezing: Freezing) -> list[Stage]:
     activations: dict[str, list[nn.Module]] = {name: [] for name in names}
     last = None
     for name, module in model.named_modules():
-        last = next((stage for stage in names if name == stage or name.startswith(f"{stage}.")), last)
+        last = next(
+            (stage for stage in names if name == stage or name.startswith(f"{stage}.")), last
+        )
         # Frozen ones may only pretend (finetune/training/boundary.py).
-        if last is not None and type(module).__name__ in _RELU_LIKE and name not in freezing.frozen_modules:
+        if (
+            last is not None
+            and type(module).__name__ in _RELU_LIKE
+            and name not in freezing.frozen_modules
+        ):
             activations[last].append(module)
-    found = [Stage(name.removeprefix(prefix), model.get_submodule(name), tuple(activations[name]), False) for name in names]
+    found = [
+        Stage(name.removeprefix(prefix), model.get_submodule(name), tuple(activations[name]), False)
+        for name in names
+    ]
     return [*found, Stage(backbone.classifier, backbone.head, (), True)]
 
 

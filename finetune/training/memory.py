@@ -46,7 +46,12 @@ def run_in_parts(
     """
     while True:
         try:
-            return [work(*part) for part in zip(torch.split(images, at_once), torch.split(targets, at_once), strict=True)], at_once
+            return [
+                work(*part)
+                for part in zip(
+                    torch.split(images, at_once), torch.split(targets, at_once), strict=True
+                )
+            ], at_once
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -62,4 +67,8 @@ def run_in_parts(
                 "module, or a machine with more memory"
             )
         at_once = (min(at_once, len(images)) + 1) // 2
-        logger.warning("out of memory (%s): from here on %d images at once; the result is that of the whole batch", reason, at_once)
+        logger.warning(
+            "out of memory (%s): from here on %d images at once; the result is that of the whole batch",
+            reason,
+            at_once,
+        )

@@ -26,7 +26,11 @@ def build_mix(kind: str, num_classes: int) -> Mix:
     """
     mixup = v2.MixUp(alpha=_MIXUP_ALPHA, num_classes=num_classes)
     cutmix = v2.CutMix(alpha=_CUTMIX_ALPHA, num_classes=num_classes)
-    transforms: dict[str, Any] = {"mixup": mixup, "cutmix": cutmix, "both": v2.RandomChoice([mixup, cutmix])}
+    transforms: dict[str, Any] = {
+        "mixup": mixup,
+        "cutmix": cutmix,
+        "both": v2.RandomChoice([mixup, cutmix]),
+    }
 
     def mix(batch: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # torchvision wants [B,3,H,W].

@@ -58,10 +58,17 @@ def say_stages(backbone: Backbone, freezing: Freezing, options: Options) -> None
     num_stages = max(
         depth_of[name]
         for name, module in backbone.model.named_modules()
-        if name not in freezing.frozen_modules and next(module.parameters(recurse=False), None) is not None
+        if name not in freezing.frozen_modules
+        and next(module.parameters(recurse=False), None) is not None
     )
     num_reached = min(num_stages, 1 + (options.epochs - 1) // options.gradual)
     enough = 1 + (num_stages - 1) * options.gradual
     say = logger.warning if num_reached < num_stages else logger.info
     more = f"; --epochs {enough} would reach all of them" if num_reached < num_stages else ""
-    say("--gradual %d: %d of %d stages will have trained in the end%s", options.gradual, num_reached, num_stages, more)
+    say(
+        "--gradual %d: %d of %d stages will have trained in the end%s",
+        options.gradual,
+        num_reached,
+        num_stages,
+        more,
+    )

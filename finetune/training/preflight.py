@@ -31,27 +31,47 @@ _MAX_WAITING = 0.3
 _VALIDATION_COST = 2 / 3
 
 
-def check_disk(run_dir: Path, repository: Path, changing: Tensors, model_bytes: int, *, has_average: bool) -> None:
+def check_disk(
+    run_dir: Path, repository: Path, changing: Tensors, model_bytes: int, *, has_average: bool
+) -> None:
     """Raise GraftError where a run's folder or the repository has no room for what the run will write."""
     # The state has the tensors, their best and perhaps their average, and the optimizer's two moments, and is written beside the one
     # before. A checkpoint has the network as tensors and as the engine's backbone.
-    state_bytes = 2 * (4 + has_average) * sum(tensor.numel() * tensor.element_size() for tensor in changing.values())
-    for what, folder, num_bytes in (("the state of the training", run_dir, state_bytes), ("the checkpoint", repository, 2 * model_bytes)):
+    state_bytes = (
+        2
+        * (4 + has_average)
+        * sum(tensor.numel() * tensor.element_size() for tensor in changing.values())
+    )
+    for what, folder, num_bytes in (
+        ("the state of the training", run_dir, state_bytes),
+        ("the checkpoint", repository, 2 * model_bytes),
+    ):
         free = shutil.disk_usage(folder).free
         if num_bytes > free:
             raise GraftError(
                 f"--preflight: {what} takes {num_bytes / 1e6:,.0f} MB in {folder}, where {free / 1e6:,.0f} MB are free; make room, or name "
                 f"another {'--output' if folder == run_dir else '--repository'}"
             )
-        logger.info("preflight: disk: %s takes %.0f MB of %.0f MB free in %s", what, num_bytes / 1e6, free / 1e6, folder)
+        logger.info(
+            "preflight: disk: %s takes %.0f MB of %.0f MB free in %s",
+            what,
+            num_bytes / 1e6,
+            free / 1e6,
+            folder,
+        )
 
 
-def check_learning(learn: Callable[[], float], optimizer: torch.optim.Optimizer, changing: Tensors) -> float:
+def check_learning(
+    learn: Callable[[], float], optimizer: torch.optim.Optimizer, changing: Tensors
+) -> float:
     """Take `_NUM_STEPS` on one batch, whose loss must fall, and put everything back; gives the seconds of a step.
 
     `learn` leaves gradients and gives the loss; the optimizer's rates are the peak ones. Raises GraftError where the loss does not fall.
     """
-    before, states = {name: tensor.detach().clone() for name, tensor in changing.items()}, random_states()
+    before, states = (
+        {name: tensor.detach().clone() for name, tensor in changing.items()},
+        random_states(),
+    )
     peaks = [group["lr"] for group in optimizer.param_groups]
     losses, seconds = [], []
     for step in range(_NUM_STEPS):
@@ -97,8 +117,14 @@ def estimate_time(
         return max(compute, read) if is_read_ahead else compute + read
 
     batch_seconds = together(step_seconds, read_seconds)
-    total = num_epochs * (num_batches * batch_seconds + num_val_batches * together(val_seconds, 2 * read_seconds))
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads"
+    total = num_epochs * (
+        num_batches * batch_seconds + num_val_batches * together(val_seconds, 2 * read_seconds)
+    )
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{cpu_name()}, {torch.get_num_threads()} threads"
+    )
     logger.info(
         "preflight: training will take about %s on %s: %d epochs of %d steps, %.3f s a step, %.3f s to read its images",
         _in_words(total),
@@ -114,7 +140,9 @@ def estimate_time(
 def warn_if_starved(waiting_fraction: float) -> None:
     """Say what helps where a training spends more than `_MAX_WAITING` of its time waiting for data."""
     if waiting_fraction > _MAX_WAITING:
-        logger.warning("the training waits for data: more --workers, smaller image files, or --views to decode them once would help")
+        logger.warning(
+            "the training waits for data: more --workers, smaller image files, or --views to decode them once would help"
+        )
 
 
 def _in_words(seconds: float) -> str:

@@ -64,7 +64,13 @@ class Progress:
 
     def begin_next_epoch(self) -> None:
         self.epoch += 1
-        self.batch, self.losses, self.num_images, self.seconds, self.waiting_seconds = 0, [], 0, 0.0, 0.0
+        self.batch, self.losses, self.num_images, self.seconds, self.waiting_seconds = (
+            0,
+            [],
+            0,
+            0.0,
+            0.0,
+        )
 
 
 class TrainingState:
@@ -86,7 +92,9 @@ class TrainingState:
         self.average = average
         self._frozen = freezing.digests
         self._tensors = changing_tensors(model, freezing)
-        self._parameters: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+        self._parameters: dict[torch.Tensor, str] = {
+            parameter: name for name, parameter in model.named_parameters()
+        }
         self._optimizer = optimizer
         self._schedule = schedule
         self._best: Tensors = {}
@@ -111,7 +119,12 @@ class TrainingState:
             for parameter, values in self._optimizer.state.items()
             for key, value in values.items()
         }
-        kinds = {"model": self._tensors, "best": self._best, "optimizer": optimizer, "random": random_tensors}
+        kinds = {
+            "model": self._tensors,
+            "best": self._best,
+            "optimizer": optimizer,
+            "random": random_tensors,
+        }
         if self.average is not None:
             kinds["average"] = self.average.tensors
         tensors = {
@@ -124,7 +137,10 @@ class TrainingState:
             "fixed": fixed,
             "frozen": self._frozen,
             "progress": asdict(self.progress),
-            "groups": [{key: value for key, value in group.items() if key != "params"} for group in self._optimizer.param_groups],
+            "groups": [
+                {key: value for key, value in group.items() if key != "params"}
+                for group in self._optimizer.param_groups
+            ],
             "schedule": self._schedule.state_dict(),
             "random": random_rest,
             "events": events,
@@ -144,13 +160,25 @@ class TrainingState:
                 tensors: Tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no mapping
             rest = json.loads(metadata[METADATA_KEY])
             version = rest["format_version"]
-            if version == _FORMAT_VERSION and metadata[_DIGEST_KEY] != _digest(metadata[METADATA_KEY], tensors):
+            if version == _FORMAT_VERSION and metadata[_DIGEST_KEY] != _digest(
+                metadata[METADATA_KEY], tensors
+            ):
                 raise ValueError("it is not what was written")
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise GraftError(f"{path}: the saved state cannot be read: {in_words(error)}; remove it, and --resume begins again") from error
+            raise GraftError(
+                f"{path}: the saved state cannot be read: {in_words(error)}; remove it, and --resume begins again"
+            ) from error
         if version != _FORMAT_VERSION:
-            raise GraftError(f"{path}: the state has format {version}, this Graft reads format {_FORMAT_VERSION}; use the Graft of the run")
-        kinds: dict[str, Tensors] = {"model": {}, "best": {}, "average": {}, "optimizer": {}, "random": {}}
+            raise GraftError(
+                f"{path}: the state has format {version}, this Graft reads format {_FORMAT_VERSION}; use the Graft of the run"
+            )
+        kinds: dict[str, Tensors] = {
+            "model": {},
+            "best": {},
+            "average": {},
+            "optimizer": {},
+            "random": {},
+        }
         for key, tensor in tensors.items():
             kind, _, name = key.partition("/")
             kinds[kind][name] = tensor
@@ -158,25 +186,35 @@ class TrainingState:
         copy_tensors(kinds["model"], self._tensors)
         if self.average is not None:
             copy_tensors(kinds["average"], self.average.tensors)
-        self._best = {name: tensor.to(self._tensors[name].device) for name, tensor in kinds["best"].items()}
+        self._best = {
+            name: tensor.to(self._tensors[name].device) for name, tensor in kinds["best"].items()
+        }
         self._load_optimizer(rest["groups"], kinds["optimizer"])
         self._schedule.load_state_dict(rest["schedule"])
         set_random_states(kinds["random"], rest["random"])
         progress = rest["progress"]
         self.progress = Progress(**{**progress, "best_score": tuple(progress["best_score"])})
 
-    def _check_same(self, path: Path, rest: Mapping[str, Any], fixed: Mapping[str, Any], tensors: Tensors) -> None:
+    def _check_same(
+        self, path: Path, rest: Mapping[str, Any], fixed: Mapping[str, Any], tensors: Tensors
+    ) -> None:
         run_dir = path.parent.parent
         then = rest["frozen"]
-        differing = [name for name in {**then, **self._frozen} if then.get(name) != self._frozen.get(name)]
+        differing = [
+            name for name in {**then, **self._frozen} if then.get(name) != self._frozen.get(name)
+        ]
         if differing:
             raise GraftError(
                 f"--resume {run_dir}: {len(differing)} of {len(then)} frozen tensors are not what they were when the run began "
                 f"({', '.join(differing[:4])}); it needs the backbone's weights and code as they were then, or a run of its own"
             )
         check_fixed(run_dir, rest["fixed"], fixed, f"; where {path} is another run's, remove it")
-        if {name: tensor.shape for name, tensor in tensors.items()} != {name: tensor.shape for name, tensor in self._tensors.items()}:
-            raise GraftError(f"--resume {run_dir}: the backbone's code has changed: other tensors train now than when the run began")
+        if {name: tensor.shape for name, tensor in tensors.items()} != {
+            name: tensor.shape for name, tensor in self._tensors.items()
+        }:
+            raise GraftError(
+                f"--resume {run_dir}: the backbone's code has changed: other tensors train now than when the run began"
+            )
 
     def _load_optimizer(self, groups: list[dict[str, Any]], tensors: Tensors) -> None:
         # In place: Fabric's optimizer shares groups and state with the one that it wraps, which `load_state_dict` would replace.
@@ -187,7 +225,11 @@ class TrainingState:
             name, _, kind = key.rpartition("/")
             parameter = by_name[name]
             # The fused kernels ask for the parameter's own layout, channels_last on a GPU.
-            like = torch.empty_like(parameter) if value.shape == parameter.shape else torch.empty_like(value, device=parameter.device)
+            like = (
+                torch.empty_like(parameter)
+                if value.shape == parameter.shape
+                else torch.empty_like(value, device=parameter.device)
+            )
             self._optimizer.state[parameter][kind] = like.detach().copy_(value)
 
 
@@ -195,7 +237,13 @@ class StateFile:
     """A training's state at `path`, saved when it is due; with `path` None nothing is kept."""
 
     def __init__(
-        self, path: Path | None, state: TrainingState, *, minutes: float, fixed: Mapping[str, Any], flush: Callable[[], Mapping[str, int]]
+        self,
+        path: Path | None,
+        state: TrainingState,
+        *,
+        minutes: float,
+        fixed: Mapping[str, Any],
+        flush: Callable[[], Mapping[str, int]],
     ) -> None:
         """`flush` brings the curves to disk and gives the sizes of their files."""
         self._path = path
@@ -222,11 +270,17 @@ class StateFile:
         """A state that cannot be saved ends no training, but is told of."""
         if self._path is None:
             return
-        self._state.progress.seconds_trained = self._earlier_seconds + time.monotonic() - self._began
+        self._state.progress.seconds_trained = (
+            self._earlier_seconds + time.monotonic() - self._began
+        )
         try:
             self._state.save(self._path, self._fixed, self._flush())
         except (OSError, SafetensorError) as error:
-            logger.warning("%s: the state could not be saved (%s); the run goes on from the one before if it ends now", self._path, error)
+            logger.warning(
+                "%s: the state could not be saved (%s); the run goes on from the one before if it ends now",
+                self._path,
+                error,
+            )
         self._saved = time.monotonic()
 
     def remove(self) -> None:
@@ -243,12 +297,19 @@ def _digest(text: str, tensors: Tensors) -> str:
 
 def fix_images(splits: Splits) -> dict[str, str]:
     """Which images are learnt from and validated on, and what they are said to show."""
-    named = [(split, [(sample.key, splits.describe(sample)) for sample in samples]) for split, samples in splits.named()]
+    named = [
+        (split, [(sample.key, splits.describe(sample)) for sample in samples])
+        for split, samples in splits.named()
+    ]
     digest = hashlib.sha256(json.dumps([splits.label_names, named]).encode()).hexdigest()[:8]
-    return {"its list of images and labels": f"{len(splits.train)} to train on, {len(splits.val)} to validate on ({digest})"}
+    return {
+        "its list of images and labels": f"{len(splits.train)} to train on, {len(splits.val)} to validate on ({digest})"
+    }
 
 
-def draw_batches(num_images: int, batch_size: int, seed: int, epoch: int, weights: Floats | None = None) -> list[list[int]]:
+def draw_batches(
+    num_images: int, batch_size: int, seed: int, epoch: int, weights: Floats | None = None
+) -> list[list[int]]:
     """The images of each gradient step of an epoch, by index: from seed and epoch alone, so that an epoch can be entered anywhere.
 
     With `weights` `[num_images]`, 1 on average, an image comes as often as its own says. A last batch that is not full is left out: of
@@ -259,14 +320,19 @@ def draw_batches(num_images: int, batch_size: int, seed: int, epoch: int, weight
     if weights is not None:
         drawn = generator.permutation(draw_balanced(drawn, weights, generator.random()))
     order = drawn.tolist()
-    return [order[start : start + batch_size] for start in range(0, max(1, num_images - batch_size + 1), batch_size)]
+    return [
+        order[start : start + batch_size]
+        for start in range(0, max(1, num_images - batch_size + 1), batch_size)
+    ]
 
 
 def random_states() -> tuple[Tensors, Any]:
     """torch's generators as tensors; Python's and numpy's as JSON."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        states |= {f"cuda{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
+        states |= {
+            f"cuda{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())
+        }
     kind, keys, *rest = np.random.get_state(legacy=True)
     return states, {"python": random.getstate(), "numpy": [kind, np.asarray(keys).tolist(), *rest]}
 

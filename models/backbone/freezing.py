@@ -71,15 +71,20 @@ def set_train_mode(model: nn.Module, freezing: Freezing, *, update_batch_norm: b
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
         # An ancestor of something that trains keeps its mode: only its own tensors are frozen.
-        if all(prefix + child in freezing.frozen_modules for child, _ in module.named_modules() if child) and (
-            name in freezing.frozen_modules
-        ):
+        if all(
+            prefix + child in freezing.frozen_modules
+            for child, _ in module.named_modules()
+            if child
+        ) and (name in freezing.frozen_modules):
             module.eval()
 
 
 def prove_frozen(model: nn.Module, freezing: Freezing) -> None:
     """Raise FrozenDriftError unless every frozen parameter and buffer is bit-equal to what `freeze` saw."""
-    now = {name: digest_tensor(tensor) for name, tensor in _frozen_tensors(model, freezing.frozen_modules)}
+    now = {
+        name: digest_tensor(tensor)
+        for name, tensor in _frozen_tensors(model, freezing.frozen_modules)
+    }
     drifted = [name for name, digest in freezing.digests.items() if now.get(name) != digest]
     if drifted:
         shown = name_some(drifted, 8)
@@ -110,7 +115,9 @@ def parameter_groups(
         if parameter.requires_grad:
             depth = depth_of[name.rpartition(".")[0]]
             # Without a layer decay all stages are one group.
-            groups.setdefault((depth if layer_decay < 1 else min(depth, 1), parameter.ndim > 1), []).append(parameter)
+            groups.setdefault(
+                (depth if layer_decay < 1 else min(depth, 1), parameter.ndim > 1), []
+            ).append(parameter)
     backbone = "backbone" if layer_decay == 1 else "backbone_{}"
     return [
         {
@@ -131,7 +138,9 @@ def depths(model: nn.Module, classifier: str, prefix: str = "") -> dict[str, int
     """
     number, number_of = 0, {}
     for stage in stages(model, classifier, prefix):
-        has_weights = any(parameter.ndim > 1 for parameter in model.get_submodule(prefix + stage).parameters())
+        has_weights = any(
+            parameter.ndim > 1 for parameter in model.get_submodule(prefix + stage).parameters()
+        )
         number = max(1, number + has_weights)
         number_of[prefix + stage] = number
     last, now, depth_of = max(1, number), 1, {}
@@ -151,7 +160,12 @@ def stages(model: nn.Module, classifier: str, prefix: str = "") -> list[str]:
     for name, child in model.get_submodule(prefix.rstrip(".")).named_children():
         if prefix + name == classifier.split(".")[0] or next(child.parameters(), None) is None:
             continue
-        if isinstance(child, nn.Sequential | nn.ModuleList) and name in ("blocks", "stages", "layers", "features"):
+        if isinstance(child, nn.Sequential | nn.ModuleList) and name in (
+            "blocks",
+            "stages",
+            "layers",
+            "features",
+        ):
             found += [f"{name}.{inner}" for inner, _ in child.named_children()]
         else:
             found.append(name)
@@ -162,7 +176,10 @@ def _frozen_tensors(model: nn.Module, frozen: frozenset[str]) -> Iterator[tuple[
     for name, module in model.named_modules():
         if name in frozen:
             prefix = f"{name}." if name else ""
-            for kind in (module.named_parameters(recurse=False), module.named_buffers(recurse=False)):
+            for kind in (
+                module.named_parameters(recurse=False),
+                module.named_buffers(recurse=False),
+            ):
                 yield from ((prefix + tensor_name, tensor) for tensor_name, tensor in kind)
 
 

@@ -29,7 +29,9 @@ def without_compiler() -> Iterator[None]:
         yield
         return
     utils = _StandIn(_UTILS, {"is_compile_supported": _is_compile_supported})
-    sys.modules[_COMPILER] = _StandIn(_COMPILER, {"utils": utils, "config": SimpleNamespace(), "disable": _disable})
+    sys.modules[_COMPILER] = _StandIn(
+        _COMPILER, {"utils": utils, "config": SimpleNamespace(), "disable": _disable}
+    )
     sys.modules[_UTILS] = utils
     try:
         yield

@@ -15,7 +15,9 @@ class DeferredEngine:
     `open_engine` may raise what opening one raises; `submit` lets it through.
     """
 
-    def __init__(self, info: EngineInfo, num_features: int, open_engine: Callable[[], Engine]) -> None:
+    def __init__(
+        self, info: EngineInfo, num_features: int, open_engine: Callable[[], Engine]
+    ) -> None:
         self.info = info
         self.num_features = num_features
         self._open_engine = open_engine

@@ -198,18 +198,32 @@ class OpenVINOEngine:
                 by_size, batch_size, images_per_second = self._search(chosen, sizes, num_streams)
             sizes_used = {1, batch_size}
             if in_callers_thread:
-                models = [{size: self._compile(chosen, size) for size in sizes_used} for _ in range(num_streams)]
+                models = [
+                    {size: self._compile(chosen, size) for size in sizes_used}
+                    for _ in range(num_streams)
+                ]
             else:
-                shared = {size: by_size.get(size) or self._compile(chosen, size, num_streams) for size in sizes_used}
+                shared = {
+                    size: by_size.get(size) or self._compile(chosen, size, num_streams)
+                    for size in sizes_used
+                }
                 # Streams do not wait while images are made, results copied out and the next batch is fetched from an event loop: 8 %
                 # more requests/s than with one slot more than streams, on two cores.
                 models = [shared] * (num_streams + NUM_SPARE_SLOTS)
         except RuntimeError as error:
-            raise GraftError(f"{model_path}: OpenVINO cannot load it: {str(error).strip().splitlines()[-1]}") from error
+            raise GraftError(
+                f"{model_path}: OpenVINO cannot load it: {str(error).strip().splitlines()[-1]}"
+            ) from error
         self.num_features = int(models[0][1].output(0).partial_shape[1].get_length())
-        self.info = EngineInfo(openvino_name(), cpu_name(), chosen, batch_size, num_streams, images_per_second)
+        self.info = EngineInfo(
+            openvino_name(), cpu_name(), chosen, batch_size, num_streams, images_per_second
+        )
         self._slots = [
-            {size: _Request(compiled, size, self.num_features, in_callers_thread) for size, compiled in one.items()} for one in models
+            {
+                size: _Request(compiled, size, self.num_features, in_callers_thread)
+                for size, compiled in one.items()
+            }
+            for one in models
         ]
         # A thread a slot waits for its requests. Callbacks of OpenVINO's would run on its streams, which then wait for Python's lock, and
         # a request that is let go of before its callback is (2026.4) ends in a deadlock or in the process's abort.
@@ -222,7 +236,14 @@ class OpenVINOEngine:
     def use_all_cores_for_one(self) -> None:
         """Compile it once more (half a second), to run an image that is the only one in flight on every core: 1.9 for 3.4 ms."""
         if self.info.num_streams > 1:
-            self._alone.put(_Request(self._compile(self.info.precision, 1, num_streams=1), 1, self.num_features, False))
+            self._alone.put(
+                _Request(
+                    self._compile(self.info.precision, 1, num_streams=1),
+                    1,
+                    self.num_features,
+                    False,
+                )
+            )
 
     @property
     def num_slots(self) -> int:
@@ -250,7 +271,9 @@ class OpenVINOEngine:
             self._idle.put(slot)
         return features
 
-    def _run(self, slot: dict[int, _Request], chunk: Crops, out: Features, pending: _Countdown) -> None:
+    def _run(
+        self, slot: dict[int, _Request], chunk: Crops, out: Features, pending: _Countdown
+    ) -> None:
         error = None
         try:
             self._run_on(slot, chunk, out)
@@ -260,7 +283,9 @@ class OpenVINOEngine:
         self._idle.put(slot)
         pending.finish_one(error)
 
-    def _run_on(self, slot: dict[int, _Request], crops: Crops, out: Features, *, is_alone: bool = True) -> None:
+    def _run_on(
+        self, slot: dict[int, _Request], crops: Crops, out: Features, *, is_alone: bool = True
+    ) -> None:
         size = self.info.batch_size
         num_whole = len(crops) - len(crops) % size if size > 1 else 0
         for start in range(0, num_whole, size):
@@ -299,15 +324,24 @@ class OpenVINOEngine:
             return "bf16" if has_bf16 else "fp32"
         if precision not in ("fp32", "bf16") or (precision == "bf16" and not has_bf16):
             allowed = "fp32, bf16" if has_bf16 else "fp32"
-            raise GraftError(f"--precision {precision}: {cpu_name()} runs {allowed} through OpenVINO; or leave it at auto")
+            raise GraftError(
+                f"--precision {precision}: {cpu_name()} runs {allowed} through OpenVINO; or leave it at auto"
+            )
         return precision
 
-    def _compile(self, precision: str, batch_size: int, num_streams: int | None = None) -> ov.CompiledModel:
+    def _compile(
+        self, precision: str, batch_size: int, num_streams: int | None = None
+    ) -> ov.CompiledModel:
         """With no `num_streams`, for whichever thread calls, and it alone."""
         model = openvino_core().read_model(self._model_path)
         model.reshape([batch_size, *self._image_shape])
         if num_streams is None:
-            parallel = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1", "INFERENCE_NUM_THREADS": "1", "ENABLE_CPU_PINNING": "NO"}
+            parallel = {
+                "PERFORMANCE_HINT": "LATENCY",
+                "NUM_STREAMS": "1",
+                "INFERENCE_NUM_THREADS": "1",
+                "ENABLE_CPU_PINNING": "NO",
+            }
         else:
             parallel = {"PERFORMANCE_HINT": "THROUGHPUT", "NUM_STREAMS": str(num_streams)}
         return openvino_core().compile_model(
@@ -322,7 +356,9 @@ class OpenVINOEngine:
             },
         )
 
-    def _search(self, precision: str, sizes: Sequence[Sequence[int]], num_streams: int) -> tuple[dict[int, ov.CompiledModel], int, float]:
+    def _search(
+        self, precision: str, sizes: Sequence[Sequence[int]], num_streams: int
+    ) -> tuple[dict[int, ov.CompiledModel], int, float]:
         """What was compiled, the best batch size and its images a second: of rounds in which the sizes take turns the fastest, because
         what else runs on the machine only ever slows a round down. One round a size chose 466 images a second over 640."""
         by_size: dict[int, ov.CompiledModel] = {}
@@ -331,9 +367,14 @@ class OpenVINOEngine:
             by_size |= {size: self._compile(precision, size, num_streams) for size in some}
             for _ in range(_SEARCH_ROUNDS):
                 for size in some:
-                    speeds[size] = max(speeds.get(size, 0), self._measure(by_size[size], size, num_streams))
+                    speeds[size] = max(
+                        speeds.get(size, 0), self._measure(by_size[size], size, num_streams)
+                    )
             fastest = max(speeds.values())
-            if fastest < (1 + _WORTH_MORE) * speeds[some[0]] and fastest * _SECONDS_PER_BATCH / some[-1] < _WORTH_MORE:
+            if (
+                fastest < (1 + _WORTH_MORE) * speeds[some[0]]
+                and fastest * _SECONDS_PER_BATCH / some[-1] < _WORTH_MORE
+            ):
                 break
         best = min(speeds, key=lambda size: 1 / speeds[size] + _SECONDS_PER_BATCH / size)
         return by_size, best, speeds[best]
@@ -341,7 +382,9 @@ class OpenVINOEngine:
     def _measure(self, compiled: ov.CompiledModel, batch_size: int, num_streams: int) -> float:
         import openvino as ov
 
-        noise = np.random.default_rng(0).integers(0, 256, (batch_size, *self._image_shape), np.uint8)
+        noise = np.random.default_rng(0).integers(
+            0, 256, (batch_size, *self._image_shape), np.uint8
+        )
         requests = ov.AsyncInferQueue(compiled, num_streams + 1)
         for _ in range(num_streams):
             requests.start_async({0: noise})
@@ -357,7 +400,9 @@ class OpenVINOEngine:
 class _Request:
     """A request of OpenVINO's with arrays of its own, which cost less to copy to than others to bind; one thread at a time runs it."""
 
-    def __init__(self, compiled: ov.CompiledModel, size: int, num_features: int, in_callers_thread: bool) -> None:
+    def __init__(
+        self, compiled: ov.CompiledModel, size: int, num_features: int, in_callers_thread: bool
+    ) -> None:
         import openvino as ov
 
         self._in_callers_thread = in_callers_thread
@@ -371,7 +416,9 @@ class _Request:
         for row, crop in zip(self._input, crops, strict=True):
             # An assignment would stretch what is smaller.
             if crop.shape != row.shape:
-                raise ValueError(f"a crop is of shape {list(crop.shape)}, the engine takes {list(row.shape)}")
+                raise ValueError(
+                    f"a crop is of shape {list(crop.shape)}, the engine takes {list(row.shape)}"
+                )
             row[...] = crop
         if self._in_callers_thread:
             self._request.infer(share_outputs=True)
@@ -434,7 +481,9 @@ class TorchEngine:
         self._threads = ThreadPoolExecutor(self.num_slots, thread_name_prefix="torch-engine")
         batch_size, images_per_second = self._search(batch_size)
         name = torch.cuda.get_device_name(self._device) if self._copies else cpu_name()
-        self.info = EngineInfo(f"torch {torch.__version__}", name, chosen, batch_size, 1, images_per_second)
+        self.info = EngineInfo(
+            f"torch {torch.__version__}", name, chosen, batch_size, 1, images_per_second
+        )
 
     @property
     def num_slots(self) -> int:
@@ -451,7 +500,9 @@ class TorchEngine:
 
     def _run(self, crops: Crops) -> Features:
         images, size = np.asarray(crops), self.info.batch_size
-        chunks = [self._forward(images[start : start + size]) for start in range(0, len(images), size)]
+        chunks = [
+            self._forward(images[start : start + size]) for start in range(0, len(images), size)
+        ]
         return np.concatenate(chunks) if chunks else np.empty((0, self.num_features), np.float32)
 
     def _forward(self, images: Pixels) -> Features:
@@ -464,7 +515,9 @@ class TorchEngine:
                 torch.cuda.current_stream(self._device).wait_stream(self._copies)
                 batch.record_stream(torch.cuda.current_stream(self._device))
             normalized = (batch.permute(0, 3, 1, 2).float() - self._mean) / self._std
-            with torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not torch.float32):
+            with torch.autocast(
+                self._device.type, self._dtype, enabled=self._dtype is not torch.float32
+            ):
                 features = self._module(normalized.contiguous(memory_format=torch.channels_last))
             return np.asarray(features.float().cpu().numpy(), np.float32)
 
@@ -476,14 +529,18 @@ class TorchEngine:
                 return "fp32"
             return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
         if precision == "int8" or (precision == "fp16" and not is_cuda):
-            raise GraftError(f"--precision {precision}: the torch engine on {self._device} runs fp32 and bf16; or leave it at auto")
+            raise GraftError(
+                f"--precision {precision}: the torch engine on {self._device} runs fp32 and bf16; or leave it at auto"
+            )
         return precision
 
     def _search(self, batch_size: int | None) -> tuple[int, float]:
         """Double the batch until a further doubling gains under 5 % or memory runs out."""
         is_cuda = self._device.type == "cuda"
         best = (0, 0.0)
-        for size in (batch_size,) if batch_size else ((16, 32, 64, 128, 256, 512) if is_cuda else (8,)):
+        for size in (
+            (batch_size,) if batch_size else ((16, 32, 64, 128, 256, 512) if is_cuda else (8,))
+        ):
             noise = np.random.default_rng(0).integers(0, 256, (size, *self._image_shape), np.uint8)
             try:
                 self.num_features = self._forward(noise).shape[1]

@@ -81,7 +81,12 @@ class Ticket:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._batcher._forget(self)
 
 
@@ -123,7 +128,11 @@ class Batcher:
     def check(self, num_images: int, deadline: float) -> None:
         """Raises RequestError where `admit` would now, so that a body that would be read in vain is not."""
         if self._is_closing:
-            raise RequestError("shutting_down", "this server is shutting down; send the request to another", retry_after_seconds=1)
+            raise RequestError(
+                "shutting_down",
+                "this server is shutting down; send the request to another",
+                retry_after_seconds=1,
+            )
         total = self.num_admitted + num_images
         seconds_left = deadline - time.monotonic()
         if total > self._max_images:
@@ -144,12 +153,20 @@ class Batcher:
     def predict_seconds(self, num_images: int) -> float:
         """Time until `num_images` that come now are done: requests take turns, so each goes ahead with as many at most."""
         # The count alone for one image, which is asked about every request of a storm.
-        num_ahead = len(self._tickets) if num_images == 1 else sum(min(ticket.num_left, num_images) for ticket in self._tickets)
+        num_ahead = (
+            len(self._tickets)
+            if num_images == 1
+            else sum(min(ticket.num_left, num_images) for ticket in self._tickets)
+        )
         return (num_ahead + num_images) * self._seconds_per_image
 
     def stalled_seconds(self) -> float:
         """How long the oldest batch has been in the engine, 0 where there is none: a wedged engine shows here."""
-        return time.monotonic() - min(batch.started for batch in self._in_flight) if self._in_flight else 0.0
+        return (
+            time.monotonic() - min(batch.started for batch in self._in_flight)
+            if self._in_flight
+            else 0.0
+        )
 
     async def close(self) -> None:
         """Refuse what is new, finish what is in, then close the engine."""
@@ -202,7 +219,9 @@ class Batcher:
         num_in_flight = len(self._in_flight)
         is_crowded = self._peak >= self._num_busy * self._batch_size
         num_for_any = self._num_streams if is_arrival and is_crowded else self._num_busy
-        return num_in_flight < num_for_any or (num_in_flight < self._num_slots and self._fills_batch())
+        return num_in_flight < num_for_any or (
+            num_in_flight < self._num_slots and self._fills_batch()
+        )
 
     def _fills_batch(self) -> bool:
         num_missing = self._batch_size
@@ -237,7 +256,9 @@ class Batcher:
         for _, _, since in batch.waiting:
             metrics.note(metrics.QUEUE_SECONDS, self._labels, batch.started - since)
         try:
-            self.engine.start([image for image, _, _ in batch.waiting], partial(self._finish, batch))
+            self.engine.start(
+                [image for image, _, _ in batch.waiting], partial(self._finish, batch)
+            )
         # Whatever an engine raises concerns this batch alone, and must not stop the queue.
         except Exception as error:
             asyncio.get_running_loop().call_soon(self._finish, batch, error)
@@ -248,7 +269,9 @@ class Batcher:
         self._measure(len(batch.waiting))
         self._dispatch()
         if isinstance(outcome, Exception):
-            logger.error("the engine failed on a batch of %d images", len(batch.waiting), exc_info=outcome)
+            logger.error(
+                "the engine failed on a batch of %d images", len(batch.waiting), exc_info=outcome
+            )
             outcome = Outcome([outcome] * len(batch.waiting), (), 0.0)
         else:
             metrics.note(metrics.ENGINE_SECONDS, self._labels, outcome.engine_seconds)
@@ -260,7 +283,9 @@ class Batcher:
             if isinstance(result, ImageError):
                 future.set_exception(result)
             elif isinstance(result, Exception):
-                future.set_exception(RequestError("engine_failed", "the engine failed on this image; try again"))
+                future.set_exception(
+                    RequestError("engine_failed", "the engine failed on this image; try again")
+                )
             else:
                 future.set_result(result)
         self._check_drained()
@@ -271,7 +296,9 @@ class Batcher:
         is_loaded = self.num_admitted >= self._round
         if is_loaded and self._last_finish is not None:
             sample = (now - self._last_finish) / num_images
-            self._seconds_per_image += min(1.0, num_images * _WEIGHT_PER_IMAGE) * (sample - self._seconds_per_image)
+            self._seconds_per_image += min(1.0, num_images * _WEIGHT_PER_IMAGE) * (
+                sample - self._seconds_per_image
+            )
         self._last_finish = now if is_loaded else None
 
     def _check_drained(self) -> None:
@@ -288,4 +315,8 @@ class _Batch:
 
 
 def deadline_exceeded() -> RequestError:
-    return RequestError("deadline_exceeded", "the answer could not be given in time; try again later", retry_after_seconds=1)
+    return RequestError(
+        "deadline_exceeded",
+        "the answer could not be given in time; try again later",
+        retry_after_seconds=1,
+    )

@@ -80,10 +80,16 @@ class EngineProcess:
         self._is_closed = False
         self.is_dead = False
         control, theirs = socket.socketpair()
-        environment = {**_MALLOC, **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))}
+        environment = {
+            **_MALLOC,
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH")))),
+        }
         with theirs:
             command = [sys.executable, "-m", "service.engine.worker", str(theirs.fileno())]
-            self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL)
+            self._process = subprocess.Popen(
+                command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL
+            )
         self._control = control
         asked = {
             "folder": str(folder.resolve()),
@@ -98,7 +104,9 @@ class EngineProcess:
         except OSError:
             answer, fds = b"", []
         if not answer:
-            raise GraftError(f"the engine's process ended with {self._process.wait()} while it loaded; the server's log says why")
+            raise GraftError(
+                f"the engine's process ended with {self._process.wait()} while it loaded; the server's log says why"
+            )
         loaded = json.loads(answer)
         if "error" in loaded:
             control.close()
@@ -121,7 +129,9 @@ class EngineProcess:
         job = _job(list(crops))
         try:
             self._for_loading.sendall(b"".join(job))
-            answer = self._receive(self._for_loading, ANSWER.unpack(self._receive(self._for_loading, ANSWER.size))[0])
+            answer = self._receive(
+                self._for_loading, ANSWER.unpack(self._receive(self._for_loading, ANSWER.size))[0]
+            )
         except (OSError, EOFError) as error:
             raise GraftError("the engine's process has ended; the server's log says why") from error
         results = _outcome(memoryview(answer), len(crops)).results
@@ -198,7 +208,10 @@ class EngineProcess:
             self._die()
             return
         slot.received += received
-        if len(slot.received) < ANSWER.size or len(slot.received) < ANSWER.size + ANSWER.unpack_from(slot.received)[0]:
+        if (
+            len(slot.received) < ANSWER.size
+            or len(slot.received) < ANSWER.size + ANSWER.unpack_from(slot.received)[0]
+        ):
             return
         # A copy of its own: the features are views of it.
         answer = memoryview(bytes(slot.received))[ANSWER.size :]
@@ -216,7 +229,11 @@ class EngineProcess:
         self._idle.clear()
         for slot in self._slots:
             self._let_go(slot)
-        logger.error("the engine's process %d has ended (%s), and nobody had asked it to", self._process.pid, self._process.poll())
+        logger.error(
+            "the engine's process %d has ended (%s), and nobody had asked it to",
+            self._process.pid,
+            self._process.poll(),
+        )
         failed = [slot.done for slot in self._slots if slot.done is not None]
         for slot in self._slots:
             slot.done = None
@@ -236,7 +253,10 @@ class EngineProcess:
 
 
 def _job(images: Sequence[Image]) -> list[bytes | memoryview]:
-    parts = [image if isinstance(image, bytes) else np.ascontiguousarray(image).data.cast("B") for image in images]
+    parts = [
+        image if isinstance(image, bytes) else np.ascontiguousarray(image).data.cast("B")
+        for image in images
+    ]
     kinds = [ENCODED if isinstance(image, bytes) else CROP for image in images]
     head = [JOB.pack(len(parts), sum(map(len, parts)))]
     head += [JOB_IMAGE.pack(kind, len(part)) for kind, part in zip(kinds, parts, strict=True)]
@@ -258,5 +278,7 @@ def _outcome(answer: memoryview, num_images: int) -> Outcome:
         elif kind == FAILED:
             results.append(RuntimeError(str(body, "utf-8")))
         else:
-            results.append((ImageTooLargeError if kind == TOO_LARGE else ImageError)(str(body, "utf-8")))
+            results.append(
+                (ImageTooLargeError if kind == TOO_LARGE else ImageError)(str(body, "utf-8"))
+            )
     return Outcome(results, seconds, engine_seconds)

@@ -64,14 +64,24 @@ class _Worker:
     """As many threads as compute at once, each of which takes the next job from whichever socket has one, and so never sleeps while
     there is work: a thread a socket had two of five waiting on one core while the other was idle."""
 
-    def __init__(self, engine: Engine, preprocess: Preprocess, max_pixels: int, connections: Sequence[socket.socket]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        preprocess: Preprocess,
+        max_pixels: int,
+        connections: Sequence[socket.socket],
+    ) -> None:
         self._engine = engine
         self._preprocess = preprocess
         self._max_pixels = max_pixels
-        self.num_threads = engine.info.num_streams if isinstance(engine, OpenVINOEngine) else len(connections)
+        self.num_threads = (
+            engine.info.num_streams if isinstance(engine, OpenVINOEngine) else len(connections)
+        )
         # Where those threads alone would leave cores idle while they decode (a GPU has two), a batch is decoded by as many.
         has_idle_cores = engine.info.batch_size > 1 and self.num_threads < num_cpus()
-        self._decoders = ThreadPoolExecutor(num_cpus(), thread_name_prefix="decode") if has_idle_cores else None
+        self._decoders = (
+            ThreadPoolExecutor(num_cpus(), thread_name_prefix="decode") if has_idle_cores else None
+        )
         # An entry for each job under way: a list, because its length changes in one step.
         self._jobs: list[None] = []
         self._waiting = selectors.DefaultSelector()
@@ -116,7 +126,9 @@ class _Worker:
         crops = [one.crop for one in decoded if not isinstance(one.crop, Exception)]
         rows: Iterator[Features | Exception]
         try:
-            rows = iter(self._engine.run_here(crops, is_alone=len(self._jobs) == 1) if crops else ())
+            rows = iter(
+                self._engine.run_here(crops, is_alone=len(self._jobs) == 1) if crops else ()
+            )
         # It concerns this batch alone: whatever an engine raises, the next one is tried.
         except Exception as error:
             logger.exception("the engine failed on a batch of %d images", len(crops))
@@ -136,7 +148,9 @@ class _Worker:
         started = time.monotonic()
         try:
             if kind == CROP:
-                crop: Pixels | Exception = np.frombuffer(data, np.uint8).reshape(self._preprocess.height, self._preprocess.width, 3)
+                crop: Pixels | Exception = np.frombuffer(data, np.uint8).reshape(
+                    self._preprocess.height, self._preprocess.width, 3
+                )
             else:
                 crop = self._preprocess(data, max_pixels=self._max_pixels)
         except ImageError as error:
@@ -160,7 +174,9 @@ def _pack(result: Features | Exception) -> tuple[int, bytes]:
     if not isinstance(result, Exception):
         return FEATURES, result.tobytes()
     if isinstance(result, ImageError):
-        return TOO_LARGE if isinstance(result, ImageTooLargeError) else UNREADABLE, str(result).encode()
+        return TOO_LARGE if isinstance(result, ImageTooLargeError) else UNREADABLE, str(
+            result
+        ).encode()
     return FAILED, b"the engine failed"
 
 
@@ -207,11 +223,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     preprocess = Preprocess.from_dict(asked["preprocess"])
     try:
-        engine = build_engine(Path(asked["folder"]), preprocess, asked["config"], in_callers_thread=True, **asked["options"])
+        engine = build_engine(
+            Path(asked["folder"]),
+            preprocess,
+            asked["config"],
+            in_callers_thread=True,
+            **asked["options"],
+        )
     except Exception as error:
         if not isinstance(error, GraftError):
             logger.exception("the engine cannot be loaded")
-        reason = str(error) if isinstance(error, GraftError) else f"it cannot be loaded ({type(error).__name__})"
+        reason = (
+            str(error)
+            if isinstance(error, GraftError)
+            else f"it cannot be loaded ({type(error).__name__})"
+        )
         control.sendall(json.dumps({"error": reason}).encode() + b"\n")
         return
     # One more than the engine takes at once: for the golden images of checkpoints that come later.
@@ -220,9 +246,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # A batch of photographs goes in at once, where the system lets it.
         outer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _JOB_BUFFER_BYTES)
     worker = _Worker(engine, preprocess, asked["max_pixels"], [inner for inner, _ in pairs])
-    threads = [threading.Thread(target=worker.serve, daemon=True) for _ in range(worker.num_threads)]
-    loaded = {"info": engine.info.to_dict(), "num_features": engine.num_features, "num_slots": engine.num_slots}
-    socket.send_fds(control, [json.dumps(loaded).encode() + b"\n"], [outer.fileno() for _, outer in pairs])
+    threads = [
+        threading.Thread(target=worker.serve, daemon=True) for _ in range(worker.num_threads)
+    ]
+    loaded = {
+        "info": engine.info.to_dict(),
+        "num_features": engine.num_features,
+        "num_slots": engine.num_slots,
+    }
+    socket.send_fds(
+        control, [json.dumps(loaded).encode() + b"\n"], [outer.fileno() for _, outer in pairs]
+    )
     for _, outer in pairs:
         outer.close()
     gc.collect()

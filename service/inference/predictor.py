@@ -46,7 +46,9 @@ class Predictor:
         self._is_traced = is_traced
         self._cache = FeatureCache(cached_images) if cached_images else None
 
-    async def predict(self, models: Sequence[Model], images: Sequence[bytes | Pixels], *, deadline: float) -> list[Answer]:
+    async def predict(
+        self, models: Sequence[Model], images: Sequence[bytes | Pixels], *, deadline: float
+    ) -> list[Answer]:
         """One answer per model: each image is decoded once, and runs once through each backbone. An image is an encoded file or
         the crop itself, and one that cannot be read fails alone, as the ImageError in its place.
 
@@ -54,9 +56,15 @@ class Predictor:
         """
         backbones = {model.backbone.fingerprint: model.backbone for model in models}
         names = [model.checkpoint.name for model in models]
-        with ExitStack() as stack, self._span("predict", {"graft.models": names, "graft.images": len(images)}):
+        with (
+            ExitStack() as stack,
+            self._span("predict", {"graft.models": names, "graft.images": len(images)}),
+        ):
             # Admitted before anything is awaited: a backbone cannot be closed between the choice of a model and its place in the queue.
-            tickets = {name: stack.enter_context(one.batcher.admit(len(images), deadline)) for name, one in backbones.items()}
+            tickets = {
+                name: stack.enter_context(one.batcher.admit(len(images), deadline))
+                for name, one in backbones.items()
+            }
             try:
                 async with asyncio.timeout(deadline - time.monotonic()):
                     features = await self._features(backbones, tickets, images)
@@ -65,7 +73,10 @@ class Predictor:
         return [_answer(model, features) for model in models]
 
     async def _features(
-        self, backbones: Mapping[str, Backbone], tickets: Mapping[str, Ticket], images: Sequence[bytes | Pixels]
+        self,
+        backbones: Mapping[str, Backbone],
+        tickets: Mapping[str, Ticket],
+        images: Sequence[bytes | Pixels],
     ) -> list[FeaturesByBackbone | ImageError]:
         """Features of each image, with no more under way than keeps the engines busy: what several ask for is held as crops."""
         if len(images) == 1:
@@ -78,7 +89,9 @@ class Predictor:
                 results[index] = await self._features_of_one(backbones, tickets, image)
 
         engines = [backbone.engine for backbone in backbones.values()]
-        num_workers = min(len(images), 2 * max(engine.num_slots * engine.info.batch_size for engine in engines))
+        num_workers = min(
+            len(images), 2 * max(engine.num_slots * engine.info.batch_size for engine in engines)
+        )
         try:
             async with asyncio.TaskGroup() as group:
                 for _ in range(num_workers):
@@ -89,7 +102,10 @@ class Predictor:
         return results
 
     async def _features_of_one(
-        self, backbones: Mapping[str, Backbone], tickets: Mapping[str, Ticket], image: bytes | Pixels
+        self,
+        backbones: Mapping[str, Backbone],
+        tickets: Mapping[str, Ticket],
+        image: bytes | Pixels,
     ) -> FeaturesByBackbone | ImageError:
         key = b""
         if self._cache is not None and isinstance(image, bytes):
@@ -98,24 +114,35 @@ class Predictor:
                 return found
         try:
             # One after the other: a request takes one place at a time, however many backbones it asks.
-            found = {name: await self._features_by(backbone, tickets[name], image) for name, backbone in backbones.items()}
+            found = {
+                name: await self._features_by(backbone, tickets[name], image)
+                for name, backbone in backbones.items()
+            }
         except ImageError as error:
             return error
         if key and self._cache is not None:
             self._cache.add(key, found)
         return found
 
-    async def _features_by(self, backbone: Backbone, ticket: Ticket, image: bytes | Pixels) -> Features:
+    async def _features_by(
+        self, backbone: Backbone, ticket: Ticket, image: bytes | Pixels
+    ) -> Features:
         if not isinstance(image, bytes):
             wanted = (backbone.preprocess.height, backbone.preprocess.width, 3)
             if image.shape != wanted:
-                raise ImageError(f"pixels are of shape {list(image.shape)}, this model takes {list(wanted)}")
+                raise ImageError(
+                    f"pixels are of shape {list(image.shape)}, this model takes {list(wanted)}"
+                )
         with self._span("features", {"graft.backbone": backbone.fingerprint[:12]}):
             return await ticket.features(image)
 
     def _span(self, name: str, attributes: Mapping[str, Any]) -> AbstractContextManager[object]:
         # A span that goes nowhere still costs 50 µs.
-        return trace.get_tracer("graft").start_as_current_span(name, attributes=attributes) if self._is_traced else nullcontext()
+        return (
+            trace.get_tracer("graft").start_as_current_span(name, attributes=attributes)
+            if self._is_traced
+            else nullcontext()
+        )
 
 
 class FeatureCache:
@@ -148,8 +175,14 @@ class FeatureCache:
 def _answer(model: Model, features: Sequence[FeaturesByBackbone | ImageError]) -> Answer:
     fingerprint = model.backbone.fingerprint
     readable = [one[fingerprint] for one in features if not isinstance(one, ImageError)]
-    rows = iter(scores(model, readable[0][None] if len(readable) == 1 else np.stack(readable))) if readable else iter(())
-    return Answer(model, tuple(one if isinstance(one, ImageError) else next(rows) for one in features))
+    rows = (
+        iter(scores(model, readable[0][None] if len(readable) == 1 else np.stack(readable)))
+        if readable
+        else iter(())
+    )
+    return Answer(
+        model, tuple(one if isinstance(one, ImageError) else next(rows) for one in features)
+    )
 
 
 def scores(model: Model, features: Features) -> Scores:
@@ -168,25 +201,35 @@ def rank(row: Scores, label_names: Sequence[str], top_k: int | None = None) -> l
     """Probabilities `[C]` → the `top_k` best labels, or all, ties in the order of the labels."""
     columns = np.argsort(-row, kind="stable")[:top_k]
     ranked = zip(columns.tolist(), row[columns].tolist(), strict=True)
-    return [LabelScore(label=label_names[column], score=round(score, 6)) for column, score in ranked]
+    return [
+        LabelScore(label=label_names[column], score=round(score, 6)) for column, score in ranked
+    ]
 
 
-def top_prediction(row: Scores, label_names: Sequence[str], top_k: int, threshold: float | None = None) -> Prediction:
+def top_prediction(
+    row: Scores, label_names: Sequence[str], top_k: int, threshold: float | None = None
+) -> Prediction:
     """Probabilities `[C]` → the best label and the `top_k` best, ties in the order of the labels; with a threshold, if unsure."""
     top = rank(row, label_names, top_k)
     unsure = None if threshold is None else bool(is_unsure(row, threshold))
     return Prediction(label=top[0].label, score=top[0].score, unsure=unsure, top=top)
 
 
-def multi_label_prediction(row: Scores, checkpoint: Checkpoint, top_k: int | None) -> MultiLabelPrediction:
+def multi_label_prediction(
+    row: Scores, checkpoint: Checkpoint, top_k: int | None
+) -> MultiLabelPrediction:
     """Probabilities `[C]` → the labels that reach their thresholds, and the `top_k` best of all, or all."""
     ranked = rank(row, checkpoint.label_names)
     named = set(named_labels(row, checkpoint))
-    return MultiLabelPrediction(labels=[one for one in ranked if one.label in named], top=ranked[:top_k])
+    return MultiLabelPrediction(
+        labels=[one for one in ranked if one.label in named], top=ranked[:top_k]
+    )
 
 
 def named_labels(row: Scores, checkpoint: Checkpoint) -> tuple[str, ...]:
     """What an answer of probabilities `[C]` names: the best label; of a multi-label model those that reach their thresholds."""
     if checkpoint.thresholds is None:
         return (checkpoint.label_names[int(np.argmax(row))],)
-    return tuple(checkpoint.label_names[column] for column in np.flatnonzero(row >= checkpoint.thresholds))
+    return tuple(
+        checkpoint.label_names[column] for column in np.flatnonzero(row >= checkpoint.thresholds)
+    )

@@ -89,8 +89,13 @@ class Served:
         """The model for a number, a label, `latest`, or "" for the default and its canary. Raises RequestError where it is not served."""
         model = self.versions.get(self.rollout.resolve(version, self.latest) or 0)
         if model is None:
-            there = ", ".join([f"latest ({self.latest})", *self.rollout.labels, *map(str, sorted(self.versions))])
-            raise RequestError("no_such_version", f"model {self.name!r} has no version {version[:100]!r} here; there is {there}")
+            there = ", ".join(
+                [f"latest ({self.latest})", *self.rollout.labels, *map(str, sorted(self.versions))]
+            )
+            raise RequestError(
+                "no_such_version",
+                f"model {self.name!r} has no version {version[:100]!r} here; there is {there}",
+            )
         return model
 
     @property
@@ -112,18 +117,26 @@ class Snapshot:
 
     @cached_property
     def backbones(self) -> list[Backbone]:
-        found = {model.backbone.fingerprint: model.backbone for served in self.models.values() for model in served.versions.values()}
+        found = {
+            model.backbone.fingerprint: model.backbone
+            for served in self.models.values()
+            for model in served.versions.values()
+        }
         return list(found.values())
 
     @property
     def versions(self) -> set[tuple[str, int]]:
-        return {(name, version) for name, served in self.models.items() for version in served.versions}
+        return {
+            (name, version) for name, served in self.models.items() for version in served.versions
+        }
 
 
 class Repository:
     """The folder `root` as it is served now. Everything but the loading itself happens on one event loop."""
 
-    def __init__(self, settings: Settings, *, on_engine_death: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, settings: Settings, *, on_engine_death: Callable[[], None] = lambda: None
+    ) -> None:
         """`on_engine_death` is called on the event loop when an engine's process ends without having been asked to."""
         self._on_engine_death = on_engine_death
         self.root = settings.checkpoints
@@ -141,7 +154,9 @@ class Repository:
         """
         async with self._loading:
             before = self.current
-            after = await asyncio.to_thread(load_snapshot, self._settings, before, rollouts or {}, self._on_engine_death)
+            after = await asyncio.to_thread(
+                load_snapshot, self._settings, before, rollouts or {}, self._on_engine_death
+            )
             for backbone in after.backbones:
                 backbone.engine.attach()
             self.current = after
@@ -167,12 +182,18 @@ class Repository:
 
         Raises RequestError where there is no such model, or the rollout asks for what cannot be served; nothing has changed then.
         """
-        if not checkpoints.NAME_PATTERN.fullmatch(name) or not checkpoints.list_versions(self.root, name):
-            raise RequestError("no_such_model", f"there is no model {name[:100]!r} in the repository")
+        if not checkpoints.NAME_PATTERN.fullmatch(name) or not checkpoints.list_versions(
+            self.root, name
+        ):
+            raise RequestError(
+                "no_such_model", f"there is no model {name[:100]!r} in the repository"
+            )
         async with self._changing:
             served = self.current.models.get(name)
             try:
-                rollout = change(served.rollout if served is not None else read_rollout(self.root / name))
+                rollout = change(
+                    served.rollout if served is not None else read_rollout(self.root / name)
+                )
                 await self.refresh({name: rollout})
             except GraftError as error:
                 raise RequestError("bad_rollout", str(error)) from None
@@ -215,7 +236,9 @@ def load_snapshot(
     loader = _Loader(settings, before or Snapshot(), on_engine_death)
     models: dict[str, Served] = {}
     for name in checkpoints.list_names(settings.checkpoints):
-        if checkpoints.NAME_PATTERN.fullmatch(name) and (served := loader.load(name, (rollouts or {}).get(name))):
+        if checkpoints.NAME_PATTERN.fullmatch(name) and (
+            served := loader.load(name, (rollouts or {}).get(name))
+        ):
             models[name] = served
     return Snapshot(models, tuple(loader.refused))
 
@@ -223,7 +246,9 @@ def load_snapshot(
 class _Loader:
     """One look through the repository."""
 
-    def __init__(self, settings: Settings, before: Snapshot, on_engine_death: Callable[[], None]) -> None:
+    def __init__(
+        self, settings: Settings, before: Snapshot, on_engine_death: Callable[[], None]
+    ) -> None:
         self._on_engine_death = on_engine_death
         self.refused: list[Refusal] = []
         self._settings = settings
@@ -245,7 +270,11 @@ class _Loader:
         try:
             # What was set over HTTP where nothing can be written holds until the file changes.
             is_known = before is not None and before.rollout_stamp == stamp
-            return self._load_versions(name, before.rollout if before and is_known else read_rollout(self._root / name), stamp)
+            return self._load_versions(
+                name,
+                before.rollout if before and is_known else read_rollout(self._root / name),
+                stamp,
+            )
         except GraftError as error:
             self._refuse_rollout(name, str(error))
         for fallback in (before.rollout if before is not None else Rollout(), Rollout()):
@@ -259,12 +288,22 @@ class _Loader:
         latest = 0
         for version in reversed(checkpoints.list_versions(self._root, name)):
             is_named = version in rollout.named_versions
-            if version not in rollout.unloaded and (is_named or not latest) and (model := self._load_version(name, version)):
+            if (
+                version not in rollout.unloaded
+                and (is_named or not latest)
+                and (model := self._load_version(name, version))
+            ):
                 versions[version] = model
                 latest = latest or version
         if missing := sorted(rollout.named_versions - versions.keys()):
-            reasons = [refusal.reason for refusal in self.refused if (refusal.name, refusal.version) == (name, missing[0])]
-            raise GraftError(f"the rollout asks for version {missing[0]}: {reasons[0] if reasons else 'there is no such version'}")
+            reasons = [
+                refusal.reason
+                for refusal in self.refused
+                if (refusal.name, refusal.version) == (name, missing[0])
+            ]
+            raise GraftError(
+                f"the rollout asks for version {missing[0]}: {reasons[0] if reasons else 'there is no such version'}"
+            )
         return Served(name, versions, latest, rollout, stamp) if versions else None
 
     def _load_version(self, name: str, version: int) -> Model | None:
@@ -289,7 +328,13 @@ class _Loader:
             self.refused.append(refusal)
             self._known[name, version, stamp_of_files] = refusal
             return None
-        logger.info("loaded %s version %d in %.1f s: %s", name, version, time.perf_counter() - start, model.info)
+        logger.info(
+            "loaded %s version %d in %.1f s: %s",
+            name,
+            version,
+            time.perf_counter() - start,
+            model.info,
+        )
         return model
 
     def _start_model(self, path: Path) -> Model:
@@ -298,7 +343,9 @@ class _Loader:
         is_new = backbone is None
         if backbone is None:
             engine = self._build_engine(checkpoint)
-            batcher = Batcher(engine, max_images=self._settings.max_queue_images, name=checkpoint.fingerprint[:12])
+            batcher = Batcher(
+                engine, max_images=self._settings.max_queue_images, name=checkpoint.fingerprint[:12]
+            )
             backbone = Backbone(checkpoint.fingerprint, checkpoint.preprocess, engine, batcher)
         try:
             _replay_golden(checkpoint, backbone)
@@ -322,14 +369,30 @@ class _Loader:
             # Features of a quantised backbone are others than those of the float one, so its heads fit no other precision.
             if recorded in ("auto", "int8"):
                 raise
-            logger.warning("%s was saved in %s (%s): taking what this device can", checkpoint.path, recorded, error)
+            logger.warning(
+                "%s was saved in %s (%s): taking what this device can",
+                checkpoint.path,
+                recorded,
+                error,
+            )
             return self._start_engine(checkpoint, "auto")
 
     def _start_engine(self, checkpoint: Checkpoint, precision: Precision) -> EngineProcess:
         recorded = checkpoint.engine
         # What the search found on this very processor holds, and searching again would cost most of the start.
-        is_same = self._device == "cpu" and recorded.get("device") == cpu_name() and recorded.get("precision") == precision
-        found = {name: recorded.get(name) for name in ("batch_size", "num_streams", "images_per_second")} if is_same else {}
+        is_same = (
+            self._device == "cpu"
+            and recorded.get("device") == cpu_name()
+            and recorded.get("precision") == precision
+        )
+        found = (
+            {
+                name: recorded.get(name)
+                for name in ("batch_size", "num_streams", "images_per_second")
+            }
+            if is_same
+            else {}
+        )
         return EngineProcess(
             checkpoint.path,
             checkpoint.preprocess,
@@ -345,7 +408,11 @@ class _Loader:
         if isinstance(error, GraftError):
             logger.error("refused %s version %d: %s", name, version, error)
             # The reason is shown over HTTP, where the paths of this machine are nobody's business.
-            return str(error).replace(f"{self._root}/{name}/{version}: ", "").replace(f"{self._root}/", "")
+            return (
+                str(error)
+                .replace(f"{self._root}/{name}/{version}: ", "")
+                .replace(f"{self._root}/", "")
+            )
         logger.exception("refused %s version %d", name, version, exc_info=error)
         return f"it cannot be loaded ({type(error).__name__}); the server's log says more"
 
@@ -358,7 +425,9 @@ class _Loader:
 
 def _replay_golden(checkpoint: Checkpoint, backbone: Backbone) -> None:
     images = np.stack([backbone.preprocess(image) for image in checkpoint.golden.images])
-    checkpoints.check_golden(checkpoint, checkpoints.logits(checkpoint, backbone.engine.run(images)))
+    checkpoints.check_golden(
+        checkpoint, checkpoints.logits(checkpoint, backbone.engine.run(images))
+    )
 
 
 def _stamp(path: Path) -> Stamp:
@@ -375,4 +444,8 @@ def _stamp_of_files(folder: Path) -> Stamp:
     except OSError:
         return None
     found = [stamp for stamp in stamps if stamp is not None]
-    return len(found), sum(stamp[1] for stamp in found), max((stamp[2] for stamp in found), default=0)
+    return (
+        len(found),
+        sum(stamp[1] for stamp in found),
+        max((stamp[2] for stamp in found), default=0),
+    )

@@ -41,21 +41,39 @@ class Rollout(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    default: Version | Label = Field(default=LATEST, description="What a request that names no version gets: latest, a label, a version.")
-    labels: dict[Label, Version] = Field(default_factory=dict, max_length=100, description="Names for versions, to ask for them by.")
-    canary: Canary | None = None
-    shadow: Version | None = Field(default=None, description="Is asked too, its answers are compared and counted, never sent.")
-    loaded: frozenset[Version] = Field(
-        default=frozenset(), description="Served to those who ask by number, though nothing else refers to it."
+    default: Version | Label = Field(
+        default=LATEST,
+        description="What a request that names no version gets: latest, a label, a version.",
     )
-    unloaded: frozenset[Version] = Field(default=frozenset(), description="Never served: `latest` is the newest of the others.")
+    labels: dict[Label, Version] = Field(
+        default_factory=dict, max_length=100, description="Names for versions, to ask for them by."
+    )
+    canary: Canary | None = None
+    shadow: Version | None = Field(
+        default=None, description="Is asked too, its answers are compared and counted, never sent."
+    )
+    loaded: frozenset[Version] = Field(
+        default=frozenset(),
+        description="Served to those who ask by number, though nothing else refers to it.",
+    )
+    unloaded: frozenset[Version] = Field(
+        default=frozenset(), description="Never served: `latest` is the newest of the others."
+    )
 
     @model_validator(mode="after")
     def _check_references(self) -> Self:
         if LATEST in self.labels:
-            raise ValueError("the label 'latest' is the newest version and cannot be set; unload what must not be it")
-        if isinstance(self.default, str) and self.default != LATEST and self.default not in self.labels:
-            raise ValueError(f"default is {self.default!r}, which is not one of the labels ({', '.join(self.labels) or 'there is none'})")
+            raise ValueError(
+                "the label 'latest' is the newest version and cannot be set; unload what must not be it"
+            )
+        if (
+            isinstance(self.default, str)
+            and self.default != LATEST
+            and self.default not in self.labels
+        ):
+            raise ValueError(
+                f"default is {self.default!r}, which is not one of the labels ({', '.join(self.labels) or 'there is none'})"
+            )
         if gone := sorted(self.named_versions & self.unloaded):
             raise ValueError(
                 f"version {gone[0]} is unloaded and still referred to; point default, labels, canary or shadow elsewhere first"
@@ -130,7 +148,9 @@ def _validate(content: Mapping[str, Any], what: str) -> Rollout:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise GraftError(f"{what}: {place + ': ' if place else ''}{first['msg'].removeprefix('Value error, ')}") from None
+        raise GraftError(
+            f"{what}: {place + ': ' if place else ''}{first['msg'].removeprefix('Value error, ')}"
+        ) from None
 
 
 def _merge(target: object, patch: object) -> Any:

@@ -80,7 +80,9 @@ class Server:
         if self._load_error:
             raise RequestError("no_model", self._load_error)
         if not self.is_loaded:
-            raise RequestError("not_ready", "the models are being loaded; try again in 1 s", retry_after_seconds=1)
+            raise RequestError(
+                "not_ready", "the models are being loaded; try again in 1 s", retry_after_seconds=1
+            )
         if not self.repository.current.models:
             raise RequestError("no_model", self._how_to_get_a_model())
         return self.repository.current
@@ -88,7 +90,9 @@ class Server:
     def check_healthy(self) -> None:
         """Raises RequestError with the reason where this process should be sent no requests."""
         if self.is_draining:
-            raise RequestError("shutting_down", "this server is shutting down; send requests to another")
+            raise RequestError(
+                "shutting_down", "this server is shutting down; send requests to another"
+            )
         self.check_ready()
         self.check_alive()
 
@@ -110,7 +114,10 @@ class Server:
 
     def is_wedged(self) -> bool:
         backbones = self.repository.current.backbones
-        return any(one.engine.is_dead or one.batcher.stalled_seconds() > _WEDGED_SECONDS for one in backbones)
+        return any(
+            one.engine.is_dead or one.batcher.stalled_seconds() > _WEDGED_SECONDS
+            for one in backbones
+        )
 
     def choose(self, name: str, version: str = "") -> list[Model]:
         """The model of this name and version, the only one for "", and every one's default for `all`.
@@ -120,17 +127,27 @@ class Server:
         models = self.check_ready().models
         if name == ALL_MODELS and name not in models:
             if version:
-                raise RequestError("bad_parameter", "model=all takes no version: each model answers with its default")
+                raise RequestError(
+                    "bad_parameter",
+                    "model=all takes no version: each model answers with its default",
+                )
             return [served.choose() for served in models.values()]
         if name in models or (not name and len(models) == 1):
             served = models[name] if name else next(iter(models.values()))
             return [served.choose(version)]
         names = ", ".join(sorted(models)[:50])
         if name:
-            raise RequestError("no_such_model", f"there is no model {name[:100]!r} that can be served; there is {names}")
-        raise RequestError("model_required", f"several models are served; say which in 'model' (or 'all'): {names}")
+            raise RequestError(
+                "no_such_model",
+                f"there is no model {name[:100]!r} that can be served; there is {names}",
+            )
+        raise RequestError(
+            "model_required", f"several models are served; say which in 'model' (or 'all'): {names}"
+        )
 
-    async def classify(self, request: Request, models: Sequence[Model], images: Sequence[bytes | Pixels]) -> list[Answer]:
+    async def classify(
+        self, request: Request, models: Sequence[Model], images: Sequence[bytes | Pixels]
+    ) -> list[Answer]:
         """One answer per model, in time or not at all: the work ends as soon as the client hangs up.
 
         Raises RequestError for the whole request, and ClientDisconnect; images that cannot be read are in the answers.
@@ -143,7 +160,9 @@ class Server:
             version=[model.checkpoint.version for model in models],
             images=len(images),
         )
-        answers = await _unless_disconnected(request, self.predictor.predict(asked, images, deadline=deadline))
+        answers = await _unless_disconnected(
+            request, self.predictor.predict(asked, images, deadline=deadline)
+        )
         seconds = time.monotonic() - start
         request.state.log["predict_ms"] = round(1000 * seconds, 1)
         for answer in answers[: len(models)]:
@@ -165,9 +184,15 @@ class Server:
         """Shadows on a backbone that is asked anyway: they cost their head."""
         backbones = {model.backbone.fingerprint for model in models}
         shadows = (self._shadow_of(model) for model in models)
-        return [shadow for shadow in shadows if shadow is not None and shadow.backbone.fingerprint in backbones]
+        return [
+            shadow
+            for shadow in shadows
+            if shadow is not None and shadow.backbone.fingerprint in backbones
+        ]
 
-    def _compare_shadows(self, answers: Sequence[Answer], beside: Sequence[Answer], images: Sequence[bytes | Pixels]) -> None:
+    def _compare_shadows(
+        self, answers: Sequence[Answer], beside: Sequence[Answer], images: Sequence[bytes | Pixels]
+    ) -> None:
         known = {answer.model.checkpoint.name: answer for answer in beside}
         for answer in answers:
             shadow = self._shadow_of(answer.model)
@@ -183,7 +208,9 @@ class Server:
             else:
                 _count_skipped(shadow, len(images))
 
-    async def _ask_shadow(self, shadow: Model, answer: Answer, images: Sequence[bytes | Pixels]) -> None:
+    async def _ask_shadow(
+        self, shadow: Model, answer: Answer, images: Sequence[bytes | Pixels]
+    ) -> None:
         try:
             deadline = time.monotonic() + self.settings.deadline_seconds
             (other,) = await self.predictor.predict([shadow], images, deadline=deadline)
@@ -207,12 +234,18 @@ class Server:
         self.is_loaded = True
         _spare_the_collector()
         if not current.models:
-            logger.warning("%s (CHECKPOINTS is %s)", self._how_to_get_a_model(), self.settings.checkpoints)
+            logger.warning(
+                "%s (CHECKPOINTS is %s)", self._how_to_get_a_model(), self.settings.checkpoints
+            )
         if self.settings.poll_seconds:
             await self.repository.watch()
 
     def _how_to_get_a_model(self) -> str:
-        what = "no checkpoint could be loaded, GET /v1/models says why" if self.repository.current.refused else "there is no checkpoint yet"
+        what = (
+            "no checkpoint could be loaded, GET /v1/models says why"
+            if self.repository.current.refused
+            else "there is no checkpoint yet"
+        )
         then = "it is served as soon as it is there" if self.settings.poll_seconds else "restart"
         return f"{what}: make one with `make run`, or put one at <name>/<version>/ in the folder CHECKPOINTS; {then}"
 
@@ -235,7 +268,9 @@ class Server:
             limit = threading.Timer(self.settings.shutdown_seconds, os._exit, (0,))
             limit.daemon = True
             limit.start()
-            loop.call_soon_threadsafe(loop.call_later, self.settings.drain_seconds, stop, number, frame)
+            loop.call_soon_threadsafe(
+                loop.call_later, self.settings.drain_seconds, stop, number, frame
+            )
 
         signal.signal(signal.SIGTERM, drain)
 
@@ -253,12 +288,20 @@ def _count_shadow(answer: Answer, other: Answer) -> None:
     for result, shadowed in zip(answer.results, other.results, strict=True):
         if isinstance(result, ImageError) or isinstance(shadowed, ImageError):
             continue
-        agrees = set(named_labels(result, answer.model.checkpoint)) == set(named_labels(shadowed, model))
-        metrics.note(metrics.SHADOW, (model.name, str(model.version), "agrees" if agrees else "differs"))
+        agrees = set(named_labels(result, answer.model.checkpoint)) == set(
+            named_labels(shadowed, model)
+        )
+        metrics.note(
+            metrics.SHADOW, (model.name, str(model.version), "agrees" if agrees else "differs")
+        )
 
 
 def _count_skipped(shadow: Model, num_images: int) -> None:
-    metrics.note(metrics.SHADOW, (shadow.checkpoint.name, str(shadow.checkpoint.version), "skipped"), num_images)
+    metrics.note(
+        metrics.SHADOW,
+        (shadow.checkpoint.name, str(shadow.checkpoint.version), "skipped"),
+        num_images,
+    )
 
 
 async def _unless_disconnected(request: Request, work: Awaitable[T]) -> T:

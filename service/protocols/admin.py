@@ -29,7 +29,10 @@ async def load_version(request: Request, server: Server) -> Response:
         request,
         server,
         lambda rollout: rollout.patched(
-            {"loaded": sorted(rollout.loaded | {version}), "unloaded": sorted(rollout.unloaded - {version})},
+            {
+                "loaded": sorted(rollout.loaded | {version}),
+                "unloaded": sorted(rollout.unloaded - {version}),
+            },
         ),
     )
 
@@ -41,7 +44,10 @@ async def unload_version(request: Request, server: Server) -> Response:
         request,
         server,
         lambda rollout: rollout.patched(
-            {"loaded": sorted(rollout.loaded - {version}), "unloaded": sorted(rollout.unloaded | {version})},
+            {
+                "loaded": sorted(rollout.loaded - {version}),
+                "unloaded": sorted(rollout.unloaded | {version}),
+            },
         ),
     )
 
@@ -55,21 +61,30 @@ async def patch_rollout(request: Request, server: Server) -> Response:
     except (ValueError, RecursionError):
         patch = None
     if not isinstance(patch, dict):
-        raise RequestError("bad_request", 'the body is not a JSON object such as {"default": "stable", "labels": {"stable": 3}}')
+        raise RequestError(
+            "bad_request",
+            'the body is not a JSON object such as {"default": "stable", "labels": {"stable": 3}}',
+        )
     return await _change(request, server, lambda rollout: rollout.patched(patch))
 
 
-async def _change(request: Request, server: Server, change: Callable[[Rollout], Rollout]) -> Response:
+async def _change(
+    request: Request, server: Server, change: Callable[[Rollout], Rollout]
+) -> Response:
     name = request.path_params["name"]
     persisted = await server.repository.change_rollout(name, change)
     served = server.repository.current.models.get(name)
     rollout = served.rollout if served is not None else Rollout()
     versions = sorted(served.versions) if served is not None else []
-    return json_response(RolloutResponse(model=name, rollout=rollout, versions=versions, persisted=persisted))
+    return json_response(
+        RolloutResponse(model=name, rollout=rollout, versions=versions, persisted=persisted)
+    )
 
 
 def _version(request: Request) -> int:
     text = request.path_params["version"]
     if not (text.isascii() and text.isdigit() and 1 <= int(text[:10]) < 10**9):
-        raise RequestError("bad_parameter", f"{text[:20]!r} is not a version: they are whole numbers from 1 up")
+        raise RequestError(
+            "bad_parameter", f"{text[:20]!r} is not a version: they are whole numbers from 1 up"
+        )
     return int(text)

@@ -50,7 +50,10 @@ async def list_models(request: Request, server: Server) -> Response:
     return json_response(
         ModelsResponse(
             models=[_model_info(served) for served in current.models.values()],
-            refused=[RefusedModel(name=one.name, version=one.version, reason=one.reason) for one in current.refused],
+            refused=[
+                RefusedModel(name=one.name, version=one.version, reason=one.reason)
+                for one in current.refused
+            ],
         )
     )
 
@@ -67,14 +70,23 @@ def check_readable(answer: Answer, names: list[str]) -> None:
     """Raises RequestError where none of the images could be read."""
     errors = [result for result in answer.results if isinstance(result, ImageError)]
     if len(errors) == len(answer.results):
-        prefix = "" if len(errors) == 1 else f"none of the {len(errors)} images could be read; the first: "
+        prefix = (
+            ""
+            if len(errors) == 1
+            else f"none of the {len(errors)} images could be read; the first: "
+        )
         raise RequestError(image_error_code(errors[0]), f"{prefix}{names[0]}: {errors[0]}")
 
 
-def _predict_response(answer: Answer, images: list[NamedImage], top_k: int | None) -> PredictResponse:
+def _predict_response(
+    answer: Answer, images: list[NamedImage], top_k: int | None
+) -> PredictResponse:
     check_readable(answer, [image.name for image in images])
     checkpoint = answer.model.checkpoint
-    entries = [_entry(image, result, checkpoint, top_k) for image, result in zip(images, answer.results, strict=True)]
+    entries = [
+        _entry(image, result, checkpoint, top_k)
+        for image, result in zip(images, answer.results, strict=True)
+    ]
     return PredictResponse(model=checkpoint.name, version=checkpoint.version, predictions=entries)
 
 
@@ -82,10 +94,14 @@ def _entry(
     image: NamedImage, result: Scores | ImageError, checkpoint: Checkpoint, top_k: int | None
 ) -> Prediction | MultiLabelPrediction | ErrorResponse:
     if isinstance(result, ImageError):
-        return ErrorResponse(error=ErrorDetail(code=image_error_code(result), message=f"{image.name}: {result}"))
+        return ErrorResponse(
+            error=ErrorDetail(code=image_error_code(result), message=f"{image.name}: {result}")
+        )
     if checkpoint.thresholds is not None:
         return multi_label_prediction(result, checkpoint, top_k)
-    return top_prediction(result, checkpoint.label_names, top_k or DEFAULT_TOP_K, checkpoint.threshold)
+    return top_prediction(
+        result, checkpoint.label_names, top_k or DEFAULT_TOP_K, checkpoint.threshold
+    )
 
 
 def _model_info(served: Served) -> ModelInfo:

@@ -69,6 +69,7 @@ async def prometheus(request: Request, server: Server) -> Response:
     """`GET /metrics`: what Prometheus reads."""
     current = server.repository.current
     text = metrics.render(
-        ((backbone.batcher.name, backbone.batcher.num_admitted) for backbone in current.backbones), sorted(current.versions)
+        ((backbone.batcher.name, backbone.batcher.num_admitted) for backbone in current.backbones),
+        sorted(current.versions),
     )
     return Response(text, headers={"Content-Type": metrics.CONTENT_TYPE})

@@ -18,11 +18,19 @@ from service.errors import RequestError
 from service.inference.predictor import rank
 from service.inference.server import Server
 from service.protocols.graft import DEFAULT_TOP_K
-from service.protocols.shared import check_uncompressed, choose_one, decode_base64, parse_json, read_scores
+from service.protocols.shared import (
+    check_uncompressed,
+    choose_one,
+    decode_base64,
+    parse_json,
+    read_scores,
+)
 from service.web.routes import json_response
 from service.web.uploads import read_body
 
-_EXAMPLE = '{"inputs": "<an image file in base64>", "parameters": {"top_k": 5}}, or the image itself'
+_EXAMPLE = (
+    '{"inputs": "<an image file in base64>", "parameters": {"top_k": 5}}, or the image itself'
+)
 _MAX_KEYS = 100
 
 
@@ -55,14 +63,25 @@ async def classify_image(request: Request, server: Server) -> Response:
             raise RequestError("no_image", f"the body is empty; send {_EXAMPLE}")
         # No image format starts so.
         if image.lstrip()[:1] == b"{":
-            asked = parse_json(image, ImageClassificationRequest, example=_EXAMPLE, max_keys=_MAX_KEYS, max_values=_MAX_KEYS)
+            asked = parse_json(
+                image,
+                ImageClassificationRequest,
+                example=_EXAMPLE,
+                max_keys=_MAX_KEYS,
+                max_values=_MAX_KEYS,
+            )
             parameters = asked.parameters or parameters
             image = decode_base64(asked.inputs, "inputs")
-        model = choose_one(server, request.path_params["name"], request.path_params.get("version", ""))
+        model = choose_one(
+            server, request.path_params["name"], request.path_params.get("version", "")
+        )
         function = "softmax" if model.checkpoint.thresholds is None else "sigmoid"
         if parameters.function_to_apply not in (None, function):
             asked_for = parameters.function_to_apply
-            raise RequestError("bad_parameter", f"function_to_apply={asked_for}: this model's is {function!r}; leave it out")
+            raise RequestError(
+                "bad_parameter",
+                f"function_to_apply={asked_for}: this model's is {function!r}; leave it out",
+            )
         (answer,) = await server.classify(request, [model], [image])
     (scores,) = read_scores(answer, lambda index: "the image")
     ranked = rank(scores, model.checkpoint.label_names, parameters.top_k or DEFAULT_TOP_K)

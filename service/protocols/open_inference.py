@@ -31,7 +31,15 @@ from service.errors import RequestError
 from service.inference.predictor import Scores
 from service.inference.repository import Model
 from service.inference.server import Server
-from service.protocols.shared import check_num_images, check_uncompressed, choose_one, decode_base64, parse_json, read_scores, rounded
+from service.protocols.shared import (
+    check_num_images,
+    check_uncompressed,
+    choose_one,
+    decode_base64,
+    parse_json,
+    read_scores,
+    rounded,
+)
 from service.web.routes import json_response
 from service.web.uploads import read_body
 
@@ -193,10 +201,18 @@ async def model_metadata(request: Request, server: Server) -> Response:
             platform="graft_checkpoint",
             inputs=[
                 TensorMetadata(name="image", datatype="BYTES", shape=[-1]),
-                TensorMetadata(name="pixels", datatype="UINT8", shape=[-1, preprocess.height, preprocess.width, 3]),
+                TensorMetadata(
+                    name="pixels",
+                    datatype="UINT8",
+                    shape=[-1, preprocess.height, preprocess.width, 3],
+                ),
             ],
             outputs=[
-                TensorMetadata(name=one, datatype=_DATATYPES[one], shape=[-1, num_classes] if one in _BY_CLASS else [-1])
+                TensorMetadata(
+                    name=one,
+                    datatype=_DATATYPES[one],
+                    shape=[-1, num_classes] if one in _BY_CLASS else [-1],
+                )
                 for one in _outputs_of(model)
             ],
         )
@@ -210,18 +226,32 @@ async def infer(request: Request, server: Server) -> Response:
     with server.buffered.hold() as hold:
         body = await read_body(request, server.settings, hold)
         text, binary = _split(body, request.headers.get(_HEADER_LENGTH))
-        asked = parse_json(text, InferRequest, example=_EXAMPLE, max_keys=_MAX_KEYS, max_values=_MAX_VALUES)
+        asked = parse_json(
+            text, InferRequest, example=_EXAMPLE, max_keys=_MAX_KEYS, max_values=_MAX_VALUES
+        )
         wanted = _read_outputs(asked)
         (tensor,) = asked.inputs
         elements = _read_elements(tensor, binary)
         if not tensor.shape or min(tensor.shape) < 0:
-            raise RequestError("bad_request", f"shape {str(tensor.shape)[:100]} is none; its first size is the number of images")
+            raise RequestError(
+                "bad_request",
+                f"shape {str(tensor.shape)[:100]} is none; its first size is the number of images",
+            )
         check_num_images(tensor.shape[0], server)
-        model = choose_one(server, request.path_params["name"], request.path_params.get("version", ""))
+        model = choose_one(
+            server, request.path_params["name"], request.path_params.get("version", "")
+        )
         wanted = wanted or [Wanted(name, _is_binary(asked)) for name in _outputs_of(model)]
         if foreign := [one.name for one in wanted if one.name not in _outputs_of(model)]:
-            raise RequestError("bad_parameter", f"outputs: this model has no {foreign[0]!r}; it has {', '.join(_outputs_of(model))}")
-        images = _read_images(tensor, elements) if tensor.name == "image" else _read_pixels(tensor, elements, model.backbone.preprocess)
+            raise RequestError(
+                "bad_parameter",
+                f"outputs: this model has no {foreign[0]!r}; it has {', '.join(_outputs_of(model))}",
+            )
+        images = (
+            _read_images(tensor, elements)
+            if tensor.name == "image"
+            else _read_pixels(tensor, elements, model.backbone.preprocess)
+        )
         (answer,) = await server.classify(request, [model], images)
     scores = read_scores(answer, lambda index: f"{tensor.name}[{index}]")
     return _respond(asked.id, model, wanted, scores)
@@ -231,9 +261,15 @@ def _split(body: bytes, header_length: str | None) -> tuple[bytes, memoryview]:
     """The JSON of a request and the binary data after it."""
     if header_length is None:
         return body, memoryview(b"")
-    if not (header_length.isascii() and header_length.isdigit() and len(header_length) < 16 and int(header_length) <= len(body)):
+    if not (
+        header_length.isascii()
+        and header_length.isdigit()
+        and len(header_length) < 16
+        and int(header_length) <= len(body)
+    ):
         raise RequestError(
-            "bad_request", f"{_HEADER_LENGTH}: {header_length[:20]} is not the length of the JSON in a body of {len(body)} bytes"
+            "bad_request",
+            f"{_HEADER_LENGTH}: {header_length[:20]} is not the length of the JSON in a body of {len(body)} bytes",
         )
     return body[: int(header_length)], memoryview(body)[int(header_length) :]
 
@@ -253,7 +289,11 @@ def _is_binary(asked: InferRequest) -> bool:
 
 
 def _outputs_of(model: Model) -> tuple[str, ...]:
-    return ("label", "score", "probabilities") if model.checkpoint.thresholds is None else ("probabilities", "present")
+    return (
+        ("label", "score", "probabilities")
+        if model.checkpoint.thresholds is None
+        else ("probabilities", "present")
+    )
 
 
 def _read_output(output: RequestOutput, default: bool) -> Wanted:
@@ -261,10 +301,15 @@ def _read_output(output: RequestOutput, default: bool) -> Wanted:
     num_classes = output.parameters.get("classification")
     if num_classes is not None:
         if output.name != "probabilities":
-            raise RequestError("bad_parameter", f"classification is for the output 'probabilities', not {output.name!r}")
+            raise RequestError(
+                "bad_parameter",
+                f"classification is for the output 'probabilities', not {output.name!r}",
+            )
         if type(num_classes) is not int or num_classes < 1:
             raise RequestError("bad_parameter", "classification is not a whole number from 1 up")
-    return Wanted(output.name, _flag(output.parameters, "binary_data", default=default), num_classes)
+    return Wanted(
+        output.name, _flag(output.parameters, "binary_data", default=default), num_classes
+    )
 
 
 def _read_elements(tensor: RequestInput, binary: memoryview) -> list[Any] | memoryview:
@@ -273,10 +318,16 @@ def _read_elements(tensor: RequestInput, binary: memoryview) -> list[Any] | memo
     size = tensor.parameters.get("binary_data_size")
     if size is None:
         if tensor.data is None:
-            raise RequestError("bad_request", f"inputs.0 has neither data nor the parameter binary_data_size; send {_EXAMPLE}")
+            raise RequestError(
+                "bad_request",
+                f"inputs.0 has neither data nor the parameter binary_data_size; send {_EXAMPLE}",
+            )
         size = 0
     elif tensor.data is not None:
-        raise RequestError("bad_request", "inputs.0 has both data and the parameter binary_data_size; send one of them")
+        raise RequestError(
+            "bad_request",
+            "inputs.0 has both data and the parameter binary_data_size; send one of them",
+        )
     if type(size) is not int or size != len(binary):
         raise RequestError(
             "bad_request",
@@ -287,15 +338,23 @@ def _read_elements(tensor: RequestInput, binary: memoryview) -> list[Any] | memo
 
 def _read_images(tensor: RequestInput, elements: list[Any] | memoryview) -> list[bytes]:
     if tensor.datatype != "BYTES":
-        raise RequestError("bad_request", f"image is {tensor.datatype}; send files as BYTES, or crops as 'pixels'")
+        raise RequestError(
+            "bad_request", f"image is {tensor.datatype}; send files as BYTES, or crops as 'pixels'"
+        )
     num_images = tensor.shape[0]
     if tensor.shape not in ([num_images], [num_images, 1]):
-        raise RequestError("bad_request", f"image is of shape {str(tensor.shape)[:100]}; send BYTES of shape [{num_images}]")
+        raise RequestError(
+            "bad_request",
+            f"image is of shape {str(tensor.shape)[:100]}; send BYTES of shape [{num_images}]",
+        )
     if isinstance(elements, memoryview):
         return _split_bytes(elements, num_images)
     texts = _flatten(tensor, elements)
     if not all(isinstance(text, str) for text in texts):
-        raise RequestError("bad_request", "image: an element is not a text; send each file in base64, or as binary data")
+        raise RequestError(
+            "bad_request",
+            "image: an element is not a text; send each file in base64, or as binary data",
+        )
     return [decode_base64(text, f"image[{index}]") for index, text in enumerate(texts)]
 
 
@@ -314,7 +373,9 @@ def _split_bytes(data: memoryview, num_elements: int) -> list[bytes]:
     return elements
 
 
-def _read_pixels(tensor: RequestInput, elements: list[Any] | memoryview, preprocess: Preprocess) -> list[Pixels]:
+def _read_pixels(
+    tensor: RequestInput, elements: list[Any] | memoryview, preprocess: Preprocess
+) -> list[Pixels]:
     """Crops `uint8 [H,W,3]`."""
     num_images = tensor.shape[0]
     shape = (num_images, preprocess.height, preprocess.width, 3)
@@ -328,7 +389,10 @@ def _read_pixels(tensor: RequestInput, elements: list[Any] | memoryview, preproc
         dtype = np.dtype("u1" if tensor.datatype == "UINT8" else "<f4")
         wanted = math.prod(shape) * dtype.itemsize
         if len(elements) != wanted:
-            raise RequestError("bad_request", f"pixels: {tensor.datatype} of shape {list(shape)} are {wanted} bytes, not {len(elements)}")
+            raise RequestError(
+                "bad_request",
+                f"pixels: {tensor.datatype} of shape {list(shape)} are {wanted} bytes, not {len(elements)}",
+            )
         values: npt.NDArray[Any] = np.frombuffer(elements, dtype)
     else:
         values = _read_numbers(tensor, elements)
@@ -341,21 +405,30 @@ def _read_numbers(tensor: RequestInput, elements: list[Any]) -> npt.NDArray[Any]
     numbers = _flatten(tensor, elements)
     allowed = {int} if tensor.datatype == "UINT8" else {int, float}
     if not set(map(type, numbers)) <= allowed:
-        raise RequestError("bad_request", f"pixels: an element is not a number of type {tensor.datatype}")
+        raise RequestError(
+            "bad_request", f"pixels: an element is not a number of type {tensor.datatype}"
+        )
     try:
         # Whole numbers stay whole: 256 is out of range, not 0.
         return np.array(numbers, np.uint8 if tensor.datatype == "UINT8" else np.float64)
     except OverflowError:
-        raise RequestError("bad_request", "pixels: an element is out of range; values are 0 to 255") from None
+        raise RequestError(
+            "bad_request", "pixels: an element is out of range; values are 0 to 255"
+        ) from None
 
 
 def _check_range(values: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.floating[Any]]:
     """FP32 as whole numbers from 0 to 255. A resize may leave them a little outside; NaN is no colour, nor are normalised values."""
     if not np.isfinite(values).all():
-        raise RequestError("bad_request", "pixels: an element is NaN or infinite; values are 0 to 255")
+        raise RequestError(
+            "bad_request", "pixels: an element is NaN or infinite; values are 0 to 255"
+        )
     whole = np.rint(values)
     if np.abs(values).max() <= _NORMALISED and (whole != values).any():
-        raise RequestError("bad_request", "pixels: the values look normalised; send them as 0 to 255, mean and std are the model's part")
+        raise RequestError(
+            "bad_request",
+            "pixels: the values look normalised; send them as 0 to 255, mean and std are the model's part",
+        )
     return np.asarray(np.clip(whole, 0, 255))
 
 
@@ -365,20 +438,28 @@ def _flatten(tensor: RequestInput, elements: list[Any]) -> list[Any]:
     if rows and isinstance(rows[0], list):
         for size in tensor.shape[1:]:
             if not all(isinstance(row, list) and len(row) == size for row in rows):
-                raise RequestError("bad_request", f"{tensor.name}: data is not nested as the shape {tensor.shape} says")
+                raise RequestError(
+                    "bad_request",
+                    f"{tensor.name}: data is not nested as the shape {tensor.shape} says",
+                )
             rows = list(chain.from_iterable(rows))
     if len(rows) != math.prod(tensor.shape):
         raise RequestError(
-            "bad_request", f"{tensor.name}: shape {tensor.shape} has {math.prod(tensor.shape)} elements, data has {len(rows)}"
+            "bad_request",
+            f"{tensor.name}: shape {tensor.shape} has {math.prod(tensor.shape)} elements, data has {len(rows)}",
         )
     return rows
 
 
-def _respond(request_id: str | None, model: Model, wanted: Sequence[Wanted], scores: Scores) -> Response:
+def _respond(
+    request_id: str | None, model: Model, wanted: Sequence[Wanted], scores: Scores
+) -> Response:
     outputs, parts = [], []
     for one in wanted:
         texts, numbers, shape = _compute(one, model.checkpoint.label_names, scores)
-        output = ResponseOutput(name=one.name, datatype="FP32" if texts is None else "BYTES", shape=shape)
+        output = ResponseOutput(
+            name=one.name, datatype="FP32" if texts is None else "BYTES", shape=shape
+        )
         if one.name == "present" and model.checkpoint.thresholds is not None:
             output.datatype, present = "BOOL", scores >= model.checkpoint.thresholds
             if one.is_binary:
@@ -393,19 +474,34 @@ def _respond(request_id: str | None, model: Model, wanted: Sequence[Wanted], sco
             output.data = rounded(numbers.ravel()) if texts is None else texts
         outputs.append(output)
     checkpoint = model.checkpoint
-    answer = InferResponse(model_name=checkpoint.name, model_version=str(checkpoint.version), id=request_id, outputs=outputs)
+    answer = InferResponse(
+        model_name=checkpoint.name,
+        model_version=str(checkpoint.version),
+        id=request_id,
+        outputs=outputs,
+    )
     # Not pydantic's JSON: it fails on an id that is half of a pair of surrogates, which a request may hold.
     text = json.dumps(answer.model_dump(exclude_none=True)).encode()
     if not parts:
         return Response(text, media_type="application/json")
-    return Response(b"".join([text, *parts]), headers={_HEADER_LENGTH: str(len(text))}, media_type="application/octet-stream")
+    return Response(
+        b"".join([text, *parts]),
+        headers={_HEADER_LENGTH: str(len(text))},
+        media_type="application/octet-stream",
+    )
 
 
-def _compute(wanted: Wanted, names: tuple[str, ...], scores: Scores) -> tuple[list[str] | None, Scores, list[int]]:
+def _compute(
+    wanted: Wanted, names: tuple[str, ...], scores: Scores
+) -> tuple[list[str] | None, Scores, list[int]]:
     """An output's texts (or None), its numbers, its shape."""
     if wanted.num_classes is not None:
         order = np.argsort(-scores, axis=1, kind="stable")[:, : wanted.num_classes]
-        texts = [f"{row[index]:.6f}:{index}:{names[index]}" for row, best in zip(scores, order, strict=True) for index in best]
+        texts = [
+            f"{row[index]:.6f}:{index}:{names[index]}"
+            for row, best in zip(scores, order, strict=True)
+            for index in best
+        ]
         return texts, scores, list(order.shape)
     if wanted.name in _BY_CLASS:
         return None, scores, list(scores.shape)
@@ -428,4 +524,7 @@ def _flag(parameters: dict[str, Any], name: str, *, default: bool) -> bool:
 
 def _refuse_shared_memory(parameters: dict[str, Any]) -> None:
     if "shared_memory_region" in parameters:
-        raise RequestError("bad_parameter", "this server has no shared memory; send the data itself, as binary data where it is large")
+        raise RequestError(
+            "bad_parameter",
+            "this server has no shared memory; send the data itself, as binary data where it is large",
+        )

@@ -78,12 +78,16 @@ class ModelInfo(BaseModel):
     rollout: Rollout
     labels: list[str]
     architecture: str
-    fingerprint: str = Field(description="Models with equal fingerprints share one backbone, its engine and its queue.")
+    fingerprint: str = Field(
+        description="Models with equal fingerprints share one backbone, its engine and its queue."
+    )
     metrics: dict[str, Any]
     coverage: float | None = Field(
         description="For how many images like those it was made with the labels that reach the threshold hold the true one."
     )
-    threshold: float | None = Field(description="An answer is unsure unless the score of exactly one label is at least this.")
+    threshold: float | None = Field(
+        description="An answer is unsure unless the score of exactly one label is at least this."
+    )
     thresholds: list[float] | None = Field(
         description="For each of the labels the score from which on a multi-label model's answer names it; null for other models."
     )
@@ -92,7 +96,9 @@ class ModelInfo(BaseModel):
     precision: str
     batch_size: int
     num_streams: int
-    images_per_second: float = Field(description="Of the backbone alone, measured when it was loaded.")
+    images_per_second: float = Field(
+        description="Of the backbone alone, measured when it was loaded."
+    )
 
 
 class RefusedModel(BaseModel):

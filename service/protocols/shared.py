@@ -24,7 +24,10 @@ Shape = TypeVar("Shape", bound=BaseModel)
 def choose_one(server: Server, name: str, version: str = "") -> Model:
     """The model that an address names: `all`, which /predict knows, is none here. Raises RequestError where there is none."""
     if name == ALL_MODELS and name not in server.check_ready().models:
-        raise RequestError("no_such_model", f"there is no model {ALL_MODELS!r} here; POST /predict?model=all asks every model")
+        raise RequestError(
+            "no_such_model",
+            f"there is no model {ALL_MODELS!r} here; POST /predict?model=all asks every model",
+        )
     (model,) = server.choose(name, version)
     return model
 
@@ -34,7 +37,8 @@ def check_uncompressed(request: Request) -> None:
     encoding = request.headers.get("content-encoding", "identity")
     if encoding.lower() != "identity":
         raise RequestError(
-            "unsupported_content_type", f"the body is compressed ({encoding[:20]}); send it as it is: images are small already"
+            "unsupported_content_type",
+            f"the body is compressed ({encoding[:20]}); send it as it is: images are small already",
         )
 
 
@@ -46,7 +50,9 @@ def check_num_images(num_images: int, server: Server) -> None:
         raise too_many_images(server.settings.max_images)
 
 
-def parse_json(data: bytes, shape: type[Shape], *, example: str, max_keys: int, max_values: int) -> Shape:
+def parse_json(
+    data: bytes, shape: type[Shape], *, example: str, max_keys: int, max_values: int
+) -> Shape:
     """Strict JSON as `shape`; raises RequestError with the place that is wrong, and `example`.
 
     Keys and values are counted before anything is parsed: ten bytes of JSON can become a hundred of Python, and nobody else is
@@ -54,19 +60,24 @@ def parse_json(data: bytes, shape: type[Shape], *, example: str, max_keys: int, 
     """
     if data.count(b":") > max_keys or sum(map(data.count, (b",", b"[", b"{"))) > max_values:
         raise RequestError(
-            "body_too_large", f"the JSON has more than {max_keys} keys or {max_values} values; send fewer images, or binary data instead"
+            "body_too_large",
+            f"the JSON has more than {max_keys} keys or {max_values} values; send fewer images, or binary data instead",
         )
     try:
         content = json.loads(data, parse_constant=_refuse_constant)
     # RecursionError: nested deeper than any tensor.
     except (ValueError, RecursionError) as error:
-        raise RequestError("bad_request", f"the body is not JSON ({str(error)[:100]}); send {example}") from None
+        raise RequestError(
+            "bad_request", f"the body is not JSON ({str(error)[:100]}); send {example}"
+        ) from None
     try:
         return shape.model_validate(content, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         place = ".".join(str(part)[:50] for part in first["loc"][:6]) or "the body"
-        raise RequestError("bad_request", f"{place}: {first['msg'].removeprefix('Value error, ')}; send {example}") from None
+        raise RequestError(
+            "bad_request", f"{place}: {first['msg'].removeprefix('Value error, ')}; send {example}"
+        ) from None
 
 
 def decode_base64(text: str, place: str) -> bytes:
@@ -75,7 +86,8 @@ def decode_base64(text: str, place: str) -> bytes:
         return base64.b64decode(text.replace("\n", "").replace("\r", ""), validate=True)
     except ValueError as error:
         raise RequestError(
-            "bad_request", f"{place} is not base64 ({error}); encode the image file itself: addresses are not fetched"
+            "bad_request",
+            f"{place} is not base64 ({error}); encode the image file itself: addresses are not fetched",
         ) from None
 
 

@@ -19,7 +19,15 @@ from service.errors import RequestError
 from service.inference.predictor import Scores
 from service.inference.repository import Model
 from service.inference.server import Server
-from service.protocols.shared import check_num_images, check_uncompressed, choose_one, decode_base64, parse_json, read_scores, rounded
+from service.protocols.shared import (
+    check_num_images,
+    check_uncompressed,
+    choose_one,
+    decode_base64,
+    parse_json,
+    read_scores,
+    rounded,
+)
 from service.web.routes import json_response
 from service.web.uploads import read_body
 
@@ -50,11 +58,15 @@ def _unname_column(value: Any) -> Any:
     return column if isinstance(column, list) else [column]
 
 
-Row = Annotated[Base64Bytes, BeforeValidator(_unname, json_schema_input_type=Base64Bytes | NamedBytes)]
+Row = Annotated[
+    Base64Bytes, BeforeValidator(_unname, json_schema_input_type=Base64Bytes | NamedBytes)
+]
 Column = Annotated[
     list[Base64Bytes],
     Field(fail_fast=True),
-    BeforeValidator(_unname_column, json_schema_input_type=Base64Bytes | list[Base64Bytes] | NamedBytes),
+    BeforeValidator(
+        _unname_column, json_schema_input_type=Base64Bytes | list[Base64Bytes] | NamedBytes
+    ),
 ]
 
 
@@ -155,8 +167,14 @@ async def predict(request: Request, server: Server) -> Response:
         body = await read_body(request, settings, hold)
         # Room for a few images too many, which are refused by their number.
         max_keys = 100 + 8 * settings.max_images
-        asked = parse_json(body, PredictRequest, example=_EXAMPLE, max_keys=max_keys, max_values=max_keys)
-        key, encoded = ("instances", asked.instances) if asked.instances is not None else ("inputs", asked.inputs or [])
+        asked = parse_json(
+            body, PredictRequest, example=_EXAMPLE, max_keys=max_keys, max_values=max_keys
+        )
+        key, encoded = (
+            ("instances", asked.instances)
+            if asked.instances is not None
+            else ("inputs", asked.inputs or [])
+        )
         check_num_images(len(encoded), server)
         images = [decode_base64(one.b64, f"{key}[{index}]") for index, one in enumerate(encoded)]
         model = choose_one(server, request.path_params["name"], _version(request))
@@ -164,7 +182,9 @@ async def predict(request: Request, server: Server) -> Response:
     names = list(model.checkpoint.label_names)
     found = read_scores(answer, lambda index: f"{key}[{index}]")
     if model.checkpoint.thresholds is not None:
-        return _respond_multi_label(names, found, model.checkpoint.thresholds, as_rows=key == "instances")
+        return _respond_multi_label(
+            names, found, model.checkpoint.thresholds, as_rows=key == "instances"
+        )
     rows = [_row(names, scores) for scores in found]
     if key == "instances":
         return json_response(PredictRows(predictions=rows))
@@ -185,14 +205,17 @@ async def model_status(request: Request, server: Server) -> Response:
     current = server.repository.current
     statuses = {
         one.version: VersionStatus(
-            version=str(one.version), state="END", status=VersionError(error_code="FAILED_PRECONDITION", error_message=one.reason)
+            version=str(one.version),
+            state="END",
+            status=VersionError(error_code="FAILED_PRECONDITION", error_message=one.reason),
         )
         for one in current.refused
         if one.name == name and one.version is not None
     }
     if name in current.models:
         statuses |= {
-            one: VersionStatus(version=str(one), state="AVAILABLE", status=VersionError()) for one in current.models[name].versions
+            one: VersionStatus(version=str(one), state="AVAILABLE", status=VersionError())
+            for one in current.models[name].versions
         }
     if version and not (version.isdigit() and int(version) in statuses):
         # A label, or nothing that is here: then this says so.
@@ -211,7 +234,11 @@ async def model_metadata(request: Request, server: Server) -> Response:
         model = server.repository.current.models[name].default
     return json_response(
         ModelMetadata(
-            model_spec={"name": name, "signature_name": "", "version": str(model.checkpoint.version)},
+            model_spec={
+                "name": name,
+                "signature_name": "",
+                "version": str(model.checkpoint.version),
+            },
             metadata={"signature_def": {"signature_def": {"serving_default": _signature(model)}}},
         )
     )
@@ -221,10 +248,16 @@ def _version(request: Request) -> str:
     """The number or the label of the address, "" where it has neither; raises RequestError where one stands in the other's place."""
     version = request.path_params.get("version", "")
     if version and not (version.isascii() and version.isdigit() and len(version) < 10):
-        raise RequestError("bad_parameter", f"{version[:50]!r} is not a version's number; labels are asked for as /labels/{version[:50]}")
+        raise RequestError(
+            "bad_parameter",
+            f"{version[:50]!r} is not a version's number; labels are asked for as /labels/{version[:50]}",
+        )
     label = request.path_params.get("label", "")
     if label.isdigit():
-        raise RequestError("bad_parameter", f"{label[:50]!r} is not a label; numbers are asked for as /versions/{label[:50]}")
+        raise RequestError(
+            "bad_parameter",
+            f"{label[:50]!r} is not a label; numbers are asked for as /versions/{label[:50]}",
+        )
     return str(int(version)) if version else str(label)
 
 
@@ -234,12 +267,19 @@ def _row(names: list[str], scores: Scores) -> PredictRow:
     return PredictRow(label=names[best], score=numbers[best], classes=names, scores=numbers)
 
 
-def _respond_multi_label(names: list[str], found: Scores, thresholds: Scores, *, as_rows: bool) -> Response:
-    rows = [MultiLabelRow(classes=names, scores=rounded(row), present=(row >= thresholds).tolist()) for row in found]
+def _respond_multi_label(
+    names: list[str], found: Scores, thresholds: Scores, *, as_rows: bool
+) -> Response:
+    rows = [
+        MultiLabelRow(classes=names, scores=rounded(row), present=(row >= thresholds).tolist())
+        for row in found
+    ]
     if as_rows:
         return json_response(PredictRows(predictions=rows))
     columns = MultiLabelColumns(
-        classes=[row.classes for row in rows], scores=[row.scores for row in rows], present=[row.present for row in rows]
+        classes=[row.classes for row in rows],
+        scores=[row.scores for row in rows],
+        present=[row.present for row in rows],
     )
     return json_response(PredictOutputs(outputs=columns))
 
@@ -251,7 +291,11 @@ def _signature(model: Model) -> dict[str, Any]:
         "scores": _tensor("scores", "DT_FLOAT", -1, num_classes),
     }
     if model.checkpoint.thresholds is None:
-        outputs = {"label": _tensor("label", "DT_STRING", -1), "score": _tensor("score", "DT_FLOAT", -1), **classes}
+        outputs = {
+            "label": _tensor("label", "DT_STRING", -1),
+            "score": _tensor("score", "DT_FLOAT", -1),
+            **classes,
+        }
     else:
         outputs = {**classes, "present": _tensor("present", "DT_BOOL", -1, num_classes)}
     return {

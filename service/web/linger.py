@@ -27,7 +27,9 @@ class RequestBody:
         self.headers: Mapping[bytes, bytes] = headers
         self.is_read = b"content-length" not in headers and b"transfer-encoding" not in headers
         # On a connection that stays, uvicorn itself throws away what still comes.
-        self._is_last = scope["http_version"] == "1.0" or b"close" in headers.get(b"connection", b"").lower()
+        self._is_last = (
+            scope["http_version"] == "1.0" or b"close" in headers.get(b"connection", b"").lower()
+        )
 
     async def receive(self) -> Message:
         message = await self._receive()

@@ -104,7 +104,9 @@ class Route:
         return self._compile(".+")
 
     def _compile(self, part: str) -> re.Pattern[str]:
-        return re.compile(re.sub(r"\\\{(\w+)\\\}", rf"(?P<\1>{part})", re.escape(self.path)), re.DOTALL)
+        return re.compile(
+            re.sub(r"\\\{(\w+)\\\}", rf"(?P<\1>{part})", re.escape(self.path)), re.DOTALL
+        )
 
 
 class Routes:
@@ -144,7 +146,9 @@ class Routes:
         # Before it is sent: how long a refused client goes on sending is not this server's time.
         seconds = time.perf_counter() - start
         if body.must_linger:
-            await response(scope, body.receive, body.linger(send, self._server.settings.body_seconds))
+            await response(
+                scope, body.receive, body.linger(send, self._server.settings.body_seconds)
+            )
         else:
             await send_whole(response, scope, body.receive, send)
         self._record(request, request_id.decode(), route, response, seconds)
@@ -192,27 +196,42 @@ class Routes:
         # The last resort: the client learns nothing of the inside, the log everything.
         except Exception:
             logger.exception("%s %s failed", request.method, request.url.path)
-            internal = RequestError("internal", "something went wrong inside the server; its log has the details")
+            internal = RequestError(
+                "internal", "something went wrong inside the server; its log has the details"
+            )
             return self._refuse(request, internal, error_body)
 
     def _error_body(self, request: Request) -> ErrorBody:
         """Where nothing is: the shape of what was meant, else of what else is below the same first name, if that is one."""
         path = request.scope["path"]
-        meant = [route for route in self._routes if len(path) <= _MAX_MEANT_CHARACTERS and route.loose_pattern.fullmatch(path)]
+        meant = [
+            route
+            for route in self._routes
+            if len(path) <= _MAX_MEANT_CHARACTERS and route.loose_pattern.fullmatch(path)
+        ]
         if meant:
             return min(meant, key=lambda route: not _takes(route, request.method)).error_body
-        bodies = {route.error_body for route in self._routes if route.path.split("/")[1] == path.split("/")[1]}
+        bodies = {
+            route.error_body
+            for route in self._routes
+            if route.path.split("/")[1] == path.split("/")[1]
+        }
         return bodies.pop() if len(bodies) == 1 else graft_error
 
     def _nothing_here(self, request: Request) -> RequestError:
         path = request.scope["path"]
-        if methods := sorted({route.method for route in self._routes if route.pattern.fullmatch(path)}):
+        if methods := sorted(
+            {route.method for route in self._routes if route.pattern.fullmatch(path)}
+        ):
             return RequestError(
                 "method_not_allowed",
                 f"{path[:200]} takes {' or '.join(methods)}, not {request.method[:20]}",
                 allowed_methods=[*methods, *(["HEAD"] if "GET" in methods else [])],
             )
-        return RequestError("not_found", "there is nothing here; POST /predict takes images, /docs.json describes all the rest")
+        return RequestError(
+            "not_found",
+            "there is nothing here; POST /predict takes images, /docs.json describes all the rest",
+        )
 
     def _gather(self) -> None:
         """Let requests come together, as a network card does with its interrupts: in a storm one that follows another costs half of what
@@ -223,7 +242,9 @@ class Routes:
     def _refuse(self, request: Request, error: RequestError, error_body: ErrorBody) -> Response:
         noted = request.scope["state"]["log"]
         noted["error"] = error.code
-        for name, version in zip(noted.get("model") or [""], noted.get("version") or [""], strict=True):
+        for name, version in zip(
+            noted.get("model") or [""], noted.get("version") or [""], strict=True
+        ):
             metrics.note(metrics.REJECTED, (error.code, name, str(version)))
         if error.code == "overloaded" and not self._is_gathering:
             # Once in a turn of the event loop, however many are refused in it.
@@ -238,13 +259,24 @@ class Routes:
             response.raw_headers.append((b"www-authenticate", b"Bearer"))
         return response
 
-    def _record(self, request: Request, request_id: str, route: Route | None, response: Response, seconds: float) -> None:
+    def _record(
+        self,
+        request: Request,
+        request_id: str,
+        route: Route | None,
+        response: Response,
+        seconds: float,
+    ) -> None:
         name = route.path if route is not None else _OTHER
         metrics.note(metrics.REQUESTS, (name, str(response.status_code)))
         metrics.note(metrics.REQUEST_SECONDS, (name,), seconds)
-        self._answered.append(_Answered(time.time(), request_id, request.scope, name, response.status_code, seconds))
+        self._answered.append(
+            _Answered(time.time(), request_id, request.scope, name, response.status_code, seconds)
+        )
         if self._recording is None:
-            self._recording = asyncio.get_running_loop().call_later(_RECORD_SECONDS, self._write_records)
+            self._recording = asyncio.get_running_loop().call_later(
+                _RECORD_SECONDS, self._write_records
+            )
 
     def _write_records(self) -> None:
         """Count and log what was answered since the last time."""
@@ -254,7 +286,11 @@ class Routes:
         answered, self._answered = self._answered, []
         metrics.write_noted()
         if self._server.settings.access_log:
-            lines = [_log_line(one) for one in answered if one.route not in _QUIET_ROUTES or one.status >= 400]
+            lines = [
+                _log_line(one)
+                for one in answered
+                if one.route not in _QUIET_ROUTES or one.status >= 400
+            ]
             # Past `logging`, whose machinery costs more than the lines; and all at once, for containers have Python's output unbuffered.
             sys.stdout.write("".join(lines))
             sys.stdout.flush()
@@ -282,7 +318,10 @@ def _log_line(answered: _Answered) -> str:
         "path": scope["path"][:200],
         "status": answered.status,
         "ms": round(1000 * answered.seconds, 1),
-        **{key: value if not isinstance(value, list) or len(value) != 1 else value[0] for key, value in noted.items()},
+        **{
+            key: value if not isinstance(value, list) or len(value) != 1 else value[0]
+            for key, value in noted.items()
+        },
     }
     return json.dumps(line) + "\n"
 
@@ -310,12 +349,19 @@ def _check_token(request: Request, route: Route, server: Server) -> None:
             return
         tokens.append(server.settings.api_token)
     elif server.settings.admin_token is None:
-        raise RequestError("forbidden", "administration over HTTP is switched off; start the server with GRAFT_ADMIN_TOKEN")
+        raise RequestError(
+            "forbidden",
+            "administration over HTTP is switched off; start the server with GRAFT_ADMIN_TOKEN",
+        )
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not any(_is_same(given.strip(), token) for token in tokens):
-        raise RequestError("unauthorized", "send the token of this server: Authorization: Bearer <token>")
+        raise RequestError(
+            "unauthorized", "send the token of this server: Authorization: Bearer <token>"
+        )
 
 
 def _is_same(given: str, token: SecretStr | None) -> bool:
     """In a time that does not tell how much of it was right."""
-    return token is not None and hmac.compare_digest(given.encode("utf-8", "replace"), token.get_secret_value().encode())
+    return token is not None and hmac.compare_digest(
+        given.encode("utf-8", "replace"), token.get_secret_value().encode()
+    )

@@ -22,7 +22,9 @@ _MAX_BOUNDARY_BYTES = 256
 _HEADER_NAME = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,100}")  # a token of RFC 9110
 # `; name=value` or `; name="value"`, whose quotes and backslashes may be escaped (RFC 9110, 5.6.6). A quote that is not closed goes on
 # to the end and nothing is tried twice, so that no value takes longer than its length.
-_PARAMETER = re.compile(rb';[ \t]*([^\s;="]+)[ \t]*=[ \t]*(?:"((?:[^"\\]|\\.)*+)\\?(?:"|\Z)|((?!")[^;]*))', re.DOTALL)
+_PARAMETER = re.compile(
+    rb';[ \t]*([^\s;="]+)[ \t]*=[ \t]*(?:"((?:[^"\\]|\\.)*+)\\?(?:"|\Z)|((?!")[^;]*))', re.DOTALL
+)
 _ESCAPED = re.compile(rb'\\(["\\])')
 _HOW_TO_SEND = (
     "send multipart/form-data with one or more files in the field 'images' (curl -F images=@photo.jpg), "
@@ -63,7 +65,11 @@ class Buffered:
 
     def add(self, num_bytes: int) -> None:
         if self.num_bytes + num_bytes > self._max_bytes:
-            raise RequestError("overloaded", "too many large requests are being sent; try again in 1 s", retry_after_seconds=1)
+            raise RequestError(
+                "overloaded",
+                "too many large requests are being sent; try again in 1 s",
+                retry_after_seconds=1,
+            )
         self.num_bytes += num_bytes
 
 
@@ -81,7 +87,9 @@ class Hold:
 
 async def read_upload(request: Request, settings: Settings, hold: Hold) -> Upload:
     """Read a multipart or a raw image body. Raises RequestError with what to do, and ClientDisconnect where the client left."""
-    content_type, parameters = parse_parameters(request.headers.get("content-type", "").encode("latin-1"))
+    content_type, parameters = parse_parameters(
+        request.headers.get("content-type", "").encode("latin-1")
+    )
     chunks = _read_chunks(request, settings, hold)
     try:
         async with asyncio.timeout(settings.body_seconds):
@@ -92,7 +100,9 @@ async def read_upload(request: Request, settings: Settings, hold: Hold) -> Uploa
                 upload = Upload([NamedImage("the image", data)] if data else [])
             else:
                 shown = content_type.decode("latin-1") or "missing"
-                raise RequestError("unsupported_content_type", f"the content type is {shown}: {_HOW_TO_SEND}")
+                raise RequestError(
+                    "unsupported_content_type", f"the content type is {shown}: {_HOW_TO_SEND}"
+                )
     except TimeoutError:
         raise _body_timeout(settings) from None
     for name in OPTION_FIELDS:
@@ -114,12 +124,15 @@ async def read_body(request: Request, settings: Settings, hold: Hold) -> bytes:
 
 def too_many_images(max_images: int) -> RequestError:
     return RequestError(
-        "too_many_images", f"the request has more than {max_images} images (GRAFT_MAX_IMAGES); send them in several requests"
+        "too_many_images",
+        f"the request has more than {max_images} images (GRAFT_MAX_IMAGES); send them in several requests",
     )
 
 
 def _body_timeout(settings: Settings) -> RequestError:
-    return RequestError("body_timeout", f"the body did not arrive within {settings.body_seconds:g} s")
+    return RequestError(
+        "body_timeout", f"the body did not arrive within {settings.body_seconds:g} s"
+    )
 
 
 async def _read_chunks(request: Request, settings: Settings, hold: Hold) -> AsyncIterator[bytes]:
@@ -168,7 +181,9 @@ class _Form:
             file_name: str | None = parameters[b"filename"].decode("utf-8", "replace")
         else:
             # Some clients give a part its type and no file name.
-            is_file = fields.get(b"content-type", b"").startswith((b"image/", b"application/octet-stream"))
+            is_file = fields.get(b"content-type", b"").startswith(
+                (b"image/", b"application/octet-stream")
+            )
             file_name = "" if is_file else None
         if name == IMAGES_FIELD:
             self._add_image(file_name, data)
@@ -199,7 +214,9 @@ class _Form:
             raise RequestError("bad_parameter", f"the field {name!r} is there twice; send it once")
         self._num_option_bytes += len(data)
         if self._num_option_bytes > _MAX_OPTION_BYTES:
-            raise RequestError("bad_parameter", f"the field {name!r} is longer than {_MAX_OPTION_BYTES} bytes")
+            raise RequestError(
+                "bad_parameter", f"the field {name!r} is longer than {_MAX_OPTION_BYTES} bytes"
+            )
         self.upload.options[name] = _plain_text(data.decode("utf-8", "replace"))
 
 
@@ -208,7 +225,9 @@ def parse_form(body: bytes, boundary: bytes, settings: Settings) -> Upload:
     than its first part that is refused. A parser that is fed piece by piece took four times as long, a tenth of a request's Python.
     """
     if not 1 <= len(boundary) <= _MAX_BOUNDARY_BYTES:
-        raise _broken_multipart(f"the Content-Type header has a boundary of {len(boundary)} bytes, 1 to {_MAX_BOUNDARY_BYTES} are allowed")
+        raise _broken_multipart(
+            f"the Content-Type header has a boundary of {len(boundary)} bytes, 1 to {_MAX_BOUNDARY_BYTES} are allowed"
+        )
     form = _Form(settings)
     delimiter = b"\r\n--" + boundary
     # The first one needs no line before it.
@@ -220,7 +239,9 @@ def parse_form(body: bytes, boundary: bytes, settings: Settings) -> Upload:
         # Its headers may be none: then the line's end is the empty line's, too.
         data_at = body.find(b"\r\n\r\n", headers_at, headers_at + _MAX_HEADER_BYTES)
         if data_at < 0:
-            raise _broken_multipart(f"the headers of a part do not end within {_MAX_HEADER_BYTES} bytes")
+            raise _broken_multipart(
+                f"the headers of a part do not end within {_MAX_HEADER_BYTES} bytes"
+            )
         at = _after(body, delimiter, data_at + 2)
         form.add(body[headers_at + 2 : data_at], body[data_at + 4 : at - len(delimiter)])
     return form.upload
@@ -229,7 +250,9 @@ def parse_form(body: bytes, boundary: bytes, settings: Settings) -> Upload:
 def _after(body: bytes, delimiter: bytes, start: int) -> int:
     found = body.find(delimiter, start)
     if found < 0:
-        raise _broken_multipart("it ends before its last boundary" if start else "its boundary is not in it")
+        raise _broken_multipart(
+            "it ends before its last boundary" if start else "its boundary is not in it"
+        )
     return found + len(delimiter)
 
 
@@ -251,7 +274,9 @@ def parse_parameters(value: bytes) -> tuple[bytes, dict[bytes, bytes]]:
 
 
 def _broken_multipart(reason: str) -> RequestError:
-    return RequestError("broken_multipart", f"the multipart body cannot be read ({reason}): {_HOW_TO_SEND}")
+    return RequestError(
+        "broken_multipart", f"the multipart body cannot be read ({reason}): {_HOW_TO_SEND}"
+    )
 
 
 def _plain_text(text: str) -> str:

@@ -49,17 +49,23 @@ def record() -> Iterator[tuple[str, list[tuple[str, bytes]]]]:
 
 
 def test_every_request_arrives_with_its_image(tmp_path: Path) -> None:
-    requests = Requests(write_bodies([b"first", b"second"], tmp_path), targets=("/predict?model=a",))
+    requests = Requests(
+        write_bodies([b"first", b"second"], tmp_path), targets=("/predict?model=a",)
+    )
     with record() as (url, seen):
         sent = open_loop(url, requests, per_second=100, seconds=0.5)
     assert 20 < len(sent) == len(seen) < 90
     assert {path for path, _ in seen} == {"/predict?model=a"}
-    assert sum(b"\r\n\r\nfirst\r\n" in body for _, body in seen) == pytest.approx(len(seen) / 2, abs=1)
+    assert sum(b"\r\n\r\nfirst\r\n" in body for _, body in seen) == pytest.approx(
+        len(seen) / 2, abs=1
+    )
 
 
 def test_refusals_are_counted_apart_from_goodput(tmp_path: Path) -> None:
     with record() as (url, seen):
-        sent = open_loop(url, Requests(write_bodies([b"image"], tmp_path)), per_second=100, seconds=0.5)
+        sent = open_loop(
+            url, Requests(write_bodies([b"image"], tmp_path)), per_second=100, seconds=0.5
+        )
     found = summarize(sent, 0.5)
     assert found["num_refused"] == len(seen) // 3
     assert found["num_good"] + found["num_refused"] == len(sent)
@@ -75,7 +81,12 @@ def test_the_loop_is_open_so_slow_answers_do_not_slow_it_down(tmp_path: Path) ->
 
 
 def test_a_server_that_is_not_there_counts_as_broken(tmp_path: Path) -> None:
-    sent = open_loop("http://127.0.0.1:9", Requests(write_bodies([b"image"], tmp_path)), per_second=50, seconds=0.2)
+    sent = open_loop(
+        "http://127.0.0.1:9",
+        Requests(write_bodies([b"image"], tmp_path)),
+        per_second=50,
+        seconds=0.2,
+    )
     assert sent
     assert summarize(sent, 0.2)["num_broken"] == len(sent)
 

@@ -14,7 +14,12 @@ import yaml
 from kserve import models  # type: ignore[import-not-found]
 from kubernetes.client import models as kubernetes_models  # type: ignore[import-not-found]
 
-_PRIMITIVES: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
+_PRIMITIVES: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "float": (int, float),
+    "bool": (bool,),
+}
 
 
 def main() -> None:
@@ -38,7 +43,9 @@ def check(value: Any, kind: str, where: str) -> None:
     elif kind in _PRIMITIVES:
         if not isinstance(value, _PRIMITIVES[kind]):
             sys.exit(f"{where}: {value!r} is not a {kind}")
-    elif (found := getattr(models, kind, None) or getattr(kubernetes_models, kind, None)) is not None:
+    elif (
+        found := getattr(models, kind, None) or getattr(kubernetes_models, kind, None)
+    ) is not None:
         names = {key: name for name, key in found.attribute_map.items()}
         for key, element in value.items():
             if key not in names:

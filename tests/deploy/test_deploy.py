@@ -40,14 +40,19 @@ def manifests(*folders: str) -> list[Path]:
 
 
 def variables() -> set[str]:
-    return {"CHECKPOINTS" if name == "checkpoints" else f"GRAFT_{name.upper()}" for name in Settings.model_fields}
+    return {
+        "CHECKPOINTS" if name == "checkpoints" else f"GRAFT_{name.upper()}"
+        for name in Settings.model_fields
+    }
 
 
 def metric_names() -> set[str]:
     """Every series that /metrics can have, those without a label yet too."""
     names = set()
     for family in REGISTRY.collect():
-        suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}.get(family.type, ("",))
+        suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}.get(
+            family.type, ("",)
+        )
         names |= {family.name + suffix for suffix in suffixes}
     return names
 
@@ -62,18 +67,31 @@ def expressions() -> Iterator[tuple[str, str]]:
             yield rule["alert"], rule["expr"]
     for rule in read_yaml(KUBERNETES_DIR / "base" / "adapter-values.yaml")["rules"]["custom"]:
         yield "adapter", rule["seriesQuery"]
-        yield "adapter", rule["metricsQuery"].replace("<<.LabelMatchers>>", 'pod="x"').replace("<<.GroupBy>>", "pod")
+        yield (
+            "adapter",
+            rule["metricsQuery"]
+            .replace("<<.LabelMatchers>>", 'pod="x"')
+            .replace("<<.GroupBy>>", "pod"),
+        )
 
 
 def test_every_expression_asks_for_metrics_that_there_are() -> None:
     found = set()
     for where, expression in expressions():
-        names = set(re.findall(r"\b(?:graft|process)_\w+|\bup\b", re.sub(r'"[^"]*"|by \([^)]*\)', "", expression)))
+        names = set(
+            re.findall(
+                r"\b(?:graft|process)_\w+|\bup\b", re.sub(r'"[^"]*"|by \([^)]*\)', "", expression)
+            )
+        )
         assert names, where
         assert names <= metric_names() | OTHER_METRICS, f"{where}: {names - metric_names()}"
         found |= names
     # And what /metrics has of ours is on the dashboard.
-    ours = {name for name in metric_names() if name.startswith("graft_") and not name.endswith(("_sum", "_count"))}
+    ours = {
+        name
+        for name in metric_names()
+        if name.startswith("graft_") and not name.endswith(("_sum", "_count"))
+    }
     assert {name for name in ours if not name.endswith("_bucket")} <= found
 
 
@@ -91,14 +109,20 @@ def test_labels_in_expressions_are_those_of_the_metrics() -> None:
     for collector in set(vars(REGISTRY)["_collector_to_names"]):
         labels |= set(getattr(collector, "_labelnames", ()))
     for where, expression in expressions():
-        grouped = [name.strip() for names in re.findall(r"(?:by|on) \(([^)]*)\)", expression) for name in names.split(",")]
+        grouped = [
+            name.strip()
+            for names in re.findall(r"(?:by|on) \(([^)]*)\)", expression)
+            for name in names.split(",")
+        ]
         matched = re.findall(r'(\w+)(?:=~|!=|=)"', expression)
         assert set(grouped) | set(matched) <= labels, where
 
 
 def test_the_dashboard_is_one_that_grafana_can_provision() -> None:
     dashboard = json.loads(DASHBOARD_PATH.read_text())
-    (source,) = read_yaml(DEPLOY_DIR / "grafana" / "provisioning" / "datasources" / "prometheus.yaml")["datasources"]
+    (source,) = read_yaml(
+        DEPLOY_DIR / "grafana" / "provisioning" / "datasources" / "prometheus.yaml"
+    )["datasources"]
     panels = dashboard["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
     places = {(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in panels}
@@ -108,7 +132,9 @@ def test_the_dashboard_is_one_that_grafana_can_provision() -> None:
 
 def test_grafanas_own_model_knows_all_of_the_dashboard() -> None:
     """What Grafana's SDK does not know it drops, so that what comes back would be less."""
-    plugins = pytest.importorskip("grafana_foundation_sdk.cog.plugins", reason="grafana-foundation-sdk is not installed")
+    plugins = pytest.importorskip(
+        "grafana_foundation_sdk.cog.plugins", reason="grafana-foundation-sdk is not installed"
+    )
     from grafana_foundation_sdk.cog.encoder import JSONEncoder
     from grafana_foundation_sdk.models.dashboard import Dashboard
 
@@ -117,14 +143,18 @@ def test_grafanas_own_model_knows_all_of_the_dashboard() -> None:
     known = json.loads(json.dumps(Dashboard.from_json(written), cls=JSONEncoder))
     assert not list(missing(written, known))
     unknown = {**written, "panels": [{**written["panels"][0], "colour": "red"}]}
-    assert list(missing(unknown, json.loads(json.dumps(Dashboard.from_json(unknown), cls=JSONEncoder)))) == [".panels[0].colour"]
+    assert list(
+        missing(unknown, json.loads(json.dumps(Dashboard.from_json(unknown), cls=JSONEncoder)))
+    ) == [".panels[0].colour"]
 
 
 def missing(whole: Any, part: Any, where: str = "") -> Iterator[str]:
     """Where something of `whole` is not in `part`, or is another there."""
     if isinstance(whole, dict) and isinstance(part, dict):
         for key, value in whole.items():
-            yield from missing(value, part[key], f"{where}.{key}") if key in part else [f"{where}.{key}"]
+            yield from (
+                missing(value, part[key], f"{where}.{key}") if key in part else [f"{where}.{key}"]
+            )
     elif isinstance(whole, list) and isinstance(part, list) and len(whole) == len(part):
         for index, pair in enumerate(zip(whole, part, strict=True)):
             yield from missing(*pair, f"{where}[{index}]")
@@ -133,7 +163,9 @@ def missing(whole: Any, part: Any, where: str = "") -> Iterator[str]:
 
 
 def test_manifests_match_kuberneteses_schemas() -> None:
-    validate = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
+    validate = pytest.importorskip(
+        "kubernetes_validate", reason="kubernetes-validate is not installed"
+    )
     for path in [*manifests("base"), KUBERNETES_DIR / "gpu" / "deployment.yaml"]:
         document = read_yaml(path)
         if "apiVersion" not in document or document["kind"] == "Kustomization":
@@ -148,9 +180,16 @@ def merge(base: Any, patch: Any) -> Any:
     """Kubernetes' strategic merge, as far as these patches go: maps by key, lists of named things by name."""
     if isinstance(base, dict) and isinstance(patch, dict):
         return {
-            key: merge(base[key], patch[key]) if key in base and key in patch else patch.get(key, base.get(key)) for key in base | patch
+            key: merge(base[key], patch[key])
+            if key in base and key in patch
+            else patch.get(key, base.get(key))
+            for key in base | patch
         }
-    if isinstance(base, list) and isinstance(patch, list) and all("name" in one for one in (*base, *patch)):
+    if (
+        isinstance(base, list)
+        and isinstance(patch, list)
+        and all("name" in one for one in (*base, *patch))
+    ):
         named = {one["name"]: one for one in base}
         return [
             *(merge(named.get(one["name"], {}), one) for one in patch),
@@ -162,25 +201,36 @@ def merge(base: Any, patch: Any) -> Any:
 @pytest.mark.parametrize("folder", ["base", "gpu", "kserve"])
 def test_kustomizations_name_files_that_there_are(folder: str) -> None:
     kustomization = read_yaml(KUBERNETES_DIR / folder / "kustomization.yaml")
-    for name in (*kustomization["resources"], *(patch["path"] for patch in kustomization.get("patches", ()))):
+    for name in (
+        *kustomization["resources"],
+        *(patch["path"] for patch in kustomization.get("patches", ())),
+    ):
         assert (KUBERNETES_DIR / folder / name).exists(), name
     tags = {image["newTag"] for image in kustomization.get("images", ())}
     assert tags <= set(BENTOFILES)
     if shutil.which("kubectl") is not None:
-        subprocess.run(["kubectl", "kustomize", KUBERNETES_DIR / folder], capture_output=True, check=True)
+        subprocess.run(
+            ["kubectl", "kustomize", KUBERNETES_DIR / folder], capture_output=True, check=True
+        )
 
 
 def test_the_deployment_is_probed_and_ended_as_the_service_is_made() -> None:
     pod = read_yaml(KUBERNETES_DIR / "base" / "deployment.yaml")["spec"]["template"]["spec"]
     (container,) = pod["containers"]
-    paths = {container[probe]["httpGet"]["path"] for probe in ("startupProbe", "livenessProbe", "readinessProbe")}
+    paths = {
+        container[probe]["httpGet"]["path"]
+        for probe in ("startupProbe", "livenessProbe", "readinessProbe")
+    }
     assert paths <= {route.path for route in ROUTES}
     env = {variable["name"]: variable["value"] for variable in container["env"]}
     assert float(env["GRAFT_DRAIN_SECONDS"]) < float(env["GRAFT_SHUTDOWN_SECONDS"])
     preparing = float(container["lifecycle"]["preStop"]["exec"]["command"][1])
     assert preparing + float(env["GRAFT_SHUTDOWN_SECONDS"]) < pod["terminationGracePeriodSeconds"]
     security = container["securityContext"]
-    assert (security["readOnlyRootFilesystem"], security["allowPrivilegeEscalation"]) == (True, False)
+    assert (security["readOnlyRootFilesystem"], security["allowPrivilegeEscalation"]) == (
+        True,
+        False,
+    )
 
 
 def test_the_autoscaler_reads_what_the_adapter_gives() -> None:
@@ -196,8 +246,12 @@ def test_kserve_gets_the_runtime_and_the_protocol_that_it_asks_for() -> None:
     assert model["runtime"] == runtime["metadata"]["name"]
     assert model["protocolVersion"] in runtime["spec"]["protocolVersions"]
     (container,) = runtime["spec"]["containers"]
-    assert {container[probe]["httpGet"]["path"] for probe in ("livenessProbe", "readinessProbe")} <= {route.path for route in ROUTES}
-    assert model["modelFormat"]["name"] in {one["name"] for one in runtime["spec"]["supportedModelFormats"]}
+    assert {
+        container[probe]["httpGet"]["path"] for probe in ("livenessProbe", "readinessProbe")
+    } <= {route.path for route in ROUTES}
+    assert model["modelFormat"]["name"] in {
+        one["name"] for one in runtime["spec"]["supportedModelFormats"]
+    }
 
 
 def test_compose_mounts_files_that_there_are() -> None:
@@ -210,7 +264,9 @@ def test_compose_mounts_files_that_there_are() -> None:
             if source.startswith("./"):
                 assert (DEPLOY_DIR / source).exists(), source
         assert all(port.startswith("127.0.0.1:") for port in service["ports"])
-    (tensorboard,) = re.findall(r"^tensorboard==.*$", (PROJECT_DIR / "constraints.txt").read_text(), re.MULTILINE)
+    (tensorboard,) = re.findall(
+        r"^tensorboard==.*$", (PROJECT_DIR / "constraints.txt").read_text(), re.MULTILINE
+    )
     assert tensorboard in compose["services"]["tensorboard"]["build"]["dockerfile_inline"]
 
 
@@ -230,8 +286,12 @@ def find_compose() -> list[str] | None:
     """As docker's plugin or as a program of its own; not version 1, which is not kept any more and knows no `dockerfile_inline`."""
     for command in (["docker", "compose"], ["docker-compose"]):
         if shutil.which(command[0]) is not None:
-            version = subprocess.run([*command, "version", "--short"], capture_output=True, text=True)
-            if version.returncode == 0 and version.stdout.strip().removeprefix("v").startswith(tuple("23456789")):
+            version = subprocess.run(
+                [*command, "version", "--short"], capture_output=True, text=True
+            )
+            if version.returncode == 0 and version.stdout.strip().removeprefix("v").startswith(
+                tuple("23456789")
+            ):
                 return command
     return None
 
@@ -240,11 +300,20 @@ def test_prometheus_reads_its_configuration(tmp_path: Path) -> None:
     promtool = shutil.which("promtool")
     if promtool is None:
         pytest.skip("promtool is not installed (Debian: prometheus)")
-    subprocess.run([promtool, "check", "config", DEPLOY_DIR / "prometheus" / "prometheus.yaml"], capture_output=True, check=True)
+    subprocess.run(
+        [promtool, "check", "config", DEPLOY_DIR / "prometheus" / "prometheus.yaml"],
+        capture_output=True,
+        check=True,
+    )
 
 
 def test_every_variable_in_manifests_and_docs_is_a_setting() -> None:
-    pages = [*DEPLOY_DIR.rglob("*.yaml"), *PROJECT_DIR.glob("bentofile*.yaml"), *PROJECT_DIR.glob("*.md"), *PROJECT_DIR.glob("docs/*.md")]
+    pages = [
+        *DEPLOY_DIR.rglob("*.yaml"),
+        *PROJECT_DIR.glob("bentofile*.yaml"),
+        *PROJECT_DIR.glob("*.md"),
+        *PROJECT_DIR.glob("docs/*.md"),
+    ]
     for path in pages:
         named = set(re.findall(r"\bGRAFT_[A-Z_]+\b", path.read_text()))
         assert named <= variables() | OTHER_VARIABLES, f"{path.name}: {named - variables()}"
@@ -253,7 +322,9 @@ def test_every_variable_in_manifests_and_docs_is_a_setting() -> None:
 def test_every_variable_in_docs_is_tried_on_the_image() -> None:
     tried = (PROJECT_DIR / "tests" / "test_image.py").read_text()
     documented = {
-        name for path in PROJECT_DIR.glob("docs/*.md") for name in re.findall(r"\bGRAFT_[A-Z_]+\b|\bCHECKPOINTS\b", path.read_text())
+        name
+        for path in PROJECT_DIR.glob("docs/*.md")
+        for name in re.findall(r"\bGRAFT_[A-Z_]+\b|\bCHECKPOINTS\b", path.read_text())
     }
     assert variables() <= documented
     assert not [name for name in documented - OTHER_VARIABLES if f'"{name}"' not in tried]
@@ -276,7 +347,9 @@ def test_pins_of_the_image_are_those_that_were_tested() -> None:
         assert set(read_yaml(PROJECT_DIR / name)["python"]["packages"]) <= constraints
 
 
-def test_without_a_builder_the_error_names_them_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_builder_the_error_names_them_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     broken = tmp_path / "docker"
     broken.write_text("#!/bin/sh\necho 'Cannot connect to the Docker daemon' >&2\nexit 1\n")
     broken.chmod(0o755)
@@ -286,7 +359,9 @@ def test_without_a_builder_the_error_names_them_all(tmp_path: Path, monkeypatch:
     assert all(name in str(caught.value) for name in BUILDERS)
 
 
-def test_the_first_builder_that_answers_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_builder_that_answers_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, code in (("docker", 1), ("buildah", 0)):
         (tmp_path / name).write_text(f"#!/bin/sh\nexit {code}\n")
         (tmp_path / name).chmod(0o755)

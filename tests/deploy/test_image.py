@@ -68,7 +68,9 @@ class Image:
 
     @property
     def config(self) -> dict[str, Any]:
-        config: dict[str, Any] = json.loads((self.folder / "image.json").read_text())["Docker"]["config"]
+        config: dict[str, Any] = json.loads((self.folder / "image.json").read_text())["Docker"][
+            "config"
+        ]
         return config
 
     @property
@@ -95,17 +97,23 @@ class Container:
 
     @property
     def worker(self) -> psutil.Process:
-        (child,) = (child for child in self.first.children() if "worker" in " ".join(child.cmdline()))
+        (child,) = (
+            child for child in self.first.children() if "worker" in " ".join(child.cmdline())
+        )
         return child
 
     @property
     def log(self) -> str:
         return self.log_path.read_text(errors="replace")
 
-    def post(self, *images: bytes, timeout: float = 30, token: str = "", **options: str) -> httpx.Response:
+    def post(
+        self, *images: bytes, timeout: float = 30, token: str = "", **options: str
+    ) -> httpx.Response:
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         files = [("images", (f"{index}.png", image)) for index, image in enumerate(images)]
-        return httpx.post(f"{self.url}/predict", files=files, params=options, headers=headers, timeout=timeout)
+        return httpx.post(
+            f"{self.url}/predict", files=files, params=options, headers=headers, timeout=timeout
+        )
 
     def stop(self, seconds: float = 15) -> int:
         self.first.send_signal(signal.SIGTERM)
@@ -113,14 +121,24 @@ class Container:
 
 
 @contextmanager
-def boot(image: Image, folder: Path, env: dict[str, str] | None = None, *, checkpoints_dir: Path | None = None) -> Iterator[Container]:
+def boot(
+    image: Image,
+    folder: Path,
+    env: dict[str, str] | None = None,
+    *,
+    checkpoints_dir: Path | None = None,
+) -> Iterator[Container]:
     """`docker run --read-only --tmpfs /tmp --cap-drop ALL -e … -v checkpoints_dir:/checkpoints:ro`, with the image's own settings."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     config = image.config
     user, group = config["User"].split(":")
-    variables = [*config["Env"], f"BENTOML_PORT={port}", *(f"{name}={value}" for name, value in (env or {}).items())]
+    variables = [
+        *config["Env"],
+        f"BENTOML_PORT={port}",
+        *(f"{name}={value}" for name, value in (env or {}).items()),
+    ]
     no_privileges = [
         "setpriv",
         "--reuid",
@@ -133,7 +151,14 @@ def boot(image: Image, folder: Path, env: dict[str, str] | None = None, *, check
         "--no-new-privs",
     ]
     script = ["bash", "-c", _BOOT, "boot", str(image.root), str(checkpoints_dir or "")]
-    command = [*script, "-C", config["WorkingDir"], *variables, *no_privileges, *config["Entrypoint"]]
+    command = [
+        *script,
+        "-C",
+        config["WorkingDir"],
+        *variables,
+        *no_privileges,
+        *config["Entrypoint"],
+    ]
     log_path = folder / "container.log"
     with log_path.open("wb") as log:
         process = subprocess.Popen(
@@ -172,7 +197,12 @@ def check_health(image: Image, container: Container) -> bool:
     shell, script = image.config["Healthcheck"]["Test"][1:]
     port = container.url.rsplit(":", 1)[1]
     check = [shell, f"{image.root}{script}"]
-    return subprocess.run(check, env={"PATH": os.environ["PATH"], "BENTOML_PORT": port}, stderr=subprocess.DEVNULL).returncode == 0
+    return (
+        subprocess.run(
+            check, env={"PATH": os.environ["PATH"], "BENTOML_PORT": port}, stderr=subprocess.DEVNULL
+        ).returncode
+        == 0
+    )
 
 
 @pytest.fixture(scope="session")
@@ -193,7 +223,9 @@ def pictures(image: Image) -> tuple[list[bytes], list[str]]:
     """The images that the run in the project validated on, and their labels."""
     (path,) = (image.project / "runs").glob("*/splits.csv")
     with path.open() as file:
-        wanted = {row["path"]: row["label"] for row in csv.DictReader(file) if row["split"] == "val"}
+        wanted = {
+            row["path"]: row["label"] for row in csv.DictReader(file) if row["split"] == "val"
+        }
     splits = load_splits("digits", data_root=Path("unused"), val_fraction=0.2, seed=0)
     known = {sample.key: sample for sample in (*splits.train, *splits.val)}
     return [known[path].read() for path in wanted], list(wanted.values())
@@ -204,9 +236,18 @@ def test_what_is_in_it(image: Image) -> None:
     assert config["User"] == f"{USER_ID}:{USER_ID}"
     assert config["Healthcheck"]["Test"][0] == "CMD"
     assert "3000/tcp" in config["ExposedPorts"]
-    names = {path.name for folder in ("usr/bin", "usr/local/bin", "app/.venv/bin") for path in (image.root / folder).glob("*")}
+    names = {
+        path.name
+        for folder in ("usr/bin", "usr/local/bin", "app/.venv/bin")
+        for path in (image.root / folder).glob("*")
+    }
     assert not names & {"gcc", "g++", "cc", "git", "uv"}
-    packages = {path.name for path in next((image.root / "app/.venv/lib").iterdir()).joinpath("site-packages").iterdir()}
+    packages = {
+        path.name
+        for path in next((image.root / "app/.venv/lib").iterdir())
+        .joinpath("site-packages")
+        .iterdir()
+    }
     assert "openvino" in packages
     assert packages & {"torch", "timm"} == (set() if FLAVOUR == "cpu" else {"torch", "timm"})
     assert not packages & {"pip", "pytest"}
@@ -214,14 +255,32 @@ def test_what_is_in_it(image: Image) -> None:
     assert not (image.root / "etc/pip.conf").exists()
     assert not (image.root / "run/secrets").exists()
     certificates = "etc/ssl/certs/ca-certificates.crt"
-    assert (image.root / certificates).read_bytes() == (image.folder / "rootfs" / certificates).read_bytes()
+    assert (image.root / certificates).read_bytes() == (
+        image.folder / "rootfs" / certificates
+    ).read_bytes()
     # Nothing that who serves could change.
-    find = ["find", str(image.root / "app"), str(image.root / "home"), "!", "-user", "root", "-o", "-perm", "/022", "!", "-type", "l"]
+    find = [
+        "find",
+        str(image.root / "app"),
+        str(image.root / "home"),
+        "!",
+        "-user",
+        "root",
+        "-o",
+        "-perm",
+        "/022",
+        "!",
+        "-type",
+        "l",
+    ]
     assert subprocess.run(find, capture_output=True, text=True, check=True).stdout == ""
 
 
 def test_its_size_and_licences(image: Image) -> None:
-    sizes = {name: _num_bytes(path) for name, path in (("base", image.folder / "rootfs"), ("image", image.root))}
+    sizes = {
+        name: _num_bytes(path)
+        for name, path in (("base", image.folder / "rootfs"), ("image", image.root))
+    }
     megabytes = (sizes["image"] - sizes["base"]) / 1e6
     image.report(f"image {sizes['image'] / 1e6:.0f} MB, {megabytes:.0f} MB over its base")
     assert megabytes <= MAX_MEGABYTES_OVER_BASE
@@ -231,7 +290,11 @@ def test_its_size_and_licences(image: Image) -> None:
     assert bom["bomFormat"] == "CycloneDX"
     without = [name for name, component in components.items() if not component.get("licenses")]
     assert not without, f"no licence is given by {without}"
-    (weights,) = (component for component in bom["components"] if component["type"] == "machine-learning-model")
+    (weights,) = (
+        component
+        for component in bom["components"]
+        if component["type"] == "machine-learning-model"
+    )
     assert "apache-2.0" in weights["licenses"][0]["license"]["name"]
     assert {"openvino", "numpy", "bentoml", "libc6"} <= set(components)
     for line in _run_inside(image, script, "--no-system").decode().splitlines()[:6]:
@@ -239,17 +302,37 @@ def test_its_size_and_licences(image: Image) -> None:
 
 
 def _num_bytes(folder: Path) -> int:
-    return int(subprocess.run(["du", "-sb", folder], capture_output=True, text=True, check=True).stdout.split()[0])
+    return int(
+        subprocess.run(
+            ["du", "-sb", folder], capture_output=True, text=True, check=True
+        ).stdout.split()[0]
+    )
 
 
 def _run_inside(image: Image, script: bytes, *arguments: str) -> bytes:
-    variables = [variable for variable in image.config["Env"] if not variable.startswith("CHECKPOINTS")]
-    command = ["chroot", str(image.root), "/usr/bin/env", "-i", "-C", image.config["WorkingDir"], *variables, "python3", "-", *arguments]
+    variables = [
+        variable for variable in image.config["Env"] if not variable.startswith("CHECKPOINTS")
+    ]
+    command = [
+        "chroot",
+        str(image.root),
+        "/usr/bin/env",
+        "-i",
+        "-C",
+        image.config["WorkingDir"],
+        *variables,
+        "python3",
+        "-",
+        *arguments,
+    ]
     return subprocess.run(command, input=script, capture_output=True, check=True).stdout
 
 
 def test_ready_in_time_right_and_no_request_lost_on_sigterm(
-    image: Image, checkpoint: checkpoints.Checkpoint, pictures: tuple[list[bytes], list[str]], tmp_path: Path
+    image: Image,
+    checkpoint: checkpoints.Checkpoint,
+    pictures: tuple[list[bytes], list[str]],
+    tmp_path: Path,
 ) -> None:
     with boot(image, tmp_path) as container:
         wait_until(lambda: is_up(container), 30, container)
@@ -266,14 +349,19 @@ def test_ready_in_time_right_and_no_request_lost_on_sigterm(
 def check_privileges(container: Container) -> None:
     for process in (container.first, container.worker):
         status = Path("/proc", str(process.pid), "status").read_text()
-        assert re.search(rf"^Uid:\t{USER_ID}\t{USER_ID}\t{USER_ID}\t{USER_ID}$", status, re.MULTILINE)
+        assert re.search(
+            rf"^Uid:\t{USER_ID}\t{USER_ID}\t{USER_ID}\t{USER_ID}$", status, re.MULTILINE
+        )
         assert re.search(r"^CapEff:\t0+$", status, re.MULTILINE)
         mounts = Path("/proc", str(process.pid), "mounts").read_text()
         assert re.search(r"^\S+ / \S+ ro,", mounts, re.MULTILINE)
 
 
 def check_predictions(
-    image: Image, container: Container, checkpoint: checkpoints.Checkpoint, pictures: tuple[list[bytes], list[str]]
+    image: Image,
+    container: Container,
+    checkpoint: checkpoints.Checkpoint,
+    pictures: tuple[list[bytes], list[str]],
 ) -> None:
     images, labels = pictures
     engine = build_engine(checkpoint.path, checkpoint.preprocess, checkpoint.config, device="cpu")
@@ -306,7 +394,9 @@ def check_end(image: Image, container: Container, images: list[bytes]) -> None:
 
     def ask(method: str, path: str, image: bytes = b"") -> int | str:
         # Of the standard library: httpx takes longer to make a client than the server to answer, and a balancer must look in time.
-        connection = http.client.HTTPConnection("127.0.0.1", int(container.url.rsplit(":", 1)[1]), timeout=20)
+        connection = http.client.HTTPConnection(
+            "127.0.0.1", int(container.url.rsplit(":", 1)[1]), timeout=20
+        )
         try:
             connection.request(method, path, image, {"Content-Type": "image/png"})
             return connection.getresponse().status
@@ -337,25 +427,34 @@ def check_end(image: Image, container: Container, images: list[bytes]) -> None:
     seconds = time.monotonic() - stopped
     lost = [status for _, status in answers if status != 200]
     after = sum(ended > stopped for ended, _ in answers)
-    image.report(f"SIGTERM under load: exit 0 after {seconds:.1f} s, {len(answers)} requests, {after} ended after it, {len(lost)} lost")
+    image.report(
+        f"SIGTERM under load: exit 0 after {seconds:.1f} s, {len(answers)} requests, {after} ended after it, {len(lost)} lost"
+    )
     assert after
     assert not lost, f"/readyz turned {noticed:.2f} s after SIGTERM: {lost[:10]}"
     assert seconds < 10
 
 
 def test_a_checkpoint_dropped_into_an_empty_mount_is_served(
-    image: Image, checkpoint: checkpoints.Checkpoint, pictures: tuple[list[bytes], list[str]], tmp_path: Path
+    image: Image,
+    checkpoint: checkpoints.Checkpoint,
+    pictures: tuple[list[bytes], list[str]],
+    tmp_path: Path,
 ) -> None:
     mounted = tmp_path / "checkpoints"
     mounted.mkdir()
     _let_in(mounted)
-    with boot(image, tmp_path, {"CHECKPOINTS": "/checkpoints"}, checkpoints_dir=mounted) as container:
+    with boot(
+        image, tmp_path, {"CHECKPOINTS": "/checkpoints"}, checkpoints_dir=mounted
+    ) as container:
         wait_until(lambda: is_up(container, "/livez"), 30, container)
         assert check_health(image, container)
         assert httpx.get(f"{container.url}/readyz").status_code == 503
         shutil.copytree(checkpoint.path, mounted / "digits" / "1")
         seconds = wait_until(lambda: is_up(container), 30, container)
-        image.report(f"a checkpoint dropped into an empty /checkpoints: served after {seconds:.1f} s")
+        image.report(
+            f"a checkpoint dropped into an empty /checkpoints: served after {seconds:.1f} s"
+        )
         assert seconds <= 5
         assert container.post(*pictures[0][:48]).json()["model"] == "digits"
         assert container.stop() == 0
@@ -374,7 +473,10 @@ def test_without_its_worker_the_container_ends(image: Image, tmp_path: Path) -> 
 
 
 def test_limits_and_choices_reach_the_process(
-    image: Image, checkpoint: checkpoints.Checkpoint, pictures: tuple[list[bytes], list[str]], tmp_path: Path
+    image: Image,
+    checkpoint: checkpoints.Checkpoint,
+    pictures: tuple[list[bytes], list[str]],
+    tmp_path: Path,
 ) -> None:
     mounted = tmp_path / "checkpoints"
     shutil.copytree(checkpoint.path, mounted / "digits" / "1")
@@ -401,29 +503,50 @@ def test_limits_and_choices_reach_the_process(
         assert container.post(small).status_code == 401
         found = {"GRAFT_API_TOKEN": container.post(small, token=token).status_code == 200}
         found["GRAFT_ACCESS_LOG"] = '"/predict"' not in container.log
-        rollout = httpx.patch(f"{container.url}/v1/models/digits/rollout", json={}, headers={"Authorization": f"Bearer {admin}"})
+        rollout = httpx.patch(
+            f"{container.url}/v1/models/digits/rollout",
+            json={},
+            headers={"Authorization": f"Bearer {admin}"},
+        )
         found["GRAFT_ADMIN_TOKEN"] = rollout.status_code == 200
         found["GRAFT_BODY_SECONDS"] = _send_half(container, token) == 408
         assert container.post(small, token=token).status_code == 200
-        found["GRAFT_CACHED_IMAGES"] = 'graft_cached_features_total{found="' in httpx.get(f"{container.url}/metrics").text
-        found["GRAFT_MAX_BODY_BYTES"] = container.post(b"x" * 100_001, token=token).status_code == 413
+        found["GRAFT_CACHED_IMAGES"] = (
+            'graft_cached_features_total{found="' in httpx.get(f"{container.url}/metrics").text
+        )
+        found["GRAFT_MAX_BODY_BYTES"] = (
+            container.post(b"x" * 100_001, token=token).status_code == 413
+        )
         found["GRAFT_MAX_IMAGES"] = container.post(*[small] * 4, token=token).status_code == 413
-        found["GRAFT_MAX_PIXELS"] = container.post(draw_image("red", size=(40, 40)), token=token).status_code == 413
+        found["GRAFT_MAX_PIXELS"] = (
+            container.post(draw_image("red", size=(40, 40)), token=token).status_code == 413
+        )
         with ThreadPoolExecutor(12) as clients:
             statuses = set(
-                clients.map(lambda seed: container.post(*pictures[0][seed : seed + 3], token=token).status_code, range(100, 136))
+                clients.map(
+                    lambda seed: (
+                        container.post(*pictures[0][seed : seed + 3], token=token).status_code
+                    ),
+                    range(100, 136),
+                )
             )
         found["GRAFT_MAX_QUEUE_IMAGES"] = 429 in statuses
-        status = httpx.get(f"{container.url}/v1/status", headers={"Authorization": f"Bearer {token}"}).json()
+        status = httpx.get(
+            f"{container.url}/v1/status", headers={"Authorization": f"Bearer {token}"}
+        ).json()
         found["GRAFT_PRECISION"] = status["backbones"][0]["precision"] == "fp32"
         shutil.copytree(checkpoint.path, mounted / "other" / "1")
         time.sleep(2.5)
-        models = httpx.get(f"{container.url}/v1/models", headers={"Authorization": f"Bearer {token}"}).json()["models"]
+        models = httpx.get(
+            f"{container.url}/v1/models", headers={"Authorization": f"Bearer {token}"}
+        ).json()["models"]
         found["GRAFT_POLL_SECONDS"] = [model["name"] for model in models] == ["digits"]
         assert all(found.values()), found
 
 
-def test_times_reach_the_process(image: Image, pictures: tuple[list[bytes], list[str]], tmp_path: Path) -> None:
+def test_times_reach_the_process(
+    image: Image, pictures: tuple[list[bytes], list[str]], tmp_path: Path
+) -> None:
     env = {
         "GRAFT_DEADLINE_SECONDS": "0.0001",
         "GRAFT_DRAIN_SECONDS": "2",
@@ -447,7 +570,9 @@ def test_times_reach_the_process(image: Image, pictures: tuple[list[bytes], list
             assert 1 <= time.monotonic() - answered <= 3
         with socket.create_connection(("127.0.0.1", port)) as held:
             # A body that never ends would hold the server; GRAFT_SHUTDOWN_SECONDS does not let it.
-            held.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 500\r\n\r\nx")
+            held.sendall(
+                b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 500\r\n\r\nx"
+            )
             time.sleep(0.2)
             stopped = time.monotonic()
             container.first.send_signal(signal.SIGTERM)
@@ -465,7 +590,9 @@ def test_times_reach_the_process(image: Image, pictures: tuple[list[bytes], list
         ({"GRAFT_MAX_IMAGES": "0"}, "GRAFT_MAX_IMAGES=0"),
     ],
 )
-def test_what_cannot_be_is_said(image: Image, env: dict[str, str], message: str, tmp_path: Path) -> None:
+def test_what_cannot_be_is_said(
+    image: Image, env: dict[str, str], message: str, tmp_path: Path
+) -> None:
     with boot(image, tmp_path, env) as container:
 
         def is_said() -> bool:
@@ -500,8 +627,6 @@ def _is_silent(container: Container) -> bool:
 def _send_half(container: Container, token: str) -> int:
     port = int(container.url.rsplit(":", 1)[1])
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
-        head = (
-            f"POST /predict HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\nContent-Type: image/png\r\nContent-Length: 500\r\n\r\nx"
-        )
+        head = f"POST /predict HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\nContent-Type: image/png\r\nContent-Length: 500\r\n\r\nx"
         connection.sendall(head.encode())
         return int(connection.recv(4096).split()[1])

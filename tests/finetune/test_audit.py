@@ -29,11 +29,19 @@ from tests.support.drawn import draw_shape, write_class_folders
 
 
 def audit_of(data: Path, output: Path, cache_dir: Path, **changes: Any) -> Audit:
-    return audit(AuditOptions(data=str(data), output=output, cache_dir=cache_dir, precision="fp32", **changes))
+    return audit(
+        AuditOptions(
+            data=str(data), output=output, cache_dir=cache_dir, precision="fp32", **changes
+        )
+    )
 
 
 def found_paths(found: Audit, *kinds: Any) -> list[str]:
-    return [Path(finding.sample.key).name for finding in found.of_kind(*kinds) if finding.sample is not None]
+    return [
+        Path(finding.sample.key).name
+        for finding in found.of_kind(*kinds)
+        if finding.sample is not None
+    ]
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -90,7 +98,10 @@ def test_the_score_is_told_with_and_without_leaks(found: Audit) -> None:
     assert clean < whole
     (line,) = (line for line in found.to_lines() if "accuracy" in line)
     num_leaks = len(found.leaks)
-    assert line == f"audit: the probe's val accuracy is {whole:.4f} with {num_leaks} images of another split, {clean:.4f} without"
+    assert (
+        line
+        == f"audit: the probe's val accuracy is {whole:.4f} with {num_leaks} images of another split, {clean:.4f} without"
+    )
     assert found.to_dict()["accuracy"] == {"val": {"all": whole, "without_leaks": clean}}
 
 
@@ -131,9 +142,22 @@ def test_the_page_shows_everything_and_loads_nothing(found: Audit, output: Path)
 
 
 def test_strict_ends_with_an_error_after_all_is_written(
-    found: Audit, faults: Faults, tmp_path: Path, cache_dir: Path, capsys: pytest.CaptureFixture[str]
+    found: Audit,
+    faults: Faults,
+    tmp_path: Path,
+    cache_dir: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    options = ("--data", faults.folder, "--output", tmp_path, "--cache-dir", cache_dir, "--precision", "fp32")
+    options = (
+        "--data",
+        faults.folder,
+        "--output",
+        tmp_path,
+        "--cache-dir",
+        cache_dir,
+        "--precision",
+        "fp32",
+    )
     assert main([*map(str, options), "--strict"]) == 2
     said = capsys.readouterr()
     assert f"error: {len(found.leaks)} images leak from one split to another:" in said.err
@@ -147,7 +171,9 @@ def test_strict_ends_with_an_error_after_all_is_written(
 # Small folders.
 
 
-def test_a_wrong_extension_is_told_from_a_right_one(prepared: PreparedBackbone, tmp_path: Path, cache_dir: Path) -> None:
+def test_a_wrong_extension_is_told_from_a_right_one(
+    prepared: PreparedBackbone, tmp_path: Path, cache_dir: Path
+) -> None:
     data = write_class_folders(tmp_path / "data", 6)
     (data / "circle" / "drawn.png").write_bytes(draw_shape("circle", 50, "JPEG"))
     (data / "circle" / "photo.JPG").write_bytes(draw_shape("circle", 51, "JPEG"))
@@ -155,27 +181,45 @@ def test_a_wrong_extension_is_told_from_a_right_one(prepared: PreparedBackbone, 
     (data / "square" / "without").write_bytes(draw_shape("square", 53, "WEBP"))
     found = audit_of(data, tmp_path, cache_dir)
     assert found_paths(found, "wrong_extension") == ["drawn.png", "scan.txt"]
-    assert found.of_kind("wrong_extension")[0].detail == "named .png, but its content is JPEG; rename it to .jpg"
+    assert (
+        found.of_kind("wrong_extension")[0].detail
+        == "named .png, but its content is JPEG; rename it to .jpg"
+    )
 
 
-def test_names_are_shown_and_never_run(prepared: PreparedBackbone, tmp_path: Path, cache_dir: Path) -> None:
+def test_names_are_shown_and_never_run(
+    prepared: PreparedBackbone, tmp_path: Path, cache_dir: Path
+) -> None:
     data = write_class_folders(tmp_path / "data", 6)
     name = '"><script>alert(1)<&.jpeg'
     for shape in ("circle", "cross"):
         (data / shape / name).write_bytes((data / "circle" / "0.jpeg").read_bytes())
     (data / "circle").rename(data / "<b>circle")
     found = audit_of(data, tmp_path, cache_dir)
-    assert any("but labelled" in finding.detail for finding in found.of_kind("exact_duplicate", "exact_leak"))
+    assert any(
+        "but labelled" in finding.detail
+        for finding in found.of_kind("exact_duplicate", "exact_leak")
+    )
     page = (tmp_path / "audit-data.html").read_text(encoding="utf-8")
     assert page.count("<script>") == 1
     assert "<b>circle" not in page
     assert html.escape(name) in page
 
 
-def test_images_without_fault_are_said_to_be_so(prepared: PreparedBackbone, tmp_path: Path, cache_dir: Path) -> None:
+def test_images_without_fault_are_said_to_be_so(
+    prepared: PreparedBackbone, tmp_path: Path, cache_dir: Path
+) -> None:
     data = write_class_folders(tmp_path / "data", 16)
     found = audit_of(data, tmp_path, cache_dir, min_images=5)
-    assert not found.of_kind("unreadable", "exact_leak", "near_leak", "exact_duplicate", "near_duplicate", "small_class", "missing_class")
+    assert not found.of_kind(
+        "unreadable",
+        "exact_leak",
+        "near_leak",
+        "exact_duplicate",
+        "near_duplicate",
+        "small_class",
+        "missing_class",
+    )
     assert audit_of(data, tmp_path, cache_dir, min_images=14).count()["small_class"] == 3
 
 
@@ -233,21 +277,31 @@ def test_a_run_is_audited_and_its_split_keeps_duplicates_together(
     assert sum(row["kind"] == "exact_duplicate" for row in rows) == 4
     assert not any(row["kind"].endswith("leak") for row in rows)
     assert (run_dir / "audit.html").read_text(encoding="utf-8").startswith("<!doctype html>")
-    assert json.loads((run_dir / "metrics.json").read_text())["audit"]["found"]["exact_duplicate"] == 4
-    sides = {Path(row["path"]).name: row["split"] for row in read_rows(run_dir / "splits.csv") if "circle" in row["path"]}
+    assert (
+        json.loads((run_dir / "metrics.json").read_text())["audit"]["found"]["exact_duplicate"] == 4
+    )
+    sides = {
+        Path(row["path"]).name: row["split"]
+        for row in read_rows(run_dir / "splits.csv")
+        if "circle" in row["path"]
+    }
     for number in range(4):
         assert sides[f"{number}.jpeg"] == sides[f"copy-{number}.jpeg"]
     assert f"audit: look at {run_dir / 'audit.html'}" in caplog.messages
 
 
-def test_an_image_of_something_else_is_the_odd_one(prepared: PreparedBackbone, tmp_path: Path, cache_dir: Path) -> None:
+def test_an_image_of_something_else_is_the_odd_one(
+    prepared: PreparedBackbone, tmp_path: Path, cache_dir: Path
+) -> None:
     data = write_class_folders(tmp_path / "data", 30)
     photo = next(Path(datasets.__file__).parent.glob("images/china.jpg"))
     shutil.copy(photo, data / "cross" / "holiday.jpg")
     assert found_paths(audit_of(data, tmp_path, cache_dir), "odd") == ["holiday.jpg"]
 
 
-def test_a_later_run_on_a_grown_folder_moves_no_image(prepared: PreparedBackbone, tmp_path: Path, cache_dir: Path) -> None:
+def test_a_later_run_on_a_grown_folder_moves_no_image(
+    prepared: PreparedBackbone, tmp_path: Path, cache_dir: Path
+) -> None:
     data = write_class_folders(tmp_path / "shapes", 12)
     run(options_of(data, tmp_path, cache_dir))
     first = {row["path"]: row["split"] for row in read_rows(newest_run(tmp_path) / "splits.csv")}
@@ -257,16 +311,25 @@ def test_a_later_run_on_a_grown_folder_moves_no_image(prepared: PreparedBackbone
         shutil.copy(path, copy)
         first[str(copy)] = split
     run(options_of(data, tmp_path, cache_dir, seed=7, views=2))
-    assert {row["path"]: row["split"] for row in read_rows(newest_run(tmp_path) / "splits.csv")} == first
+    assert {
+        row["path"]: row["split"] for row in read_rows(newest_run(tmp_path) / "splits.csv")
+    } == first
 
 
-def test_a_strict_run_stops_on_a_leak(prepared: PreparedBackbone, tmp_path: Path, cache_dir: Path) -> None:
+def test_a_strict_run_stops_on_a_leak(
+    prepared: PreparedBackbone, tmp_path: Path, cache_dir: Path
+) -> None:
     data = tmp_path / "shapes"
     write_class_folders(data / "train", 8)
     write_class_folders(data / "val", 3, first_seed=20)
     run(options_of(data, tmp_path, cache_dir, strict=True))
     shutil.copy(data / "train" / "circle" / "0.jpeg", data / "val" / "circle" / "same.jpeg")
-    with pytest.raises(GraftError, match=r"1 image leaks .*\n  .*same.jpeg: the same file as .*0.jpeg in train\n.*--strict stops here"):
+    with pytest.raises(
+        GraftError,
+        match=r"1 image leaks .*\n  .*same.jpeg: the same file as .*0.jpeg in train\n.*--strict stops here",
+    ):
         run(options_of(data, tmp_path, cache_dir, strict=True))
     run(options_of(data, tmp_path, cache_dir))
-    assert [row["kind"] for row in read_rows(newest_run(tmp_path) / "audit.csv")].count("exact_leak") == 1
+    assert [row["kind"] for row in read_rows(newest_run(tmp_path) / "audit.csv")].count(
+        "exact_leak"
+    ) == 1

@@ -29,7 +29,9 @@ def build():
 """
 
 
-def candidate(name: str, accuracy: float, low: float, high: float, images_per_second: float) -> Candidate:
+def candidate(
+    name: str, accuracy: float, low: float, high: float, images_per_second: float
+) -> Candidate:
     return Candidate(name, accuracy, low, high, images_per_second, "fp32")
 
 
@@ -56,7 +58,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def own_network(tmp_path_factory: pytest.TempPathFactory, patch: pytest.MonkeyPatch) -> Iterator[str]:
+def own_network(
+    tmp_path_factory: pytest.TempPathFactory, patch: pytest.MonkeyPatch
+) -> Iterator[str]:
     """A tiny network of the user's own, by its name."""
     package = tmp_path_factory.mktemp("own") / "graftcompared"
     package.mkdir()
@@ -69,12 +73,18 @@ def own_network(tmp_path_factory: pytest.TempPathFactory, patch: pytest.MonkeyPa
 
 
 def options(data: Path, backbones: str, output: Path, cache_dir: Path) -> CompareOptions:
-    return CompareOptions(data=str(data), backbones=backbones, output=output, cache_dir=cache_dir, precision="fp32")
+    return CompareOptions(
+        data=str(data), backbones=backbones, output=output, cache_dir=cache_dir, precision="fp32"
+    )
 
 
 @pytest.fixture(scope="module")
 def compared(
-    prepared: PreparedBackbone, data: Path, own_network: str, cache_dir: Path, tmp_path_factory: pytest.TempPathFactory
+    prepared: PreparedBackbone,
+    data: Path,
+    own_network: str,
+    cache_dir: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Compared:
     """The embedded backbone, one without weights here, one that does not exist, and a user's own."""
     output = tmp_path_factory.mktemp("output")
@@ -82,9 +92,13 @@ def compared(
     printed, said = io.StringIO(), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdout", printed)
-        patch.setattr("finetune.compare.logger.warning", lambda message, *parts: said.append(message % parts))
+        patch.setattr(
+            "finetune.compare.logger.warning", lambda message, *parts: said.append(message % parts)
+        )
         comparison = compare(options(data, backbones, output, cache_dir))
-    return Compared(comparison, printed.getvalue(), "\n".join(said), data, output / "compare-my-shapes.png")
+    return Compared(
+        comparison, printed.getvalue(), "\n".join(said), data, output / "compare-my-shapes.png"
+    )
 
 
 def test_backbones_come_in_order_of_accuracy_with_their_intervals(compared: Compared) -> None:
@@ -93,7 +107,9 @@ def test_backbones_come_in_order_of_accuracy_with_their_intervals(compared: Comp
     assert first.accuracy > 0.8 > second.accuracy
     num_images = len(SHAPES) * NUM_PER_CLASS - len(SHAPES) * 2  # less the validation split
     for found in (first, second):
-        assert (found.low, found.high) == wilson_interval(round(found.accuracy * num_images), num_images)
+        assert (found.low, found.high) == wilson_interval(
+            round(found.accuracy * num_images), num_images
+        )
         assert found.precision == "fp32"
     assert second.images_per_second > first.images_per_second
 
@@ -110,17 +126,33 @@ def test_a_backbone_that_cannot_be_had_is_named_and_left_out(compared: Compared)
 def test_the_table_has_a_line_for_each_and_marks_one(compared: Compared) -> None:
     lines = compared.printed.splitlines()
     header = next(index for index, line in enumerate(lines) if line.startswith("backbone"))
-    assert lines[header].split() == ["backbone", "accuracy", "95%", "interval", "images/s", "precision"]
+    assert lines[header].split() == [
+        "backbone",
+        "accuracy",
+        "95%",
+        "interval",
+        "images/s",
+        "precision",
+    ]
     rows = lines[header + 1 : header + 3]
     for row, found in zip(rows, compared.comparison.candidates, strict=True):
-        assert row.split()[:5] == [found.name, f"{found.accuracy:.4f}", f"{found.low:.4f}", "to", f"{found.high:.4f}"]
+        assert row.split()[:5] == [
+            found.name,
+            f"{found.accuracy:.4f}",
+            f"{found.low:.4f}",
+            "to",
+            f"{found.high:.4f}",
+        ]
         assert ("<- recommended" in row) == (found == compared.comparison.recommended)
     assert compared.printed.count("<- recommended") == 1
 
 
 def test_the_next_command_is_one_that_a_shell_takes(compared: Compared) -> None:
     last = compared.printed.strip().splitlines()[-1].strip()
-    assert last == f"python finetune/run.py --data '{compared.data}' --backbone {compared.comparison.recommended.name}"
+    assert (
+        last
+        == f"python finetune/run.py --data '{compared.data}' --backbone {compared.comparison.recommended.name}"
+    )
 
 
 def test_the_plot_is_a_png_that_says_where_it_is(compared: Compared) -> None:
@@ -151,7 +183,13 @@ def test_the_fastest_within_the_best_ones_reach_is_recommended() -> None:
 
 @pytest.mark.parametrize(
     ("num_right", "num_images", "low", "high"),
-    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718), (29, 29, 0.8830, 1.0)],
+    [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+        (29, 29, 0.8830, 1.0),
+    ],
 )
 def test_the_interval_is_wilsons(num_right: int, num_images: int, low: float, high: float) -> None:
     """Values of Newcombe, Statistics in Medicine 17, 1998, table I, method 3; the last by symmetry of 0 of 29."""
@@ -165,19 +203,25 @@ def test_the_interval_holds_its_share_to_the_last_bit() -> None:
 
 
 def test_none_left_is_an_error(data: Path, cache_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(GraftError, match="--backbones: none of them could be measured; the lines above say why"):
+    with pytest.raises(
+        GraftError, match="--backbones: none of them could be measured; the lines above say why"
+    ):
         compare(options(data, "resnet81,nowhere.net:build", tmp_path, cache_dir))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command_line_ends_with_2_and_a_message(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_ends_with_2_and_a_message(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["--data", str(data), "--backbones", "resnet81", "--output", str(tmp_path)]) == 2
     assert "error: --backbones: none of them could be measured" in capsys.readouterr().err
     assert main(["--data", str(data), "--image-size", "3"]) == 2
     assert "error: --image-size 3: " in capsys.readouterr().err
 
 
-def test_an_output_that_cannot_be_written_is_an_error_in_words(data: Path, own_network: str, cache_dir: Path, tmp_path: Path) -> None:
+def test_an_output_that_cannot_be_written_is_an_error_in_words(
+    data: Path, own_network: str, cache_dir: Path, tmp_path: Path
+) -> None:
     (tmp_path / "runs").write_text("a file where a folder should be")
     with pytest.raises(GraftError, match=r"--output .*runs: "):
         compare(options(data, own_network, tmp_path / "runs", cache_dir))

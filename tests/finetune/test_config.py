@@ -23,7 +23,12 @@ def write_config(path: Path, text: str) -> Path:
 def test_without_flags_the_defaults_hold() -> None:
     options = parse_options(Options, [])
     assert options == Options()
-    assert (options.data, options.backbone, options.freeze, options.model_name) == ("digits", "tf_efficientnet_lite0", "backbone", "digits")
+    assert (options.data, options.backbone, options.freeze, options.model_name) == (
+        "digits",
+        "tf_efficientnet_lite0",
+        "backbone",
+        "digits",
+    )
     assert (options.output, options.repository) == (Path("runs"), Path("checkpoints"))
 
 
@@ -64,12 +69,16 @@ def test_flags_of_every_kind_are_read() -> None:
     }
     dumped = options.model_dump()
     assert {name: dumped[name] for name in expected} == expected
-    assert parse_options(Options, ["--no-strict", "--pretrained"]) == Options(strict=False, pretrained=True)
+    assert parse_options(Options, ["--no-strict", "--pretrained"]) == Options(
+        strict=False, pretrained=True
+    )
     assert parse_options(Options, ["--lr=0.5"]).lr == 0.5
 
 
 def test_a_runs_config_reads_back_as_the_same_options(tmp_path: Path) -> None:
-    options = parse("--data photos/ --freeze until:layer3 --lr 0.01 --no-pretrained --image-size 96 --seed 3 --name cats")
+    options = parse(
+        "--data photos/ --freeze until:layer3 --lr 0.01 --no-pretrained --image-size 96 --seed 3 --name cats"
+    )
     path = write_config(tmp_path / "config.yaml", options.to_yaml())
     again = parse_options(Options, ["--config", str(path)])
     assert again.model_dump() == options.model_dump()
@@ -108,9 +117,15 @@ def test_what_is_wrong_in_a_file_is_named(tmp_path: Path, text: str, message: st
 
 
 def test_a_config_that_is_not_there_or_no_text_is_named_once(tmp_path: Path) -> None:
-    for name, message in (("gone.yaml", "No such file or directory"), ("", "Is a directory"), ("binary.yaml", "it is not text in UTF-8")):
+    for name, message in (
+        ("gone.yaml", "No such file or directory"),
+        ("", "Is a directory"),
+        ("binary.yaml", "it is not text in UTF-8"),
+    ):
         (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
-        with pytest.raises(GraftError, match=rf"^--config {tmp_path / name}: {message}; it takes a YAML file") as caught:
+        with pytest.raises(
+            GraftError, match=rf"^--config {tmp_path / name}: {message}; it takes a YAML file"
+        ) as caught:
             parse_options(Options, ["--config", str(tmp_path / name)])
         assert str(caught.value).count(str(tmp_path)) == 1
         assert "Errno" not in str(caught.value)
@@ -147,26 +162,44 @@ def test_a_bad_value_is_named_by_its_flag(arguments: str, message: str) -> None:
 def test_every_bad_value_is_told_at_once() -> None:
     with pytest.raises(GraftError) as caught:
         parse("--epochs 0 --lr -1 --device tpu")
-    assert {line.split()[0] for line in str(caught.value).splitlines()} == {"--epochs", "--lr", "--device"}
+    assert {line.split()[0] for line in str(caught.value).splitlines()} == {
+        "--epochs",
+        "--lr",
+        "--device",
+    }
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ("--epoch 3", "--epoch: there is no such option; did you mean --epochs? --help lists them"),
-        ("--batch_size=3", "--batch_size: there is no such option; did you mean --batch-size? --help lists them"),
-        ("--val 0.3", "--val: there is no such option; did you mean --val-fraction? --help lists them"),
-        ("--nocache", "--nocache: there is no such option; did you mean --no-cache? --help lists them"),
+        (
+            "--batch_size=3",
+            "--batch_size: there is no such option; did you mean --batch-size? --help lists them",
+        ),
+        (
+            "--val 0.3",
+            "--val: there is no such option; did you mean --val-fraction? --help lists them",
+        ),
+        (
+            "--nocache",
+            "--nocache: there is no such option; did you mean --no-cache? --help lists them",
+        ),
         ("--learning-rate 1", "--learning-rate: there is no such option; --help lists them"),
         ("-e 3", "-e: there is no such option; --help lists them"),
-        ("photos/ --lr 1", "photos/: it belongs to no option; options are given as --name VALUE, --help lists them"),
+        (
+            "photos/ --lr 1",
+            "photos/: it belongs to no option; options are given as --name VALUE, --help lists them",
+        ),
         ("--epochs", "--epochs: it needs a value, a whole number from 1 up"),
         ("--data --strict", "--data: it needs a value, text"),
         ("--config", "--config: it needs a value, a path"),
         ("--strict=perhaps", "--strict: it takes no value; say --strict or --no-strict"),
     ],
 )
-def test_a_flag_that_is_not_understood_is_answered_in_one_line(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_flag_that_is_not_understood_is_answered_in_one_line(
+    arguments: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(GraftError) as caught:
         parse(arguments)
     assert str(caught.value) == message
@@ -184,7 +217,9 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         assert field.description.split(",")[0].split(";")[0][:30] in shown
 
 
-def test_the_shells_variables_do_not_become_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_shells_variables_do_not_become_options(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     for name in Options.model_fields:
         monkeypatch.setenv(name, "7")
         monkeypatch.setenv(name.upper(), "7")
@@ -211,7 +246,9 @@ def test_the_models_name_is_made_from_the_data(data: str, name: str) -> None:
     assert Options(data=data).model_name == name
 
 
-def test_the_folder_here_gives_its_own_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_folder_here_gives_its_own_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     (tmp_path / "birds").mkdir()
     monkeypatch.chdir(tmp_path / "birds")
     assert Options(data=".").model_name == "birds"

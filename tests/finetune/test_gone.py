@@ -23,15 +23,35 @@ TRAINED = ["--freeze", "until:stem", "--epochs", "2", "--batch-size", "8"]
 @pytest.fixture
 def arguments(tmp_path: Path, cache_dir: Path) -> list[str]:
     write_images(tmp_path / "photos", 8)
-    folders = ["--output", str(tmp_path / "runs"), "--repository", str(tmp_path / "checkpoints"), "--cache-dir", str(cache_dir)]
+    folders = [
+        "--output",
+        str(tmp_path / "runs"),
+        "--repository",
+        str(tmp_path / "checkpoints"),
+        "--cache-dir",
+        str(cache_dir),
+    ]
     return [
-        *("--data", str(tmp_path / "photos"), "--backbone", "tests.support.tiny:build_trunk", "--precision", "fp32", "--device", "cpu"),
+        *(
+            "--data",
+            str(tmp_path / "photos"),
+            "--backbone",
+            "tests.support.tiny:build_trunk",
+            "--precision",
+            "fp32",
+            "--device",
+            "cpu",
+        ),
         *("--workers", "1", "--explain", "no", *folders),
     ]
 
 
 def before(
-    monkeypatch: pytest.MonkeyPatch, module: Any, name: str, do: Callable[[], object], when: Callable[..., bool] = lambda *_: True
+    monkeypatch: pytest.MonkeyPatch,
+    module: Any,
+    name: str,
+    do: Callable[[], object],
+    when: Callable[..., bool] = lambda *_: True,
 ) -> None:
     """Have something happen to the images just before a step of the run."""
     step = getattr(module, name)
@@ -61,7 +81,11 @@ def remove_all(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("spoil", [remove_all, break_all, change_all])
 def test_a_checkpoint_is_not_published_with_images_that_were_not_measured(
-    tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], spoil: Callable[[Path], None]
+    tmp_path: Path,
+    arguments: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    spoil: Callable[[Path], None],
 ) -> None:
     before(monkeypatch, finetune.run, "choose_golden", lambda: spoil(tmp_path))
     assert finetune.run.main(arguments) == 2
@@ -70,7 +94,9 @@ def test_a_checkpoint_is_not_published_with_images_that_were_not_measured(
     assert not (tmp_path / "checkpoints" / "photos").exists()
 
 
-def test_one_that_changed_is_left_out_of_the_golden_images(tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_changed_is_left_out_of_the_golden_images(
+    tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     choose = finetune.run.choose_golden
 
     def change_first(result: Any, *rest: Any) -> Any:
@@ -86,7 +112,10 @@ def test_one_that_changed_is_left_out_of_the_golden_images(tmp_path: Path, argum
 
 @pytest.mark.parametrize("spoil", [remove_all, break_all])
 def test_pictures_of_mistakes_go_without_images_that_are_gone(
-    tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Path], None]
+    tmp_path: Path,
+    arguments: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    spoil: Callable[[Path], None],
 ) -> None:
     before(monkeypatch, finetune.run, "worst_mistakes", lambda: spoil(tmp_path))
     assert finetune.run.main(arguments) == 0
@@ -95,7 +124,9 @@ def test_pictures_of_mistakes_go_without_images_that_are_gone(
 
 
 @pytest.mark.parametrize("spoil", [remove_all, break_all])
-@pytest.mark.parametrize(("name", "flags"), [("_train", []), ("_train_epoch", ["--no-cache"]), ("_train_epoch", [])])
+@pytest.mark.parametrize(
+    ("name", "flags"), [("_train", []), ("_train_epoch", ["--no-cache"]), ("_train_epoch", [])]
+)
 def test_an_image_that_cannot_be_read_again_is_named(
     tmp_path: Path,
     arguments: list[str],
@@ -105,7 +136,12 @@ def test_an_image_that_cannot_be_read_again_is_named(
     name: str,
     flags: list[str],
 ) -> None:
-    before(monkeypatch, finetune.training.train if name == "_train_epoch" else finetune.run, name, lambda: spoil(tmp_path))
+    before(
+        monkeypatch,
+        finetune.training.train if name == "_train_epoch" else finetune.run,
+        name,
+        lambda: spoil(tmp_path),
+    )
     assert finetune.run.main([*arguments, *TRAINED, *flags]) == 2
     printed = capsys.readouterr().err.partition("error: ")[2]
     assert printed.startswith(f"{tmp_path}/photos/")
@@ -116,7 +152,10 @@ def test_an_image_that_cannot_be_read_again_is_named(
 
 
 def test_what_was_trained_is_not_measured_on_other_images_than_the_probe(
-    tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    arguments: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     before(monkeypatch, finetune.training.train, "_train_epoch", lambda: change_all(tmp_path))
     assert finetune.run.main([*arguments, *TRAINED]) == 2
@@ -125,13 +164,22 @@ def test_what_was_trained_is_not_measured_on_other_images_than_the_probe(
 
 
 def test_a_resume_refuses_images_that_changed(
-    tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    arguments: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def stop() -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        before(patch, finetune.training.train, "_train_epoch", stop, lambda training: training.at.epoch == 2)
+        before(
+            patch,
+            finetune.training.train,
+            "_train_epoch",
+            stop,
+            lambda training: training.at.epoch == 2,
+        )
         assert finetune.run.main([*arguments, *TRAINED]) == 130
     (run_dir,) = (tmp_path / "runs").iterdir()
     assert (run_dir / STATE_DIR / TRAINING_FILE).is_file()
@@ -139,6 +187,9 @@ def test_a_resume_refuses_images_that_changed(
     was = changed.read_bytes()
     changed.write_bytes(draw_noise(1, 1000))
     assert finetune.run.main(["--resume", str(run_dir)]) == 2
-    assert f"images have changed since the run began: {changed}; put them back as they were" in capsys.readouterr().err
+    assert (
+        f"images have changed since the run began: {changed}; put them back as they were"
+        in capsys.readouterr().err
+    )
     changed.write_bytes(was)
     assert finetune.run.main(["--resume", str(run_dir)]) == 0

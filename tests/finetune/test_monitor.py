@@ -9,7 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import STORE_EVERYTHING_SIZE_GUIDANCE, EventAccumulator
+from tensorboard.backend.event_processing.event_accumulator import (
+    STORE_EVERYTHING_SIZE_GUIDANCE,
+    EventAccumulator,
+)
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from finetune.evaluation.metrics import Metrics, evaluate
@@ -50,7 +53,9 @@ def test_scalars_come_back_with_their_steps(monitor: Monitor, tmp_path: Path) ->
     assert np.isnan(found[2][1])
 
 
-def test_pictures_can_be_decoded_and_have_the_size_they_say(monitor: Monitor, metrics: Metrics, tmp_path: Path) -> None:
+def test_pictures_can_be_decoded_and_have_the_size_they_say(
+    monitor: Monitor, metrics: Metrics, tmp_path: Path
+) -> None:
     crop = np.full((32, 32, 3), (200, 30, 60), np.uint8)
     pictures = {
         "val/confusion": draw_confusion(metrics, ("a", "b", "c")),
@@ -69,24 +74,45 @@ def test_pictures_can_be_decoded_and_have_the_size_they_say(monitor: Monitor, me
         assert image.width > 200
     mistakes = np.asarray(Image.open(io.BytesIO(pictures["val/worst_mistakes"].png)).convert("RGB"))
     assert (mistakes == (200, 30, 60)).all(axis=2).mean() > 0.1
-    assert not (np.asarray(Image.open(io.BytesIO(pictures["val/none"].png)).convert("RGB")) == (200, 30, 60)).all(axis=2).any()
+    assert (
+        not (
+            np.asarray(Image.open(io.BytesIO(pictures["val/none"].png)).convert("RGB"))
+            == (200, 30, 60)
+        )
+        .all(axis=2)
+        .any()
+    )
 
 
 def test_a_confusion_shades_where_the_images_are(metrics: Metrics) -> None:
-    diagonal = draw_confusion(evaluate(np.eye(2, dtype=np.float32)[[0, 1]], np.array([0, 1])), ("a", "b"))
-    flipped = draw_confusion(evaluate(np.eye(2, dtype=np.float32)[[1, 0]], np.array([0, 1])), ("a", "b"))
+    diagonal = draw_confusion(
+        evaluate(np.eye(2, dtype=np.float32)[[0, 1]], np.array([0, 1])), ("a", "b")
+    )
+    flipped = draw_confusion(
+        evaluate(np.eye(2, dtype=np.float32)[[1, 0]], np.array([0, 1])), ("a", "b")
+    )
     pixels = np.asarray(Image.open(io.BytesIO(diagonal.png)).convert("L")).astype(int)
     height, width = pixels.shape
-    upper_left, upper_right = pixels[: height // 2, : width // 2].mean(), pixels[: height // 2, width // 2 :].mean()
+    upper_left, upper_right = (
+        pixels[: height // 2, : width // 2].mean(),
+        pixels[: height // 2, width // 2 :].mean(),
+    )
     other = np.asarray(Image.open(io.BytesIO(flipped.png)).convert("L")).astype(int)
     assert upper_left < upper_right - 20
-    assert other[: height // 2, : width // 2].mean() > other[: height // 2, width // 2 :].mean() + 20
+    assert (
+        other[: height // 2, : width // 2].mean() > other[: height // 2, width // 2 :].mean() + 20
+    )
 
 
 @pytest.mark.parametrize("num_classes", [2, 40, 120])
-def test_a_confusion_of_any_number_of_classes_stays_a_picture_of_bounded_size(num_classes: int) -> None:
+def test_a_confusion_of_any_number_of_classes_stays_a_picture_of_bounded_size(
+    num_classes: int,
+) -> None:
     labels = np.arange(num_classes)
-    picture = draw_confusion(evaluate(np.eye(num_classes, dtype=np.float32), labels), tuple(f"class {label}" for label in labels))
+    picture = draw_confusion(
+        evaluate(np.eye(num_classes, dtype=np.float32), labels),
+        tuple(f"class {label}" for label in labels),
+    )
     image = Image.open(io.BytesIO(picture.png))
     assert image.size == (picture.width, picture.height)
     assert 300 < picture.width <= 1600
@@ -100,7 +126,9 @@ def test_metrics_are_curves_and_a_table(monitor: Monitor, metrics: Metrics, tmp_
         [event] = events.Scalars(f"val/{name}")
         assert (event.step, event.value) == (4, pytest.approx(getattr(metrics, name), rel=1e-6))
     for name, interval in metrics.intervals.items():
-        assert events.Scalars(f"val_interval/{name}_low")[0].value == pytest.approx(interval.low, rel=1e-6)
+        assert events.Scalars(f"val_interval/{name}_low")[0].value == pytest.approx(
+            interval.low, rel=1e-6
+        )
     assert events.Scalars("val_precision/cat")[0].value == pytest.approx(0.5)
     assert events.Scalars("val_recall/emu")[0].value == pytest.approx(2 / 3)
     assert text_of(events, "val per class").splitlines()[2:] == [
@@ -120,7 +148,9 @@ def test_many_classes_have_a_table_and_no_curves(monitor: Monitor, tmp_path: Pat
     assert all(f"| {name} |" in text_of(events, "val per class") for name in names)
 
 
-def test_options_are_a_table_and_hparams_beside_the_metrics(monitor: Monitor, tmp_path: Path) -> None:
+def test_options_are_a_table_and_hparams_beside_the_metrics(
+    monitor: Monitor, tmp_path: Path
+) -> None:
     options = {"lr": 0.5, "epochs": 5, "strict": False, "freeze": "until:layer3", "weights": None}
     monitor.scalar("val/accuracy", 0.75)
     monitor.options(options, {"val/accuracy": 0.75})
@@ -135,7 +165,11 @@ def test_options_are_a_table_and_hparams_beside_the_metrics(monitor: Monitor, tm
         assert content.plugin_name == "hparams"
         parts[kind] = getattr(HParamsPluginData.FromString(content.content), kind)
     start = parts["session_start_info"].hparams
-    assert (start["lr"].number_value, start["epochs"].number_value, start["freeze"].string_value) == (0.5, 5, "until:layer3")
+    assert (
+        start["lr"].number_value,
+        start["epochs"].number_value,
+        start["freeze"].string_value,
+    ) == (0.5, 5, "until:layer3")
     assert start["strict"].HasField("bool_value")
     assert not start["strict"].bool_value
     assert start["weights"].string_value == "null"
@@ -159,5 +193,7 @@ def test_events_can_be_read_while_the_run_goes_on(monitor: Monitor, tmp_path: Pa
 
 
 def test_watching_needs_no_torch(run_python: object) -> None:
-    done = run_python("import sys; sys.modules['torch'] = None; import finetune.monitor, finetune.report.plots; print('fine')")  # type: ignore[operator]
+    done = run_python(
+        "import sys; sys.modules['torch'] = None; import finetune.monitor, finetune.report.plots; print('fine')"
+    )  # type: ignore[operator]
     assert (done.stdout, done.returncode) == ("fine\n", 0), done.stderr

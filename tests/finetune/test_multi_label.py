@@ -45,10 +45,15 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
             page = Image.fromarray(generator.integers(0, 70, (160, 320, 3), np.uint8))
             shapes = [SHAPES[int(choice)] for choice in generator.integers(0, 4, 2) if choice < 3]
             for place, shape in enumerate(shapes):
-                page.paste(Image.open(io.BytesIO(draw_shape(shape, index, size=(160, 160)))), (160 * place, 0))
+                page.paste(
+                    Image.open(io.BytesIO(draw_shape(shape, index, size=(160, 160)))),
+                    (160 * place, 0),
+                )
             page.save(root / f"{index}.jpg")
             names = {"circle"} ^ set(shapes) if index == NUM_TRAIN - 1 else set(shapes)
-            rows.writerow((f"{index}.jpg", "|".join(sorted(names)), "train" if index < NUM_TRAIN else "val"))
+            rows.writerow(
+                (f"{index}.jpg", "|".join(sorted(names)), "train" if index < NUM_TRAIN else "val")
+            )
     return root / "panels.csv"
 
 
@@ -60,7 +65,11 @@ def finetune(labelled: Path, tmp_path: Path, cache_dir: Path) -> Finetune:
     """Run on the panels; gives the checkpoint and metrics.json."""
 
     def finetune(**changes: Any) -> tuple[Path, dict[str, Any]]:
-        folders = {"output": tmp_path / "runs", "repository": tmp_path / "checkpoints", "cache_dir": cache_dir}
+        folders = {
+            "output": tmp_path / "runs",
+            "repository": tmp_path / "checkpoints",
+            "cache_dir": cache_dir,
+        }
         checkpoint = run(Options(data=str(labelled), workers=2, **folders, **changes))
         (run_dir,) = (tmp_path / "runs").iterdir()
         return checkpoint, json.loads((run_dir / "metrics.json").read_text())
@@ -77,7 +86,10 @@ def test_a_probe_is_served_as_it_was_measured(
     assert set(val["per_class"]) == set(SHAPES)
     assert metrics["probe"]["mean_average_precision"] == val["mean_average_precision"]
     low, high = val["intervals"]["mean_average_precision"]
-    assert f"val mean average precision {val['mean_average_precision']:.4f} ({low:.3f} to {high:.3f})" in capsys.readouterr().out
+    assert (
+        f"val mean average precision {val['mean_average_precision']:.4f} ({low:.3f} to {high:.3f})"
+        in capsys.readouterr().out
+    )
     checkpoint = load_checkpoint(folder)
     assert checkpoint.thresholds is not None
     assert checkpoint.thresholds.tolist() == pytest.approx(metrics["calibration"]["thresholds"])
@@ -97,25 +109,52 @@ def test_a_probe_is_served_as_it_was_measured(
 
     with labelled.open() as file:
         rows = [row for row in csv.DictReader(file) if row["split"] == "val"]
-    files = [("images", (row["path"], (labelled.parent / row["path"]).read_bytes())) for row in rows]
-    with serve(tmp_path / "log", {"CHECKPOINTS": str(tmp_path / "checkpoints"), "GRAFT_MAX_IMAGES": str(NUM_VAL)}) as server:
-        predictions = httpx.post(f"{server.url}/predict", files=files, timeout=60).json()["predictions"]
-    answers = np.array([[name in {one["label"] for one in entry["labels"]} for name in SHAPES] for entry in predictions])
-    truth = np.array([[name in row["labels"].split("|") for name in SHAPES] for row in rows]).astype(np.int64)
+    files = [
+        ("images", (row["path"], (labelled.parent / row["path"]).read_bytes())) for row in rows
+    ]
+    with serve(
+        tmp_path / "log",
+        {"CHECKPOINTS": str(tmp_path / "checkpoints"), "GRAFT_MAX_IMAGES": str(NUM_VAL)},
+    ) as server:
+        predictions = httpx.post(f"{server.url}/predict", files=files, timeout=60).json()[
+            "predictions"
+        ]
+    answers = np.array(
+        [
+            [name in {one["label"] for one in entry["labels"]} for name in SHAPES]
+            for entry in predictions
+        ]
+    )
+    truth = np.array(
+        [[name in row["labels"].split("|") for name in SHAPES] for row in rows]
+    ).astype(np.int64)
     scores = [{one["label"]: one["score"] for one in entry["top"]} for entry in predictions]
-    ranked = np.log([[score[name] / (1 - min(score[name], 0.999999)) + 1e-9 for name in SHAPES] for score in scores]).astype(np.float32)
+    ranked = np.log(
+        [
+            [score[name] / (1 - min(score[name], 0.999999)) + 1e-9 for name in SHAPES]
+            for score in scores
+        ]
+    ).astype(np.float32)
     served = evaluate(ranked, truth, answers)
     # bf16 in batches of another size moves a score that lies at a threshold.
-    assert served.to_dict(SHAPES)["exact_match"] == pytest.approx(val["exact_match"], abs=1.5 / NUM_VAL)
+    assert served.to_dict(SHAPES)["exact_match"] == pytest.approx(
+        val["exact_match"], abs=1.5 / NUM_VAL
+    )
     assert served.score == pytest.approx(val["mean_average_precision"], abs=0.01)
 
 
 def test_layers_train_past_the_probe(finetune: Finetune, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "graft"):
         _, metrics = finetune(freeze="until:blocks.5", epochs=1, augment="none")
-    assert set(metrics["verdict"]) >= {"probe_mean_average_precision", "fine_tuned_mean_average_precision"}
+    assert set(metrics["verdict"]) >= {
+        "probe_mean_average_precision",
+        "fine_tuned_mean_average_precision",
+    }
     assert metrics["verdict"]["fine_tuned_mean_average_precision"] > 0.8
-    assert any(message.startswith("epoch 1: ") and "val mean average precision" in message for message in caplog.messages)
+    assert any(
+        message.startswith("epoch 1: ") and "val mean average precision" in message
+        for message in caplog.messages
+    )
 
 
 def draw_splits() -> Splits:
@@ -130,7 +169,14 @@ def draw_splits() -> Splits:
             pixels[..., labels] += 30
             buffer = io.BytesIO()
             Image.fromarray(pixels.astype(np.uint8)).save(buffer, "PNG")
-            samples.append(Sample(f"{split} {index}", NO_LABEL, EncodedImage(buffer.getvalue()), tuple(map(int, labels))))
+            samples.append(
+                Sample(
+                    f"{split} {index}",
+                    NO_LABEL,
+                    EncodedImage(buffer.getvalue()),
+                    tuple(map(int, labels)),
+                )
+            )
         return tuple(samples)
 
     return Splits(tiny.LABELS, draw("train", 24, 0), draw("val", 12, 1), is_multi_label=True)
@@ -140,11 +186,21 @@ def draw_splits() -> Splits:
 def test_a_training_learns_and_can_be_stopped_and_resumed(tmp_path: Path, cache: bool) -> None:
     splits, options = draw_splits(), tiny.options(cache=cache, epochs=3)
 
-    def train_in(folder: Path, after: Callable[[int], None] | None = None) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    def train_in(
+        folder: Path, after: Callable[[int], None] | None = None
+    ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         folder.mkdir(exist_ok=True)
         backbone, monitor = tiny.build(), tiny.Recorder(folder, after)
         try:
-            train(backbone, splits, tiny.probe_of(backbone), options, monitor, folder, state_dir=folder)
+            train(
+                backbone,
+                splits,
+                tiny.probe_of(backbone),
+                options,
+                monitor,
+                folder,
+                state_dir=folder,
+            )
         finally:
             monitor.close()
         return tiny.snapshot(backbone), monitor.curves
@@ -154,7 +210,10 @@ def test_a_training_learns_and_can_be_stopped_and_resumed(tmp_path: Path, cache:
             signal.raise_signal(signal.SIGINT)
 
     whole, curves = train_in(tmp_path / "whole")
-    assert curves["epoch/val_mean_average_precision"][-1][1] > curves["epoch/val_mean_average_precision"][0][1]
+    assert (
+        curves["epoch/val_mean_average_precision"][-1][1]
+        > curves["epoch/val_mean_average_precision"][0][1]
+    )
     with pytest.raises(KeyboardInterrupt):
         train_in(tmp_path / "stopped", stop)
     resumed, _ = train_in(tmp_path / "stopped")
@@ -175,16 +234,26 @@ def test_a_resumed_run_has_its_own_labels(tmp_path: Path) -> None:
 
 def test_the_loss_of_an_image_is_the_mean_of_its_labels() -> None:
     logits, labels = torch.tensor([[2.0, -1.0], [0.0, 0.0]]), torch.tensor([[1.0, 1.0], [0.0, 1.0]])
-    expected = -(labels * torch.sigmoid(logits).log() + (1 - labels) * (1 - torch.sigmoid(logits)).log()).mean(dim=1)
+    expected = -(
+        labels * torch.sigmoid(logits).log() + (1 - labels) * (1 - torch.sigmoid(logits)).log()
+    ).mean(dim=1)
     assert torch.allclose(label_losses(logits, labels), expected)
 
 
 @pytest.mark.parametrize(
     ("name", "value", "more"),
-    [("balance", "weights", {}), ("label_smoothing", 0.1, {"freeze": "none"}), ("mix", "mixup", {"freeze": "none"})],
+    [
+        ("balance", "weights", {}),
+        ("label_smoothing", 0.1, {"freeze": "none"}),
+        ("mix", "mixup", {"freeze": "none"}),
+    ],
 )
-def test_what_single_labels_alone_have_is_refused(finetune: Finetune, name: str, value: object, more: dict[str, Any]) -> None:
-    with pytest.raises(GraftError, match=f"--{name.replace('_', '-')} {value}: it is for one label an image"):
+def test_what_single_labels_alone_have_is_refused(
+    finetune: Finetune, name: str, value: object, more: dict[str, Any]
+) -> None:
+    with pytest.raises(
+        GraftError, match=f"--{name.replace('_', '-')} {value}: it is for one label an image"
+    ):
         finetune(**{name: value}, **more)
 
 
@@ -192,5 +261,8 @@ def test_comparing_backbones_says_why_not(labelled: Path, tmp_path: Path) -> Non
     from finetune.compare import compare
     from finetune.config import CompareOptions
 
-    with pytest.raises(GraftError, match="backbones are compared by the accuracy of single labels, and its images have several"):
+    with pytest.raises(
+        GraftError,
+        match="backbones are compared by the accuracy of single labels, and its images have several",
+    ):
         compare(CompareOptions(data=str(labelled), output=tmp_path, cache_dir=tmp_path / "cache"))

@@ -43,7 +43,15 @@ from finetune.training.train import train
 from models.backbone.build import Backbone
 from models.checkpoint import list_versions
 from models.errors import GraftError
-from tests.support.tiny import Recorder, build, draw_splits, options, probe_of, snapshot, write_images
+from tests.support.tiny import (
+    Recorder,
+    build,
+    draw_splits,
+    options,
+    probe_of,
+    snapshot,
+    write_images,
+)
 
 PROJECT_DIR = Path(__file__).parents[2]
 # What depends on the clock.
@@ -80,7 +88,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 class Fitted:
     """A training from beginning to end in one folder, stopped once after some step and begun again, or not."""
 
-    def __init__(self, folder: Path, stop_after: int | None = None, *, backbone: Backbone | None = None, **changes: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        stop_after: int | None = None,
+        *,
+        backbone: Backbone | None = None,
+        **changes: Any,
+    ) -> None:
         self.folder = folder
         (folder / STATE_DIR).mkdir(parents=True, exist_ok=True)
         self.num_stops = 0
@@ -101,7 +116,13 @@ class Fitted:
         monitor = Recorder(self.folder, stop)
         try:
             return train(
-                backbone, draw_splits(), probe_of(build()), options(**changes), monitor, self.folder, state_dir=self.folder / STATE_DIR
+                backbone,
+                draw_splits(),
+                probe_of(build()),
+                options(**changes),
+                monitor,
+                self.folder,
+                state_dir=self.folder / STATE_DIR,
             )
         finally:
             monitor.close()
@@ -113,7 +134,9 @@ def read_curves(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
     accumulator = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
     accumulator.Reload()
     return {
-        tag: sorted((event.step, 0.0 if tag in TIMED else event.value) for event in accumulator.Scalars(tag))
+        tag: sorted(
+            (event.step, 0.0 if tag in TIMED else event.value) for event in accumulator.Scalars(tag)
+        )
         for tag in accumulator.Tags()["scalars"]
     }
 
@@ -134,7 +157,9 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module", params=WAYS)
-def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Fitted]:
+def undisturbed(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], Fitted]:
     changes = WAYS[request.param]
     return changes, Fitted(tmp_path_factory.mktemp("undisturbed"), **changes)
 
@@ -176,10 +201,20 @@ def test_every_image_is_in_one_batch_of_an_epoch_whatever_was_drawn_before() -> 
 @pytest.fixture
 def stopped(tmp_path: Path) -> Path:
     """The state folder of a training that was stopped after its third step."""
-    monitor = Recorder(tmp_path, lambda num_steps: os.kill(os.getpid(), signal.SIGTERM) if num_steps == 3 else None)
+    monitor = Recorder(
+        tmp_path, lambda num_steps: os.kill(os.getpid(), signal.SIGTERM) if num_steps == 3 else None
+    )
     (tmp_path / STATE_DIR).mkdir()
     with pytest.raises(Terminated):
-        train(build(), draw_splits(), probe_of(build()), options(), monitor, tmp_path, state_dir=tmp_path / STATE_DIR)
+        train(
+            build(),
+            draw_splits(),
+            probe_of(build()),
+            options(),
+            monitor,
+            tmp_path,
+            state_dir=tmp_path / STATE_DIR,
+        )
     monitor.close()
     return tmp_path / STATE_DIR
 
@@ -188,7 +223,15 @@ def go_on(state_dir: Path, backbone: Backbone | None = None, **changes: Any) -> 
     monitor = Recorder(state_dir.parent)
     try:
         backbone = backbone or build()
-        return train(backbone, draw_splits(), probe_of(build()), options(**changes), monitor, state_dir, state_dir=state_dir)
+        return train(
+            backbone,
+            draw_splits(),
+            probe_of(build()),
+            options(**changes),
+            monitor,
+            state_dir,
+            state_dir=state_dir,
+        )
     finally:
         monitor.close()
 
@@ -196,7 +239,10 @@ def go_on(state_dir: Path, backbone: Backbone | None = None, **changes: Any) -> 
 def test_a_backbone_whose_frozen_weights_are_others_is_refused(stopped: Path) -> None:
     backbone = build()
     backbone.model.get_buffer("backbone.stem.1.running_mean").add_(1e-6)
-    with pytest.raises(GraftError, match=r"1 of 7 frozen tensors are not what they were when the run began \(backbone\.stem\.1\.running_m"):
+    with pytest.raises(
+        GraftError,
+        match=r"1 of 7 frozen tensors are not what they were when the run began \(backbone\.stem\.1\.running_m",
+    ):
         go_on(stopped, backbone)
 
 
@@ -206,7 +252,10 @@ def test_a_run_that_would_freeze_something_else_is_refused(stopped: Path) -> Non
 
 
 def test_a_run_that_would_read_something_else_is_refused(stopped: Path) -> None:
-    with pytest.raises(GraftError, match=r"what the epochs read was activations at backbone\.stem when the run began, and is crops now"):
+    with pytest.raises(
+        GraftError,
+        match=r"what the epochs read was activations at backbone\.stem when the run began, and is crops now",
+    ):
         go_on(stopped, cache=False)
 
 
@@ -221,8 +270,13 @@ def test_a_run_that_would_read_something_else_is_refused(stopped: Path) -> None:
         ({"seed": 1}, "--seed was 0 when the run began, and is 1 now"),
     ],
 )
-def test_an_option_that_was_edited_in_the_config_of_a_run_is_refused(stopped: Path, changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(GraftError, match=f"--resume {stopped.parent}: {said}; put it back .an option in .*config.yaml"):
+def test_an_option_that_was_edited_in_the_config_of_a_run_is_refused(
+    stopped: Path, changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(
+        GraftError,
+        match=f"--resume {stopped.parent}: {said}; put it back .an option in .*config.yaml",
+    ):
         go_on(stopped, **changes)
 
 
@@ -235,8 +289,13 @@ def test_the_state_of_a_run_on_other_images_is_refused(stopped: Path) -> None:
     others = replace(splits, train=(replace(splits.train[0], key="another"), *splits.train[1:]))
     monitor = Recorder(stopped.parent)
     try:
-        with pytest.raises(GraftError, match=r"its list of images and labels was 24 to train on, 12 .* and is 24 to train on, 12 .* now"):
-            train(build(), others, probe_of(build()), options(), monitor, stopped, state_dir=stopped)
+        with pytest.raises(
+            GraftError,
+            match=r"its list of images and labels was 24 to train on, 12 .* and is 24 to train on, 12 .* now",
+        ):
+            train(
+                build(), others, probe_of(build()), options(), monitor, stopped, state_dir=stopped
+            )
     finally:
         monitor.close()
 
@@ -248,21 +307,34 @@ def flip_a_bit(path: Path, at: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda path: os.truncate(path, 1000), lambda path: flip_a_bit(path, -1), lambda path: flip_a_bit(path, -5000)]
+    "damage",
+    [
+        lambda path: os.truncate(path, 1000),
+        lambda path: flip_a_bit(path, -1),
+        lambda path: flip_a_bit(path, -5000),
+    ],
 )
-def test_a_damaged_state_is_named_with_the_way_out(stopped: Path, damage: Callable[[Path], None]) -> None:
+def test_a_damaged_state_is_named_with_the_way_out(
+    stopped: Path, damage: Callable[[Path], None]
+) -> None:
     damage(stopped / TRAINING_FILE)
     with pytest.raises(
-        GraftError, match=r"training\.safetensors: the saved state cannot be read: .*; remove it, and --resume begins again"
+        GraftError,
+        match=r"training\.safetensors: the saved state cannot be read: .*; remove it, and --resume begins again",
     ):
         go_on(stopped)
 
 
-def test_kept_activations_that_are_not_what_was_kept_are_computed_again(stopped: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_kept_activations_that_are_not_what_was_kept_are_computed_again(
+    stopped: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     was = (stopped / "val.npy").read_bytes()
     flip_a_bit(stopped / "val.npy", 400)
     assert go_on(stopped) >= 0
-    assert "val.npy: the kept activations cannot be used (they are damaged, or of something else): they are computed again" in caplog.text
+    assert (
+        "val.npy: the kept activations cannot be used (they are damaged, or of something else): they are computed again"
+        in caplog.text
+    )
     assert (stopped / "val.npy").read_bytes() == was
 
 
@@ -317,7 +389,9 @@ def read_outcome(run_dir: Path, repository: Path, version: int) -> dict[str, Any
     metrics = json.loads((run_dir / "metrics.json").read_text())
     for timed in ("seconds", "engine"):
         del metrics[timed]
-    metrics["verdict"] = {key: value for key, value in metrics["verdict"].items() if not key.endswith("seconds")}
+    metrics["verdict"] = {
+        key: value for key, value in metrics["verdict"].items() if not key.endswith("seconds")
+    }
     checkpoint = repository / "tiny" / str(version)
     config = json.loads((checkpoint / "config.json").read_text())
     with safe_open(run_dir / STATE_DIR / TRAINING_FILE, framework="np") as file:
@@ -334,18 +408,26 @@ def read_outcome(run_dir: Path, repository: Path, version: int) -> dict[str, Any
     }
 
 
-def test_a_run_killed_again_and_again_ends_as_one_that_never_was(tmp_path: Path, arguments: list[str], run_forked: RunForked) -> None:
+def test_a_run_killed_again_and_again_ends_as_one_that_never_was(
+    tmp_path: Path, arguments: list[str], run_forked: RunForked
+) -> None:
     """With every option, and without the cache, so that processes decode images, and outlive the killed one.
 
     Three times; GRAFT_KILLS=20 asks for more.
     """
     num_kills = int(os.environ.get("GRAFT_KILLS", "3"))
     every_option = "--balance sampler --label-smoothing 0.1 --mix mixup --ema 0.6 --gradual 1 --layer-decay 0.5"
-    arguments = f"{' '.join(arguments)} {every_option}".replace("--epochs 3 ", f"--epochs {max(3, num_kills)} ").split()
+    arguments = f"{' '.join(arguments)} {every_option}".replace(
+        "--epochs 3 ", f"--epochs {max(3, num_kills)} "
+    ).split()
     generator = random.Random(num_kills)
 
     def finetune(given: list[str], points: int = 0) -> tuple[int, str]:
-        settings = {"POINTS": str(points), "SECONDS": str(generator.uniform(0, 0.05)), "ARGUMENTS": "|".join(given)}
+        settings = {
+            "POINTS": str(points),
+            "SECONDS": str(generator.uniform(0, 0.05)),
+            "ARGUMENTS": "|".join(given),
+        }
         return run_forked([(RUN_AND_DIE, settings)])[0]
 
     code, said = finetune(arguments)
@@ -380,7 +462,9 @@ def test_a_run_stopped_after_it_published_publishes_nothing_twice(
         patch.setattr("finetune.run._show_in_tensorboard", interrupt)
         assert main([*arguments, "--cache"]) == 130
     run_dir = only_run(tmp_path)
-    assert capsys.readouterr().err.endswith(f"go on with\n  {Path(sys.executable).name} finetune/run.py --resume {run_dir}\n")
+    assert capsys.readouterr().err.endswith(
+        f"go on with\n  {Path(sys.executable).name} finetune/run.py --resume {run_dir}\n"
+    )
     caplog.clear()
     with caplog.at_level(logging.INFO, "graft"):
         assert main(["--resume", str(run_dir)]) == 0
@@ -393,7 +477,10 @@ def test_a_run_stopped_after_it_published_publishes_nothing_twice(
 
 
 def test_a_probe_that_failed_after_it_published_is_kept_and_publishes_nothing_twice(
-    tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    arguments: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def refuse(*_: object, **__: object) -> str:
         raise GraftError("no room")
@@ -414,7 +501,10 @@ def test_a_probe_that_failed_after_it_published_is_kept_and_publishes_nothing_tw
 
 
 def test_a_run_whose_options_cannot_be_written_leaves_no_folder(
-    tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    arguments: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def refuse(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -434,7 +524,9 @@ def left(tmp_path: Path) -> Path:
     run_dir = tmp_path / "runs" / "tiny-1"
     run_dir.mkdir(parents=True)
     data = write_images(tmp_path / "data", 4)
-    (run_dir / "config.yaml").write_text(Options(data=str(data), lr=0.25, freeze="until:stem", name="tiny").to_yaml())
+    (run_dir / "config.yaml").write_text(
+        Options(data=str(data), lr=0.25, freeze="until:stem", name="tiny").to_yaml()
+    )
     (run_dir / STATE_DIR).mkdir()
     return run_dir
 
@@ -442,13 +534,18 @@ def left(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--lr", "0.5"], "--lr 0.5: the run in {} has 0.25, and a resumed run goes on as it began; leave the flag out"),
+        (
+            ["--lr", "0.5"],
+            "--lr 0.5: the run in {} has 0.25, and a resumed run goes on as it began; leave the flag out",
+        ),
         (["--freeze", "none"], "--freeze none: the run in {} has until:stem"),
         (["--no-pretrained"], "--pretrained False: the run in {} has True"),
         (["--seed", "3", "--epochs", "9"], "--epochs 9: the run in {} has 5"),
     ],
 )
-def test_a_flag_that_contradicts_the_run_is_refused(left: Path, capsys: pytest.CaptureFixture[str], flags: list[str], said: str) -> None:
+def test_a_flag_that_contradicts_the_run_is_refused(
+    left: Path, capsys: pytest.CaptureFixture[str], flags: list[str], said: str
+) -> None:
     assert main(["--resume", str(left), *flags]) == 2
     assert said.format(left) in capsys.readouterr().err
     assert left.exists()
@@ -456,7 +553,12 @@ def test_a_flag_that_contradicts_the_run_is_refused(left: Path, capsys: pytest.C
 
 def test_a_flag_that_says_what_the_run_says_is_let_through(left: Path) -> None:
     again = read_options(Options(resume=left, lr=0.25, name="tiny"))
-    assert again.model_dump() == Options(data=str(left.parent.parent / "data"), lr=0.25, freeze="until:stem", name="tiny").model_dump()
+    assert (
+        again.model_dump()
+        == Options(
+            data=str(left.parent.parent / "data"), lr=0.25, freeze="until:stem", name="tiny"
+        ).model_dump()
+    )
     assert again.resume == left
 
 
@@ -465,26 +567,39 @@ def test_a_flag_that_changes_no_outcome_is_let_through(left: Path) -> None:
     assert (resumed.workers, resumed.save_minutes, resumed.lr) == (7, 3.0, 0.25)
 
 
-def test_an_option_edited_before_anything_was_trained_is_refused(left: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_option_edited_before_anything_was_trained_is_refused(
+    left: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     choose(left, draw_splits(4))
     config = left / "config.yaml"
     config.write_text(config.read_text().replace("until:stem", "backbone"))
     assert main(["--resume", str(left)]) == 2
-    assert f"--resume {left}: --freeze was until:stem when the run began, and is backbone now; put it back" in capsys.readouterr().err
+    assert (
+        f"--resume {left}: --freeze was until:stem when the run began, and is backbone now; put it back"
+        in capsys.readouterr().err
+    )
 
 
-def test_a_folder_that_is_no_run_or_is_done_is_refused(left: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_is_no_run_or_is_done_is_refused(
+    left: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["--resume", str(tmp_path)]) == 2
-    assert f"--resume {tmp_path}: no config.yaml in it; it takes the folder of a run" in capsys.readouterr().err
+    assert (
+        f"--resume {tmp_path}: no config.yaml in it; it takes the folder of a run"
+        in capsys.readouterr().err
+    )
     (left / "metrics.json").write_text("{}")
     assert main(["--resume", str(left)]) == 2
     assert (
-        f"--resume {left}: that run is done, its metrics.json says how; --config {left}/config.yaml repeats it" in capsys.readouterr().err
+        f"--resume {left}: that run is done, its metrics.json says how; --config {left}/config.yaml repeats it"
+        in capsys.readouterr().err
     )
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"folder": "/tm'])
-def test_what_a_run_kept_is_named_where_it_is_damaged(left: Path, capsys: pytest.CaptureFixture[str], content: str) -> None:
+def test_what_a_run_kept_is_named_where_it_is_damaged(
+    left: Path, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
     (left / STATE_DIR).mkdir(exist_ok=True)
     (left / STATE_DIR / "run.json").write_text(content)
     assert main(["--resume", str(left)]) == 2
@@ -497,7 +612,9 @@ def test_a_run_that_is_at_work_cannot_be_resumed(left: Path) -> None:
         "import sys, time; from pathlib import Path; from finetune.resume import lock\n"
         "with lock(Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(60)"
     )
-    with subprocess.Popen([sys.executable, "-c", code, str(left)], stdout=subprocess.PIPE, text=True, cwd=PROJECT_DIR) as holder:
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(left)], stdout=subprocess.PIPE, text=True, cwd=PROJECT_DIR
+    ) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(GraftError, match="another process is at work on this run"), lock(left):
@@ -522,7 +639,9 @@ def test_a_resumed_run_has_its_own_images_though_the_folder_grew(left: Path) -> 
     assert read_options(Options(resume=left)).precision == "bf16"
 
 
-def test_relative_paths_are_those_of_the_folder_in_which_the_run_was_started(left: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_paths_are_those_of_the_folder_in_which_the_run_was_started(
+    left: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(left.parent)
     choose(left, draw_splits(4))
     monkeypatch.chdir(PROJECT_DIR)
@@ -534,9 +653,15 @@ def test_images_that_are_gone_are_named(left: Path) -> None:
     splits = draw_splits(4)
     assert restore_splits(left, splits) is None
     choose(left, splits)
-    with pytest.raises(GraftError, match="images of the run are gone: train 0 0; bring them back, or begin another run"):
+    with pytest.raises(
+        GraftError,
+        match="images of the run are gone: train 0 0; bring them back, or begin another run",
+    ):
         restore_splits(left, Splits(splits.label_names, splits.train[1:], splits.val))
-    with pytest.raises(GraftError, match="train 0 0: whether it can be read has changed since the run began; put it back as it was"):
+    with pytest.raises(
+        GraftError,
+        match="train 0 0: whether it can be read has changed since the run began; put it back as it was",
+    ):
         choose(left, splits, Splits(splits.label_names, splits.train[1:], splits.val))
 
 

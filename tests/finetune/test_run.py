@@ -30,11 +30,32 @@ Finetune = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def finetune(tmp_path: Path, cache_dir: Path) -> Finetune:
-    def run(*arguments: object, cwd: Path | None = None, **options: object) -> subprocess.CompletedProcess[str]:
-        folders = ("--output", tmp_path / "runs", "--repository", tmp_path / "checkpoints", "--cache-dir", cache_dir)
-        command = [sys.executable, str(ROOT / "finetune" / "run.py"), *map(str, (*folders, *arguments))]
+    def run(
+        *arguments: object, cwd: Path | None = None, **options: object
+    ) -> subprocess.CompletedProcess[str]:
+        folders = (
+            "--output",
+            tmp_path / "runs",
+            "--repository",
+            tmp_path / "checkpoints",
+            "--cache-dir",
+            cache_dir,
+        )
+        command = [
+            sys.executable,
+            str(ROOT / "finetune" / "run.py"),
+            *map(str, (*folders, *arguments)),
+        ]
         env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
-        return subprocess.run(command, cwd=cwd or tmp_path, env=env, capture_output=True, text=True, timeout=600, **options)  # type: ignore[call-overload, no-any-return]
+        return subprocess.run(
+            command,
+            cwd=cwd or tmp_path,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=600,
+            **options,
+        )  # type: ignore[call-overload, no-any-return]
 
     return run
 
@@ -67,7 +88,15 @@ def test_defaults_fit_the_digits(finetune: Finetune, tmp_path: Path) -> None:
     metrics = read_metrics(tmp_path)
     assert metrics["val"]["accuracy"] >= 0.94
     assert metrics["probe"]["accuracy"] == metrics["val"]["accuracy"]
-    assert set(metrics["seconds"]) == {"total", "engine", "features", "probe", "audit", "learning_curve", "train"}
+    assert set(metrics["seconds"]) == {
+        "total",
+        "engine",
+        "features",
+        "probe",
+        "audit",
+        "learning_curve",
+        "train",
+    }
     assert {"balanced_accuracy", "macro_f1", "loss"} <= set(metrics["val"])
     low, high = metrics["val"]["intervals"]["accuracy"]
     assert low < metrics["val"]["accuracy"] < high
@@ -80,7 +109,10 @@ def test_defaults_fit_the_digits(finetune: Finetune, tmp_path: Path) -> None:
     assert reason in metrics["precision"]["reason"]
     checkpoint = load_checkpoint(tmp_path / "checkpoints" / "digits" / "1")
     assert checkpoint.label_names == tuple("0123456789")
-    assert (checkpoint.coverage, checkpoint.threshold) == (0.95, metrics["calibration"]["threshold"])
+    assert (checkpoint.coverage, checkpoint.threshold) == (
+        0.95,
+        metrics["calibration"]["threshold"],
+    )
     report = only_run(tmp_path) / "report.html"
     assert str(report) in done.stdout
     assert f"{metrics['val']['accuracy']:.4f} ({low:.3f} to {high:.3f})" in report.read_text()
@@ -97,12 +129,16 @@ def test_digits_gain_from_training_past_the_probe(finetune: Finetune, tmp_path: 
     assert metrics["verdict"]["fine_tuned_accuracy"] > metrics["probe"]["accuracy"]
 
 
-def test_run_leaves_what_the_next_one_needs(finetune: Finetune, tmp_path: Path, shapes: Path) -> None:
+def test_run_leaves_what_the_next_one_needs(
+    finetune: Finetune, tmp_path: Path, shapes: Path
+) -> None:
     assert finetune("--data", shapes).returncode == 0
     run_dir = only_run(tmp_path)
     assert run_dir.name.startswith("shapes-of-3-")
     assert any(path.name.startswith("events.out.tfevents") for path in run_dir.iterdir())
-    again = finetune("--config", run_dir / "config.yaml", "--data", run_dir / "splits.csv", "--name", "again")
+    again = finetune(
+        "--config", run_dir / "config.yaml", "--data", run_dir / "splits.csv", "--name", "again"
+    )
     assert again.returncode == 0, again.stderr
     second = next(path for path in (tmp_path / "runs").iterdir() if path != run_dir)
     first_rows, second_rows = ((path / "splits.csv").read_text() for path in (run_dir, second))
@@ -110,11 +146,15 @@ def test_run_leaves_what_the_next_one_needs(finetune: Finetune, tmp_path: Path, 
     assert yaml.safe_load((second / "config.yaml").read_text())["name"] == "again"
 
 
-def test_second_run_publishes_the_next_version(finetune: Finetune, tmp_path: Path, shapes: Path) -> None:
+def test_second_run_publishes_the_next_version(
+    finetune: Finetune, tmp_path: Path, shapes: Path
+) -> None:
     for _ in range(2):
         assert finetune("--data", shapes, "--name", "shapes").returncode == 0
     assert list_versions(tmp_path / "checkpoints", "shapes") == [1, 2]
-    first, second = (load_checkpoint(tmp_path / "checkpoints" / "shapes" / str(version)) for version in (1, 2))
+    first, second = (
+        load_checkpoint(tmp_path / "checkpoints" / "shapes" / str(version)) for version in (1, 2)
+    )
     np.testing.assert_array_equal(first.head_weight, second.head_weight)
     assert first.fingerprint == second.fingerprint
 
@@ -128,17 +168,29 @@ def test_where_training_wins_it_is_published(finetune: Finetune, tmp_path: Path)
         "    return nn.Sequential(*pooled, nn.Conv2d(16, 16, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten())\n"
     )
     options = ("--backbone", "small_net:build", "--image-size", 96, "--name", "small")
-    done = finetune(*options, "--freeze", "until:1", "--epochs", 8, "--lr", 0.01, "--backbone-lr", 0.01)
+    done = finetune(
+        *options, "--freeze", "until:1", "--epochs", 8, "--lr", 0.01, "--backbone-lr", 0.01
+    )
     assert done.returncode == 0, done.stderr
     metrics = read_metrics(tmp_path)
     assert metrics["verdict"]["published"] == "fine-tuned"
     assert metrics["verdict"]["interval"][0] > 0
-    assert metrics["val"]["accuracy"] == metrics["verdict"]["fine_tuned_accuracy"] > metrics["probe"]["accuracy"]
+    assert (
+        metrics["val"]["accuracy"]
+        == metrics["verdict"]["fine_tuned_accuracy"]
+        > metrics["probe"]["accuracy"]
+    )
     assert "fine-tuned is better and is published" in done.stdout
     assert "validation images" in metrics["calibration"]["fitted_on"]
-    assert load_checkpoint(tmp_path / "checkpoints" / "small" / "1").config["graft"]["freeze"] == "until:1"
+    assert (
+        load_checkpoint(tmp_path / "checkpoints" / "small" / "1").config["graft"]["freeze"]
+        == "until:1"
+    )
     assert finetune(*options).returncode == 0
-    trained, probed = (load_file(tmp_path / "checkpoints" / "small" / version / "model.safetensors") for version in ("1", "2"))
+    trained, probed = (
+        load_file(tmp_path / "checkpoints" / "small" / version / "model.safetensors")
+        for version in ("1", "2")
+    )
     assert trained.keys() == probed.keys()
     frozen = {name for name in trained if ".1." in f".{name}"}
     assert len(frozen) == 2
@@ -146,33 +198,52 @@ def test_where_training_wins_it_is_published(finetune: Finetune, tmp_path: Path)
         assert np.array_equal(trained[name], probed[name]) == (name in frozen), name
 
 
-def test_on_a_tie_the_probe_is_published_as_if_nothing_had_been_trained(finetune: Finetune, tmp_path: Path, shapes: Path) -> None:
-    done = finetune("--data", shapes, "--freeze", "until:blocks.5", "--epochs", 1, "--name", "shapes")
+def test_on_a_tie_the_probe_is_published_as_if_nothing_had_been_trained(
+    finetune: Finetune, tmp_path: Path, shapes: Path
+) -> None:
+    done = finetune(
+        "--data", shapes, "--freeze", "until:blocks.5", "--epochs", 1, "--name", "shapes"
+    )
     assert done.returncode == 0, done.stderr
     assert "a tie, so the probe is published" in done.stdout
     metrics = read_metrics(tmp_path)
     assert metrics["verdict"]["published"] == "probe"
     assert metrics["val"]["accuracy"] == metrics["probe"]["accuracy"]
     assert finetune("--data", shapes, "--name", "shapes").returncode == 0
-    tied, probed = (load_checkpoint(tmp_path / "checkpoints" / "shapes" / str(version)) for version in (1, 2))
+    tied, probed = (
+        load_checkpoint(tmp_path / "checkpoints" / "shapes" / str(version)) for version in (1, 2)
+    )
     assert tied.fingerprint == probed.fingerprint
     assert tied.config["graft"]["freeze"] == "backbone"
     np.testing.assert_array_equal(tied.head_weight, probed.head_weight)
     assert (tied.temperature, tied.threshold) == (probed.temperature, probed.threshold)
 
 
-def test_int8_is_quantised_once_and_served_as_it_was_solved(finetune: Finetune, tmp_path: Path, shapes: Path) -> None:
+def test_int8_is_quantised_once_and_served_as_it_was_solved(
+    finetune: Finetune, tmp_path: Path, shapes: Path
+) -> None:
     for name in ("int8", "again"):
         done = finetune("--data", shapes, "--precision", "int8", "--name", name)
         assert done.returncode == 0, done.stderr
     assert "quantised to int8" not in done.stderr
-    first, second = (load_checkpoint(tmp_path / "checkpoints" / name / "1") for name in ("int8", "again"))
+    first, second = (
+        load_checkpoint(tmp_path / "checkpoints" / name / "1") for name in ("int8", "again")
+    )
     assert first.engine["precision"] == "int8"
     assert first.fingerprint == second.fingerprint
     assert finetune("--data", shapes, "--name", "float").returncode == 0
-    assert load_checkpoint(tmp_path / "checkpoints" / "float" / "1").fingerprint != first.fingerprint
-    engine = build_engine(first.path, first.preprocess, first.config, device="cpu", precision="int8")
-    check_golden(first, logits(first, run(engine, np.stack([first.preprocess(image) for image in first.golden.images]))))
+    assert (
+        load_checkpoint(tmp_path / "checkpoints" / "float" / "1").fingerprint != first.fingerprint
+    )
+    engine = build_engine(
+        first.path, first.preprocess, first.config, device="cpu", precision="int8"
+    )
+    check_golden(
+        first,
+        logits(
+            first, run(engine, np.stack([first.preprocess(image) for image in first.golden.images]))
+        ),
+    )
     engine.close()
 
 
@@ -185,7 +256,18 @@ def test_own_module_by_its_name(finetune: Finetune, tmp_path: Path, shapes: Path
         "def build():\n"
         "    return nn.Sequential(nn.Conv2d(3, 8, 9, 8), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten())\n"
     )
-    done = finetune("--data", shapes, "--backbone", "mine.net:build", "--freeze", "until:1", "--epochs", 1, "--name", "mine")
+    done = finetune(
+        "--data",
+        shapes,
+        "--backbone",
+        "mine.net:build",
+        "--freeze",
+        "until:1",
+        "--epochs",
+        1,
+        "--name",
+        "mine",
+    )
     assert done.returncode == 0, done.stderr
     checkpoint = load_checkpoint(tmp_path / "checkpoints" / "mine" / "1")
     assert checkpoint.architecture == "mine.net:build"
@@ -198,25 +280,35 @@ def test_own_module_that_raises_is_named(finetune: Finetune, tmp_path: Path, sha
     assert_refused(done, "--backbone broken_net:build", "KeyError", "broken_net.py:2")
 
 
-def test_own_module_whose_code_changed_gets_features_of_its_own(finetune: Finetune, tmp_path: Path, shapes: Path) -> None:
+def test_own_module_whose_code_changed_gets_features_of_its_own(
+    finetune: Finetune, tmp_path: Path, shapes: Path
+) -> None:
     for number, expression in enumerate(("images.mean((2, 3))", "images.mean((2, 3)) * 0 + 1")):
         (tmp_path / "changing.py").write_text(
             f"from torch import nn\nclass Net(nn.Module):\n    def forward(self, images):\n        return {expression}\nbuild = Net\n"
         )
-        done = finetune("--data", shapes, "--backbone", "changing:build", "--name", f"changing{number}")
+        done = finetune(
+            "--data", shapes, "--backbone", "changing:build", "--name", f"changing{number}"
+        )
         assert done.returncode == 0, done.stderr
-    first, second = (load_checkpoint(tmp_path / "checkpoints" / f"changing{number}" / "1") for number in (0, 1))
+    first, second = (
+        load_checkpoint(tmp_path / "checkpoints" / f"changing{number}" / "1") for number in (0, 1)
+    )
     assert first.fingerprint != second.fingerprint
     assert "0 from the cache" in done.stderr
 
 
-def test_features_that_are_no_numbers_stop_the_run(finetune: Finetune, tmp_path: Path, shapes: Path) -> None:
+def test_features_that_are_no_numbers_stop_the_run(
+    finetune: Finetune, tmp_path: Path, shapes: Path
+) -> None:
     (tmp_path / "nan_net.py").write_text(
         "from torch import nn\nclass Net(nn.Module):\n    def forward(self, images):\n"
         "        return images.mean((2, 3)) * float('nan')\nbuild = Net\n"
     )
     done = finetune("--data", shapes, "--backbone", "nan_net:build")
-    assert_refused(done, "nan_net:build", "NaN or infinite", "circle", "its weights or its code are broken")
+    assert_refused(
+        done, "nan_net:build", "NaN or infinite", "circle", "its weights or its code are broken"
+    )
 
 
 def test_splits_of_a_run_are_read_back_from_anywhere(finetune: Finetune, tmp_path: Path) -> None:
@@ -227,7 +319,9 @@ def test_splits_of_a_run_are_read_back_from_anywhere(finetune: Finetune, tmp_pat
     assert "unreadable" not in again.stderr
 
 
-def test_a_run_that_fails_leaves_no_folder(finetune: Finetune, tmp_path: Path, shapes: Path) -> None:
+def test_a_run_that_fails_leaves_no_folder(
+    finetune: Finetune, tmp_path: Path, shapes: Path
+) -> None:
     assert finetune("--data", shapes, "--freeze", "until:layer9").returncode == 2
     assert list((tmp_path / "runs").iterdir()) == []
 
@@ -245,11 +339,16 @@ def test_weights_file_written_by_timm(finetune: Finetune, tmp_path: Path, shapes
     assert "No pretrained weights" not in card
 
 
-def test_no_pretrained_says_so_in_log_and_card(finetune: Finetune, tmp_path: Path, shapes: Path) -> None:
+def test_no_pretrained_says_so_in_log_and_card(
+    finetune: Finetune, tmp_path: Path, shapes: Path
+) -> None:
     done = finetune("--data", shapes, "--backbone", "resnet18", "--no-pretrained")
     assert done.returncode == 0, done.stderr
     assert "RANDOM weights" in done.stderr
-    assert "No pretrained weights" in (tmp_path / "checkpoints" / "shapes-of-3" / "1" / "README.md").read_text()
+    assert (
+        "No pretrained weights"
+        in (tmp_path / "checkpoints" / "shapes-of-3" / "1" / "README.md").read_text()
+    )
 
 
 def test_no_weights_to_be_had_names_three_ways_out(finetune: Finetune, shapes: Path) -> None:
@@ -288,7 +387,9 @@ def test_unreadable_images_are_named_and_left_out(finetune: Finetune, tmp_path: 
         (["--precision", "fp16"], ["--precision fp16", "runs fp32"]),
     ],
 )
-def test_wrong_option_is_answered_with_the_way_out(finetune: Finetune, shapes: Path, arguments: list[str], parts: list[str]) -> None:
+def test_wrong_option_is_answered_with_the_way_out(
+    finetune: Finetune, shapes: Path, arguments: list[str], parts: list[str]
+) -> None:
     if arguments[0] == "--device" and torch.cuda.is_available():
         pytest.skip("there is a CUDA device here")
     data = [] if "--data" in arguments else ["--data", shapes]
@@ -317,7 +418,9 @@ def test_class_missing_in_val(finetune: Finetune, tmp_path: Path) -> None:
 
 def test_unwritable_output(finetune: Finetune, tmp_path: Path, shapes: Path) -> None:
     (tmp_path / "file").touch()
-    assert_refused(finetune("--data", shapes, "--output", tmp_path / "file" / "runs"), "--output", "can write")
+    assert_refused(
+        finetune("--data", shapes, "--output", tmp_path / "file" / "runs"), "--output", "can write"
+    )
 
 
 def test_full_disk_publishes_nothing(finetune: Finetune, tmp_path: Path, shapes: Path) -> None:
@@ -334,8 +437,17 @@ def test_full_disk_publishes_nothing(finetune: Finetune, tmp_path: Path, shapes:
 
 
 def test_ctrl_c_ends_with_a_line(tmp_path: Path, cache_dir: Path) -> None:
-    command = [sys.executable, str(ROOT / "finetune" / "run.py"), "--output", tmp_path / "runs", "--repository", tmp_path / "checkpoints"]
-    process = subprocess.Popen([*command, "--cache-dir", cache_dir], stderr=subprocess.PIPE, text=True)
+    command = [
+        sys.executable,
+        str(ROOT / "finetune" / "run.py"),
+        "--output",
+        tmp_path / "runs",
+        "--repository",
+        tmp_path / "checkpoints",
+    ]
+    process = subprocess.Popen(
+        [*command, "--cache-dir", cache_dir], stderr=subprocess.PIPE, text=True
+    )
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith("engine"):

@@ -28,7 +28,16 @@ from finetune.training.preflight import estimate_time, warn_if_starved
 from finetune.training.train import train
 from models.backbone.build import Backbone
 from models.errors import GraftError
-from tests.support.tiny import PREPROCESS, Recorder, Trunk, build, draw_splits, options, probe_of, snapshot
+from tests.support.tiny import (
+    PREPROCESS,
+    Recorder,
+    Trunk,
+    build,
+    draw_splits,
+    options,
+    probe_of,
+    snapshot,
+)
 
 RunForked = Callable[[list[tuple[str, dict[str, str]]]], list[tuple[int, str]]]
 
@@ -36,12 +45,22 @@ RunForked = Callable[[list[tuple[str, dict[str, str]]]], list[tuple[int, str]]]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def fit(folder: Path, backbone: Backbone | None = None, after: Any = None, **changes: Any) -> tuple[Backbone, Recorder]:
+def fit(
+    folder: Path, backbone: Backbone | None = None, after: Any = None, **changes: Any
+) -> tuple[Backbone, Recorder]:
     """Train with a state folder, and give the network and the curves."""
     (folder / STATE_DIR).mkdir(parents=True, exist_ok=True)
     backbone, monitor = backbone or build(), Recorder(folder, after)
     try:
-        train(backbone, draw_splits(), probe_of(backbone), options(**changes), monitor, folder, state_dir=folder / STATE_DIR)
+        train(
+            backbone,
+            draw_splits(),
+            probe_of(backbone),
+            options(**changes),
+            monitor,
+            folder,
+            state_dir=folder / STATE_DIR,
+        )
     finally:
         monitor.close()
     return backbone, monitor
@@ -50,19 +69,31 @@ def fit(folder: Path, backbone: Backbone | None = None, after: Any = None, **cha
 # ------------------------------------------------------------------------------------------------------------------------------- signals
 
 
-@pytest.mark.parametrize(("number", "kind", "code"), [(signal.SIGINT, KeyboardInterrupt, 130), (signal.SIGTERM, Terminated, 143)])
+@pytest.mark.parametrize(
+    ("number", "kind", "code"),
+    [(signal.SIGINT, KeyboardInterrupt, 130), (signal.SIGTERM, Terminated, 143)],
+)
 def test_a_signal_saves_and_ends_with_its_code(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], number: int, kind: type[BaseException], code: int
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    number: int,
+    kind: type[BaseException],
+    code: int,
 ) -> None:
     def work() -> None:
         with pytest.raises(kind) as caught:
-            fit(tmp_path, after=lambda num_steps: os.kill(os.getpid(), number) if num_steps == 2 else None)
+            fit(
+                tmp_path,
+                after=lambda num_steps: os.kill(os.getpid(), number) if num_steps == 2 else None,
+            )
         caught.value.add_note("go on with\n  a command")
         raise caught.value
 
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     assert run_program(work) == code
-    assert capsys.readouterr().err.endswith("stopped; nothing was published\ngo on with\n  a command\n")
+    assert capsys.readouterr().err.endswith(
+        "stopped; nothing was published\ngo on with\n  a command\n"
+    )
     assert (tmp_path / STATE_DIR / TRAINING_FILE).is_file()
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
 
@@ -80,7 +111,9 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, run_forked: RunForked) -> 
     assert said.endswith("KeyboardInterrupt\n")
 
 
-def test_sigterm_outside_of_the_training_ends_the_program_too(capsys: pytest.CaptureFixture[str]) -> None:
+def test_sigterm_outside_of_the_training_ends_the_program_too(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     def work() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(10)
@@ -104,7 +137,9 @@ class Poisoned(nn.Module):
         features = self.trunk(images)
         if self.training and self.where == "image":
             brightness = images.mean(dim=(1, 2, 3))
-            features = features + torch.where(brightness == brightness.max(), torch.nan, 0.0)[:, None]
+            features = (
+                features + torch.where(brightness == brightness.max(), torch.nan, 0.0)[:, None]
+            )
         if self.training and self.where == "gradient":
             # The square root's slope at zero is infinite.
             features = features + (features * 0).sqrt()
@@ -132,13 +167,17 @@ def test_a_loss_that_is_no_number_leaves_the_batch_to_look_at(tmp_path: Path) ->
     for row in rows:
         sample = by_key[row["path"]]
         assert row["label"] == draw_splits().label_names[sample.label]
-        assert np.array_equal(np.asarray(Image.open(tmp_path / FOLDER / row["file"])), PREPROCESS(sample.read()))
+        assert np.array_equal(
+            np.asarray(Image.open(tmp_path / FOLDER / row["file"])), PREPROCESS(sample.read())
+        )
     assert not (tmp_path / STATE_DIR / TRAINING_FILE).exists()
 
 
 def test_a_gradient_that_is_no_number_is_found_before_it_is_in_the_weights(tmp_path: Path) -> None:
     backbone = build(lambda: Poisoned("gradient"))
-    with pytest.raises(BrokenLossError, match=r"^epoch 1, step 0: the gradient is (nan|inf) at a rate of"):
+    with pytest.raises(
+        BrokenLossError, match=r"^epoch 1, step 0: the gradient is (nan|inf) at a rate of"
+    ):
         fit(tmp_path, backbone, freeze="none", epochs=1)
     assert all(tensor.isfinite().all() for tensor in backbone.model.parameters())
 
@@ -173,10 +212,18 @@ ERRORS = [
 ]
 
 
-EVERY_OPTION = {"balance": "weights", "label_smoothing": 0.1, "mix": "both", "ema": 0.6, "layer_decay": 0.5}
+EVERY_OPTION = {
+    "balance": "weights",
+    "label_smoothing": 0.1,
+    "mix": "both",
+    "ema": 0.6,
+    "layer_decay": 0.5,
+}
 
 
-@pytest.mark.parametrize(("error", "changes"), [*((error, {}) for error in ERRORS), (MemoryError(), EVERY_OPTION)])
+@pytest.mark.parametrize(
+    ("error", "changes"), [*((error, {}) for error in ERRORS), (MemoryError(), EVERY_OPTION)]
+)
 def test_out_of_memory_halves_the_batch_and_moves_the_weights_as_the_whole_would(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, error: Exception, changes: dict[str, Any]
 ) -> None:
@@ -185,22 +232,31 @@ def test_out_of_memory_halves_the_batch_and_moves_the_weights_as_the_whole_would
     whole, whole_monitor = fit(tmp_path / "whole", build(lambda: Greedy(8, error)), **common)
     caplog.clear()
     parts, monitor = fit(tmp_path / "parts", build(lambda: Greedy(2, error)), **common)
-    assert [record.message.split(": ")[-1] for record in caplog.records if "out of memory" in record.message] == [
+    assert [
+        record.message.split(": ")[-1]
+        for record in caplog.records
+        if "out of memory" in record.message
+    ] == [
         "from here on 4 images at once; the result is that of the whole batch",
         "from here on 2 images at once; the result is that of the whole batch",
     ]
     before = snapshot(build(lambda: Greedy(8, error)))
     for name, tensor in snapshot(whole).items():
         moved = float((tensor.float() - before[name].float()).abs().max())
-        torch.testing.assert_close(snapshot(parts)[name], tensor, rtol=0, atol=max(1e-7, 1e-3 * moved), msg=name)
-    for (step, loss), (same_step, same_loss) in zip(monitor.curves["train/loss"], whole_monitor.curves["train/loss"], strict=True):
+        torch.testing.assert_close(
+            snapshot(parts)[name], tensor, rtol=0, atol=max(1e-7, 1e-3 * moved), msg=name
+        )
+    for (step, loss), (same_step, same_loss) in zip(
+        monitor.curves["train/loss"], whole_monitor.curves["train/loss"], strict=True
+    ):
         assert step == same_step
         assert loss == pytest.approx(same_loss, rel=1e-4)
 
 
 def test_a_single_image_that_does_not_fit_ends_the_run_with_the_way_out(tmp_path: Path) -> None:
     with pytest.raises(
-        GraftError, match=r"^out of memory with a single image \(no room\); try a smaller --image-size or --backbone, --freeze"
+        GraftError,
+        match=r"^out of memory with a single image \(no room\); try a smaller --image-size or --backbone, --freeze",
     ):
         fit(tmp_path, build(lambda: Greedy(0, MemoryError("no room"))), freeze="none")
 
@@ -262,7 +318,9 @@ print("finished", best >= 0)
 """
 
 
-def test_memory_that_really_runs_out_ends_in_a_finished_run(tmp_path: Path, run_forked: RunForked) -> None:
+def test_memory_that_really_runs_out_ends_in_a_finished_run(
+    tmp_path: Path, run_forked: RunForked
+) -> None:
     ((code, said),) = run_forked([(STARVE, {"SPARE_MB": "300", "FOLDER": str(tmp_path)})])
     assert code == 0, said
     assert "out of memory (" in said
@@ -279,7 +337,9 @@ def test_memory_for_not_even_one_image_ends_in_words(tmp_path: Path, run_forked:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"cache": False}, {**EVERY_OPTION, "freeze": "none", "gradual": 1}], ids=["activations", "crops", "every option"]
+    "changes",
+    [{}, {"cache": False}, {**EVERY_OPTION, "freeze": "none", "gradual": 1}],
+    ids=["activations", "crops", "every option"],
 )
 def test_preflight_says_what_to_expect_and_leaves_no_trace(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, changes: dict[str, Any]
@@ -287,7 +347,9 @@ def test_preflight_says_what_to_expect_and_leaves_no_trace(
     plain, _ = fit(tmp_path / "plain", **changes)
     with caplog.at_level(logging.INFO, "graft.preflight"):
         checked, _ = fit(tmp_path / "checked", preflight=True, repository=tmp_path, **changes)
-    assert all(torch.equal(tensor, snapshot(plain)[name]) for name, tensor in snapshot(checked).items())
+    assert all(
+        torch.equal(tensor, snapshot(plain)[name]) for name, tensor in snapshot(checked).items()
+    )
     assert "preflight: disk: the state of the training takes 0 MB of" in caplog.text
     assert "preflight: the loss on one batch went from" in caplog.text
     assert re.search(r"preflight: training will take about \d+ s on .+", caplog.text)
@@ -295,15 +357,21 @@ def test_preflight_says_what_to_expect_and_leaves_no_trace(
 
 
 def test_preflight_stops_a_run_whose_loss_does_not_fall(tmp_path: Path) -> None:
-    with pytest.raises(GraftError, match=r"^--preflight: the loss on one batch went from \S+ to \S+ in 20 steps, and should have fallen"):
+    with pytest.raises(
+        GraftError,
+        match=r"^--preflight: the loss on one batch went from \S+ to \S+ in 20 steps, and should have fallen",
+    ):
         fit(tmp_path, preflight=True, repository=tmp_path, lr=50.0, backbone_lr=50.0)
 
 
-def test_preflight_stops_a_run_that_the_disk_has_no_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_preflight_stops_a_run_that_the_disk_has_no_room_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10_000, 0, 10_000))
     with pytest.raises(
-        GraftError, match=r"--preflight: .* MB in .*, where 0 MB are free; make room, or name another --(output|repository)"
+        GraftError,
+        match=r"--preflight: .* MB in .*, where 0 MB are free; make room, or name another --(output|repository)",
     ):
         fit(tmp_path, preflight=True, repository=tmp_path, cache=False)
 
@@ -312,7 +380,10 @@ def test_starvation_is_named_with_its_remedy(caplog: pytest.LogCaptureFixture) -
     warn_if_starved(0.29)
     assert not caplog.records
     warn_if_starved(0.31)
-    assert "the training waits for data: more --workers, smaller image files, or --views" in caplog.text
+    assert (
+        "the training waits for data: more --workers, smaller image files, or --views"
+        in caplog.text
+    )
     caplog.clear()
 
     def read_slowly() -> Iterator[int]:
@@ -320,7 +391,12 @@ def test_starvation_is_named_with_its_remedy(caplog: pytest.LogCaptureFixture) -
             time.sleep(0.02)
             yield index
 
-    plan: dict[str, Any] = {"num_epochs": 1, "num_batches": 5, "num_val_batches": 1, "device": torch.device("cpu")}
+    plan: dict[str, Any] = {
+        "num_epochs": 1,
+        "num_batches": 5,
+        "num_val_batches": 1,
+        "device": torch.device("cpu"),
+    }
     estimate_time(read_slowly(), 0.05, is_read_ahead=True, **plan)
     assert "waits for data" not in caplog.text
     estimate_time(read_slowly(), 0.005, is_read_ahead=True, **plan)

@@ -33,4 +33,7 @@ from models.allowed import describe_allowed
     ],
 )
 def test_words(kind: Any, words: str) -> None:
-    assert describe_allowed(create_model("Options", option=(kind, ...)).model_fields["option"]) == words
+    assert (
+        describe_allowed(create_model("Options", option=(kind, ...)).model_fields["option"])
+        == words
+    )

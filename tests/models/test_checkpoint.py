@@ -70,7 +70,9 @@ during = lambda path: None
 
 
 @pytest.fixture(scope="module")
-def published(prepared: PreparedBackbone, engine: OpenVINOEngine, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def published(
+    prepared: PreparedBackbone, engine: OpenVINOEngine, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """The embedded backbone with a random head of three labels, published as version 1 by an fp32 engine."""
     repository = tmp_path_factory.mktemp("repository")
     generator = np.random.default_rng(3)
@@ -124,13 +126,21 @@ def edit_config(path: Path, edit: Any) -> None:
 
 def replay(path: Path, engine: OpenVINOEngine) -> tuple[Any, np.ndarray]:
     checkpoint = load_checkpoint(path)
-    features = run(engine, np.stack([checkpoint.preprocess(image) for image in checkpoint.golden.images]))
+    features = run(
+        engine, np.stack([checkpoint.preprocess(image) for image in checkpoint.golden.images])
+    )
     return checkpoint, logits(checkpoint, features)
 
 
-def test_what_is_published_is_what_is_loaded(published: Path, prepared: PreparedBackbone, engine: OpenVINOEngine) -> None:
+def test_what_is_published_is_what_is_loaded(
+    published: Path, prepared: PreparedBackbone, engine: OpenVINOEngine
+) -> None:
     checkpoint, computed = replay(published, engine)
-    assert (checkpoint.name, checkpoint.version, checkpoint.architecture) == ("shapes", 1, "tf_efficientnet_lite0")
+    assert (checkpoint.name, checkpoint.version, checkpoint.architecture) == (
+        "shapes",
+        1,
+        "tf_efficientnet_lite0",
+    )
     assert checkpoint.label_names == tuple(LABELS)
     assert checkpoint.preprocess == prepared.preprocess
     assert (checkpoint.fingerprint, checkpoint.temperature) == (prepared.fingerprint, 1.25)
@@ -154,7 +164,11 @@ def test_plain_timm_loads_it_and_gives_the_golden_logits(published: Path) -> Non
     model = timm.create_model(f"local-dir:{published}", pretrained=True).eval()
     checkpoint = load_checkpoint(published)
     data_config = timm.data.resolve_model_data_config(model)
-    assert (list(data_config["input_size"]), data_config["crop_pct"], list(data_config["mean"])) == ([3, 224, 224], 0.875, [0.5] * 3)
+    assert (
+        list(data_config["input_size"]),
+        data_config["crop_pct"],
+        list(data_config["mean"]),
+    ) == ([3, 224, 224], 0.875, [0.5] * 3)
     crops = np.stack([checkpoint.preprocess(image) for image in checkpoint.golden.images])
     images = (torch.from_numpy(crops).permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5
     with torch.inference_mode():
@@ -187,9 +201,13 @@ def test_versions_count_up_and_leave_the_older_ones_alone(published: Path, copie
     assert load_checkpoint(repository / "small" / "2").version == 2
 
 
-def publish_small(repository: Path, preparation: str, arguments: str = "") -> subprocess.CompletedProcess[str]:
+def publish_small(
+    repository: Path, preparation: str, arguments: str = ""
+) -> subprocess.CompletedProcess[str]:
     program = f"{PUBLISH}\n{preparation}\nrun({str(repository)!r}{arguments})"
-    return subprocess.run([sys.executable, "-c", program], cwd=PROJECT_DIR, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, "-c", program], cwd=PROJECT_DIR, capture_output=True, text=True, timeout=60
+    )
 
 
 def test_a_folder_without_a_config_is_no_version_but_keeps_its_number(tmp_path: Path) -> None:
@@ -209,13 +227,25 @@ def test_two_processes_that_publish_at_once_make_two_versions(tmp_path: Path) ->
         f"    while len(list(pathlib.Path({str(tmp_path)!r}).glob('ready-*'))) < 4: time.sleep(0.001)\n"
     )
     program = f"{PUBLISH}\n{meet}\nrun({str(tmp_path / 'repository')!r})"
-    processes = [subprocess.Popen([sys.executable, "-c", program], cwd=PROJECT_DIR, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program], cwd=PROJECT_DIR, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(4)
+    ]
     versions = sorted(int(process.communicate(timeout=60)[0]) for process in processes)
     assert versions == [1, 2, 3, 4]
     for version in versions:
         assert load_checkpoint(tmp_path / "repository" / "small" / str(version)).version == version
-        assert (tmp_path / "repository" / "small" / str(version) / "README.md").read_text() == f"# small {version}\n"
-    assert sorted(path.name for path in (tmp_path / "repository" / "small").iterdir()) == ["1", "2", "3", "4"]
+        assert (
+            tmp_path / "repository" / "small" / str(version) / "README.md"
+        ).read_text() == f"# small {version}\n"
+    assert sorted(path.name for path in (tmp_path / "repository" / "small").iterdir()) == [
+        "1",
+        "2",
+        "3",
+        "4",
+    ]
 
 
 @pytest.mark.parametrize("num_weights", [100_000, 10])
@@ -246,7 +276,9 @@ def test_a_repository_that_cannot_be_made_is_an_error_in_words(tmp_path: Path) -
 
 def test_a_killed_run_leaves_no_version(tmp_path: Path) -> None:
     program = f"{PUBLISH}\ndef during(path):\n    print('writing', flush=True)\n    time.sleep(60)\nrun({str(tmp_path)!r})"
-    process = subprocess.Popen([sys.executable, "-c", program], cwd=PROJECT_DIR, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=PROJECT_DIR, stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == "writing\n"
     process.send_signal(signal.SIGKILL)
@@ -263,12 +295,16 @@ def test_what_the_caller_raises_while_it_writes_leaves_nothing_behind(tmp_path: 
     assert list((tmp_path / "small").iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "golden.npz", "backbone.xml", "backbone.bin"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "golden.npz", "backbone.xml", "backbone.bin"]
+)
 def test_a_file_with_one_changed_byte_is_refused(copied: Path, name: str) -> None:
     content = bytearray((copied / name).read_bytes())
     content[len(content) // 2] ^= 1
     (copied / name).write_bytes(content)
-    with pytest.raises(CheckpointError, match=f"{name} is not the file that was published .its hash differs"):
+    with pytest.raises(
+        CheckpointError, match=f"{name} is not the file that was published .its hash differs"
+    ):
         load_checkpoint(copied)
 
 
@@ -293,7 +329,9 @@ def test_another_format_is_refused_with_both_numbers(copied: Path) -> None:
         lambda config: config["graft"].pop("temperature"),
         lambda config: config["graft"].update(temperature="warm"),
         lambda config: config["graft"].update(conformal={"coverage": 0.9}),
-        lambda config: config["graft"].update(conformal={"coverage": 0.9, "threshold": float("nan")}),
+        lambda config: config["graft"].update(
+            conformal={"coverage": 0.9, "threshold": float("nan")}
+        ),
         lambda config: config["graft"].update(head="nothing"),
         lambda config: config["graft"]["preprocess"].update(unknown=1),
         lambda config: config["graft"].update(files=["model.safetensors"]),
@@ -306,8 +344,14 @@ def test_a_config_that_lacks_something_is_refused(copied: Path, edit: Any) -> No
 
 
 def test_a_conformal_threshold_is_read_where_there_is_one(copied: Path, published: Path) -> None:
-    assert (load_checkpoint(published).coverage, load_checkpoint(published).threshold) == (None, None)
-    edit_config(copied, lambda config: config["graft"].update(conformal={"coverage": 0.9, "threshold": 0.25}))
+    assert (load_checkpoint(published).coverage, load_checkpoint(published).threshold) == (
+        None,
+        None,
+    )
+    edit_config(
+        copied,
+        lambda config: config["graft"].update(conformal={"coverage": 0.9, "threshold": 0.25}),
+    )
     assert (load_checkpoint(copied).coverage, load_checkpoint(copied).threshold) == (0.9, 0.25)
 
 
@@ -320,7 +364,12 @@ def test_a_config_that_is_no_object_is_refused(copied: Path, content: str) -> No
 
 def test_a_file_list_cannot_point_outside_the_folder(copied: Path, published: Path) -> None:
     outside = f"../../../{published.parent.parent.name}/shapes/1/golden.npz"
-    edit_config(copied, lambda config: config["graft"]["files"].update({outside: hash_file(published / "golden.npz")}))
+    edit_config(
+        copied,
+        lambda config: config["graft"]["files"].update(
+            {outside: hash_file(published / "golden.npz")}
+        ),
+    )
     with pytest.raises(CheckpointError, match="is not the file that was published"):
         load_checkpoint(copied)
 
@@ -331,22 +380,40 @@ def test_labels_that_do_not_fit_the_head_are_refused(copied: Path) -> None:
         load_checkpoint(copied)
 
 
-def test_a_head_whose_rows_were_swapped_is_refused_by_its_golden_images(published: Path, engine: OpenVINOEngine) -> None:
+def test_a_head_whose_rows_were_swapped_is_refused_by_its_golden_images(
+    published: Path, engine: OpenVINOEngine
+) -> None:
     checkpoint, computed = replay(published, engine)
-    with pytest.raises(CheckpointError, match=r"golden images give other logits here than when it was saved \(\d+% of their spread"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"golden images give other logits here than when it was saved \(\d+% of their spread",
+    ):
         check_golden(checkpoint, computed[:, [1, 2, 0]])
 
 
-@pytest.mark.parametrize("spoil", [lambda computed: computed * np.nan, lambda computed: computed + 0.1 * np.ptp(computed) * np.eye(3)])
-def test_logits_that_drifted_are_refused_and_rounding_is_not(published: Path, engine: OpenVINOEngine, spoil: Any) -> None:
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda computed: computed * np.nan,
+        lambda computed: computed + 0.1 * np.ptp(computed) * np.eye(3),
+    ],
+)
+def test_logits_that_drifted_are_refused_and_rounding_is_not(
+    published: Path, engine: OpenVINOEngine, spoil: Any
+) -> None:
     checkpoint, computed = replay(published, engine)
     with pytest.raises(CheckpointError, match="golden images"):
         check_golden(checkpoint, spoil(computed))
     check_golden(checkpoint, computed * (1 + 2**-8))
 
 
-def test_another_preprocess_is_seen_by_the_golden_images(published: Path, copied: Path, engine: OpenVINOEngine) -> None:
-    edit_config(copied, lambda config: config["graft"]["preprocess"].update(crop_mode="squash", crop_fraction=0.4))
+def test_another_preprocess_is_seen_by_the_golden_images(
+    published: Path, copied: Path, engine: OpenVINOEngine
+) -> None:
+    edit_config(
+        copied,
+        lambda config: config["graft"]["preprocess"].update(crop_mode="squash", crop_fraction=0.4),
+    )
     checkpoint, computed = replay(copied, engine)
     with pytest.raises(CheckpointError, match="golden images"):
         check_golden(checkpoint, computed)
@@ -356,7 +423,9 @@ def test_the_fingerprint_changes_with_everything_that_shapes_features() -> None:
     tensors = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.zeros((), np.int64)}
     base = fingerprint("net", tensors, Preprocess())
     assert base == fingerprint("net", dict(reversed(tensors.items())), Preprocess())
-    assert base == fingerprint("net", {**tensors, "a": np.asfortranarray(tensors["a"])}, Preprocess())
+    assert base == fingerprint(
+        "net", {**tensors, "a": np.asfortranarray(tensors["a"])}, Preprocess()
+    )
     others = [
         fingerprint("net2", tensors, Preprocess()),
         fingerprint("net", {**tensors, "a": tensors["a"] + 1}, Preprocess()),
@@ -376,7 +445,9 @@ def test_names_that_fit_a_folder_and_a_url_are_taken(name: str) -> None:
     assert check_name(name) == name
 
 
-@pytest.mark.parametrize("name", ["", "..", ".hidden", "a/b", "A", "with space", "ä", "x" * 64, "-x", "a\n"])
+@pytest.mark.parametrize(
+    "name", ["", "..", ".hidden", "a/b", "A", "with space", "ä", "x" * 64, "-x", "a\n"]
+)
 def test_other_names_are_refused_with_the_rule(name: str) -> None:
     with pytest.raises(GraftError, match=r"--name .*: a model's name is 1 to 63 of"):
         check_name(name)
@@ -405,5 +476,7 @@ def test_a_whole_network_with_batch_norm_survives_timm(tmp_path: Path) -> None:
     )
     loaded = timm.create_model(f"local-dir:{path}", pretrained=True).state_dict()
     own = backbone.model.state_dict()
-    assert {name: tensor.shape for name, tensor in loaded.items()} == {name: tensor.shape for name, tensor in own.items()}
+    assert {name: tensor.shape for name, tensor in loaded.items()} == {
+        name: tensor.shape for name, tensor in own.items()
+    }
     assert all(torch.equal(loaded[name], own[name]) for name in own)

@@ -18,7 +18,9 @@ given = {"weights": None, "pretrained": True, "image_size": 64, "cache_dir": cac
 """
 
 
-def test_at_its_end_the_cache_has_it_and_this_process_no_torch(run_python: RunPython, tmp_path: Path) -> None:
+def test_at_its_end_the_cache_has_it_and_this_process_no_torch(
+    run_python: RunPython, tmp_path: Path
+) -> None:
     done = run_python(
         f"""{BEGIN}
 with prepare_ahead("tf_efficientnet_lite0", **given):
@@ -35,7 +37,9 @@ assert backbone.folder == made.parent and backbone.is_pretrained and "torch" not
     assert done.stderr == ""
 
 
-def test_an_error_meanwhile_ends_it_and_leaves_nothing(run_python: RunPython, tmp_path: Path) -> None:
+def test_an_error_meanwhile_ends_it_and_leaves_nothing(
+    run_python: RunPython, tmp_path: Path
+) -> None:
     done = run_python(
         f"""{BEGIN}
 with prepare_ahead("tf_efficientnet_lite0", **given):
@@ -66,7 +70,9 @@ prepare_backbone("tf_efficientnet_lite0", **given, scratch_dir=cache)
     assert str(weights) in done.stderr
 
 
-def test_what_would_be_downloaded_or_cannot_be_kept_is_not_begun(run_python: RunPython, tmp_path: Path) -> None:
+def test_what_would_be_downloaded_or_cannot_be_kept_is_not_begun(
+    run_python: RunPython, tmp_path: Path
+) -> None:
     done = run_python(
         f"""{BEGIN}
 import subprocess

@@ -19,7 +19,13 @@ from models.backbone.build import Backbone, CustomNetwork, backbone_tensors, bui
 from models.checkpoint import fingerprint
 from models.engine.engine import OpenVINOEngine, run
 from models.errors import GraftError
-from models.prepared import PreparedBackbone, build_engine, prepare_backbone, read_prepared, write_prepared
+from models.prepared import (
+    PreparedBackbone,
+    build_engine,
+    prepare_backbone,
+    read_prepared,
+    write_prepared,
+)
 from models.preprocess import Preprocess
 
 PREPARE = """
@@ -35,7 +41,9 @@ print("torch" in sys.modules)
 """
 
 
-def prepare(name: str, cache_dir: Path | None, scratch_dir: Path, **options: Any) -> PreparedBackbone:
+def prepare(
+    name: str, cache_dir: Path | None, scratch_dir: Path, **options: Any
+) -> PreparedBackbone:
     arguments: dict[str, Any] = {"weights": None, "pretrained": True, "image_size": None, **options}
     return prepare_backbone(name, cache_dir=cache_dir, scratch_dir=scratch_dir, **arguments)
 
@@ -45,14 +53,28 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreparedBackbone, P
     """A small network prepared from a weights file: itself, its cache folder and the file."""
     folder = tmp_path_factory.mktemp("small")
     weights = write_weights(folder / "weights.pth", 1)
-    return prepare("test_resnet", folder / "cache", folder, weights=weights), folder / "cache", weights
+    return (
+        prepare("test_resnet", folder / "cache", folder, weights=weights),
+        folder / "cache",
+        weights,
+    )
 
 
 def tiny_backbone() -> Backbone:
     """A network that converts in no time, with BatchNorm."""
     torch.manual_seed(0)
-    trunk = nn.Sequential(nn.Conv2d(3, 4, 9, stride=8), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    return Backbone("own:tiny", CustomNetwork(trunk, 4), "head", Preprocess(height=48, width=48), "none", None, "backbone.")
+    trunk = nn.Sequential(
+        nn.Conv2d(3, 4, 9, stride=8), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+    return Backbone(
+        "own:tiny",
+        CustomNetwork(trunk, 4),
+        "head",
+        Preprocess(height=48, width=48),
+        "none",
+        None,
+        "backbone.",
+    )
 
 
 def write_weights(path: Path, seed: int) -> Path:
@@ -63,15 +85,23 @@ def write_weights(path: Path, seed: int) -> Path:
 
 def test_it_says_what_was_prepared(prepared: PreparedBackbone, cache_dir: Path) -> None:
     assert prepared.folder.parent == cache_dir / "backbones"
-    assert (prepared.name, prepared.classifier, prepared.num_features) == ("tf_efficientnet_lite0", "classifier", 1280)
+    assert (prepared.name, prepared.classifier, prepared.num_features) == (
+        "tf_efficientnet_lite0",
+        "classifier",
+        1280,
+    )
     assert (prepared.is_pretrained, prepared.license) == (True, "apache-2.0")
     assert prepared.config["architecture"] == "tf_efficientnet_lite0"
     tensors = prepared.read_tensors()
     assert len(tensors) == 294
     assert not any(name.startswith("classifier") for name in tensors)
-    assert prepared.fingerprint == fingerprint("tf_efficientnet_lite0", tensors, prepared.preprocess)
+    assert prepared.fingerprint == fingerprint(
+        "tf_efficientnet_lite0", tensors, prepared.preprocess
+    )
     assert prepared.fingerprint == build_fingerprint()
-    assert {"backbone.bin", "backbone.xml", "config.json", "model.safetensors"} <= {path.name for path in prepared.folder.iterdir()}
+    assert {"backbone.bin", "backbone.xml", "config.json", "model.safetensors"} <= {
+        path.name for path in prepared.folder.iterdir()
+    }
 
 
 def build_fingerprint() -> str:
@@ -84,21 +114,30 @@ def test_a_second_time_it_comes_from_the_cache_without_torch(
     prepared: PreparedBackbone, cache_dir: Path, run_python: Any, tmp_path: Path
 ) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in prepared.folder.iterdir()}
-    program = PREPARE.format(name="tf_efficientnet_lite0", weights=None, cache_dir=str(cache_dir), scratch_dir=str(tmp_path))
+    program = PREPARE.format(
+        name="tf_efficientnet_lite0",
+        weights=None,
+        cache_dir=str(cache_dir),
+        scratch_dir=str(tmp_path),
+    )
     done = run_python(program)
     assert done.stdout.split() == [str(prepared.folder), prepared.fingerprint, "False"], done.stderr
     assert {path.name: path.stat().st_mtime_ns for path in prepared.folder.iterdir()} == before
     assert read_prepared(prepared.folder) == prepared
 
 
-def test_the_content_of_a_weights_file_decides_and_not_its_name(small: tuple[PreparedBackbone, Path, Path], tmp_path: Path) -> None:
+def test_the_content_of_a_weights_file_decides_and_not_its_name(
+    small: tuple[PreparedBackbone, Path, Path], tmp_path: Path
+) -> None:
     prepared, cache, weights = small
     renamed = Path(shutil.copy(weights, tmp_path / "renamed.pth"))
     assert prepare("test_resnet", cache, tmp_path, weights=renamed) == prepared
     rewritten = prepare("test_resnet", cache, tmp_path, weights=write_weights(renamed, 2))
     assert rewritten.folder != prepared.folder
     assert rewritten.fingerprint != prepared.fingerprint
-    assert not np.array_equal(rewritten.read_tensors()["conv1.0.weight"], prepared.read_tensors()["conv1.0.weight"])
+    assert not np.array_equal(
+        rewritten.read_tensors()["conv1.0.weight"], prepared.read_tensors()["conv1.0.weight"]
+    )
 
 
 def test_the_input_size_decides(small: tuple[PreparedBackbone, Path, Path], tmp_path: Path) -> None:
@@ -106,12 +145,22 @@ def test_the_input_size_decides(small: tuple[PreparedBackbone, Path, Path], tmp_
     smaller = prepare("test_resnet", cache, tmp_path, weights=weights, image_size=64)
     assert smaller.folder != prepared.folder
     assert smaller.fingerprint != prepared.fingerprint
-    engine = build_engine(smaller.folder, smaller.preprocess, smaller.config, device="cpu", precision="fp32", batch_size=1, num_streams=1)
+    engine = build_engine(
+        smaller.folder,
+        smaller.preprocess,
+        smaller.config,
+        device="cpu",
+        precision="fp32",
+        batch_size=1,
+        num_streams=1,
+    )
     assert run(engine, np.zeros((1, 64, 64, 3), np.uint8)).shape == (1, smaller.num_features)
     engine.close()
 
 
-def test_processes_that_prepare_at_once_agree_and_leave_one_folder(run_forked: Any, tmp_path: Path) -> None:
+def test_processes_that_prepare_at_once_agree_and_leave_one_folder(
+    run_forked: Any, tmp_path: Path
+) -> None:
     weights = write_weights(tmp_path / "weights.pth", 1)
     program = PREPARE.format(
         name="test_resnet",
@@ -143,16 +192,27 @@ def test_a_users_own_network_is_not_kept(tmp_path: Path, monkeypatch: pytest.Mon
     prepared = prepare("ownnet:build", tmp_path / "cache", tmp_path / "scratch", image_size=48)
     del sys.modules["ownnet"]
     assert prepared.folder == tmp_path / "scratch" / "backbone"
-    assert (prepared.num_features, prepared.classifier, prepared.config["architecture"]) == (4, "head", "ownnet:build")
+    assert (prepared.num_features, prepared.classifier, prepared.config["architecture"]) == (
+        4,
+        "head",
+        "ownnet:build",
+    )
     assert not (tmp_path / "cache").exists()
-    engine = OpenVINOEngine(prepared.openvino_path, prepared.preprocess, precision="fp32", batch_size=1, num_streams=1)
+    engine = OpenVINOEngine(
+        prepared.openvino_path, prepared.preprocess, precision="fp32", batch_size=1, num_streams=1
+    )
     assert run(engine, np.zeros((2, 48, 48, 3), np.uint8)).shape == (2, 4)
     engine.close()
 
 
-def test_without_a_cache_folder_nothing_is_kept(small: tuple[PreparedBackbone, Path, Path], tmp_path: Path) -> None:
+def test_without_a_cache_folder_nothing_is_kept(
+    small: tuple[PreparedBackbone, Path, Path], tmp_path: Path
+) -> None:
     _, _, weights = small
-    assert prepare("test_resnet", None, tmp_path / "scratch", weights=weights).folder == tmp_path / "scratch" / "backbone"
+    assert (
+        prepare("test_resnet", None, tmp_path / "scratch", weights=weights).folder
+        == tmp_path / "scratch" / "backbone"
+    )
 
 
 def test_a_weights_file_that_is_not_there_is_an_error(tmp_path: Path) -> None:
@@ -183,7 +243,10 @@ def test_what_another_run_wrote_meanwhile_is_as_good(tmp_path: Path) -> None:
     second = write_prepared(backbone, tmp_path / "here")
     assert first == second
     assert [path.name for path in tmp_path.iterdir()] == ["here"]
-    assert json.loads((tmp_path / "here" / "config.json").read_text())["fingerprint"] == first.fingerprint
+    assert (
+        json.loads((tmp_path / "here" / "config.json").read_text())["fingerprint"]
+        == first.fingerprint
+    )
 
 
 def test_preparing_leaves_the_network_in_the_mode_it_was_in(tmp_path: Path) -> None:
@@ -192,7 +255,9 @@ def test_preparing_leaves_the_network_in_the_mode_it_was_in(tmp_path: Path) -> N
     before = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
     write_prepared(backbone, tmp_path / "here")
     assert backbone.model.training
-    assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.model.state_dict().items())
+    assert all(
+        torch.equal(tensor, before[name]) for name, tensor in backbone.model.state_dict().items()
+    )
 
 
 def test_the_search_for_batch_and_streams_is_remembered(prepared: PreparedBackbone) -> None:
@@ -204,25 +269,48 @@ def test_the_search_for_batch_and_streams_is_remembered(prepared: PreparedBackbo
     assert again.info == first.info
     path = prepared.folder / "engine-fp32.json"
     recorded = json.loads(path.read_text())
-    for changed in ({"num_cpus": 1000}, {"device": "another"}, {"engine": "openvino 2020.1"}, {"batch_size": 0}, {"precision": None}):
+    for changed in (
+        {"num_cpus": 1000},
+        {"device": "another"},
+        {"engine": "openvino 2020.1"},
+        {"batch_size": 0},
+        {"precision": None},
+    ):
         path.write_text(json.dumps({**recorded, **changed}))
         other = prepared.open_engine("cpu", "fp32")
         other.close()
         assert other.info != again.info
-        assert json.loads(path.read_text()) == {**other.info.to_dict(), "num_cpus": recorded["num_cpus"]}
+        assert json.loads(path.read_text()) == {
+            **other.info.to_dict(),
+            "num_cpus": recorded["num_cpus"],
+        }
 
 
-def test_an_engine_that_is_known_is_loaded_with_its_first_batch(prepared: PreparedBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_is_known_is_loaded_with_its_first_batch(
+    prepared: PreparedBackbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prepared.open_engine("cpu", "fp32").close()
     loaded = []
-    monkeypatch.setattr("models.prepared.OpenVINOEngine", lambda *args, **options: loaded.append(1) or OpenVINOEngine(*args, **options))
+    monkeypatch.setattr(
+        "models.prepared.OpenVINOEngine",
+        lambda *args, **options: loaded.append(1) or OpenVINOEngine(*args, **options),
+    )
     never = prepared.open_engine("cpu", "fp32")
     never.close()
     assert not loaded
     engine = prepared.open_engine("cpu", "fp32")
-    at_once = build_engine(prepared.folder, prepared.preprocess, prepared.config, device="cpu", precision="fp32", batch_size=1)
+    at_once = build_engine(
+        prepared.folder,
+        prepared.preprocess,
+        prepared.config,
+        device="cpu",
+        precision="fp32",
+        batch_size=1,
+    )
     loaded.clear()
-    crops = np.random.default_rng(0).integers(0, 256, (5, prepared.preprocess.height, prepared.preprocess.width, 3), np.uint8)
+    crops = np.random.default_rng(0).integers(
+        0, 256, (5, prepared.preprocess.height, prepared.preprocess.width, 3), np.uint8
+    )
     found = [engine.submit(crops) for _ in range(3)]
     for future in found:
         np.testing.assert_array_equal(future.result(), run(at_once, crops))
@@ -232,8 +320,12 @@ def test_an_engine_that_is_known_is_loaded_with_its_first_batch(prepared: Prepar
         one.close()
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "backbone.bin", "backbone.xml", "config.json"])
-def test_a_damaged_backbone_in_the_cache_is_made_again(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "backbone.bin", "backbone.xml", "config.json"]
+)
+def test_a_damaged_backbone_in_the_cache_is_made_again(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     weights = write_weights(tmp_path / "weights.pth", 1)
     good = prepare("test_resnet", tmp_path / "cache", tmp_path, weights=weights)
     damaged = bytearray((good.folder / name).read_bytes())
@@ -246,7 +338,9 @@ def test_a_damaged_backbone_in_the_cache_is_made_again(name: str, tmp_path: Path
     assert read_prepared(again.folder) == again
 
 
-def test_the_wait_for_a_conversion_is_announced_before_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_wait_for_a_conversion_is_announced_before_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     weights = write_weights(tmp_path / "weights.pth", 1)
     with caplog.at_level("INFO", "graft"):
         prepare("test_resnet", tmp_path / "cache", tmp_path, weights=weights)

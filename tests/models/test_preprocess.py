@@ -47,11 +47,15 @@ def difference(one: Pixels, other: Pixels) -> float:
 
 def plain_crop(image: Image.Image, preprocess: Preprocess = PREPROCESS) -> Pixels:
     """The crop as Pillow makes it in the plainest way: crop, then resize."""
-    scale = preprocess.crop_fraction * min(image.width / preprocess.width, image.height / preprocess.height)
+    scale = preprocess.crop_fraction * min(
+        image.width / preprocess.width, image.height / preprocess.height
+    )
     width, height = preprocess.width * scale, preprocess.height * scale
     left, top = (image.width - width) / 2, (image.height - height) / 2
     box = (left, top, left + width, top + height)
-    return np.asarray(image.resize((preprocess.width, preprocess.height), Image.Resampling.BICUBIC, box=box))
+    return np.asarray(
+        image.resize((preprocess.width, preprocess.height), Image.Resampling.BICUBIC, box=box)
+    )
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -64,7 +68,9 @@ def test_every_format_gives_the_same_crop(kind: str) -> None:
 
 def test_a_gif_gives_its_first_frame() -> None:
     frames = [Image.new("RGB", (60, 60), color) for color in ("red", "blue", "green")]
-    crop = PREPROCESS(encode(frames[0], "GIF", save_all=True, append_images=frames[1:], duration=50))
+    crop = PREPROCESS(
+        encode(frames[0], "GIF", save_all=True, append_images=frames[1:], duration=50)
+    )
     assert crop.reshape(-1, 3).mean(axis=0).tolist() == [255, 0, 0]
 
 
@@ -98,7 +104,12 @@ def test_an_orientation_that_does_not_exist_counts_as_none(orientation: int) -> 
     exif = Image.Exif()
     exif[0x0112] = orientation
     for kind in ("JPEG", "PNG"):
-        assert difference(PREPROCESS(encode(picture(), kind, exif=exif)), PREPROCESS(encode(picture(), kind))) == 0
+        assert (
+            difference(
+                PREPROCESS(encode(picture(), kind, exif=exif)), PREPROCESS(encode(picture(), kind))
+            )
+            == 0
+        )
 
 
 @pytest.mark.parametrize(
@@ -139,7 +150,9 @@ def test_half_transparent_pixels_blend_with_white() -> None:
 
 
 def test_grey_with_alpha_shows_white() -> None:
-    crop = PREPROCESS(encode(Image.merge("LA", [Image.new("L", (50, 50), 0), Image.new("L", (50, 50), 0)]), "PNG"))
+    crop = PREPROCESS(
+        encode(Image.merge("LA", [Image.new("L", (50, 50), 0), Image.new("L", (50, 50), 0)]), "PNG")
+    )
     assert crop.min() == 255
 
 
@@ -166,7 +179,17 @@ def test_cmyk_becomes_rgb(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "kind"), [("L", "JPEG"), ("L", "PNG"), ("L", "BMP"), ("L", "TIFF"), ("L", "GIF"), ("P", "PNG"), ("P", "GIF"), ("P", "BMP")]
+    ("mode", "kind"),
+    [
+        ("L", "JPEG"),
+        ("L", "PNG"),
+        ("L", "BMP"),
+        ("L", "TIFF"),
+        ("L", "GIF"),
+        ("P", "PNG"),
+        ("P", "GIF"),
+        ("P", "BMP"),
+    ],
 )
 def test_grey_and_palette_become_rgb(mode: str, kind: str) -> None:
     image = picture().convert("L") if mode == "L" else picture().quantize(256)
@@ -201,7 +224,12 @@ def sixteen_bit_png(pixels: np.ndarray[Any, Any]) -> bytes:
     height, width, _ = pixels.shape
     rows = b"".join(b"\x00" + row.tobytes() for row in pixels)
     header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
 
 
 def chunk(kind: bytes, body: bytes) -> bytes:
@@ -249,7 +277,9 @@ def test_tiny_pictures_are_enlarged(kind: str, size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("size", [(3000, 2), (2, 3000), (3000, 1)])
 @pytest.mark.parametrize("crop_mode", ["center", "squash"])
-def test_extreme_aspect_ratios_are_decoded(kind: str, size: tuple[int, int], crop_mode: Any) -> None:
+def test_extreme_aspect_ratios_are_decoded(
+    kind: str, size: tuple[int, int], crop_mode: Any
+) -> None:
     preprocess = Preprocess(height=48, width=48, crop_mode=crop_mode)
     crop = preprocess(encode(Image.new("RGB", size, (200, 100, 50)), kind))
     assert np.abs(crop.astype(int) - (200, 100, 50)).max() <= 4
@@ -258,10 +288,14 @@ def test_extreme_aspect_ratios_are_decoded(kind: str, size: tuple[int, int], cro
 @pytest.mark.parametrize("size", [(1600, 1200), (1201, 803), (403, 1207), (100, 100), (49, 50)])
 @pytest.mark.parametrize("subsampling", [0, 2])
 @pytest.mark.parametrize("progressive", [False, True])
-def test_the_fast_jpeg_path_agrees_with_a_full_decode(size: tuple[int, int], subsampling: int, progressive: bool) -> None:
+def test_the_fast_jpeg_path_agrees_with_a_full_decode(
+    size: tuple[int, int], subsampling: int, progressive: bool
+) -> None:
     preprocess = Preprocess(height=96, width=96)
     generator = np.random.default_rng(0)
-    texture = Image.fromarray(generator.integers(0, 256, (40, 40, 3), np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    texture = Image.fromarray(generator.integers(0, 256, (40, 40, 3), np.uint8)).resize(
+        size, Image.Resampling.BICUBIC
+    )
     data = encode(texture, "JPEG", quality=90, subsampling=subsampling, progressive=progressive)
     full = Image.open(io.BytesIO(data)).convert("RGB")
     assert difference(preprocess(data), plain_crop(full, preprocess)) < 2.0
@@ -274,9 +308,15 @@ def test_views_shift_scale_and_mirror() -> None:
     assert np.array_equal(preprocess(data, view=View()), plain)
     assert np.array_equal(preprocess(data, view=View(mirror=True)), plain[:, ::-1])
     # Red grows to the right over 200 pixels: a quarter of the crop's 100 to the right is 25 of them.
-    assert preprocess(data, view=View(center_x=0.25))[..., 0].mean() - plain[..., 0].mean() == pytest.approx(255 * 25 / 200, abs=2)
-    assert preprocess(data, view=View(center_y=-0.25))[..., 1].mean() - plain[..., 1].mean() == pytest.approx(-255 * 25 / 200, abs=2)
-    assert np.ptp(preprocess(data, view=View(scale=0.5))[25, :, 0]) == pytest.approx(np.ptp(plain[25, :, 0]) / 2, abs=3)
+    assert preprocess(data, view=View(center_x=0.25))[..., 0].mean() - plain[
+        ..., 0
+    ].mean() == pytest.approx(255 * 25 / 200, abs=2)
+    assert preprocess(data, view=View(center_y=-0.25))[..., 1].mean() - plain[
+        ..., 1
+    ].mean() == pytest.approx(-255 * 25 / 200, abs=2)
+    assert np.ptp(preprocess(data, view=View(scale=0.5))[25, :, 0]) == pytest.approx(
+        np.ptp(plain[25, :, 0]) / 2, abs=3
+    )
     outside = preprocess(data, view=View(center_x=5, center_y=-5, scale=9))
     assert outside.shape == (50, 50, 3)
 
@@ -288,9 +328,18 @@ def test_decoding_is_deterministic(kind: str) -> None:
 
 
 def test_the_record_survives_a_round_trip() -> None:
-    preprocess = Preprocess(height=64, width=96, crop_fraction=0.9, crop_mode="squash", interpolation="bilinear", mean=(0.5, 0.4, 0.3))
+    preprocess = Preprocess(
+        height=64,
+        width=96,
+        crop_fraction=0.9,
+        crop_mode="squash",
+        interpolation="bilinear",
+        mean=(0.5, 0.4, 0.3),
+    )
     assert Preprocess.from_dict(preprocess.to_dict()) == preprocess
-    assert isinstance(Preprocess.from_dict({**preprocess.to_dict(), "mean": [0.5, 0.4, 0.3]}).mean, tuple)
+    assert isinstance(
+        Preprocess.from_dict({**preprocess.to_dict(), "mean": [0.5, 0.4, 0.3]}).mean, tuple
+    )
 
 
 @pytest.mark.parametrize(
@@ -356,7 +405,11 @@ def bomb(kind: str) -> bytes:
     side = 50_000
     data = bytearray(encode(picture(64, 64), kind))
     if kind == "PNG":
-        return bytes(data[:8]) + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)) + bytes(data[33:])
+        return (
+            bytes(data[:8])
+            + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+            + bytes(data[33:])
+        )
     if kind == "JPEG":
         frame = data.index(b"\xff\xc0")
         data[frame + 5 : frame + 9] = struct.pack(">HH", side, side)
@@ -372,7 +425,9 @@ def bomb(kind: str) -> bytes:
     else:
         data = bytearray(encode(picture(64, 64), "TIFF"))
         first = struct.unpack_from("<I", data, 4)[0]
-        for entry in range(first + 2, first + 2 + 12 * struct.unpack_from("<H", data, first)[0], 12):
+        for entry in range(
+            first + 2, first + 2 + 12 * struct.unpack_from("<H", data, first)[0], 12
+        ):
             tag = struct.unpack_from("<H", data, entry)[0]
             if tag in (256, 257):
                 struct.pack_into("<HHII", data, entry, tag, 4, 1, side)
@@ -432,7 +487,9 @@ def cut_out(data: bytes, generator: np.random.Generator) -> bytes:
 
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("damage", [damage_bytes, damage_header, cut_out])
-def test_damaged_files_give_a_crop_or_an_image_error(kind: str, damage: Callable[[bytes, np.random.Generator], bytes]) -> None:
+def test_damaged_files_give_a_crop_or_an_image_error(
+    kind: str, damage: Callable[[bytes, np.random.Generator], bytes]
+) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     options = {"exif": exif} if kind in ("JPEG", "PNG", "WEBP", "TIFF") else {}

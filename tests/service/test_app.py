@@ -42,7 +42,9 @@ def server(colors: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[R
     folder = tmp_path_factory.mktemp("server")
     copy_checkpoint(colors, folder / "checkpoints", "colors", 1)
     corrupted = copy_checkpoint(colors, folder / "checkpoints", "colors", 2)
-    change_file(corrupted / WEIGHTS_FILE, lambda data: data[:-1] + bytes([data[-1] ^ 1]), rehash=False)
+    change_file(
+        corrupted / WEIGHTS_FILE, lambda data: data[:-1] + bytes([data[-1] ^ 1]), rehash=False
+    )
     env = {
         "CHECKPOINTS": str(folder / "checkpoints"),
         "GRAFT_MAX_IMAGES": str(MAX_IMAGES),
@@ -86,7 +88,9 @@ def test_one_file(client: httpx.Client) -> None:
     assert sum(one["score"] for one in prediction["top"]) == pytest.approx(1, abs=1e-4)
 
 
-def test_an_answer_says_whether_it_is_unsure_and_the_model_at_what_coverage(client: httpx.Client) -> None:
+def test_an_answer_says_whether_it_is_unsure_and_the_model_at_what_coverage(
+    client: httpx.Client,
+) -> None:
     (prediction,) = client.post("/predict", files=files(draw_image("green"))).json()["predictions"]
     (info,) = client.get("/v1/models").json()["models"]
     assert (info["coverage"], info["threshold"]) == (0.9, 0.5)
@@ -95,34 +99,52 @@ def test_an_answer_says_whether_it_is_unsure_and_the_model_at_what_coverage(clie
 
 def test_many_files_in_order_with_options(client: httpx.Client) -> None:
     wanted = ["blue", "red", "green", "red", "blue"]
-    response = client.post("/predict", files=files(*map(draw_image, wanted)), data={"model": "colors", "top_k": "2"})
+    response = client.post(
+        "/predict", files=files(*map(draw_image, wanted)), data={"model": "colors", "top_k": "2"}
+    )
     assert labels_of(response) == wanted
     assert all(len(entry["top"]) == 2 for entry in response.json()["predictions"])
 
 
-@pytest.mark.parametrize("content_type", ["image/jpeg", "image/png", "image/whatever", "application/octet-stream"])
+@pytest.mark.parametrize(
+    "content_type", ["image/jpeg", "image/png", "image/whatever", "application/octet-stream"]
+)
 def test_a_raw_body(client: httpx.Client, content_type: str) -> None:
-    response = client.post("/predict?top_k=1", content=draw_image("red"), headers={"content-type": content_type})
+    response = client.post(
+        "/predict?top_k=1", content=draw_image("red"), headers={"content-type": content_type}
+    )
     assert labels_of(response) == ["red"]
     assert len(response.json()["predictions"][0]["top"]) == 1
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF", "BMP", "TIFF"])
 def test_every_format_by_its_content(client: httpx.Client, kind: str) -> None:
-    assert labels_of(client.post("/predict", files=files(draw_image("blue", kind=kind)))) == ["blue"]
+    assert labels_of(client.post("/predict", files=files(draw_image("blue", kind=kind)))) == [
+        "blue"
+    ]
 
 
 def test_a_chunked_body(client: httpx.Client) -> None:
     image = draw_image("red")
     parts = (image[start : start + 1000] for start in range(0, len(image), 1000))
-    assert labels_of(client.post("/predict", content=parts, headers={"content-type": "image/jpeg"})) == ["red"]
+    assert labels_of(
+        client.post("/predict", content=parts, headers={"content-type": "image/jpeg"})
+    ) == ["red"]
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl on this machine")
 def test_curl_as_the_readme_types_it(server: RunningServer, tmp_path: Path) -> None:
     (tmp_path / "x.jpg").write_bytes(draw_image("green"))
-    for options in (["-F", "images=@x.jpg"], ["--data-binary", "@x.jpg", "-H", "Content-Type: image/jpeg"]):
-        answer = subprocess.run(["curl", "-sS", *options, f"{server.url}/predict"], cwd=tmp_path, capture_output=True, check=True)
+    for options in (
+        ["-F", "images=@x.jpg"],
+        ["--data-binary", "@x.jpg", "-H", "Content-Type: image/jpeg"],
+    ):
+        answer = subprocess.run(
+            ["curl", "-sS", *options, f"{server.url}/predict"],
+            cwd=tmp_path,
+            capture_output=True,
+            check=True,
+        )
         assert json.loads(answer.stdout)["predictions"][0]["label"] == "green"
 
 
@@ -139,7 +161,9 @@ def test_bentomls_client(server: RunningServer, tmp_path: Path) -> None:
 
 def test_a_bad_image_among_good_ones_fails_alone(client: httpx.Client) -> None:
     good = draw_image("red")
-    response = client.post("/predict", files=files(good, b"no image", good[:300], draw_image("blue")))
+    response = client.post(
+        "/predict", files=files(good, b"no image", good[:300], draw_image("blue"))
+    )
     assert labels_of(response) == ["red", "unreadable", "unreadable", "blue"]
     entry = response.json()["predictions"][1]
     assert entry["error"]["code"] == "unreadable_image"
@@ -148,16 +172,26 @@ def test_a_bad_image_among_good_ones_fails_alone(client: httpx.Client) -> None:
 
 def test_no_readable_image_is_an_error(client: httpx.Client) -> None:
     check_error(client.post("/predict", files=files(b"no image")), 400, "unreadable_image")
-    message = check_error(client.post("/predict", files=files(b"no image", b"none either")), 400, "unreadable_image")
+    message = check_error(
+        client.post("/predict", files=files(b"no image", b"none either")), 400, "unreadable_image"
+    )
     assert "none of the 2 images" in message
-    check_error(client.post("/predict", content=b"x", headers={"content-type": "image/jpeg"}), 400, "unreadable_image")
+    check_error(
+        client.post("/predict", content=b"x", headers={"content-type": "image/jpeg"}),
+        400,
+        "unreadable_image",
+    )
     too_large = draw_image("red", size=(1200, 1000))
     message = check_error(client.post("/predict", files=files(too_large)), 413, "image_too_large")
     assert "1200x1000" in message
 
 
 def test_no_image_at_all(client: httpx.Client) -> None:
-    check_error(client.post("/predict", content=b"", headers={"content-type": "image/jpeg"}), 400, "no_image")
+    check_error(
+        client.post("/predict", content=b"", headers={"content-type": "image/jpeg"}),
+        400,
+        "no_image",
+    )
     only_options = {"top_k": (None, "3")}
     check_error(client.post("/predict", files=only_options), 400, "no_image")
 
@@ -167,7 +201,9 @@ def test_text_in_the_place_of_a_file_is_not_fetched(client: httpx.Client) -> Non
         listener.settimeout(0.3)
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/photo.jpg"
         check_error(client.post("/predict", files={"images": (None, url)}), 400, "no_image")
-        check_error(client.post("/predict", json={"images": [url]}), 415, "unsupported_content_type")
+        check_error(
+            client.post("/predict", json={"images": [url]}), 415, "unsupported_content_type"
+        )
         with pytest.raises(TimeoutError):
             listener.accept()
 
@@ -191,14 +227,20 @@ def test_bad_options(client: httpx.Client, data: dict[str, str], status: int, co
 
 
 def test_a_file_in_another_field(client: httpx.Client) -> None:
-    message = check_error(client.post("/predict", files={"file": ("x.jpg", b"x")}), 400, "unknown_field")
+    message = check_error(
+        client.post("/predict", files={"file": ("x.jpg", b"x")}), 400, "unknown_field"
+    )
     assert "'images'" in message
 
 
-@pytest.mark.parametrize("content_type", ["application/json", "text/plain", "application/x-www-form-urlencoded", None])
+@pytest.mark.parametrize(
+    "content_type", ["application/json", "text/plain", "application/x-www-form-urlencoded", None]
+)
 def test_another_content_type(client: httpx.Client, content_type: str | None) -> None:
     headers = {"content-type": content_type} if content_type else {}
-    message = check_error(client.post("/predict", content=b"{}", headers=headers), 415, "unsupported_content_type")
+    message = check_error(
+        client.post("/predict", content=b"{}", headers=headers), 415, "unsupported_content_type"
+    )
     assert "curl -F images=@" in message
 
 
@@ -210,20 +252,32 @@ def test_another_content_type(client: httpx.Client, content_type: str | None) ->
         ("multipart/form-data; boundary=" + "b" * 1000, b""),
         ("multipart/form-data; boundary=b", b""),
         ("multipart/form-data; boundary=b", b"no boundary at all"),
-        ("multipart/form-data; boundary=b", b'--b\r\nContent-Disposition: form-data; name="images"; filename="x"\r\n\r\ncut'),
-        ("multipart/form-data; boundary=b", b"--b\r\n" + b"A" * 10_000 + b": x\r\n\r\nx\r\n--b--\r\n"),
+        (
+            "multipart/form-data; boundary=b",
+            b'--b\r\nContent-Disposition: form-data; name="images"; filename="x"\r\n\r\ncut',
+        ),
+        (
+            "multipart/form-data; boundary=b",
+            b"--b\r\n" + b"A" * 10_000 + b": x\r\n\r\nx\r\n--b--\r\n",
+        ),
         ("multipart/form-data; boundary=b", b"--b\r\nbad header\r\n\r\nx\r\n--b--\r\n"),
     ],
     ids=["none", "empty", "long", "no body", "no part", "cut off", "long header", "bad header"],
 )
 def test_a_broken_multipart_body(client: httpx.Client, content_type: str, body: bytes) -> None:
-    check_error(client.post("/predict", content=body, headers={"content-type": content_type}), 400, "broken_multipart")
+    check_error(
+        client.post("/predict", content=body, headers={"content-type": content_type}),
+        400,
+        "broken_multipart",
+    )
 
 
 def test_too_many_images(client: httpx.Client) -> None:
     small = draw_image("red", size=(32, 32))
     assert len(labels_of(client.post("/predict", files=files(*[small] * MAX_IMAGES)))) == MAX_IMAGES
-    check_error(client.post("/predict", files=files(*[small] * (MAX_IMAGES + 1))), 413, "too_many_images")
+    check_error(
+        client.post("/predict", files=files(*[small] * (MAX_IMAGES + 1))), 413, "too_many_images"
+    )
 
 
 def test_a_body_that_is_too_large_by_its_header_and_by_its_size(client: httpx.Client) -> None:
@@ -237,7 +291,9 @@ def test_a_body_that_is_too_large_by_its_header_and_by_its_size(client: httpx.Cl
 def test_a_body_that_does_not_come(server: RunningServer) -> None:
     address = urlsplit(server.url)
     with socket.create_connection((address.hostname, address.port), timeout=10) as connection:
-        connection.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\nContent-Length: 100\r\n\r\nabc")
+        connection.sendall(
+            b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\nContent-Length: 100\r\n\r\nabc"
+        )
         answer = b""
         while b"body_timeout" not in answer and (received := connection.recv(10_000)):
             answer += received
@@ -248,12 +304,22 @@ def test_a_body_that_does_not_come(server: RunningServer) -> None:
 @pytest.mark.parametrize(
     ("head", "status", "code"),
     [
-        (f"POST /nothing HTTP/1.1\r\nConnection: close\r\nContent-Length: {MAX_BODY_BYTES}", 404, "not_found"),
+        (
+            f"POST /nothing HTTP/1.1\r\nConnection: close\r\nContent-Length: {MAX_BODY_BYTES}",
+            404,
+            "not_found",
+        ),
         (f"PUT /predict HTTP/1.0\r\nContent-Length: {MAX_BODY_BYTES}", 405, "method_not_allowed"),
-        (f"POST /predict HTTP/1.0\r\nContent-Type: image/jpeg\r\nContent-Length: {2 * MAX_BODY_BYTES}", 413, "body_too_large"),
+        (
+            f"POST /predict HTTP/1.0\r\nContent-Type: image/jpeg\r\nContent-Length: {2 * MAX_BODY_BYTES}",
+            413,
+            "body_too_large",
+        ),
     ],
 )
-def test_an_early_answer_reaches_who_is_still_sending(server: RunningServer, head: str, status: int, code: str) -> None:
+def test_an_early_answer_reaches_who_is_still_sending(
+    server: RunningServer, head: str, status: int, code: str
+) -> None:
     """As proxies do, which close after each request: a close with bytes unread would reset the connection and take the answer along."""
     address = urlsplit(server.url)
     with socket.create_connection((address.hostname, address.port), timeout=10) as connection:
@@ -268,12 +334,16 @@ def test_an_early_answer_reaches_who_is_still_sending(server: RunningServer, hea
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == code
 
 
-def test_who_is_answered_early_and_sends_no_more_or_without_end_is_let_go(server: RunningServer) -> None:
+def test_who_is_answered_early_and_sends_no_more_or_without_end_is_let_go(
+    server: RunningServer,
+) -> None:
     """Within the body's limit, 1 s here, and the answer comes first."""
     address = urlsplit(server.url)
     for is_silent in (True, False):
         with socket.create_connection((address.hostname, address.port), timeout=10) as connection:
-            connection.sendall(b"POST /nothing HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 1000000000\r\n\r\n")
+            connection.sendall(
+                b"POST /nothing HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 1000000000\r\n\r\n"
+            )
             started = time.monotonic()
             answer = b""
             while b"not_found" not in answer and (received := connection.recv(10_000)):
@@ -322,10 +392,16 @@ def test_the_openapi_page_tells_the_truth(client: httpx.Client) -> None:
     spec = client.get("/docs.json").json()
     operation = spec["paths"]["/predict"]["post"]
     assert set(operation["requestBody"]["content"]) == {"multipart/form-data", "image/*"}
-    assert {parameter["name"] for parameter in operation["parameters"]} == {"model", "version", "top_k"}
+    assert {parameter["name"] for parameter in operation["parameters"]} == {
+        "model",
+        "version",
+        "top_k",
+    }
     assert {"200", "400", "404", "413", "415", "429", "503"} <= set(operation["responses"])
     references = set(json.dumps(spec).split('"#/components/schemas/')[1:])
-    assert {reference.split('"')[0] for reference in references} <= set(spec["components"]["schemas"])
+    assert {reference.split('"')[0] for reference in references} <= set(
+        spec["components"]["schemas"]
+    )
     assert "/v1/models" in spec["paths"]
 
 
@@ -336,11 +412,23 @@ def test_32_clients_with_good_and_broken_files(server: RunningServer) -> None:
         with httpx.Client(base_url=server.url, timeout=60) as client:
             for _ in range(4):
                 if kind == 0:
-                    check_error(client.post("/predict", files=files(good[: 100 + number])), 400, "unreadable_image")
+                    check_error(
+                        client.post("/predict", files=files(good[: 100 + number])),
+                        400,
+                        "unreadable_image",
+                    )
                 elif kind == 1:
-                    assert labels_of(client.post("/predict", files=files(good, b"bad", good))) == [label, "unreadable", label]
+                    assert labels_of(client.post("/predict", files=files(good, b"bad", good))) == [
+                        label,
+                        "unreadable",
+                        label,
+                    ]
                 elif kind == 2:
-                    assert labels_of(client.post("/predict", content=good, headers={"content-type": "image/jpeg"})) == [label]
+                    assert labels_of(
+                        client.post(
+                            "/predict", content=good, headers={"content-type": "image/jpeg"}
+                        )
+                    ) == [label]
                 else:
                     assert labels_of(client.post("/predict", files=files(good))) == [label]
 
@@ -354,7 +442,9 @@ def test_clients_that_hang_up_harm_nobody(server: RunningServer, client: httpx.C
     head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\nContent-Length: {len(image)}\r\n\r\n".encode()
     for num_bytes in (0, 10, len(image) // 2, len(image)):
         for _ in range(5):
-            with socket.create_connection((address.hostname, address.port), timeout=10) as connection:
+            with socket.create_connection(
+                (address.hostname, address.port), timeout=10
+            ) as connection:
                 connection.sendall(head + image[:num_bytes])
     assert labels_of(client.post("/predict", files=files(image))) == ["red"]
     assert "Traceback" not in server.log()
@@ -366,7 +456,10 @@ def test_without_a_model_the_server_lives_and_says_how_to_make_one(tmp_path: Pat
         while (ready := httpx.get(f"{server.url}/readyz")).json()["error"]["code"] == "not_ready":
             assert time.monotonic() < end
             time.sleep(0.05)
-        for response in (ready, httpx.post(f"{server.url}/predict", files=files(draw_image("red")))):
+        for response in (
+            ready,
+            httpx.post(f"{server.url}/predict", files=files(draw_image("red"))),
+        ):
             message = check_error(response, 503, "no_model")
             assert "make run" in message
             assert "CHECKPOINTS" in message
@@ -380,8 +473,15 @@ def bento_dir(colors: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bento")
     project = folder / "project"
     for name in ("service", "models"):
-        shutil.copytree(PROJECT_DIR / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("bentofile.yaml", "constraints.txt", "deploy/Dockerfile.j2", "deploy/healthcheck.sh"):
+        shutil.copytree(
+            PROJECT_DIR / name, project / name, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    for name in (
+        "bentofile.yaml",
+        "constraints.txt",
+        "deploy/Dockerfile.j2",
+        "deploy/healthcheck.sh",
+    ):
         (project / name).parent.mkdir(exist_ok=True)
         shutil.copy(PROJECT_DIR / name, project / name)
     (project / "README.md").write_text("# Graft\n")
@@ -410,7 +510,14 @@ def bento_dir(colors: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_bento_holds_what_serving_needs_and_nothing_else(bento_dir: Path) -> None:
     source = bento_dir / "src"
-    assert {path.name for path in source.iterdir()} == {"service", "models", "checkpoints", "deploy", "bentofile.yaml", "constraints.txt"}
+    assert {path.name for path in source.iterdir()} == {
+        "service",
+        "models",
+        "checkpoints",
+        "deploy",
+        "bentofile.yaml",
+        "constraints.txt",
+    }
     assert [path.name for path in (source / "deploy").iterdir()] == ["healthcheck.sh"]
     assert sorted(path.name for path in (source / "checkpoints").iterdir()) == ["first", "second"]
     assert [path.name for path in (source / "checkpoints" / "first").iterdir()] == ["1"]
@@ -420,11 +527,15 @@ def test_the_bento_holds_what_serving_needs_and_nothing_else(bento_dir: Path) ->
     assert "torch" not in requirements
 
 
-def test_the_bento_serves_from_elsewhere_without_torch_until_sigterm(bento_dir: Path, tmp_path: Path) -> None:
+def test_the_bento_serves_from_elsewhere_without_torch_until_sigterm(
+    bento_dir: Path, tmp_path: Path
+) -> None:
     no_torch = tmp_path / "no_torch"
     no_torch.mkdir()
     # Python imports sitecustomize at its start: in the server's processes `import torch` fails, as where it is not installed.
-    (no_torch / "sitecustomize.py").write_text("import sys\nsys.modules['torch'] = None\nsys.modules['timm'] = None\n")
+    (no_torch / "sitecustomize.py").write_text(
+        "import sys\nsys.modules['torch'] = None\nsys.modules['timm'] = None\n"
+    )
     env = {"PYTHONPATH": str(no_torch), "GRAFT_MAX_QUEUE_IMAGES": "64", "GRAFT_DRAIN_SECONDS": "1"}
     with serve(tmp_path / "log", env, cwd=tmp_path, target=str(bento_dir)) as server:
         post = f"{server.url}/predict"
@@ -468,7 +579,9 @@ def check_sigterm_finishes_what_is_in(server: RunningServer) -> None:
     answers = []
     body = files(*[draw_image("green", size=(1000, 800))] * 60)
     sending = threading.Thread(
-        target=lambda: answers.append(httpx.post(f"{server.url}/predict", files=body, data={"model": "first"}, timeout=60))
+        target=lambda: answers.append(
+            httpx.post(f"{server.url}/predict", files=body, data={"model": "first"}, timeout=60)
+        )
     )
     sending.start()
     time.sleep(0.15)

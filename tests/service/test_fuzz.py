@@ -49,17 +49,26 @@ def server(colors: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[R
         yield running
 
 
-IMAGES = {(label, kind): draw_image(label, 3, (320, 240), kind) for label in LABELS for kind in KINDS}
+IMAGES = {
+    (label, kind): draw_image(label, 3, (320, 240), kind) for label in LABELS for kind in KINDS
+}
 
 
 def png_bomb(width: int, height: int) -> bytes:
     """A PNG of zeros that is a thousand times larger decoded."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1_000_000)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 1_000_000))
+        + chunk(b"IEND", b"")
+    )
 
 
 def damage(draw: random.Random, data: bytes) -> bytes:
@@ -79,14 +88,18 @@ def damage(draw: random.Random, data: bytes) -> bytes:
             case _:
                 for _ in range(draw.randint(1, 20)):
                     if mutable:
-                        mutable[draw.randrange(len(mutable))] = draw.choice((0, 1, 0x7F, 0x80, 0xFF, draw.randrange(256)))
+                        mutable[draw.randrange(len(mutable))] = draw.choice(
+                            (0, 1, 0x7F, 0x80, 0xFF, draw.randrange(256))
+                        )
     return bytes(mutable)
 
 
 def an_image(draw: random.Random) -> bytes:
     match draw.randrange(10):
         case 0:
-            return png_bomb(draw.choice((1, 900, 60_000, 2**31 - 1)), draw.choice((1, 900, 60_000, 2**31 - 1)))
+            return png_bomb(
+                draw.choice((1, 900, 60_000, 2**31 - 1)), draw.choice((1, 900, 60_000, 2**31 - 1))
+            )
         case 1:
             return draw.randbytes(draw.randint(0, 2000))
         case _:
@@ -94,11 +107,21 @@ def an_image(draw: random.Random) -> bytes:
 
 
 def multipart(parts: list[tuple[bytes, bytes]]) -> bytes:
-    return b"".join(b"--%s\r\n%s\r\n\r\n%s\r\n" % (BOUNDARY, head, data) for head, data in parts) + b"--%s--\r\n" % BOUNDARY
+    return (
+        b"".join(b"--%s\r\n%s\r\n\r\n%s\r\n" % (BOUNDARY, head, data) for head, data in parts)
+        + b"--%s--\r\n" % BOUNDARY
+    )
 
 
-def request(path: bytes, headers: dict[bytes, bytes], body: bytes, method: bytes = b"POST") -> bytes:
-    every = {b"Host": b"localhost", b"Connection": b"close", b"Content-Length": b"%d" % len(body), **headers}
+def request(
+    path: bytes, headers: dict[bytes, bytes], body: bytes, method: bytes = b"POST"
+) -> bytes:
+    every = {
+        b"Host": b"localhost",
+        b"Connection": b"close",
+        b"Content-Length": b"%d" % len(body),
+        **headers,
+    }
     head = b"".join(b"%s: %s\r\n" % pair for pair in every.items())
     return b"%s %s HTTP/1.1\r\n%s\r\n%s" % (method, path, head, body)
 
@@ -108,28 +131,63 @@ def raw_image(draw: random.Random) -> bytes:
 
 
 def form_of_images(draw: random.Random) -> bytes:
-    parts = [(b'Content-Disposition: form-data; name="images"; filename="a.jpg"', an_image(draw)) for _ in range(draw.randint(1, 5))]
-    return request(b"/predict", {b"Content-Type": b"multipart/form-data; boundary=" + BOUNDARY}, multipart(parts))
+    parts = [
+        (b'Content-Disposition: form-data; name="images"; filename="a.jpg"', an_image(draw))
+        for _ in range(draw.randint(1, 5))
+    ]
+    return request(
+        b"/predict",
+        {b"Content-Type": b"multipart/form-data; boundary=" + BOUNDARY},
+        multipart(parts),
+    )
 
 
 def damaged_form(draw: random.Random) -> bytes:
     good = IMAGES[draw.choice(LABELS), "JPEG"]
     body = multipart(
         [
-            (b'Content-Disposition: form-data; name="images"; filename="a.jpg"\r\nContent-Type: image/jpeg', good),
-            (b'Content-Disposition: form-data; name="top_k"', draw.choice((b"2", b"-1", b"1e9", b"\xff", b'"3"', b"9" * 400))),
+            (
+                b'Content-Disposition: form-data; name="images"; filename="a.jpg"\r\nContent-Type: image/jpeg',
+                good,
+            ),
+            (
+                b'Content-Disposition: form-data; name="top_k"',
+                draw.choice((b"2", b"-1", b"1e9", b"\xff", b'"3"', b"9" * 400)),
+            ),
         ]
     )
-    content_type = draw.choice((b"multipart/form-data; boundary=" + BOUNDARY, damage(draw, b"multipart/form-data; boundary=" + BOUNDARY)))
-    return request(b"/predict", {b"Content-Type": content_type.replace(b"\r", b"").replace(b"\n", b"")}, damage(draw, body))
+    content_type = draw.choice(
+        (
+            b"multipart/form-data; boundary=" + BOUNDARY,
+            damage(draw, b"multipart/form-data; boundary=" + BOUNDARY),
+        )
+    )
+    return request(
+        b"/predict",
+        {b"Content-Type": content_type.replace(b"\r", b"").replace(b"\n", b"")},
+        damage(draw, body),
+    )
 
 
 def odd_headers(draw: random.Random) -> bytes:
     headers = {
-        b"Content-Type": draw.choice((b"", b"image/" + b"x" * 3000, b"image/jpeg; q=\xff", b"*/*", b"text/html", b"multipart/form-data")),
-        b"Content-Length": draw.choice((b"0", b"-1", b"99999999999999999999", b"1e3", b"10", b"2000001")),
+        b"Content-Type": draw.choice(
+            (
+                b"",
+                b"image/" + b"x" * 3000,
+                b"image/jpeg; q=\xff",
+                b"*/*",
+                b"text/html",
+                b"multipart/form-data",
+            )
+        ),
+        b"Content-Length": draw.choice(
+            (b"0", b"-1", b"99999999999999999999", b"1e3", b"10", b"2000001")
+        ),
         b"X-Request-ID": draw.randbytes(20).replace(b"\r", b"").replace(b"\n", b""),
-        b"Authorization": draw.choice((b"Bearer", b"Bearer \xff\xfe", b"Basic " + b"A" * 4000, b"")),
+        b"Authorization": draw.choice(
+            (b"Bearer", b"Bearer \xff\xfe", b"Basic " + b"A" * 4000, b"")
+        ),
         b"Transfer-Encoding": draw.choice((b"chunked", b"identity", b"gzip, chunked")),
     }
     chosen = {name: headers[name] for name in draw.sample(sorted(headers), draw.randint(1, 3))}
@@ -137,10 +195,25 @@ def odd_headers(draw: random.Random) -> bytes:
 
 
 def odd_path(draw: random.Random) -> bytes:
-    paths = (b"/predict", b"/v1/models", b"/v1/status", b"/docs.json", b"/v1/models/colors/rollout", b"/v1/models/colors/versions/1:load")
-    path = damage(draw, draw.choice(paths) + draw.choice((b"", b"?model=colors", b"?top_k=%00", b"?version=latest", b"/../../etc/passwd")))
+    paths = (
+        b"/predict",
+        b"/v1/models",
+        b"/v1/status",
+        b"/docs.json",
+        b"/v1/models/colors/rollout",
+        b"/v1/models/colors/versions/1:load",
+    )
+    path = damage(
+        draw,
+        draw.choice(paths)
+        + draw.choice(
+            (b"", b"?model=colors", b"?top_k=%00", b"?version=latest", b"/../../etc/passwd")
+        ),
+    )
     path = bytes(byte for byte in path if 0x21 <= byte <= 0x7E) or b"/"
-    method = draw.choice((b"GET", b"POST", b"PATCH", b"HEAD", b"DELETE", b"OPTIONS", b"TRACE", b"BREW"))
+    method = draw.choice(
+        (b"GET", b"POST", b"PATCH", b"HEAD", b"DELETE", b"OPTIONS", b"TRACE", b"BREW")
+    )
     return request(b"/" + path.lstrip(b"/"), {}, draw.choice((b"", b"{}")), method)
 
 
@@ -155,11 +228,18 @@ def odd_json(draw: random.Random) -> bytes:
         b"[" * 9000,
     )
     body = draw.choice((draw.choice(values), damage(draw, draw.choice(values))))
-    return request(b"/v1/models/colors/rollout", {b"Authorization": b"Bearer " + TOKEN.encode()}, body, b"PATCH")
+    return request(
+        b"/v1/models/colors/rollout",
+        {b"Authorization": b"Bearer " + TOKEN.encode()},
+        body,
+        b"PATCH",
+    )
 
 
 def no_http(draw: random.Random) -> bytes:
-    return damage(draw, request(b"/predict", {b"Content-Type": b"image/jpeg"}, IMAGES["red", "JPEG"]))
+    return damage(
+        draw, request(b"/predict", {b"Content-Type": b"image/jpeg"}, IMAGES["red", "JPEG"])
+    )
 
 
 KINDS_OF_REQUEST: tuple[Callable[[random.Random], bytes], ...] = (
@@ -188,7 +268,11 @@ def send(address: tuple[str, int], data: bytes, patience: float = 3) -> bytes:
 
 def check_good(address: tuple[str, int], number: int) -> None:
     label, kind = LABELS[number % len(LABELS)], KINDS[number % len(KINDS)]
-    answer = send(address, request(b"/predict", {b"Content-Type": b"application/octet-stream"}, IMAGES[label, kind]), 30)
+    answer = send(
+        address,
+        request(b"/predict", {b"Content-Type": b"application/octet-stream"}, IMAGES[label, kind]),
+        30,
+    )
     assert answer.startswith(b"HTTP/1.1 200 "), answer[:500]
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["predictions"][0]["label"] == label
 
@@ -232,20 +316,28 @@ def test_broken_requests_of_every_kind(server: RunningServer) -> None:
     files = sum(process.num_fds() for process in before)
     attack_at_once(NUM_REQUESTS // 3, NUM_REQUESTS)
     assert bad == []
-    assert [process.pid for process in family(server)] == [process.pid for process in before], "a process was replaced"
+    assert [process.pid for process in family(server)] == [process.pid for process in before], (
+        "a process was replaced"
+    )
     assert sum(process.memory_info().rss for process in before) - memory < _MAX_GROWTH_BYTES
     assert sum(process.num_fds() for process in before) - files <= 2
     assert "Traceback" not in server.log()
     assert httpx.get(server.url + "/readyz").status_code == 200
 
 
-def test_one_broken_image_in_a_batch_of_16_harms_nobody(server: RunningServer, tmp_path: Path) -> None:
+def test_one_broken_image_in_a_batch_of_16_harms_nobody(
+    server: RunningServer, tmp_path: Path
+) -> None:
     draw = random.Random(0)
     for position in range(16):
         labels = [draw.choice(LABELS) for _ in range(16)]
         images = [IMAGES[label, draw.choice(KINDS)] for label in labels]
         images[position] = images[position][:20]
-        response = httpx.post(server.url + "/predict", files=[("images", ("a", image)) for image in images], timeout=30)
+        response = httpx.post(
+            server.url + "/predict",
+            files=[("images", ("a", image)) for image in images],
+            timeout=30,
+        )
         found = [entry.get("label") for entry in response.json()["predictions"]]
         assert found == [None if index == position else label for index, label in enumerate(labels)]
 
@@ -253,7 +345,11 @@ def test_one_broken_image_in_a_batch_of_16_harms_nobody(server: RunningServer, t
 def test_what_the_description_allows_and_what_it_does_not(colors: Path, tmp_path: Path) -> None:
     """Schemathesis reads /docs.json and tries the bounds of every parameter and body: each answer is one that is described there."""
     copy_checkpoint(colors, tmp_path / "checkpoints", "colors", 1)
-    env = {"CHECKPOINTS": str(tmp_path / "checkpoints"), "GRAFT_BODY_SECONDS": "1", "GRAFT_ADMIN_TOKEN": TOKEN}
+    env = {
+        "CHECKPOINTS": str(tmp_path / "checkpoints"),
+        "GRAFT_BODY_SECONDS": "1",
+        "GRAFT_ADMIN_TOKEN": TOKEN,
+    }
     with serve(tmp_path / "log", env) as server:
         command = [
             *(
@@ -264,7 +360,12 @@ def test_what_the_description_allows_and_what_it_does_not(colors: Path, tmp_path
                 f"Authorization: Bearer {TOKEN}",
             ),
             # What it does not say is that only a real image is taken, or that unloading the one model leaves none to ask (503).
-            *("--exclude-checks", "positive_data_acceptance,negative_data_rejection", "--exclude-path-regex", ":unload$"),
+            *(
+                "--exclude-checks",
+                "positive_data_acceptance,negative_data_rejection",
+                "--exclude-path-regex",
+                ":unload$",
+            ),
             *(
                 "--phases",
                 "coverage,fuzzing",

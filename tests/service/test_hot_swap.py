@@ -35,13 +35,19 @@ IMAGE = draw_image("red", 11)
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """It starts with nothing to serve, and looks often."""
     folder = tmp_path_factory.mktemp("server")
-    env = {"CHECKPOINTS": str(folder / "checkpoints"), "GRAFT_POLL_SECONDS": "0.1", "GRAFT_ADMIN_TOKEN": TOKEN}
+    env = {
+        "CHECKPOINTS": str(folder / "checkpoints"),
+        "GRAFT_POLL_SECONDS": "0.1",
+        "GRAFT_ADMIN_TOKEN": TOKEN,
+    }
     with serve(folder / "log", env, until="/livez") as running:
         yield running
 
 
 @pytest.fixture
-def publish(colors: Path, server: RunningServer, request: pytest.FixtureRequest) -> Callable[..., Path]:
+def publish(
+    colors: Path, server: RunningServer, request: pytest.FixtureRequest
+) -> Callable[..., Path]:
     """Put a version of this test's own model into the repository in one step; the temperature tells versions apart by their scores."""
     name = name_of(request)
     root = server.log_path.parent
@@ -75,7 +81,12 @@ def until(condition: Callable[[], object], seconds: float = 10) -> None:
 
 
 def ask(client: httpx.Client, name: str, **options: str) -> dict[str, Any]:
-    response = client.post("/predict", params={"model": name, **options}, content=IMAGE, headers={"Content-Type": "image/jpeg"})
+    response = client.post(
+        "/predict",
+        params={"model": name, **options},
+        content=IMAGE,
+        headers={"Content-Type": "image/jpeg"},
+    )
     body: dict[str, Any] = response.json()
     assert response.status_code == 200, body
     return body
@@ -83,7 +94,12 @@ def ask(client: httpx.Client, name: str, **options: str) -> dict[str, Any]:
 
 def version_of(client: httpx.Client, name: str, **options: str) -> int | None:
     """The version that answers; None where the model is not served."""
-    response = client.post("/predict", params={"model": name, **options}, content=IMAGE, headers={"Content-Type": "image/jpeg"})
+    response = client.post(
+        "/predict",
+        params={"model": name, **options},
+        content=IMAGE,
+        headers={"Content-Type": "image/jpeg"},
+    )
     if response.status_code in (404, 503):
         return None
     assert response.status_code == 200, response.text
@@ -92,17 +108,25 @@ def version_of(client: httpx.Client, name: str, **options: str) -> int | None:
 
 
 def refusals(client: httpx.Client, name: str) -> dict[int | None, str]:
-    return {one["version"]: one["reason"] for one in client.get("/v1/models").json()["refused"] if one["name"] == name}
+    return {
+        one["version"]: one["reason"]
+        for one in client.get("/v1/models").json()["refused"]
+        if one["name"] == name
+    }
 
 
-def patch(client: httpx.Client, name: str, change: dict[str, object], status: int = 200) -> dict[str, Any]:
+def patch(
+    client: httpx.Client, name: str, change: dict[str, object], status: int = 200
+) -> dict[str, Any]:
     response = client.patch(f"/v1/models/{name}/rollout", json=change, headers=ADMIN)
     assert response.status_code == status, response.text
     body: dict[str, Any] = response.json()
     return body
 
 
-def test_a_checkpoint_put_into_an_empty_repository_is_served(client: httpx.Client, publish: Callable[..., Path], name: str) -> None:
+def test_a_checkpoint_put_into_an_empty_repository_is_served(
+    client: httpx.Client, publish: Callable[..., Path], name: str
+) -> None:
     assert client.get("/readyz").status_code in (200, 503)
     assert version_of(client, name) is None
     publish(1)
@@ -131,7 +155,9 @@ def test_new_versions_take_over_under_load_and_no_request_is_lost(
             while not is_over.is_set():
                 body = ask(own, name)
                 # Scores are those of the version that is named, so no answer is a mix of two.
-                for found, wanted in zip(body["predictions"][0]["top"], expected[body["version"]][0]["top"], strict=True):
+                for found, wanted in zip(
+                    body["predictions"][0]["top"], expected[body["version"]][0]["top"], strict=True
+                ):
                     assert found["score"] == pytest.approx(wanted["score"], abs=1e-4)
                 with lock:
                     seen.append(body["version"])
@@ -149,14 +175,18 @@ def test_new_versions_take_over_under_load_and_no_request_is_lost(
     assert set(seen) == {1, 2, 3, 4}
 
 
-def test_a_bad_version_is_refused_and_served_once_it_is_mended(client: httpx.Client, publish: Callable[..., Path], name: str) -> None:
+def test_a_bad_version_is_refused_and_served_once_it_is_mended(
+    client: httpx.Client, publish: Callable[..., Path], name: str
+) -> None:
     publish(1)
     until(lambda: version_of(client, name) == 1)
     weights: list[bytes] = []
 
     def damage(folder: Path) -> None:
         weights.append((folder / WEIGHTS_FILE).read_bytes())
-        change_file(folder / WEIGHTS_FILE, lambda data: data[:-1] + bytes([data[-1] ^ 1]), rehash=False)
+        change_file(
+            folder / WEIGHTS_FILE, lambda data: data[:-1] + bytes([data[-1] ^ 1]), rehash=False
+        )
 
     folder = publish(2, damage)
     until(lambda: 2 in refusals(client, name))
@@ -167,7 +197,9 @@ def test_a_bad_version_is_refused_and_served_once_it_is_mended(client: httpx.Cli
     assert refusals(client, name) == {}
 
 
-def test_a_version_that_is_taken_away_gives_way_to_the_one_before(client: httpx.Client, publish: Callable[..., Path], name: str) -> None:
+def test_a_version_that_is_taken_away_gives_way_to_the_one_before(
+    client: httpx.Client, publish: Callable[..., Path], name: str
+) -> None:
     publish(1)
     folder = publish(2)
     until(lambda: version_of(client, name) == 2)
@@ -177,24 +209,43 @@ def test_a_version_that_is_taken_away_gives_way_to_the_one_before(client: httpx.
     until(lambda: version_of(client, name) is None)
 
 
-def test_a_version_that_is_made_again_under_its_number_is_noticed(client: httpx.Client, publish: Callable[..., Path], name: str) -> None:
+def test_a_version_that_is_made_again_under_its_number_is_noticed(
+    client: httpx.Client, publish: Callable[..., Path], name: str
+) -> None:
     folder = publish(1)
     until(lambda: version_of(client, name) == 1)
     before = ask(client, name)["predictions"][0]["score"]
     shutil.rmtree(folder)
-    publish(1, lambda staged: change_config(staged, lambda config: config["graft"].update(temperature=3.0)))
-    until(lambda: version_of(client, name) == 1 and ask(client, name)["predictions"][0]["score"] < before - 0.01)
+    publish(
+        1,
+        lambda staged: change_config(
+            staged, lambda config: config["graft"].update(temperature=3.0)
+        ),
+    )
+    until(
+        lambda: (
+            version_of(client, name) == 1
+            and ask(client, name)["predictions"][0]["score"] < before - 0.01
+        )
+    )
 
 
-def test_labels_default_canary_load_and_unload(client: httpx.Client, publish: Callable[..., Path], name: str) -> None:
+def test_labels_default_canary_load_and_unload(
+    client: httpx.Client, publish: Callable[..., Path], name: str
+) -> None:
     for version in (1, 2, 3):
         folder = publish(version)
     until(lambda: version_of(client, name) == 3)
     assert version_of(client, name, version="1") is None
     changed = patch(client, name, {"labels": {"stable": 2}, "default": "stable"})
     assert (changed["versions"], changed["persisted"]) == ([2, 3], True)
-    assert json.loads((folder.parent / ROLLOUT_FILE).read_text()) == {"default": "stable", "labels": {"stable": 2}}
-    assert [version_of(client, name, version=version) for version in ("", "stable", "latest", "3")] == [2, 2, 3, 3]
+    assert json.loads((folder.parent / ROLLOUT_FILE).read_text()) == {
+        "default": "stable",
+        "labels": {"stable": 2},
+    }
+    assert [
+        version_of(client, name, version=version) for version in ("", "stable", "latest", "3")
+    ] == [2, 2, 3, 3]
 
     load = client.post(f"/v1/models/{name}/versions/1:load", headers=ADMIN)
     assert (load.status_code, load.json()["versions"]) == (200, [1, 2, 3])
@@ -214,7 +265,9 @@ def test_labels_default_canary_load_and_unload(client: httpx.Client, publish: Ca
     assert "still referred to" in refused.json()["error"]["message"]
 
 
-def test_a_rollout_that_cannot_be_served_changes_nothing(client: httpx.Client, publish: Callable[..., Path], name: str) -> None:
+def test_a_rollout_that_cannot_be_served_changes_nothing(
+    client: httpx.Client, publish: Callable[..., Path], name: str
+) -> None:
     folder = publish(1)
     until(lambda: version_of(client, name) == 1)
     message = patch(client, name, {"default": 7}, 400)["error"]["message"]
@@ -232,7 +285,9 @@ def test_a_rollout_that_cannot_be_served_changes_nothing(client: httpx.Client, p
     until(lambda: refusals(client, name) == {})
 
 
-def test_a_shadow_is_compared_and_never_sent(client: httpx.Client, publish: Callable[..., Path], name: str) -> None:
+def test_a_shadow_is_compared_and_never_sent(
+    client: httpx.Client, publish: Callable[..., Path], name: str
+) -> None:
     publish(1)
     publish(2)
     until(lambda: version_of(client, name) == 2)
@@ -242,14 +297,18 @@ def test_a_shadow_is_compared_and_never_sent(client: httpx.Client, publish: Call
     assert wanted in client.get("/metrics").text
 
 
-@pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer wrong-token"}, {"Authorization": f"Basic {TOKEN}"}])
+@pytest.mark.parametrize(
+    "headers", [{}, {"Authorization": "Bearer wrong-token"}, {"Authorization": f"Basic {TOKEN}"}]
+)
 def test_administration_needs_the_token(client: httpx.Client, headers: dict[str, str]) -> None:
     response = client.patch("/v1/models/any/rollout", json={}, headers=headers)
     assert (response.status_code, response.json()["error"]["code"]) == (401, "unauthorized")
     assert response.headers["www-authenticate"] == "Bearer"
 
 
-@pytest.mark.parametrize("name", ["..", "%2e%2e", "..%2f..%2fetc", "no-such-model", "a%00b", ".tmp-1", "A"])
+@pytest.mark.parametrize(
+    "name", ["..", "%2e%2e", "..%2f..%2fetc", "no-such-model", "a%00b", ".tmp-1", "A"]
+)
 def test_no_path_leads_out_of_the_repository(client: httpx.Client, name: str) -> None:
     response = client.post(f"/v1/models/{name}/versions/1:load", headers=ADMIN)
     assert response.status_code == 404, response.text
@@ -267,24 +326,37 @@ def test_a_rollout_that_is_no_object(client: httpx.Client, body: bytes) -> None:
     assert (response.status_code, response.json()["error"]["code"]) == (400, "bad_request")
 
 
-def test_every_model_answers_from_one_pass(client: httpx.Client, publish: Callable[..., Path], name: str) -> None:
+def test_every_model_answers_from_one_pass(
+    client: httpx.Client, publish: Callable[..., Path], name: str
+) -> None:
     publish(1)
     until(lambda: version_of(client, name) == 1)
     bodies = ask(client, "all")["models"]
-    served = {model["name"]: model["version"] for model in client.get("/v1/models").json()["models"]}
+    served = {
+        model["name"]: model["version"] for model in client.get("/v1/models").json()["models"]
+    }
     assert {body["model"]: body["version"] for body in bodies} == served
     (own,) = [body for body in bodies if body["model"] == name]
     assert own["predictions"] == ask(client, name)["predictions"]
     assert own["predictions"][0]["label"] == "red"
-    response = client.post("/predict?model=all&version=1", content=IMAGE, headers={"Content-Type": "image/jpeg"})
+    response = client.post(
+        "/predict?model=all&version=1", content=IMAGE, headers={"Content-Type": "image/jpeg"}
+    )
     assert (response.status_code, response.json()["error"]["code"]) == (400, "bad_parameter")
 
 
-def test_status_tells_health_and_load(client: httpx.Client, publish: Callable[..., Path], name: str) -> None:
+def test_status_tells_health_and_load(
+    client: httpx.Client, publish: Callable[..., Path], name: str
+) -> None:
     publish(1)
     until(lambda: version_of(client, name) == 1)
     status = client.get("/v1/status").json()
-    assert (status["ready"], status["alive"], status["draining"], status["reason"]) == (True, True, False, "")
+    assert (status["ready"], status["alive"], status["draining"], status["reason"]) == (
+        True,
+        True,
+        False,
+        "",
+    )
     (backbone,) = status["backbones"]
     assert backbone["queue_images"] == 0
     assert backbone["num_versions"] >= status["num_models"] >= 1
@@ -299,27 +371,44 @@ def test_every_request_has_an_id_a_log_line_and_bounded_metrics(
     headers = {"Content-Type": "image/jpeg", "X-Request-ID": "from-the-client-1"}
     response = client.post("/predict", params={"model": name}, content=IMAGE, headers=headers)
     assert response.headers["x-request-id"] == "from-the-client-1"
-    assert len(client.get("/v1/models", headers={"X-Request-ID": 'bad "id"'}).headers["x-request-id"]) == 32
+    assert (
+        len(client.get("/v1/models", headers={"X-Request-ID": 'bad "id"'}).headers["x-request-id"])
+        == 32
+    )
     for number in range(20):
         client.get(f"/wp-admin/{number}.php")
 
     def line() -> dict[str, Any]:
-        lines = [json.loads(text) for text in server.log().splitlines() if text.startswith('{"time"')]
+        lines = [
+            json.loads(text) for text in server.log().splitlines() if text.startswith('{"time"')
+        ]
         return next((one for one in lines if one["id"] == "from-the-client-1"), {})
 
     until(line)
-    assert (line()["status"], line()["model"], line()["version"], line()["images"]) == (200, name, 1, 1)
+    assert (line()["status"], line()["model"], line()["version"], line()["images"]) == (
+        200,
+        name,
+        1,
+        1,
+    )
     assert line()["ms"] >= line()["predict_ms"] > 0
     text = client.get("/metrics").text
     assert 'route="other",status="404"' in text
     assert "wp-admin" not in text
     assert f'graft_images_total{{model="{name}",outcome="answered",version="1"}}' in text
-    for series in ("graft_queue_seconds_bucket", "graft_decode_seconds_bucket", "graft_engine_seconds_bucket", "graft_batch_images_bucket"):
+    for series in (
+        "graft_queue_seconds_bucket",
+        "graft_decode_seconds_bucket",
+        "graft_engine_seconds_bucket",
+        "graft_batch_images_bucket",
+    ):
         assert series in text
     assert 'graft_rejected_total{model="",reason="not_found",version=""}' in text
 
 
-def test_series_of_a_version_that_is_gone_go_too(client: httpx.Client, publish: Callable[..., Path], name: str) -> None:
+def test_series_of_a_version_that_is_gone_go_too(
+    client: httpx.Client, publish: Callable[..., Path], name: str
+) -> None:
     folder = publish(1)
     until(lambda: version_of(client, name) == 1)
     assert f'model="{name}"' in client.get("/metrics").text
@@ -329,9 +418,16 @@ def test_series_of_a_version_that_is_gone_go_too(client: httpx.Client, publish: 
 
 def test_with_a_token_for_predictions_only_health_is_open(colors: Path, tmp_path: Path) -> None:
     copy_checkpoint(colors, tmp_path / "checkpoints", "colors", 1)
-    env = {"CHECKPOINTS": str(tmp_path / "checkpoints"), "GRAFT_API_TOKEN": TOKEN, "GRAFT_ACCESS_LOG": "false"}
+    env = {
+        "CHECKPOINTS": str(tmp_path / "checkpoints"),
+        "GRAFT_API_TOKEN": TOKEN,
+        "GRAFT_ACCESS_LOG": "false",
+    }
     headers = {"Content-Type": "image/jpeg"}
-    with serve(tmp_path / "log", env) as server, httpx.Client(base_url=server.url, timeout=30) as client:
+    with (
+        serve(tmp_path / "log", env) as server,
+        httpx.Client(base_url=server.url, timeout=30) as client,
+    ):
         for path in ("/livez", "/readyz", "/metrics", "/", "/docs.json"):
             assert client.get(path).status_code == 200, path
         for path in ("/v1/models", "/v1/status"):

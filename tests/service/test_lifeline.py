@@ -27,7 +27,9 @@ def test_a_killed_worker_is_replaced_and_the_server_serves_again(tmp_path: Path)
         assert server.process.wait(15) == 0
 
 
-def test_in_a_container_the_server_ends_with_its_worker_so_that_the_orchestrator_acts(tmp_path: Path) -> None:
+def test_in_a_container_the_server_ends_with_its_worker_so_that_the_orchestrator_acts(
+    tmp_path: Path,
+) -> None:
     with start(tmp_path, in_container=True) as server:
         killed = worker_of(server)
         killed.kill()
@@ -47,7 +49,9 @@ lifeline.watch_worker()
 arbiter.start()
 """
     command = [sys.executable, "-c", parent, half_dead]
-    ended = subprocess.run(command, cwd=PROJECT_DIR, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    ended = subprocess.run(
+        command, cwd=PROJECT_DIR, stderr=subprocess.PIPE, text=True, timeout=60, check=False
+    )
     assert "ended with 0 and nobody had asked it to; the server ends" in ended.stderr
     assert "No active process found for watcher" in ended.stderr
 
@@ -82,7 +86,9 @@ def test_a_worker_whose_parent_died_before_it_was_up_ends_too(tmp_path: Path) ->
         assert is_refused(server)
 
 
-def start(folder: Path, *, in_container: bool = False, drain_seconds: float = 0.1) -> AbstractContextManager[RunningServer]:
+def start(
+    folder: Path, *, in_container: bool = False, drain_seconds: float = 0.1
+) -> AbstractContextManager[RunningServer]:
     """A server without a model: it is up in seconds, and lives and dies as one with models does."""
     env = {"CHECKPOINTS": str(folder / "none"), "GRAFT_DRAIN_SECONDS": str(drain_seconds)}
     if in_container:

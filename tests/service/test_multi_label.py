@@ -17,7 +17,14 @@ import tritonclient.http as triton
 from models.checkpoint import CheckpointError, check_golden, load_checkpoint, logits, sigmoid
 from models.engine.engine import run
 from models.prepared import build_engine
-from tests.support.servers import LABELS, RunningServer, change_config, copy_checkpoint, draw_image, serve
+from tests.support.servers import (
+    LABELS,
+    RunningServer,
+    change_config,
+    copy_checkpoint,
+    draw_image,
+    serve,
+)
 
 THRESHOLDS = [0.9, 0.02, 0.5]
 IMAGES = [draw_image(label, seed=11) for label in ("green", "blue")]
@@ -41,17 +48,23 @@ def tags(colors: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def scores(tags: Path) -> np.ndarray:
     """What the checkpoint gives for IMAGES, by itself."""
     checkpoint = load_checkpoint(tags)
-    engine = build_engine(tags, checkpoint.preprocess, checkpoint.config, device="cpu", precision="auto")
+    engine = build_engine(
+        tags, checkpoint.preprocess, checkpoint.config, device="cpu", precision="auto"
+    )
     features = run(engine, np.stack([checkpoint.preprocess(image) for image in IMAGES]))
     engine.close()
     return sigmoid(logits(checkpoint, features) / np.float32(checkpoint.temperature))
 
 
 @pytest.fixture(scope="module")
-def server(tags: Path, colors: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+def server(
+    tags: Path, colors: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningServer]:
     """Beside a single-label model on the same backbone."""
     copy_checkpoint(colors, tags.parent.parent, "colors", 1)
-    with serve(tmp_path_factory.mktemp("log") / "log", {"CHECKPOINTS": str(tags.parent.parent)}) as running:
+    with serve(
+        tmp_path_factory.mktemp("log") / "log", {"CHECKPOINTS": str(tags.parent.parent)}
+    ) as running:
         yield running
 
 
@@ -62,33 +75,59 @@ def ask(client: httpx.Client, path: str, body: object) -> Any:
 
 
 def predict(client: httpx.Client, **parameters: object) -> Any:
-    response = client.post("/predict", params=parameters, files=[("images", (f"{index}.jpg", one)) for index, one in enumerate(IMAGES)])
+    response = client.post(
+        "/predict",
+        params=parameters,
+        files=[("images", (f"{index}.jpg", one)) for index, one in enumerate(IMAGES)],
+    )
     assert response.status_code == 200, response.text
     return response.json()
 
 
 def inputs() -> list[dict[str, Any]]:
-    return [{"name": "image", "shape": [2], "datatype": "BYTES", "data": [base64.b64encode(image).decode() for image in IMAGES]}]
+    return [
+        {
+            "name": "image",
+            "shape": [2],
+            "datatype": "BYTES",
+            "data": [base64.b64encode(image).decode() for image in IMAGES],
+        }
+    ]
 
 
-def test_predict_names_the_labels_that_reach_their_thresholds(client: httpx.Client, scores: np.ndarray) -> None:
+def test_predict_names_the_labels_that_reach_their_thresholds(
+    client: httpx.Client, scores: np.ndarray
+) -> None:
     for entry, row in zip(predict(client, model="tags")["predictions"], scores, strict=True):
         assert set(entry) == {"labels", "top"}
-        assert {one["label"]: one["score"] for one in entry["top"]} == pytest.approx(dict(zip(LABELS, row, strict=True)), abs=2e-3)
-        assert [one["score"] for one in entry["top"]] == sorted((one["score"] for one in entry["top"]), reverse=True)
-        named = {name for name, score, threshold in zip(LABELS, row, THRESHOLDS, strict=True) if score >= threshold}
+        assert {one["label"]: one["score"] for one in entry["top"]} == pytest.approx(
+            dict(zip(LABELS, row, strict=True)), abs=2e-3
+        )
+        assert [one["score"] for one in entry["top"]] == sorted(
+            (one["score"] for one in entry["top"]), reverse=True
+        )
+        named = {
+            name
+            for name, score, threshold in zip(LABELS, row, THRESHOLDS, strict=True)
+            if score >= threshold
+        }
         assert {one["label"] for one in entry["labels"]} == named
     assert abs(scores.sum(axis=1) - 1).min() > 0.05  # it is no softmax
 
 
 def test_top_k_shortens_the_list_and_not_the_answer(client: httpx.Client) -> None:
-    whole, short = (predict(client, model="tags", **more)["predictions"] for more in ({}, {"top_k": 1}))
+    whole, short = (
+        predict(client, model="tags", **more)["predictions"] for more in ({}, {"top_k": 1})
+    )
     assert [entry["labels"] for entry in whole] == [entry["labels"] for entry in short]
     assert [len(entry["top"]) for entry in (*whole, *short)] == [3, 3, 1, 1]
 
 
 def test_models_of_both_kinds_are_asked_at_once(client: httpx.Client) -> None:
-    answers = {answer["model"]: answer["predictions"][0] for answer in predict(client, model="all")["models"]}
+    answers = {
+        answer["model"]: answer["predictions"][0]
+        for answer in predict(client, model="all")["models"]
+    }
     assert answers["colors"]["label"] == "green"
     assert "unsure" in answers["colors"]
     assert answers["tags"] == predict(client, model="tags")["predictions"][0]
@@ -97,7 +136,11 @@ def test_models_of_both_kinds_are_asked_at_once(client: httpx.Client) -> None:
 def test_the_list_of_models_has_the_thresholds(client: httpx.Client) -> None:
     models = {model["name"]: model for model in client.get("/v1/models").json()["models"]}
     assert models["tags"]["thresholds"] == pytest.approx(THRESHOLDS)
-    assert (models["tags"]["coverage"], models["tags"]["threshold"], models["colors"]["thresholds"]) == (None, None, None)
+    assert (
+        models["tags"]["coverage"],
+        models["tags"]["threshold"],
+        models["colors"]["thresholds"],
+    ) == (None, None, None)
 
 
 def test_tensorflow_rows_and_columns(client: httpx.Client, scores: np.ndarray) -> None:
@@ -110,8 +153,12 @@ def test_tensorflow_rows_and_columns(client: httpx.Client, scores: np.ndarray) -
             "present": (expected >= THRESHOLDS).tolist(),
         }
     columns = ask(client, "/v1/models/tags:predict", {"inputs": images})["outputs"]
-    assert columns == {name: [row[name] for row in rows] for name in ("classes", "scores", "present")}
-    outputs = client.get("/v1/models/tags/metadata").json()["metadata"]["signature_def"]["signature_def"]["serving_default"]["outputs"]
+    assert columns == {
+        name: [row[name] for row in rows] for name in ("classes", "scores", "present")
+    }
+    outputs = client.get("/v1/models/tags/metadata").json()["metadata"]["signature_def"][
+        "signature_def"
+    ]["serving_default"]["outputs"]
     assert {name: output["dtype"] for name, output in outputs.items()} == {
         "classes": "DT_STRING",
         "scores": "DT_FLOAT",
@@ -120,10 +167,18 @@ def test_tensorflow_rows_and_columns(client: httpx.Client, scores: np.ndarray) -
 
 
 def test_open_inference(client: httpx.Client, scores: np.ndarray) -> None:
-    outputs = {output["name"]: output for output in ask(client, f"{V2}/infer", {"inputs": inputs()})["outputs"]}
+    outputs = {
+        output["name"]: output
+        for output in ask(client, f"{V2}/infer", {"inputs": inputs()})["outputs"]
+    }
     assert outputs["probabilities"]["data"] == pytest.approx(scores.ravel().tolist(), abs=2e-3)
     present = (scores >= THRESHOLDS).ravel().tolist()
-    assert outputs["present"] == {"name": "present", "datatype": "BOOL", "shape": [2, 3], "data": present}
+    assert outputs["present"] == {
+        "name": "present",
+        "datatype": "BOOL",
+        "shape": [2, 3],
+        "data": present,
+    }
     assert all(type(value) is bool for value in outputs["present"]["data"])
     metadata = client.get(V2).json()["outputs"]
     assert [(one["name"], one["datatype"], one["shape"]) for one in metadata] == [
@@ -138,23 +193,39 @@ def test_tritons_client_reads_the_binary_answer(server: RunningServer, scores: n
         image.set_data_from_numpy(np.array(IMAGES, object))
         answer = client.infer("tags", [image])
         assert answer.as_numpy("present").tolist() == (scores >= THRESHOLDS).tolist()
-        best = client.infer("tags", [image], outputs=[triton.InferRequestedOutput("probabilities", class_count=1)])
-    assert [text.decode().rpartition(":")[2] for text in best.as_numpy("probabilities").ravel()] == ["green", "blue"]
+        best = client.infer(
+            "tags", [image], outputs=[triton.InferRequestedOutput("probabilities", class_count=1)]
+        )
+    assert [
+        text.decode().rpartition(":")[2] for text in best.as_numpy("probabilities").ravel()
+    ] == ["green", "blue"]
 
 
-@pytest.mark.parametrize(("model", "output"), [("tags", "label"), ("tags", "score"), ("colors", "present")])
-def test_an_output_of_the_other_kind_is_refused(client: httpx.Client, model: str, output: str) -> None:
-    response = client.post(f"/v2/models/{model}/infer", json={"inputs": inputs(), "outputs": [{"name": output}]})
+@pytest.mark.parametrize(
+    ("model", "output"), [("tags", "label"), ("tags", "score"), ("colors", "present")]
+)
+def test_an_output_of_the_other_kind_is_refused(
+    client: httpx.Client, model: str, output: str
+) -> None:
+    response = client.post(
+        f"/v2/models/{model}/infer", json={"inputs": inputs(), "outputs": [{"name": output}]}
+    )
     assert response.status_code == 400
     assert f"this model has no {output!r}; it has " in response.json()["error"]
 
 
 def test_hugging_face(client: httpx.Client, scores: np.ndarray) -> None:
     image = base64.b64encode(IMAGES[0]).decode()
-    answer = ask(client, "/hf/tags", {"inputs": image, "parameters": {"function_to_apply": "sigmoid"}})
-    assert {one["label"]: one["score"] for one in answer} == pytest.approx(dict(zip(LABELS, scores[0], strict=True)), abs=2e-3)
+    answer = ask(
+        client, "/hf/tags", {"inputs": image, "parameters": {"function_to_apply": "sigmoid"}}
+    )
+    assert {one["label"]: one["score"] for one in answer} == pytest.approx(
+        dict(zip(LABELS, scores[0], strict=True)), abs=2e-3
+    )
     for model, function in (("tags", "softmax"), ("colors", "sigmoid")):
-        refused = client.post(f"/hf/{model}", json={"inputs": image, "parameters": {"function_to_apply": function}})
+        refused = client.post(
+            f"/hf/{model}", json={"inputs": image, "parameters": {"function_to_apply": function}}
+        )
         assert refused.status_code == 400
         assert f"function_to_apply={function}: this model's is" in refused.json()["error"]
 
@@ -185,7 +256,9 @@ def test_golden_images_may_not_move_all_labels_at_once(tags: Path) -> None:
         ({"task": "detection"}, "task 'detection'; this Graft knows single-label and multi-label"),
     ],
 )
-def test_what_cannot_be_answered_is_refused(tags: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_what_cannot_be_answered_is_refused(
+    tags: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     folder = copy_checkpoint(tags, tmp_path, "tags", 1)
     change_config(folder, lambda config: config["graft"].update(changes))
     with pytest.raises(CheckpointError, match=message):

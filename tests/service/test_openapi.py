@@ -18,14 +18,20 @@ def spec() -> dict[str, Any]:
 
 
 def operations(spec: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
-    return {(method.upper(), path): operation for path, item in spec["paths"].items() for method, operation in item.items()}
+    return {
+        (method.upper(), path): operation
+        for path, item in spec["paths"].items()
+        for method, operation in item.items()
+    }
 
 
 def test_every_route_is_described_and_nothing_else(spec: dict[str, Any]) -> None:
     assert set(operations(spec)) == {(route.method, route.path) for route in ROUTES}
     for (_, path), operation in operations(spec).items():
         assert len(operation["summary"]) > 5, path
-        in_path = {parameter["name"] for parameter in operation["parameters"] if parameter["in"] == "path"}
+        in_path = {
+            parameter["name"] for parameter in operation["parameters"] if parameter["in"] == "path"
+        }
         assert in_path == set(re.findall(r"\{(\w+)\}", path))
         assert {"200", "default"} <= set(operation["responses"])
 
@@ -35,8 +41,12 @@ def test_every_answer_and_every_body_has_a_shape(spec: dict[str, Any]) -> None:
     no_body = re.compile(r".*:(load|unload)")
     for (method, path), operation in operations(spec).items():
         if path not in texts:
-            assert "$ref" in operation["responses"]["200"]["content"]["application/json"]["schema"], path
-        assert ("requestBody" in operation) == (method != "GET" and not no_body.fullmatch(path)), path
+            assert (
+                "$ref" in operation["responses"]["200"]["content"]["application/json"]["schema"]
+            ), path
+        assert ("requestBody" in operation) == (method != "GET" and not no_body.fullmatch(path)), (
+            path
+        )
 
 
 def test_no_reference_dangles_and_no_shape_is_left_over(spec: dict[str, Any]) -> None:
@@ -51,7 +61,9 @@ def test_operation_ids_are_unique(spec: dict[str, Any]) -> None:
 
 def test_errors_have_the_shape_of_their_protocol(spec: dict[str, Any]) -> None:
     for (_, path), operation in operations(spec).items():
-        name = operation["responses"]["default"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+        name = operation["responses"]["default"]["content"]["application/json"]["schema"][
+            "$ref"
+        ].rpartition("/")[2]
         is_ours = operation["tags"][0] in ("app", "predict", "health", "admin")
         assert name == ("ErrorResponse" if is_ours else "ProtocolError"), path
 
@@ -59,7 +71,10 @@ def test_errors_have_the_shape_of_their_protocol(spec: dict[str, Any]) -> None:
 def test_who_needs_a_token() -> None:
     def closed(needs_token: bool) -> set[str]:
         found = operations(describe(Graft.openapi_spec.asdict(), ROUTES, needs_token=needs_token))
-        assert all(operation.get("security", [{"bearer": []}]) == [{"bearer": []}] for operation in found.values())
+        assert all(
+            operation.get("security", [{"bearer": []}]) == [{"bearer": []}]
+            for operation in found.values()
+        )
         return {path for (_, path), operation in found.items() if "security" in operation}
 
     assert closed(False) == {route.path for route in ROUTES if route.needs == "admin_token"}

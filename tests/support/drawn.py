@@ -11,7 +11,9 @@ from PIL import Image, ImageDraw
 SHAPES = ("circle", "cross", "square")
 
 
-def draw_shape(shape: str, seed: int, kind: str = "JPEG", size: tuple[int, int] = (200, 160)) -> bytes:
+def draw_shape(
+    shape: str, seed: int, kind: str = "JPEG", size: tuple[int, int] = (200, 160)
+) -> bytes:
     """One shape at a random place, size and colour on a noisy ground, encoded as `kind`."""
     generator = np.random.default_rng((SHAPES.index(shape), seed))
     width, height = size
@@ -34,7 +36,9 @@ def draw_shape(shape: str, seed: int, kind: str = "JPEG", size: tuple[int, int] 
     return buffer.getvalue()
 
 
-def write_class_folders(root: Path, num_per_class: int, first_seed: int = 0, kind: str = "JPEG") -> Path:
+def write_class_folders(
+    root: Path, num_per_class: int, first_seed: int = 0, kind: str = "JPEG"
+) -> Path:
     """`root/<shape>/<n>.<ext>` for every shape."""
     for shape in SHAPES:
         folder = root / shape

@@ -31,7 +31,9 @@ LABELS = ["red", "green", "blue"]
 COLORS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220)}
 
 
-def draw_image(label: str, seed: int = 0, size: tuple[int, int] = (320, 240), kind: str = "JPEG") -> bytes:
+def draw_image(
+    label: str, seed: int = 0, size: tuple[int, int] = (320, 240), kind: str = "JPEG"
+) -> bytes:
     """An image of one colour in an 8x8 pattern of its own, the same at every size, encoded."""
     noise = np.random.default_rng(seed).integers(-25, 26, (8, 8, 3))
     pixels = np.clip(np.array(COLORS[label]) + noise, 0, 255).astype(np.uint8)
@@ -44,7 +46,12 @@ def publish_colors(repository: Path, name: str = "colors") -> Path:
     """A checkpoint of the embedded backbone whose head tells the three colours apart, solved on its engine's features."""
     cache_dir = Path(os.environ["XDG_CACHE_HOME"]) / "graft"
     backbone = prepare_backbone(
-        "tf_efficientnet_lite0", weights=None, pretrained=True, image_size=None, cache_dir=cache_dir, scratch_dir=repository.parent
+        "tf_efficientnet_lite0",
+        weights=None,
+        pretrained=True,
+        image_size=None,
+        cache_dir=cache_dir,
+        scratch_dir=repository.parent,
     )
     engine = backbone.open_engine("cpu", "auto")
     images = [draw_image(label, seed) for seed in range(4) for label in LABELS]
@@ -91,7 +98,12 @@ def change_file(path: Path, change: Callable[[bytes], bytes], *, rehash: bool) -
     """Change a file of a checkpoint; with `rehash`, as someone would who also mends its recorded hash."""
     path.write_bytes(change(path.read_bytes()))
     if rehash:
-        change_config(path.parent, lambda config: config["graft"]["files"].update({path.name: checkpoints.hash_file(path)}))
+        change_config(
+            path.parent,
+            lambda config: config["graft"]["files"].update(
+                {path.name: checkpoints.hash_file(path)}
+            ),
+        )
 
 
 def change_config(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -119,7 +131,12 @@ class RunningServer:
 
 @contextmanager
 def serve(
-    log_path: Path, env: Mapping[str, str], *, cwd: Path = PROJECT_DIR, target: str = ".", until: str = "/readyz"
+    log_path: Path,
+    env: Mapping[str, str],
+    *,
+    cwd: Path = PROJECT_DIR,
+    target: str = ".",
+    until: str = "/readyz",
 ) -> Iterator[RunningServer]:
     """`bentoml serve` on a free port of the loopback; its whole process group is ended afterwards."""
     with socket.socket() as probe:

@@ -32,7 +32,9 @@ class Trunk(nn.Module):
     def __init__(self, dropout: float = 0.2) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 6, 3, stride=2), nn.BatchNorm2d(6), nn.ReLU())
-        self.tail = nn.Sequential(nn.Conv2d(6, NUM_FEATURES, 3, stride=2), nn.BatchNorm2d(NUM_FEATURES), nn.ReLU())
+        self.tail = nn.Sequential(
+            nn.Conv2d(6, NUM_FEATURES, 3, stride=2), nn.BatchNorm2d(NUM_FEATURES), nn.ReLU()
+        )
         self.dropout = nn.Dropout(dropout)
         self.pretrained_cfg = {"input_size": (3, SIZE, SIZE)}
 
@@ -85,12 +87,21 @@ def write_images(root: Path, count: int) -> Path:
 
 def probe_of(backbone: Backbone) -> Probe:
     """The network's own head, as if a probe had been solved to it."""
-    weight, bias = (tensor.detach().numpy().copy() for tensor in (backbone.head.weight, backbone.head.bias))
+    weight, bias = (
+        tensor.detach().numpy().copy() for tensor in (backbone.head.weight, backbone.head.bias)
+    )
     return Probe(weight, bias, 1.0, np.zeros((0, len(LABELS)), np.float32), 1.0)
 
 
 def options(**changes: Any) -> Options:
-    defaults: dict[str, Any] = {"freeze": "until:stem", "epochs": 2, "batch_size": 6, "lr": 0.05, "backbone_lr": 0.02, "workers": 1}
+    defaults: dict[str, Any] = {
+        "freeze": "until:stem",
+        "epochs": 2,
+        "batch_size": 6,
+        "lr": 0.05,
+        "backbone_lr": 0.02,
+        "workers": 1,
+    }
     defaults |= {"precision": "fp32", "augment": "light", "device": "cpu", "batch_norm": "update"}
     return Options(**{**defaults, **changes})
 

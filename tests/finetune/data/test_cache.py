@@ -41,7 +41,12 @@ FEATURES = np.random.default_rng(0).normal(size=(12, NUM_FEATURES)).astype(np.fl
 NUM_IMAGES = 80
 
 
-def open_cache(cache_dir: Path, fingerprint: str = "a network", info: EngineInfo = INFO, num_features: int = NUM_FEATURES) -> FeatureCache:
+def open_cache(
+    cache_dir: Path,
+    fingerprint: str = "a network",
+    info: EngineInfo = INFO,
+    num_features: int = NUM_FEATURES,
+) -> FeatureCache:
     return FeatureCache(cache_dir, fingerprint, info, num_features)
 
 
@@ -75,7 +80,10 @@ def only(folder: Path, pattern: str) -> Path:
 
 
 def drawn_samples(count: int) -> list[Sample]:
-    return [Sample(f"image {index}", 0, EncodedImage(draw_shape("circle", index, size=(64, 48)))) for index in range(count)]
+    return [
+        Sample(f"image {index}", 0, EncodedImage(draw_shape("circle", index, size=(64, 48))))
+        for index in range(count)
+    ]
 
 
 class Counted:
@@ -83,7 +91,11 @@ class Counted:
 
     def __init__(self, engine: OpenVINOEngine) -> None:
         self._engine = engine
-        self.info, self.num_features, self.num_slots = engine.info, engine.num_features, engine.num_slots
+        self.info, self.num_features, self.num_slots = (
+            engine.info,
+            engine.num_features,
+            engine.num_slots,
+        )
         self.num_images = 0
 
     def submit(self, images: Pixels) -> Future[Features]:
@@ -103,9 +115,21 @@ def extract(prepared: PreparedBackbone, engine: OpenVINOEngine, tmp_path: Path) 
 
     def run(samples: list[Sample]) -> tuple[Features, int]:
         counted = Counted(engine)
-        with FeatureCache(tmp_path, prepared.fingerprint, engine.info, engine.num_features) as cache:
-            extracted = extract_features(samples, prepared.preprocess, counted, num_workers=2, description="test", cache=cache)
-        assert (cache.num_hits, cache.num_misses) == (len(samples) - counted.num_images, counted.num_images)
+        with FeatureCache(
+            tmp_path, prepared.fingerprint, engine.info, engine.num_features
+        ) as cache:
+            extracted = extract_features(
+                samples,
+                prepared.preprocess,
+                counted,
+                num_workers=2,
+                description="test",
+                cache=cache,
+            )
+        assert (cache.num_hits, cache.num_misses) == (
+            len(samples) - counted.num_images,
+            counted.num_images,
+        )
         return extracted.features, counted.num_images
 
     return run
@@ -138,9 +162,13 @@ def test_a_grown_folder_computes_only_what_is_new(extract: Extract) -> None:
     assert np.array_equal(again, np.concatenate([first, grown[:4]]))
 
 
-def test_features_from_the_cache_are_the_engines_bit_for_bit(prepared: PreparedBackbone, engine: OpenVINOEngine, extract: Extract) -> None:
+def test_features_from_the_cache_are_the_engines_bit_for_bit(
+    prepared: PreparedBackbone, engine: OpenVINOEngine, extract: Extract
+) -> None:
     samples = drawn_samples(5)
-    plain = extract_features(samples, prepared.preprocess, engine, num_workers=2, description="test").features
+    plain = extract_features(
+        samples, prepared.preprocess, engine, num_workers=2, description="test"
+    ).features
     for _ in range(2):
         assert np.array_equal(extract(samples)[0], plain)
 
@@ -154,10 +182,17 @@ def test_an_image_is_found_by_its_content_and_not_by_its_name(extract: Extract) 
 
 @pytest.mark.parametrize(
     "change",
-    [{"engine": "openvino 2"}, {"device": "another processor"}, {"precision": "bf16"}, {"batch_size": 1}],
+    [
+        {"engine": "openvino 2"},
+        {"device": "another processor"},
+        {"precision": "bf16"},
+        {"batch_size": 1},
+    ],
     ids=lambda change: next(iter(change)),
 )
-def test_an_engine_that_rounds_differently_does_not_hit(tmp_path: Path, change: dict[str, object]) -> None:
+def test_an_engine_that_rounds_differently_does_not_hit(
+    tmp_path: Path, change: dict[str, object]
+) -> None:
     fill(tmp_path, range(3))
     with open_cache(tmp_path, info=dataclasses.replace(INFO, **change)) as cache:  # type: ignore[arg-type]
         assert DIGESTS[0] not in cache
@@ -173,7 +208,9 @@ def test_another_network_does_not_hit(tmp_path: Path) -> None:
 
 def test_what_moves_no_bit_of_a_feature_hits(tmp_path: Path) -> None:
     fill(tmp_path, range(3))
-    with open_cache(tmp_path, info=dataclasses.replace(INFO, num_streams=16, images_per_second=1.0)) as cache:
+    with open_cache(
+        tmp_path, info=dataclasses.replace(INFO, num_streams=16, images_per_second=1.0)
+    ) as cache:
         assert DIGESTS[0] in cache
 
 
@@ -223,14 +260,22 @@ def test_the_features_of_a_damaged_row_are_computed_anew(extract: Extract, tmp_p
     assert np.array_equal(features, expected)
 
 
-def test_rows_damaged_while_a_run_reads_them_are_computed_anew(prepared: PreparedBackbone, engine: OpenVINOEngine, tmp_path: Path) -> None:
+def test_rows_damaged_while_a_run_reads_them_are_computed_anew(
+    prepared: PreparedBackbone, engine: OpenVINOEngine, tmp_path: Path
+) -> None:
     samples = drawn_samples(3)
-    plain = extract_features(samples, prepared.preprocess, engine, num_workers=2, description="test").features
+    plain = extract_features(
+        samples, prepared.preprocess, engine, num_workers=2, description="test"
+    ).features
     for _ in range(2):
-        with FeatureCache(tmp_path, prepared.fingerprint, engine.info, engine.num_features) as cache:
+        with FeatureCache(
+            tmp_path, prepared.fingerprint, engine.info, engine.num_features
+        ) as cache:
             for path in tmp_path.glob("features/*/*.rows"):
                 os.truncate(path, 0)
-            extracted = extract_features(samples, prepared.preprocess, engine, num_workers=2, description="test", cache=cache)
+            extracted = extract_features(
+                samples, prepared.preprocess, engine, num_workers=2, description="test", cache=cache
+            )
         assert np.array_equal(extracted.features, plain)
 
 
@@ -242,7 +287,10 @@ def test_two_writers_at_once_do_not_meet(tmp_path: Path) -> None:
                 cache.write([DIGESTS[index]], FEATURES[index : index + 1])
 
     barrier = threading.Barrier(2)
-    threads = [threading.Thread(target=write, args=(list(indices),)) for indices in (range(8), range(11, 3, -1))]
+    threads = [
+        threading.Thread(target=write, args=(list(indices),))
+        for indices in (range(8), range(11, 3, -1))
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -267,12 +315,16 @@ def test_a_run_that_only_reads_leaves_no_file(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_is_an_error_in_words(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file where a folder should be")
-    with pytest.raises(GraftError, match=r"--cache-dir .*cache: .+; name another, or say --no-cache"):
+    with pytest.raises(
+        GraftError, match=r"--cache-dir .*cache: .+; name another, or say --no-cache"
+    ):
         open_cache(tmp_path / "cache")
 
 
 def test_trim_removes_the_folder_used_longest_ago(tmp_path: Path) -> None:
-    folders = {name: fill(tmp_path, range(4), fingerprint=name) for name in ("old", "older", "used")}
+    folders = {
+        name: fill(tmp_path, range(4), fingerprint=name) for name in ("old", "older", "used")
+    }
     for name, hours in (("old", 2), ("older", 3), ("used", 4)):
         os.utime(folders[name], (0, time.time() - hours * 3600))
     with open_cache(tmp_path, fingerprint="used"):
@@ -377,10 +429,14 @@ def test_a_run_that_reads_goes_on_while_another_merges(tmp_path: Path) -> None:
     merge_segments(folder, RECORD_SIZE)
     assert len(list(folder.glob("*.keys"))) == 1
     with reading:
-        assert all(np.array_equal(read(reading, digest), FEATURES[at]) for at, digest in enumerate(DIGESTS))  # type: ignore[arg-type]
+        assert all(
+            np.array_equal(read(reading, digest), FEATURES[at]) for at, digest in enumerate(DIGESTS)
+        )  # type: ignore[arg-type]
 
 
-def test_what_is_merged_while_a_run_looks_for_it_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_merged_while_a_run_looks_for_it_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = fill_many(tmp_path)
     index = FeatureCache._index
 
@@ -394,7 +450,9 @@ def test_what_is_merged_while_a_run_looks_for_it_is_found(tmp_path: Path, monkey
     assert readable(tmp_path) == list(range(12))
 
 
-def test_runs_that_merge_and_write_at_once_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_that_merge_and_write_at_once_lose_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cache_module, "MAX_SEGMENTS", 3)
     barrier = threading.Barrier(4)
     errors: list[BaseException] = []
@@ -500,21 +558,43 @@ print(cache.num_hits, hashlib.sha256(extracted.features.tobytes()).hexdigest(), 
 """
 
 
-def start_run(prepared: PreparedBackbone, cache_dir: Path, last_byte: int = -1, max_file_bytes: int | None = None) -> subprocess.Popen[str]:
+def start_run(
+    prepared: PreparedBackbone,
+    cache_dir: Path,
+    last_byte: int = -1,
+    max_file_bytes: int | None = None,
+) -> subprocess.Popen[str]:
     def limit_file_size() -> None:
         if max_file_bytes is not None:
             # As ENOSPC does, EFBIG stops a write after a part of it.
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
 
-    command = [sys.executable, "-c", RUN, str(prepared.folder), str(cache_dir), str(NUM_IMAGES), str(last_byte)]
-    return subprocess.Popen(command, cwd=PROJECT_DIR, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=limit_file_size)
+    command = [
+        sys.executable,
+        "-c",
+        RUN,
+        str(prepared.folder),
+        str(cache_dir),
+        str(NUM_IMAGES),
+        str(last_byte),
+    ]
+    return subprocess.Popen(
+        command,
+        cwd=PROJECT_DIR,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=limit_file_size,
+    )
 
 
 @pytest.fixture(scope="module")
 def undisturbed(prepared: PreparedBackbone, engine: OpenVINOEngine) -> str:
     """The digest of the features that a run without a cache gives."""
-    extracted = extract_features(drawn_samples(NUM_IMAGES), prepared.preprocess, engine, num_workers=2, description="test")
+    extracted = extract_features(
+        drawn_samples(NUM_IMAGES), prepared.preprocess, engine, num_workers=2, description="test"
+    )
     return hashlib.sha256(extracted.features.tobytes()).hexdigest()
 
 
@@ -524,7 +604,9 @@ def test_after_runs_killed_at_any_moment_the_next_one_gives_the_same_features(
     rows, keys = 32 * (4 * prepared.num_features + 4), 32 * 16
     moments = random.Random(5)
     in_rows, between, in_keys = moments.randrange(1, rows), rows, rows + moments.randrange(1, keys)
-    killing_themselves = [start_run(prepared, tmp_path, last_byte) for last_byte in (in_rows, between, in_keys)]
+    killing_themselves = [
+        start_run(prepared, tmp_path, last_byte) for last_byte in (in_rows, between, in_keys)
+    ]
     for run in killing_themselves:
         run.communicate(timeout=60)
         assert run.returncode == -signal.SIGKILL
@@ -543,7 +625,9 @@ def test_after_runs_killed_at_any_moment_the_next_one_gives_the_same_features(
     assert has_torch == "False"
 
 
-def test_a_full_disk_ends_the_caching_and_not_the_run(prepared: PreparedBackbone, undisturbed: str, tmp_path: Path) -> None:
+def test_a_full_disk_ends_the_caching_and_not_the_run(
+    prepared: PreparedBackbone, undisturbed: str, tmp_path: Path
+) -> None:
     # The first 32 rows fit, the next ones in part.
     limited = start_run(prepared, tmp_path, max_file_bytes=200_000)
     said, errors = limited.communicate(timeout=60)

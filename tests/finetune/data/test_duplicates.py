@@ -18,14 +18,18 @@ from tests.support.drawn import draw_shape
 
 
 def splits_of(images: list[bytes], num_val: int = 0) -> Splits:
-    samples = tuple(Sample(f"image {index}", 0, EncodedImage(data)) for index, data in enumerate(images))
+    samples = tuple(
+        Sample(f"image {index}", 0, EncodedImage(data)) for index, data in enumerate(images)
+    )
     return Splits(("a",), samples[: len(samples) - num_val], samples[len(samples) - num_val :])
 
 
 def encode(data: bytes, kind: str, scale: float = 1, **options: int) -> bytes:
     image = Image.open(io.BytesIO(data))
     buffer = io.BytesIO()
-    image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC).save(buffer, kind, **options)
+    image.resize(
+        (round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC
+    ).save(buffer, kind, **options)
     return buffer.getvalue()
 
 
@@ -50,8 +54,12 @@ def places(found: Duplicates) -> list[list[int]]:
         ("JPEG", 2, {"quality": 75}),
     ],
 )
-def test_a_picture_encoded_or_sized_anew_is_found(kind: str, scale: float, options: dict[str, int], size: tuple[int, int]) -> None:
-    shapes = [draw_shape(shape, seed, "PNG", size) for shape in ("circle", "square") for seed in range(10)]
+def test_a_picture_encoded_or_sized_anew_is_found(
+    kind: str, scale: float, options: dict[str, int], size: tuple[int, int]
+) -> None:
+    shapes = [
+        draw_shape(shape, seed, "PNG", size) for shape in ("circle", "square") for seed in range(10)
+    ]
     found = find([*shapes, encode(shapes[3], kind, scale, **options)], num_val=1)
     assert places(found) == [[3, 20]]
     original, copy = found.groups[0]
@@ -85,7 +93,9 @@ def test_foggy_pictures_are_alike_and_no_copies() -> None:
 
 def test_exact_copies_are_told_from_near_ones() -> None:
     circle = draw_shape("circle", 1, "PNG")
-    found = find([circle, draw_shape("square", 1), circle, encode(circle, "JPEG", quality=85)], num_val=2)
+    found = find(
+        [circle, draw_shape("square", 1), circle, encode(circle, "JPEG", quality=85)], num_val=2
+    )
     (group,) = found.groups
     assert places(found) == [[0, 2, 3]]
     assert found.is_exact(group[0], group[1])
@@ -100,7 +110,9 @@ def test_what_cannot_be_read_is_in_no_group(tmp_path: Path) -> None:
     assert find([]).groups == ()
 
 
-def test_a_second_look_decodes_only_what_is_new_or_may_be_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_look_decodes_only_what_is_new_or_may_be_a_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     images = [draw_shape(shape, seed) for shape in ("circle", "square") for seed in range(5)]
     splits = splits_of([*images, images[2]])
     decoded: list[bytes] = []
@@ -114,7 +126,9 @@ def test_a_second_look_decodes_only_what_is_new_or_may_be_a_copy(tmp_path: Path,
 
 
 @pytest.mark.parametrize("block_bytes", [1, 40_000, 64_000_000])
-def test_blocks_of_any_size_find_the_same(block_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_of_any_size_find_the_same(
+    block_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     images = [draw_shape("circle", index, size=(64, 64)) for index in range(100)]
     monkeypatch.setattr(duplicates, "_BLOCK_BYTES", block_bytes)
     assert places(find(images * 2, num_val=100)) == [[index, index + 100] for index in range(100)]
@@ -127,7 +141,9 @@ def test_a_crowd_of_the_same_image_is_one_group() -> None:
     assert places(find(crowd + others)) == [list(range(1000))]
 
 
-def test_memory_grows_with_the_images_and_not_with_their_square(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_grows_with_the_images_and_not_with_their_square(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def look(data: bytes) -> Look:
         grid = np.random.default_rng(int(data)).integers(0, 256, (8, 8, 3), np.int16)
         return Look(data, 200, grid, grid)

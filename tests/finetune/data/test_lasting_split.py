@@ -46,7 +46,9 @@ def grow(root: Path, name: str, numbers: Sequence[int]) -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_images_stay_on_their_side_as_the_folder_grows(tmp_path: Path, seed: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_images_stay_on_their_side_as_the_folder_grows(
+    tmp_path: Path, seed: int, caplog: pytest.LogCaptureFixture
+) -> None:
     root = write_images(tmp_path / "photos", {"cat": 10, "dog": 10})
     options = options_of(root, tmp_path / "runs", seed=seed)
     first = load_lasting_splits(options)[0]
@@ -59,7 +61,9 @@ def test_images_stay_on_their_side_as_the_folder_grows(tmp_path: Path, seed: int
     assert {key: side for key, side in sides(grown).items() if key in sides(first)} == sides(first)
     # The new ones make up each class's share: 8 of 40 cats, 1 of 5 emus.
     assert val_per_class(grown) == {"cat": 8, "dog": 2, "emu": 1}
-    assert caplog.messages == [f"split: 20 images stay where {path} has them; new: 28 to train, 7 to val (--new-split draws anew)"]
+    assert caplog.messages == [
+        f"split: 20 images stay where {path} has them; new: 28 to train, 7 to val (--new-split draws anew)"
+    ]
 
 
 def test_growing_one_image_at_a_time_keeps_the_share(tmp_path: Path) -> None:
@@ -87,7 +91,9 @@ def test_images_that_went_away_change_nothing_for_the_others(tmp_path: Path) -> 
 
 
 def test_the_newest_run_on_the_same_images_is_kept(tmp_path: Path) -> None:
-    root, other = (write_images(tmp_path / name, {"cat": 10, "dog": 10}) for name in ("photos", "other"))
+    root, other = (
+        write_images(tmp_path / name, {"cat": 10, "dog": 10}) for name in ("photos", "other")
+    )
     output = tmp_path / "runs"
     for time, (data, seed) in enumerate([(root, 1), (root, 2), (other, 3)], start=1):
         options = options_of(data, output, seed=seed, new_split=True)
@@ -99,7 +105,9 @@ def test_the_newest_run_on_the_same_images_is_kept(tmp_path: Path) -> None:
     assert kept.path == output / "z7" / "splits.csv"
 
 
-def test_a_run_on_a_relative_path_is_found_from_the_same_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_on_a_relative_path_is_found_from_the_same_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = write_images(tmp_path / "photos", {"cat": 10, "dog": 10})
     monkeypatch.chdir(tmp_path)
     options = options_of(Path("photos"), Path("runs"), seed=4)
@@ -115,13 +123,17 @@ def test_new_split_draws_anew(tmp_path: Path) -> None:
     write_run(load_lasting_splits(options)[0], options, "photos-1", 1)
     anew = options_of(root, tmp_path / "runs", seed=2, new_split=True)
     splits, _ = load_lasting_splits(anew)
-    assert sides(splits) == sides(load_lasting_splits(options_of(root, tmp_path / "elsewhere", seed=2))[0])
+    assert sides(splits) == sides(
+        load_lasting_splits(options_of(root, tmp_path / "elsewhere", seed=2))[0]
+    )
     # It is asked for once: a run's options, read back, do not ask again.
     assert "\nnew_split:" not in anew.to_yaml()
 
 
 @pytest.mark.parametrize("damage", ["", "path,label\na,b\n", "path,label,split\n\0,", "\xff"])
-def test_a_damaged_split_gives_way_to_an_older_one(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_split_gives_way_to_an_older_one(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
     root = write_images(tmp_path / "photos", {"cat": 10, "dog": 10})
     options = options_of(root, tmp_path / "runs", seed=1)
     first, _ = load_lasting_splits(options)
@@ -149,7 +161,9 @@ def test_a_source_with_splits_of_its_own_keeps_them(tmp_path: Path) -> None:
 
 
 def drawn(tmp_path: Path, counts: dict[str, int]) -> Splits:
-    return load_lasting_splits(options_of(write_images(tmp_path / "photos", counts), tmp_path / "runs"))[0]
+    return load_lasting_splits(
+        options_of(write_images(tmp_path / "photos", counts), tmp_path / "runs")
+    )[0]
 
 
 def is_on_one_side(splits: Splits, keys: Sequence[str]) -> bool:
@@ -157,7 +171,9 @@ def is_on_one_side(splits: Splits, keys: Sequence[str]) -> bool:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_duplicates_of_a_new_split_go_to_train_and_others_make_up_for_them(tmp_path: Path, seed: int) -> None:
+def test_duplicates_of_a_new_split_go_to_train_and_others_make_up_for_them(
+    tmp_path: Path, seed: int
+) -> None:
     splits = drawn(tmp_path, {"cat": 20, "dog": 20})
     groups = [(*splits.train[:2], splits.val[0]), (splits.train[-1], splits.val[-1])]
     together = keep_together(splits, groups, None, seed=seed)
@@ -176,8 +192,18 @@ def test_splits_without_duplicates_across_stay_the_same_object(tmp_path: Path) -
 def test_a_new_duplicate_goes_where_the_earlier_run_had_it(tmp_path: Path) -> None:
     splits = drawn(tmp_path, {"cat": 20, "dog": 20})
     (old_train, new_train), (old_val, new_val) = splits.train[:2], splits.val[:2]
-    split_of = {sample.place: split for split, samples in splits.named() for sample in samples if sample not in (new_train, new_val)}
-    together = keep_together(splits, [(old_train, new_val), (new_train, old_val)], KeptSplit(Path("splits.csv"), split_of), seed=0)
+    split_of = {
+        sample.place: split
+        for split, samples in splits.named()
+        for sample in samples
+        if sample not in (new_train, new_val)
+    }
+    together = keep_together(
+        splits,
+        [(old_train, new_val), (new_train, old_val)],
+        KeptSplit(Path("splits.csv"), split_of),
+        seed=0,
+    )
     assert sides(together)[old_train.key] == sides(together)[new_val.key] == "train"
     assert sides(together)[old_val.key] == sides(together)[new_train.key] == "val"
 

@@ -29,13 +29,22 @@ def draw_rows(count: int, first: int = 0) -> list[tuple[str, str]]:
     """Half the images have a cat, a quarter a dog, every eighth an emu, and some none of them."""
     rows = []
     for index in range(first, first + count):
-        names = [name for name, every in (("cat", 2), ("dog", 4), ("emu", 8)) if np.random.default_rng((every, index)).random() < 1 / every]
+        names = [
+            name
+            for name, every in (("cat", 2), ("dog", 4), ("emu", 8))
+            if np.random.default_rng((every, index)).random() < 1 / every
+        ]
         rows.append((f"{index}.png", "|".join(names)))
     return rows
 
 
 def test_names_are_taken_apart(tmp_path: Path) -> None:
-    rows = [("a.png", "dog|cat", "train"), ("b.png", "", "train"), ("c.png", " cat | cat |", "val"), ("d.png", "dog", "validation")]
+    rows = [
+        ("a.png", "dog|cat", "train"),
+        ("b.png", "", "train"),
+        ("c.png", " cat | cat |", "val"),
+        ("d.png", "dog", "validation"),
+    ]
     splits = load(write_csv(tmp_path / "list.csv", rows, "path,labels,split"))
     assert splits.label_names == ("cat", "dog")
     assert [sample.labels for sample in (*splits.train, *splits.val)] == [(0, 1), (), (0,), (1,)]
@@ -53,7 +62,9 @@ def test_what_was_read_is_written_and_read_again(tmp_path: Path) -> None:
     assert again.label_names == splits.label_names
     for split in ("train", "val"):
         before, after = getattr(splits, split), getattr(again, split)
-        assert [(sample.place, sample.labels) for sample in before] == [(sample.place, sample.labels) for sample in after]
+        assert [(sample.place, sample.labels) for sample in before] == [
+            (sample.place, sample.labels) for sample in after
+        ]
 
 
 def test_a_drawn_split_shares_every_label(tmp_path: Path) -> None:
@@ -65,11 +76,15 @@ def test_a_drawn_split_shares_every_label(tmp_path: Path) -> None:
     assert sides(load(path)) == sides(splits) != sides(load(path, seed=1))
 
 
-def test_images_stay_on_their_side_as_the_list_grows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_images_stay_on_their_side_as_the_list_grows(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     for index in range(150):
         (tmp_path / f"{index}.png").write_bytes(str(index).encode())
     path = write_csv(tmp_path / "list.csv", draw_rows(100))
-    options = SharedOptions(data=str(path), output=tmp_path / "runs", cache_dir=tmp_path / "cache", workers=1)
+    options = SharedOptions(
+        data=str(path), output=tmp_path / "runs", cache_dir=tmp_path / "cache", workers=1
+    )
     first, _ = load_lasting_splits(options)
     write_run(first, options, "list-1", 1)
     write_csv(path, draw_rows(150))
@@ -96,7 +111,10 @@ def test_copies_are_on_one_side_and_others_make_up_for_them(tmp_path: Path, seed
 
 def test_a_label_whose_images_are_all_copies_keeps_them_on_both_sides() -> None:
     def draw(split: str, *labels: tuple[int, ...]) -> tuple[Sample, ...]:
-        return tuple(Sample(f"{split} {index}", -1, Path(f"{split}{index}"), each) for index, each in enumerate(labels))
+        return tuple(
+            Sample(f"{split} {index}", -1, Path(f"{split}{index}"), each)
+            for index, each in enumerate(labels)
+        )
 
     train, val = draw("train", (0,), (1,), (1,), ()), draw("val", (0,), (1,))
     splits = Splits(("a", "b"), train, val, is_drawn=True, is_multi_label=True)
@@ -106,12 +124,32 @@ def test_a_label_whose_images_are_all_copies_keeps_them_on_both_sides() -> None:
 @pytest.mark.parametrize(
     ("header", "rows", "message"),
     [
-        ("path,label,labels", [("a.png", "x", "x")], "it has both label and labels; keep label for one an image"),
-        ("path,tags", [("a.png", "x")], "it has path, tags .where images have several labels, path,labels"),
+        (
+            "path,label,labels",
+            [("a.png", "x", "x")],
+            "it has both label and labels; keep label for one an image",
+        ),
+        (
+            "path,tags",
+            [("a.png", "x")],
+            "it has path, tags .where images have several labels, path,labels",
+        ),
         ("path,labels", [("", "x")], "line 2 has no path"),
-        ("path,labels", [("a.png", ""), ("b.png", "|")], "no image has a label; the column labels takes names with | between them"),
-        ("path,labels", [("a.png", "x"), ("b.png", "x"), ("c.png", "x")], "every image to train on has the label 'x'"),
-        ("path,labels", [("a.png", "x|y"), ("b.png", "y"), ("c.png", "y"), ("d.png", "")], "class 'x' has no image to "),
+        (
+            "path,labels",
+            [("a.png", ""), ("b.png", "|")],
+            "no image has a label; the column labels takes names with | between them",
+        ),
+        (
+            "path,labels",
+            [("a.png", "x"), ("b.png", "x"), ("c.png", "x")],
+            "every image to train on has the label 'x'",
+        ),
+        (
+            "path,labels",
+            [("a.png", "x|y"), ("b.png", "y"), ("c.png", "y"), ("d.png", "")],
+            "class 'x' has no image to ",
+        ),
         (
             "path,labels,split",
             [("a.png", "x", "train"), ("b.png", "", "train"), ("c.png", "", "val")],
@@ -119,7 +157,9 @@ def test_a_label_whose_images_are_all_copies_keeps_them_on_both_sides() -> None:
         ),
     ],
 )
-def test_what_is_wrong_is_said(tmp_path: Path, header: str, rows: list[tuple[str, ...]], message: str) -> None:
+def test_what_is_wrong_is_said(
+    tmp_path: Path, header: str, rows: list[tuple[str, ...]], message: str
+) -> None:
     path = write_csv(tmp_path / "list.csv", rows, header)
     with pytest.raises(GraftError) as raised:
         load(path)

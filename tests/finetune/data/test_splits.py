@@ -21,7 +21,9 @@ from models.errors import GraftError
 
 
 def load(data: str | Path, **options: Any) -> Splits:
-    return load_splits(str(data), **{"data_root": Path("nowhere"), "val_fraction": 0.25, "seed": 0, **options})
+    return load_splits(
+        str(data), **{"data_root": Path("nowhere"), "val_fraction": 0.25, "seed": 0, **options}
+    )
 
 
 def write_images(root: Path, counts: dict[str, int]) -> Path:
@@ -67,7 +69,9 @@ def test_class_folders_are_split_by_class(tmp_path: Path) -> None:
     assert labels_of(splits, splits.val) == {"cat": 10, "dog": 2, "emu": 1}
     assert labels_of(splits, splits.train) == {"cat": 30, "dog": 6, "emu": 1}
     assert not set(keys_of(splits.train)) & set(keys_of(splits.val))
-    assert {sample.read() for sample in splits.train if sample.label == 1} < {f"dog {number}".encode() for number in range(8)}
+    assert {sample.read() for sample in splits.train if sample.label == 1} < {
+        f"dog {number}".encode() for number in range(8)
+    }
 
 
 def test_the_split_follows_the_seed_and_nothing_else(tmp_path: Path) -> None:
@@ -77,7 +81,9 @@ def test_the_split_follows_the_seed_and_nothing_else(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("val_fraction", "num_val"), [(0.001, 1), (0.5, 5), (0.999, 9)])
-def test_every_class_keeps_an_image_on_both_sides(tmp_path: Path, val_fraction: float, num_val: int) -> None:
+def test_every_class_keeps_an_image_on_both_sides(
+    tmp_path: Path, val_fraction: float, num_val: int
+) -> None:
     splits = load(write_images(tmp_path, {"cat": 10, "dog": 10}), val_fraction=val_fraction)
     assert labels_of(splits, splits.val) == {"cat": num_val, "dog": num_val}
 
@@ -112,7 +118,11 @@ def test_train_val_and_test_folders_are_taken_as_they_are(tmp_path: Path) -> Non
     for split, count in (("train", 5), ("val", 2), ("test", 3)):
         write_images(tmp_path / split, {"cat": count, "dog": count})
     splits = load(tmp_path)
-    assert [(name, len(samples)) for name, samples in splits.named()] == [("train", 10), ("val", 4), ("test", 6)]
+    assert [(name, len(samples)) for name, samples in splits.named()] == [
+        ("train", 10),
+        ("val", 4),
+        ("test", 6),
+    ]
     assert all("/val/" in key for key in keys_of(splits.val))
 
 
@@ -128,7 +138,11 @@ def test_a_val_split_is_made_where_there_is_only_train(tmp_path: Path) -> None:
     write_images(tmp_path / "train", {"cat": 8, "dog": 8})
     write_images(tmp_path / "test", {"cat": 2, "dog": 2})
     splits = load(tmp_path)
-    assert [(name, len(samples)) for name, samples in splits.named()] == [("train", 12), ("val", 4), ("test", 4)]
+    assert [(name, len(samples)) for name, samples in splits.named()] == [
+        ("train", 12),
+        ("val", 4),
+        ("test", 4),
+    ]
     assert all("/train/" in key for key in keys_of(splits.val))
 
 
@@ -144,7 +158,9 @@ def test_a_val_split_is_made_where_there_is_only_train(tmp_path: Path) -> None:
         ({"cat": 3, "dog": 1}, "class 'dog' has one image; it needs two or more"),
     ],
 )
-def test_a_folder_that_cannot_be_learned_from_is_refused(tmp_path: Path, counts: dict[str, int], message: str) -> None:
+def test_a_folder_that_cannot_be_learned_from_is_refused(
+    tmp_path: Path, counts: dict[str, int], message: str
+) -> None:
     root = write_images(tmp_path / "photos", counts)
     root.mkdir(exist_ok=True)
     with pytest.raises(GraftError, match=f"^--data {root}: .*{message}"):
@@ -154,14 +170,24 @@ def test_a_folder_that_cannot_be_learned_from_is_refused(tmp_path: Path, counts:
 @pytest.mark.parametrize(
     ("train", "val", "message"),
     [
-        ({"cat": 3, "dog": 3}, {"cat": 3}, "class 'dog' has no image to validate on; add some to val/"),
-        ({"cat": 3}, {"cat": 3, "dog": 3}, "class 'dog' has no image to train on; add some to train/"),
+        (
+            {"cat": 3, "dog": 3},
+            {"cat": 3},
+            "class 'dog' has no image to validate on; add some to val/",
+        ),
+        (
+            {"cat": 3},
+            {"cat": 3, "dog": 3},
+            "class 'dog' has no image to train on; add some to train/",
+        ),
         ({"cat": 3, "dog": 0}, {"cat": 3, "dog": 1}, "class 'dog' has no image to train on"),
         ({"cat": 3}, {"cat": 1}, "only one class"),
         ({}, {"cat": 1}, "no class folders"),
     ],
 )
-def test_a_class_that_is_missing_in_a_split_is_named(tmp_path: Path, train: dict[str, int], val: dict[str, int], message: str) -> None:
+def test_a_class_that_is_missing_in_a_split_is_named(
+    tmp_path: Path, train: dict[str, int], val: dict[str, int], message: str
+) -> None:
     for name, counts in (("train", train), ("val", val)):
         (tmp_path / name).mkdir()
         write_images(tmp_path / name, counts)
@@ -170,21 +196,29 @@ def test_a_class_that_is_missing_in_a_split_is_named(tmp_path: Path, train: dict
 
 
 def test_a_path_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(GraftError, match="there is no such file or folder; or say digits, or torchvision:NAME"):
+    with pytest.raises(
+        GraftError, match="there is no such file or folder; or say digits, or torchvision:NAME"
+    ):
         load(tmp_path / "photos")
 
 
 def test_what_the_system_refuses_is_said_in_words() -> None:
-    with pytest.raises(GraftError, match=f"^--data {'x' * 80}: it cannot be read: File name too long$"):
+    with pytest.raises(
+        GraftError, match=f"^--data {'x' * 80}: it cannot be read: File name too long$"
+    ):
         load("x" * 5000)
 
 
-def test_class_folders_without_a_file_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_class_folders_without_a_file_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     write_images(tmp_path, {"cat": 3, "dog": 3, "emu": 0, "fox": 0})
     (tmp_path / "fox" / ".DS_Store").touch()
     splits = load(tmp_path)
     assert splits.label_names == ("cat", "dog")
-    assert caplog.messages == [f"--data {tmp_path}: no file in the class folders emu, fox; they are left out"]
+    assert caplog.messages == [
+        f"--data {tmp_path}: no file in the class folders emu, fox; they are left out"
+    ]
     assert caplog.records[0].levelname == "WARNING"
 
 
@@ -198,12 +232,16 @@ def write_csv(path: Path, text: str, encoding: str = "utf-8") -> Path:
 
 def test_a_csv_without_splits_is_split(tmp_path: Path) -> None:
     write_images(tmp_path, {"a": 4, "b": 4})
-    rows = "".join(f"{name}/{number:02d}.png,{name.upper()}\n" for name in "ab" for number in range(4))
+    rows = "".join(
+        f"{name}/{number:02d}.png,{name.upper()}\n" for name in "ab" for number in range(4)
+    )
     splits = load(write_csv(tmp_path / "list.csv", f"path,label\n{rows}"))
     assert splits.label_names == ("A", "B")
     assert (len(splits.train), len(splits.val)) == (6, 2)
     # Paths are relative to the file, and stand as they were written in messages.
-    assert {sample.key: sample.read() for sample in (*splits.train, *splits.val)}["a/02.png"] == b"a 2"
+    assert {sample.key: sample.read() for sample in (*splits.train, *splits.val)}[
+        "a/02.png"
+    ] == b"a 2"
 
 
 def test_a_csv_with_splits_in_any_order_of_columns_and_a_byte_order_mark(tmp_path: Path) -> None:
@@ -218,12 +256,18 @@ def test_a_csv_with_splits_in_any_order_of_columns_and_a_byte_order_mark(tmp_pat
 
 
 def test_spaces_around_a_label_make_no_other_class(tmp_path: Path) -> None:
-    splits = load(write_csv(tmp_path / "list.csv", "path,label\na.png,x\nb.png, x\nc.png,y,\nd.png,y \n"))
+    splits = load(
+        write_csv(tmp_path / "list.csv", "path,label\na.png,x\nb.png, x\nc.png,y,\nd.png,y \n")
+    )
     assert splits.label_names == ("x", "y")
 
 
 def test_quoted_paths_with_commas_are_read(tmp_path: Path) -> None:
-    splits = load(write_csv(tmp_path / "list.csv", 'path,label\n"a,1.png",x\nb.png,x\nc.png,y\n"d ""q"".png",y\n'))
+    splits = load(
+        write_csv(
+            tmp_path / "list.csv", 'path,label\n"a,1.png",x\nb.png,x\nc.png,y\n"d ""q"".png",y\n'
+        )
+    )
     assert {"a,1.png", 'd "q".png'} <= set(keys_of(splits.train) + keys_of(splits.val))
 
 
@@ -232,26 +276,49 @@ def test_quoted_paths_with_commas_are_read(tmp_path: Path) -> None:
     [
         ("", "it needs the columns path,label and perhaps split; it has none"),
         ("path,label\n", "there is no image in it"),
-        ("file,class\na.png,x\n", "it needs the columns path,label and perhaps split; it has file, class"),
-        ("path;label\na.png;x\n", "it has 'path;label', separated by semicolons; save it separated by commas"),
+        (
+            "file,class\na.png,x\n",
+            "it needs the columns path,label and perhaps split; it has file, class",
+        ),
+        (
+            "path;label\na.png;x\n",
+            "it has 'path;label', separated by semicolons; save it separated by commas",
+        ),
         ("path\tlabel\na.png\tx\n", "separated by tabs; save it separated by commas"),
-        ("path, label\na.png, x\n", "it has 'path', ' label'; write them in small letters, without spaces around them"),
-        ("Path,Label,Split\na.png,x,train\n", "it has 'Path', 'Label', 'Split'; write them in small letters"),
+        (
+            "path, label\na.png, x\n",
+            "it has 'path', ' label'; write them in small letters, without spaces around them",
+        ),
+        (
+            "Path,Label,Split\na.png,x,train\n",
+            "it has 'Path', 'Label', 'Split'; write them in small letters",
+        ),
         ("path,label\na.png,x\n,y\n", "line 3 has no path"),
         ("path,label\na.png,x\nb.png,\n", "line 3 has no label"),
         ("path,label\na.png\n", "line 2 has no label"),
         ("path,label\na.png,x\nb.png, \n", "line 3 has no label"),
-        ("path,label\na.png,x\nb.png,salt, pepper\n", "line 3 has 3 cells, the first line 2; put a path or label with a comma"),
+        (
+            "path,label\na.png,x\nb.png,salt, pepper\n",
+            "line 3 has 3 cells, the first line 2; put a path or label with a comma",
+        ),
         ("path,label,label\na.png,x,y\n", "it has the column label more than once"),
         ("path,label\na.png,x\nb\0.png,x\n", "line 3 has a path with a NUL in it"),
-        ("path,label,split\na.png,x,train\nb.png,x,dev\n", "line 3 has the split 'dev'; allowed are train, val and test"),
+        (
+            "path,label,split\na.png,x,train\nb.png,x,dev\n",
+            "line 3 has the split 'dev'; allowed are train, val and test",
+        ),
         ("path,label,split\na.png,x,train\nb.png,x\n", "line 3 has the split None; allowed"),
         ("path,label,split\na.png,x,train\nb.png,x,\n", "line 3 has the split ''"),
-        ("path,label,split\na.png,x,train\nb.png,y,train\nc.png,x,val\n", "class 'y' has no image to validate on"),
+        (
+            "path,label,split\na.png,x,train\nb.png,y,train\nc.png,x,val\n",
+            "class 'y' has no image to validate on",
+        ),
         ("path,label\na.png,x\nb.png,x\n", "only one class, 'x'"),
     ],
 )
-def test_what_is_wrong_in_a_csv_is_said_with_its_line(tmp_path: Path, text: str, message: str) -> None:
+def test_what_is_wrong_in_a_csv_is_said_with_its_line(
+    tmp_path: Path, text: str, message: str
+) -> None:
     path = write_csv(tmp_path / "list.csv", text)
     with pytest.raises(GraftError, match=f"--data {path}: .*({message})"):
         load(path)
@@ -264,7 +331,14 @@ def test_a_line_number_counts_lines_of_the_file(tmp_path: Path) -> None:
         load(path)
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe\x00\xd8" * 20, b"\x89PNG\r\n\x1a\n" + bytes(range(256)), b"path,label\n\xff.png,x\n"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xff\xfe\x00\xd8" * 20,
+        b"\x89PNG\r\n\x1a\n" + bytes(range(256)),
+        b"path,label\n\xff.png,x\n",
+    ],
+)
 def test_a_file_that_is_no_csv_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "list.csv"
     path.write_bytes(content)
@@ -275,10 +349,17 @@ def test_a_file_that_is_no_csv_is_refused(tmp_path: Path, content: bytes) -> Non
 # splits.csv.
 
 
-@pytest.mark.parametrize(("encoding", "found"), [("utf-16", "text in UTF-16"), ("latin-1", "not text in UTF-8")])
-def test_a_csv_in_another_encoding_is_told_how_to_save_it(tmp_path: Path, encoding: str, found: str) -> None:
+@pytest.mark.parametrize(
+    ("encoding", "found"), [("utf-16", "text in UTF-16"), ("latin-1", "not text in UTF-8")]
+)
+def test_a_csv_in_another_encoding_is_told_how_to_save_it(
+    tmp_path: Path, encoding: str, found: str
+) -> None:
     path = write_csv(tmp_path / "list.csv", "path,label\nvögel.png,x\n", encoding)
-    with pytest.raises(GraftError, match=f"^--data {path}: it is {found}; save it as CSV in UTF-8, separated by commas$"):
+    with pytest.raises(
+        GraftError,
+        match=f"^--data {path}: it is {found}; save it as CSV in UTF-8, separated by commas$",
+    ):
         load(path)
 
 
@@ -312,7 +393,10 @@ def test_splits_csv_lists_every_sample_once(tmp_path: Path) -> None:
     with (tmp_path / "splits.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len({row["path"] for row in rows}) == len(rows) == 1797
-    assert Counter(row["split"] for row in rows) == {"train": len(splits.train), "val": len(splits.val)}
+    assert Counter(row["split"] for row in rows) == {
+        "train": len(splits.train),
+        "val": len(splits.val),
+    }
 
 
 # Leaving out what cannot be read.
@@ -327,11 +411,17 @@ def test_unreadable_samples_are_left_out(tmp_path: Path) -> None:
     assert splits.without([]) == splits
 
 
-@pytest.mark.parametrize(("split", "message"), [("train", "no image to train on"), ("val", "no image to validate on")])
-def test_a_class_that_loses_its_last_image_is_named(tmp_path: Path, split: str, message: str) -> None:
+@pytest.mark.parametrize(
+    ("split", "message"), [("train", "no image to train on"), ("val", "no image to validate on")]
+)
+def test_a_class_that_loses_its_last_image_is_named(
+    tmp_path: Path, split: str, message: str
+) -> None:
     splits = load(write_images(tmp_path, {"cat": 8, "dog": 8}))
     gone = [sample.key for sample in getattr(splits, split) if sample.label == 1]
-    with pytest.raises(GraftError, match=f"after leaving out unreadable images: class 'dog' has {message}"):
+    with pytest.raises(
+        GraftError, match=f"after leaving out unreadable images: class 'dog' has {message}"
+    ):
         splits.without(gone)
 
 
@@ -340,7 +430,9 @@ def test_a_class_that_loses_its_last_image_is_named(tmp_path: Path, split: str, 
 
 def write_idx(path: Path, values: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    header = struct.pack(">BBBB", 0, 0, 8, values.ndim) + struct.pack(f">{values.ndim}I", *values.shape)
+    header = struct.pack(">BBBB", 0, 0, 8, values.ndim) + struct.pack(
+        f">{values.ndim}I", *values.shape
+    )
     path.write_bytes(header + values.astype(np.uint8).tobytes())
 
 
@@ -360,7 +452,11 @@ def test_a_torchvision_data_set_is_found_under_the_data_root(fashion_root: Path)
     splits = load("torchvision:FashionMNIST", data_root=fashion_root)
     assert set(splits.label_names) >= {"Ankle boot", "T-shirt/top", "Trouser"}
     # Its own test split stays one; validation is a share of its training split.
-    assert [(name, len(samples)) for name, samples in splits.named()] == [("train", 30), ("val", 10), ("test", 20)]
+    assert [(name, len(samples)) for name, samples in splits.named()] == [
+        ("train", 30),
+        ("val", 10),
+        ("test", 20),
+    ]
     raw = (fashion_root / "FashionMNIST" / "raw" / "t10k-images-idx3-ubyte").read_bytes()[16:]
     sample = splits.test[3]
     assert splits.label_names[sample.label] == "Dress"
@@ -370,13 +466,19 @@ def test_a_torchvision_data_set_is_found_under_the_data_root(fashion_root: Path)
 
 @pytest.mark.parametrize("name", ["FashionMIST", "", "VisionDataset2", "utils", "__name__"])
 def test_an_unknown_torchvision_name_is_refused(name: str) -> None:
-    with pytest.raises(GraftError, match=rf"--data torchvision:{name}: torchvision has no such data set; for example FashionMNIST"):
+    with pytest.raises(
+        GraftError,
+        match=rf"--data torchvision:{name}: torchvision has no such data set; for example FashionMNIST",
+    ):
         load(f"torchvision:{name}")
 
 
 @pytest.mark.parametrize("name", ["FashionMNIST", "OxfordIIITPet"])
-def test_a_torchvision_data_set_without_files_and_network_is_an_error_with_a_way_out(tmp_path: Path, name: str) -> None:
+def test_a_torchvision_data_set_without_files_and_network_is_an_error_with_a_way_out(
+    tmp_path: Path, name: str
+) -> None:
     with pytest.raises(
-        GraftError, match=rf"--data torchvision:{name}: it is not under --data-root .* and could not be downloaded \(.+\); run"
+        GraftError,
+        match=rf"--data torchvision:{name}: it is not under --data-root .* and could not be downloaded \(.+\); run",
     ):
         load(f"torchvision:{name}", data_root=tmp_path)

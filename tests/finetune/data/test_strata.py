@@ -52,5 +52,7 @@ def test_what_has_a_place_keeps_it_and_counts() -> None:
 
 
 def test_images_of_no_label_fill_the_parts() -> None:
-    parts = stratify(np.zeros((10, 3), np.int64), np.array([[7.0, 0, 0, 0], [3.0, 0, 0, 0]]), seed=0)
+    parts = stratify(
+        np.zeros((10, 3), np.int64), np.array([[7.0, 0, 0, 0], [3.0, 0, 0, 0]]), seed=0
+    )
     assert np.bincount(parts).tolist() == [7, 3]

@@ -19,14 +19,20 @@ from models.checkpoint import is_unsure
 
 def noisy_digits(noise: float = 4) -> tuple[np.ndarray, np.ndarray]:
     features, labels = load_digits(return_X_y=True)
-    return (features + np.random.default_rng(0).normal(0, noise, features.shape)).astype(np.float32), labels.astype(np.int64)
+    return (features + np.random.default_rng(0).normal(0, noise, features.shape)).astype(
+        np.float32
+    ), labels.astype(np.int64)
 
 
-def drawn_from_their_scores(num_images: int, scale: float = 1, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def drawn_from_their_scores(
+    num_images: int, scale: float = 1, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """Logits, `scale` times too large, and labels drawn from what the right ones say."""
     generator = np.random.default_rng(seed)
     logits = generator.normal(0, 2, (num_images, 4)).astype(np.float32)
-    labels = (softmax(logits).cumsum(axis=1) < generator.random((num_images, 1))).sum(axis=1).clip(max=3)
+    labels = (
+        (softmax(logits).cumsum(axis=1) < generator.random((num_images, 1))).sum(axis=1).clip(max=3)
+    )
     return scale * logits, labels
 
 
@@ -47,10 +53,14 @@ def test_the_error_of_scores_that_are_true_is_small_and_of_bold_ones_is_not() ->
 
 
 def test_the_threshold_is_the_score_that_enough_true_labels_reach() -> None:
-    of_true = np.arange(1, 20) / 20  # 19 images; 95 % of 19 + 1 is all of them, 90 % all but the least, 50 % ten
+    of_true = (
+        np.arange(1, 20) / 20
+    )  # 19 images; 95 % of 19 + 1 is all of them, 90 % all but the least, 50 % ten
     scores = np.stack([of_true, 1 - of_true], axis=1).astype(np.float32)
     labels = np.zeros(19, np.int64)
-    assert [conformal_threshold(scores, labels, coverage) for coverage in (0.95, 0.9, 0.5)] == pytest.approx([0.05, 0.1, 0.5])
+    assert [
+        conformal_threshold(scores, labels, coverage) for coverage in (0.95, 0.9, 0.5)
+    ] == pytest.approx([0.05, 0.1, 0.5])
     assert conformal_threshold(scores[1:], labels[1:], 0.95) == 0
     assert conformal_threshold(scores, labels, 1e-12) == pytest.approx(0.95)
 
@@ -72,19 +82,32 @@ def test_over_20_splits_a_probe_is_calibrated_and_covers_what_was_asked(coverage
         order = np.random.default_rng(seed).permutation(len(labels))
         train, val = order[:-1000], order[-1000:]
         probe = solve_probe(features[train], labels[train], 10, seed=seed)
-        _, calibrated = calibrate_probe(probe, labels[train], {"val": probe.logits(features[val])}, {"val": labels[val]}, coverage)
+        _, calibrated = calibrate_probe(
+            probe,
+            labels[train],
+            {"val": probe.logits(features[val])},
+            {"val": labels[val]},
+            coverage,
+        )
         errors.append(calibrated["val"].after.error)
         covered.append(calibrated["val"].covered)
-        assert calibrated["val"].sure_accuracy > 1 - calibrated["val"].before.counts @ (1 - calibrated["val"].before.accuracies) / 1000
+        assert (
+            calibrated["val"].sure_accuracy
+            > 1 - calibrated["val"].before.counts @ (1 - calibrated["val"].before.accuracies) / 1000
+        )
     assert np.mean(errors) <= 0.03
     assert np.mean(covered) == pytest.approx(coverage, abs=0.02)
 
 
-def test_a_trained_model_is_calibrated_on_validation_and_judged_on_what_its_fit_did_not_see() -> None:
+def test_a_trained_model_is_calibrated_on_validation_and_judged_on_what_its_fit_did_not_see() -> (
+    None
+):
     """Ten images of four random labels: their own fit would say it covers all that it was asked to."""
     logits, labels = drawn_from_their_scores(3000, scale=3)
     held_out = drawn_from_their_scores(3000, scale=3, seed=1)
-    calibration, calibrated = calibrate_trained({"val": logits, "test": held_out[0]}, {"val": labels, "test": held_out[1]}, 0.9, seed=0)
+    calibration, calibrated = calibrate_trained(
+        {"val": logits, "test": held_out[0]}, {"val": labels, "test": held_out[1]}, 0.9, seed=0
+    )
     assert calibration.temperature == pytest.approx(3, rel=0.05)
     assert "validation images" in calibration.basis
     for split in ("val", "test"):
@@ -100,7 +123,9 @@ def test_too_few_images_to_promise_anything_are_said_to_be() -> None:
     features, labels = noisy_digits()
     chosen = np.concatenate([np.flatnonzero(labels == label)[:2] for label in range(5)])
     probe = solve_probe(features[chosen], labels[chosen], 5, seed=0)
-    calibration, calibrated = calibrate_probe(probe, labels[chosen], {"val": probe.logits(features[:50])}, {"val": labels[:50] % 5}, 0.95)
+    calibration, calibrated = calibrate_probe(
+        probe, labels[chosen], {"val": probe.logits(features[:50])}, {"val": labels[:50] % 5}, 0.95
+    )
     assert calibration.threshold == 0
     assert calibrated["val"].unsure == 1
     assert calibrated["val"].to_dict()["sure_accuracy"] is None

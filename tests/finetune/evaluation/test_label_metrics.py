@@ -15,14 +15,18 @@ from finetune.probe.solve import softmax
 from models.checkpoint import sigmoid
 
 
-def draw_decisions(num_images: int, num_labels: int, *, gain: float = 1.5, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def draw_decisions(
+    num_images: int, num_labels: int, *, gain: float = 1.5, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     generator = np.random.default_rng(seed)
     labels = (generator.random((num_images, num_labels)) < 0.3).astype(np.int64)
     logits = (generator.normal(-1, 1, labels.shape) + gain * labels).astype(np.float32)
     return logits, labels
 
 
-def evaluate_rows(logits: np.ndarray, labels: np.ndarray, answers: np.ndarray | None = None) -> LabelMetrics:
+def evaluate_rows(
+    logits: np.ndarray, labels: np.ndarray, answers: np.ndarray | None = None
+) -> LabelMetrics:
     metrics = evaluate(logits, labels, answers)
     assert isinstance(metrics, LabelMetrics)
     return metrics
@@ -33,14 +37,22 @@ def test_metrics_agree_with_scikit_learn(num_labels: int) -> None:
     logits, labels = draw_decisions(300, num_labels)
     answers = sigmoid(logits) >= 0.4
     found = evaluate_rows(logits, labels, answers)
-    assert found.mean_average_precision == pytest.approx(reference.average_precision_score(labels, logits, average="macro"))
-    assert found.macro_f1 == pytest.approx(reference.f1_score(labels, answers, average="macro" if num_labels > 1 else "binary"))
+    assert found.mean_average_precision == pytest.approx(
+        reference.average_precision_score(labels, logits, average="macro")
+    )
+    assert found.macro_f1 == pytest.approx(
+        reference.f1_score(labels, answers, average="macro" if num_labels > 1 else "binary")
+    )
     assert found.micro_f1 == pytest.approx(reference.f1_score(labels.ravel(), answers.ravel()))
     assert found.exact_match == pytest.approx(reference.accuracy_score(labels, answers))
     assert found.hamming_loss == pytest.approx((labels != answers).mean())
-    assert found.loss == pytest.approx(reference.log_loss(labels.ravel(), sigmoid(logits).ravel().astype(float)), rel=1e-4)
+    assert found.loss == pytest.approx(
+        reference.log_loss(labels.ravel(), sigmoid(logits).ravel().astype(float)), rel=1e-4
+    )
     for label in range(num_labels):
-        each = reference.precision_recall_fscore_support(labels[:, label], answers[:, label], average=None, labels=[1])
+        each = reference.precision_recall_fscore_support(
+            labels[:, label], answers[:, label], average=None, labels=[1]
+        )
         ours = (found.precision[label], found.recall[label], found.f1[label], found.support[label])
         assert ours == pytest.approx(tuple(value[0] for value in each))
 
@@ -51,7 +63,12 @@ def test_average_precision_counts_ties_together_and_images_as_often_as_they_are_
     weights = np.random.default_rng(1).integers(0, 4, (20, 200)).astype(np.float32)
     found = measure_average_precision(logits, labels, weights)
     for row, drawn in zip(found, weights, strict=True):
-        wanted = [reference.average_precision_score(labels[:, label], logits[:, label], sample_weight=drawn) for label in range(3)]
+        wanted = [
+            reference.average_precision_score(
+                labels[:, label], logits[:, label], sample_weight=drawn
+            )
+            for label in range(3)
+        ]
         assert row == pytest.approx(wanted)
 
 
@@ -60,10 +77,20 @@ def test_a_label_that_no_image_has_takes_no_part() -> None:
     labels[:, 1] = 0
     found = evaluate_rows(logits, labels)
     rest = evaluate_rows(logits[:, [0, 2]], labels[:, [0, 2]])
-    assert (found.mean_average_precision, found.macro_f1) == (rest.mean_average_precision, rest.macro_f1)
+    assert (found.mean_average_precision, found.macro_f1) == (
+        rest.mean_average_precision,
+        rest.macro_f1,
+    )
     as_json = json.loads(json.dumps(found.to_dict(("a", "b", "c")), allow_nan=False))
     assert as_json["per_class"]["b"]["average_precision"] is None
-    assert tabulate(found, ("a", "b", "c"))[2] == ("b", f"{found.precision[1]:.3f}", "0.000", "0.000", "nan", "0")
+    assert tabulate(found, ("a", "b", "c"))[2] == (
+        "b",
+        f"{found.precision[1]:.3f}",
+        "0.000",
+        "0.000",
+        "nan",
+        "0",
+    )
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
@@ -83,11 +110,18 @@ def test_a_verdict_pairs_the_images() -> None:
     better = logits + 0.3 * labels.astype(np.float32)
     verdict = compare_with_probe(logits, better, labels, probe_seconds=1, train_seconds=60)
     assert verdict.publishes == "fine-tuned"
-    assert verdict.tuned_accuracy - verdict.probe_accuracy == pytest.approx((verdict.interval.low + verdict.interval.high) / 2, abs=0.01)
+    assert verdict.tuned_accuracy - verdict.probe_accuracy == pytest.approx(
+        (verdict.interval.low + verdict.interval.high) / 2, abs=0.01
+    )
     assert "probe_mean_average_precision" in verdict.to_dict()
-    assert compare_with_probe(logits, logits, labels, probe_seconds=1, train_seconds=60).publishes == "probe"
+    assert (
+        compare_with_probe(logits, logits, labels, probe_seconds=1, train_seconds=60).publishes
+        == "probe"
+    )
 
 
 def test_sigmoid_is_the_softmax_of_two_and_never_overflows() -> None:
     values = np.array([-1000, -3, 0, 0.5, 1000], np.float32)
-    assert sigmoid(values) == pytest.approx(softmax(np.stack([np.zeros(5, np.float32), values], axis=1))[:, 1], abs=1e-6)
+    assert sigmoid(values) == pytest.approx(
+        softmax(np.stack([np.zeros(5, np.float32), values], axis=1))[:, 1], abs=1e-6
+    )

@@ -8,7 +8,11 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from finetune.evaluation.learning_curve import LearningCurve, _continue_curve, measure_learning_curve
+from finetune.evaluation.learning_curve import (
+    LearningCurve,
+    _continue_curve,
+    measure_learning_curve,
+)
 from finetune.probe.solve import solve_head, solve_probe
 
 
@@ -47,7 +51,9 @@ def test_a_curve_that_does_not_rise_promises_nothing() -> None:
     curve = continue_curve(0.40, 0.71, 0.66, 0.64)
     assert curve.gain > 0.05
     assert curve.interval.low < 0
-    assert str(curve).startswith("half the images would have given the probe 0.7100; doubling them may be worth nothing, and ")
+    assert str(curve).startswith(
+        "half the images would have given the probe 0.7100; doubling them may be worth nothing, and "
+    )
     assert continue_curve(0.40, 0.55, 0.62, 0.66).interval.low > 0.05
 
 
@@ -56,11 +62,17 @@ def test_each_part_is_solved_as_a_probe_on_it_alone_would_be() -> None:
     features = (features + np.random.default_rng(0).normal(0, 6, features.shape)).astype(np.float32)
     train, val = slice(0, 800), slice(800, None)
     probe = solve_probe(features[train], labels[train], 10, seed=0)
-    curve = measure_learning_curve(features[train], labels[train], probe, features[val], labels[val], seed=0)
-    assert curve.accuracies[-1] == pytest.approx(float((probe.logits(features[val]).argmax(axis=1) == labels[val]).mean()))
+    curve = measure_learning_curve(
+        features[train], labels[train], probe, features[val], labels[val], seed=0
+    )
+    assert curve.accuracies[-1] == pytest.approx(
+        float((probe.logits(features[val]).argmax(axis=1) == labels[val]).mean())
+    )
     for size, accuracy in zip(curve.num_images[:-1], curve.accuracies[:-1], strict=True):
         alone = solve_probe(features[train][:size], labels[train][:size], 10, seed=0)
-        assert accuracy == pytest.approx(float((alone.logits(features[val]).argmax(axis=1) == labels[val]).mean()), abs=0.06)
+        assert accuracy == pytest.approx(
+            float((alone.logits(features[val]).argmax(axis=1) == labels[val]).mean()), abs=0.06
+        )
 
 
 def test_a_start_saves_steps_and_moves_no_answer() -> None:

@@ -29,19 +29,35 @@ def test_metrics_agree_with_scikit_learn(num_images: int, num_classes: int) -> N
     scores /= scores.sum(axis=1, keepdims=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        each = reference.precision_recall_fscore_support(labels, predicted, labels=range(num_classes), zero_division=0)
-        assert found.balanced_accuracy == pytest.approx(reference.balanced_accuracy_score(labels, predicted))
+        each = reference.precision_recall_fscore_support(
+            labels, predicted, labels=range(num_classes), zero_division=0
+        )
+        assert found.balanced_accuracy == pytest.approx(
+            reference.balanced_accuracy_score(labels, predicted)
+        )
     assert found.accuracy == pytest.approx(reference.accuracy_score(labels, predicted))
-    assert found.macro_f1 == pytest.approx(reference.f1_score(labels, predicted, labels=present, average="macro", zero_division=0))
-    assert found.loss == pytest.approx(reference.log_loss(labels, scores, labels=range(num_classes)), rel=1e-4)
-    assert np.array_equal(found.confusion, reference.confusion_matrix(labels, predicted, labels=range(num_classes)))
-    for ours, theirs in zip((found.precision, found.recall, found.f1, found.support), each, strict=True):
+    assert found.macro_f1 == pytest.approx(
+        reference.f1_score(labels, predicted, labels=present, average="macro", zero_division=0)
+    )
+    assert found.loss == pytest.approx(
+        reference.log_loss(labels, scores, labels=range(num_classes)), rel=1e-4
+    )
+    assert np.array_equal(
+        found.confusion, reference.confusion_matrix(labels, predicted, labels=range(num_classes))
+    )
+    for ours, theirs in zip(
+        (found.precision, found.recall, found.f1, found.support), each, strict=True
+    ):
         assert ours == pytest.approx(theirs)
 
 
 def test_rows_of_the_confusion_are_true_labels() -> None:
     logits = np.array([[0, 9, 0], [0, 9, 0], [9, 0, 0]], np.float32)
-    assert evaluate(logits, np.array([0, 1, 2])).confusion.tolist() == [[0, 1, 0], [0, 1, 0], [1, 0, 0]]
+    assert evaluate(logits, np.array([0, 1, 2])).confusion.tolist() == [
+        [0, 1, 0],
+        [0, 1, 0],
+        [1, 0, 0],
+    ]
 
 
 def test_a_class_without_an_image_takes_no_part_in_the_averages() -> None:
@@ -55,11 +71,17 @@ def test_a_class_without_an_image_takes_no_part_in_the_averages() -> None:
 
 def test_a_class_that_is_never_predicted_has_precision_and_f1_of_zero() -> None:
     metrics = evaluate(np.array([[9, 0], [9, 0]], np.float32), np.array([0, 1]))
-    assert (metrics.precision.tolist(), metrics.recall.tolist(), metrics.f1.tolist()) == ([0.5, 0], [1, 0], [pytest.approx(2 / 3), 0])
+    assert (metrics.precision.tolist(), metrics.recall.tolist(), metrics.f1.tolist()) == (
+        [0.5, 0],
+        [1, 0],
+        [pytest.approx(2 / 3), 0],
+    )
 
 
 @pytest.mark.parametrize(("num_images", "num_classes"), [(300, 3), (60, 12)])
-def test_intervals_are_those_of_resampling_the_images_one_by_one(num_images: int, num_classes: int) -> None:
+def test_intervals_are_those_of_resampling_the_images_one_by_one(
+    num_images: int, num_classes: int
+) -> None:
     logits, labels = random_answers(num_images, num_classes, 4)
     generator = np.random.default_rng(9)
     resampled = []
@@ -94,15 +116,26 @@ def test_many_classes_are_resampled_in_parts_and_without_a_mistake_there_is_no_d
 
 def test_the_most_confused_pairs_come_first_and_only_mistakes() -> None:
     logits = np.eye(3, dtype=np.float32)[[0, 1, 1, 2, 0, 2, 2]]
-    assert evaluate(logits, np.array([0, 0, 0, 1, 1, 2, 2])).most_confused(5) == [(0, 1, 2), (1, 0, 1), (1, 2, 1)]
+    assert evaluate(logits, np.array([0, 0, 0, 1, 1, 2, 2])).most_confused(5) == [
+        (0, 1, 2),
+        (1, 0, 1),
+        (1, 2, 1),
+    ]
 
 
 def test_the_report_is_plain_json_with_each_class() -> None:
     logits, labels = random_answers(50, 3, 0)
     metrics = evaluate(logits, labels)
     report = json.loads(json.dumps(metrics.to_dict(("a", "b", "c"))))
-    assert (report["accuracy"], report["loss"], report["num_images"]) == (metrics.accuracy, metrics.loss, 50)
-    assert (report["balanced_accuracy"], report["macro_f1"]) == (metrics.balanced_accuracy, metrics.macro_f1)
+    assert (report["accuracy"], report["loss"], report["num_images"]) == (
+        metrics.accuracy,
+        metrics.loss,
+        50,
+    )
+    assert (report["balanced_accuracy"], report["macro_f1"]) == (
+        metrics.balanced_accuracy,
+        metrics.macro_f1,
+    )
     assert list(report["per_class"]) == ["a", "b", "c"]
     assert report["per_class"]["b"] == {
         "precision": metrics.precision[1],

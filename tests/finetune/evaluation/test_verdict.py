@@ -19,7 +19,9 @@ def compare(num_gained: int, num_lost: int, num_images: int) -> Verdict:
     probe[:num_gained], tuned[:num_gained] = 1, 0
     probe[num_gained : num_gained + num_lost], tuned[num_gained : num_gained + num_lost] = 0, 1
     logits = np.eye(2, dtype=np.float32)
-    return compare_with_probe(logits[probe], logits[tuned], labels, probe_seconds=1.5, train_seconds=60)
+    return compare_with_probe(
+        logits[probe], logits[tuned], labels, probe_seconds=1.5, train_seconds=60
+    )
 
 
 @pytest.mark.parametrize(
@@ -31,27 +33,38 @@ def compare(num_gained: int, num_lost: int, num_images: int) -> Verdict:
         (3, 20, "probe", "the probe is better"),
     ],
 )
-def test_the_better_one_is_published_and_the_probe_on_a_tie(num_gained: int, num_lost: int, published: str, words: str) -> None:
+def test_the_better_one_is_published_and_the_probe_on_a_tie(
+    num_gained: int, num_lost: int, published: str, words: str
+) -> None:
     verdict = compare(num_gained, num_lost, 400)
     assert verdict.publishes == published
     assert words in str(verdict)
     assert "in 60 s" in str(verdict)
     report = json.loads(json.dumps(verdict.to_dict()))
-    assert (report["published"], report["difference"]) == (published, pytest.approx((num_gained - num_lost) / 400))
+    assert (report["published"], report["difference"]) == (
+        published,
+        pytest.approx((num_gained - num_lost) / 400),
+    )
 
 
 def test_epochs_that_gave_nothing_are_no_tie() -> None:
     logits = np.eye(2, dtype=np.float32)
-    verdict = compare_with_probe(logits, logits, np.arange(2), probe_seconds=1.5, train_seconds=60, has_learnt=False)
+    verdict = compare_with_probe(
+        logits, logits, np.arange(2), probe_seconds=1.5, train_seconds=60, has_learnt=False
+    )
     assert verdict.publishes == "probe"
-    assert str(verdict).endswith("no epoch was better than the head that they began from, so the probe is published")
+    assert str(verdict).endswith(
+        "no epoch was better than the head that they began from, so the probe is published"
+    )
 
 
 def test_the_interval_is_of_the_same_images_and_not_of_two_samples() -> None:
     """Two models that agree on all but 20 of 400 images: apart, each accuracy is uncertain by 5 points, their difference by 2."""
     verdict = compare(15, 5, 400)
     width = verdict.interval.high - verdict.interval.low
-    assert width == pytest.approx(2 * 1.96 * np.sqrt(20 / 400 - (10 / 400) ** 2) / np.sqrt(400), rel=0.1)
+    assert width == pytest.approx(
+        2 * 1.96 * np.sqrt(20 / 400 - (10 / 400) ** 2) / np.sqrt(400), rel=0.1
+    )
     assert verdict.interval.low < 10 / 400 < verdict.interval.high
 
 
@@ -61,11 +74,19 @@ def test_balanced_it_goes_by_what_a_rare_class_gains() -> None:
     probe, tuned = np.zeros(400, np.int64), np.zeros(400, np.int64)
     tuned[:12], tuned[-12:] = 1, 1
     logits = np.eye(2, dtype=np.float32)
-    both = {"probe_logits": logits[probe], "tuned_logits": logits[tuned], "labels": labels, "probe_seconds": 1.5, "train_seconds": 60}
+    both = {
+        "probe_logits": logits[probe],
+        "tuned_logits": logits[tuned],
+        "labels": labels,
+        "probe_seconds": 1.5,
+        "train_seconds": 60,
+    }
     assert compare_with_probe(**both).publishes == "probe"  # type: ignore[arg-type]
     verdict = compare_with_probe(**both, class_weights=class_weights(labels, 2))  # type: ignore[arg-type]
     assert verdict.publishes == "fine-tuned"
     assert verdict.probe_accuracy == pytest.approx(0.5)
-    assert verdict.tuned_accuracy == pytest.approx(evaluate(logits[tuned], labels).balanced_accuracy)
+    assert verdict.tuned_accuracy == pytest.approx(
+        evaluate(logits[tuned], labels).balanced_accuracy
+    )
     assert "+13.3 points of balanced accuracy (95%: " in str(verdict)
     assert verdict.to_dict()["by"] == "balanced_accuracy"

@@ -20,26 +20,41 @@ from tests.support.drawn import draw_shape
 
 def sample(index: int, data: bytes | None = None) -> Sample:
     kind = ("JPEG", "PNG")[index % 2]
-    return Sample(f"image {index}", 0, EncodedImage(draw_shape("circle", index, kind) if data is None else data))
+    return Sample(
+        f"image {index}",
+        0,
+        EncodedImage(draw_shape("circle", index, kind) if data is None else data),
+    )
 
 
 @pytest.mark.parametrize("num_workers", [1, 4])
 @pytest.mark.parametrize("count", [0, 1, 4, 11])
-def test_features_keep_the_order_of_the_samples(prepared: PreparedBackbone, engine: OpenVINOEngine, count: int, num_workers: int) -> None:
+def test_features_keep_the_order_of_the_samples(
+    prepared: PreparedBackbone, engine: OpenVINOEngine, count: int, num_workers: int
+) -> None:
     samples = [sample(index) for index in range(count)]
-    extracted = extract_features(samples, prepared.preprocess, engine, num_workers=num_workers, description="test")
+    extracted = extract_features(
+        samples, prepared.preprocess, engine, num_workers=num_workers, description="test"
+    )
     assert extracted.unreadable == {}
     assert extracted.features.shape == (count, engine.num_features)
     for index in range(count):
-        assert np.array_equal(extracted.features[index], run(engine, prepared.preprocess(samples[index].read())[None])[0])
+        assert np.array_equal(
+            extracted.features[index],
+            run(engine, prepared.preprocess(samples[index].read())[None])[0],
+        )
 
 
-def test_unreadable_samples_are_named_and_left_out(prepared: PreparedBackbone, engine: OpenVINOEngine) -> None:
+def test_unreadable_samples_are_named_and_left_out(
+    prepared: PreparedBackbone, engine: OpenVINOEngine
+) -> None:
     samples = [sample(index) for index in range(9)]
     samples[0] = sample(0, b"")
     samples[4] = sample(4, b"some text")
     samples[8] = sample(8, draw_shape("cross", 1, "PNG")[:200])
-    extracted = extract_features(samples, prepared.preprocess, engine, num_workers=3, description="test")
+    extracted = extract_features(
+        samples, prepared.preprocess, engine, num_workers=3, description="test"
+    )
     assert list(extracted.unreadable) == ["image 0", "image 4", "image 8"]
     assert "empty" in extracted.unreadable["image 0"]
     assert "not an image" in extracted.unreadable["image 4"]
@@ -49,8 +64,16 @@ def test_unreadable_samples_are_named_and_left_out(prepared: PreparedBackbone, e
     assert np.array_equal(extracted.features, expected)
 
 
-def test_nothing_readable_gives_no_features(prepared: PreparedBackbone, engine: OpenVINOEngine) -> None:
-    extracted = extract_features([sample(0, b"x"), sample(1, b"y")], prepared.preprocess, engine, num_workers=2, description="test")
+def test_nothing_readable_gives_no_features(
+    prepared: PreparedBackbone, engine: OpenVINOEngine
+) -> None:
+    extracted = extract_features(
+        [sample(0, b"x"), sample(1, b"y")],
+        prepared.preprocess,
+        engine,
+        num_workers=2,
+        description="test",
+    )
     assert extracted.features.shape == (0, engine.num_features)
     assert len(extracted.unreadable) == 2
 
@@ -65,7 +88,9 @@ def test_a_file_that_goes_away_after_it_was_listed_is_unreadable(
     paths[1].unlink()
     paths[2].unlink()
     paths[2].mkdir()
-    extracted = extract_features(samples, prepared.preprocess, engine, num_workers=2, description="test")
+    extracted = extract_features(
+        samples, prepared.preprocess, engine, num_workers=2, description="test"
+    )
     assert extracted.features.shape[0] == 1
     assert extracted.unreadable == {
         str(paths[1]): "the file cannot be read: No such file or directory",
@@ -78,7 +103,11 @@ class Watched:
 
     def __init__(self, engine: OpenVINOEngine) -> None:
         self._engine = engine
-        self.info, self.num_features, self.num_slots = engine.info, engine.num_features, engine.num_slots
+        self.info, self.num_features, self.num_slots = (
+            engine.info,
+            engine.num_features,
+            engine.num_slots,
+        )
         self.num_read = 0
         self.num_submitted = 0
         self.most_ahead = 0
@@ -98,7 +127,9 @@ class Watched:
         raise AssertionError("the engine is the caller's to close")
 
 
-def test_decoding_runs_ahead_only_a_few_batches(prepared: PreparedBackbone, engine: OpenVINOEngine) -> None:
+def test_decoding_runs_ahead_only_a_few_batches(
+    prepared: PreparedBackbone, engine: OpenVINOEngine
+) -> None:
     """So that memory holds a data set of any size."""
     watched = Watched(engine)
     samples = [Sample(str(index), 0, watched) for index in range(80)]  # type: ignore[arg-type]
@@ -107,7 +138,9 @@ def test_decoding_runs_ahead_only_a_few_batches(prepared: PreparedBackbone, engi
     assert watched.most_ahead <= 6 * engine.info.batch_size + 2
 
 
-def test_what_is_no_image_error_is_not_hidden(prepared: PreparedBackbone, engine: OpenVINOEngine) -> None:
+def test_what_is_no_image_error_is_not_hidden(
+    prepared: PreparedBackbone, engine: OpenVINOEngine
+) -> None:
     class Broken:
         def read_bytes(self) -> bytes:
             raise ZeroDivisionError("a bug")

@@ -26,7 +26,9 @@ from tests.support.drawn import draw_shape, write_class_folders
 
 FLOAT = "bf16" if supports_bf16() else "fp32"
 NUM_PER_CLASS = 140
-needs_bf16 = pytest.mark.skipif(not supports_bf16(), reason="this CPU has no bf16, so that fp32 is all there is")
+needs_bf16 = pytest.mark.skipif(
+    not supports_bf16(), reason="this CPU has no bf16, so that fp32 is all there is"
+)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +75,12 @@ def options_of(data: Path | str, own_cache: Path, **changes: Any) -> Options:
 
 
 def splits_of(options: Options) -> Splits:
-    return load_splits(options.data, data_root=options.data_root, val_fraction=options.val_fraction, seed=options.seed)
+    return load_splits(
+        options.data,
+        data_root=options.data_root,
+        val_fraction=options.val_fraction,
+        seed=options.seed,
+    )
 
 
 def choose(backbone: PreparedBackbone, options: Options, scratch: Path) -> Chosen:
@@ -91,7 +98,11 @@ def forbid_comparing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("int8_pays", "forget")
 def test_int8_is_refused_where_it_costs_accuracy_and_not_tried_again(
-    backbone: PreparedBackbone, own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    backbone: PreparedBackbone,
+    own_cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     # Beyond reach, for what int8 costs here depends on the processor: one without VNNI rounds otherwise, and lost nothing.
     monkeypatch.setattr(precision, "_INT8_TOLERANCE", -1.0)
@@ -109,10 +120,16 @@ def test_int8_is_refused_where_it_costs_accuracy_and_not_tried_again(
 
 @pytest.mark.usefixtures("int8_pays", "forget")
 def test_int8_is_taken_where_it_keeps_accuracy_and_stays_as_the_folder_grows(
-    backbone: PreparedBackbone, own_cache: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    backbone: PreparedBackbone,
+    own_cache: Path,
+    shapes: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     data = Path(shutil.copytree(shapes, tmp_path / "shapes"))
-    options = options_of(data, own_cache, output=tmp_path / "runs", repository=tmp_path / "checkpoints")
+    options = options_of(
+        data, own_cache, output=tmp_path / "runs", repository=tmp_path / "checkpoints"
+    )
     first = load_checkpoint(run(options))
     for seed in range(NUM_PER_CLASS, NUM_PER_CLASS + 5):
         (data / "circle" / f"{seed}.jpeg").write_bytes(draw_shape("circle", seed))
@@ -125,7 +142,9 @@ def test_int8_is_taken_where_it_keeps_accuracy_and_stays_as_the_folder_grows(
     for path in (tmp_path / "runs").iterdir():
         found = json.loads((path / "metrics.json").read_text())
         assert found["precision"]["chosen"] == "int8"
-        assert f"int8 keeps accuracy (cross-validated {1:.4f}, {FLOAT}" in found["precision"]["reason"]
+        assert (
+            f"int8 keeps accuracy (cross-validated {1:.4f}, {FLOAT}" in found["precision"]["reason"]
+        )
         assert found["val"]["accuracy"] >= 0.97
     card = (second.path / "README.md").read_text()
     assert "| precision | int8: int8 keeps accuracy" in card
@@ -133,7 +152,11 @@ def test_int8_is_taken_where_it_keeps_accuracy_and_stays_as_the_folder_grows(
 
 @pytest.mark.usefixtures("forget")
 def test_few_images_are_not_worth_quantising(
-    backbone: PreparedBackbone, own_cache: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    backbone: PreparedBackbone,
+    own_cache: Path,
+    shapes: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     alone = Path(shutil.copytree(backbone.folder, tmp_path / "cache" / "backbones" / "alone"))
     forbid_comparing(monkeypatch)
@@ -146,7 +169,11 @@ def test_few_images_are_not_worth_quantising(
 
 @pytest.mark.usefixtures("forget")
 def test_images_in_the_cache_speak_for_the_precision_they_are_in(
-    backbone: PreparedBackbone, own_cache: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    backbone: PreparedBackbone,
+    own_cache: Path,
+    shapes: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(precision, "_QUANTISE_SECONDS", 0.0)
     monkeypatch.setattr(precision, "_COMPARE_SECONDS", 0.0)
@@ -160,16 +187,27 @@ def test_images_in_the_cache_speak_for_the_precision_they_are_in(
     forbid_comparing(monkeypatch)
     chosen = choose(backbone, options, tmp_path)
     assert chosen.engine.info.precision == FLOAT
-    assert chosen.reason == f"int8 would not pay for {3 * NUM_PER_CLASS} images, about {3 * NUM_PER_CLASS} of them in the cache"
+    assert (
+        chosen.reason
+        == f"int8 would not pay for {3 * NUM_PER_CLASS} images, about {3 * NUM_PER_CLASS} of them in the cache"
+    )
 
 
 @pytest.mark.usefixtures("int8_pays", "forget")
 @pytest.mark.parametrize(
     ("changes", "reason"),
-    [({"freeze": "until:blocks.4"}, "int8 is for --freeze backbone"), ({"cache": False}, "int8 is for backbones that are kept")],
+    [
+        ({"freeze": "until:blocks.4"}, "int8 is for --freeze backbone"),
+        ({"cache": False}, "int8 is for backbones that are kept"),
+    ],
 )
 def test_where_int8_cannot_be_it_is_said(
-    backbone: PreparedBackbone, own_cache: Path, shapes: Path, tmp_path: Path, changes: dict[str, Any], reason: str
+    backbone: PreparedBackbone,
+    own_cache: Path,
+    shapes: Path,
+    tmp_path: Path,
+    changes: dict[str, Any],
+    reason: str,
 ) -> None:
     chosen = choose(backbone, options_of(shapes, own_cache, **changes), tmp_path)
     assert chosen.engine.info.precision == FLOAT
@@ -178,18 +216,34 @@ def test_where_int8_cannot_be_it_is_said(
 
 @pytest.mark.usefixtures("int8_pays", "forget")
 def test_a_cpu_without_vnni_does_not_try_int8(
-    backbone: PreparedBackbone, own_cache: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    backbone: PreparedBackbone,
+    own_cache: Path,
+    shapes: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(precision, "supports_vnni", lambda: False)
     chosen = choose(backbone, options_of(shapes, own_cache), tmp_path)
-    assert (chosen.engine.info.precision, chosen.reason) == (FLOAT, "this CPU has no VNNI, without which int8 gains little")
+    assert (chosen.engine.info.precision, chosen.reason) == (
+        FLOAT,
+        "this CPU has no VNNI, without which int8 gains little",
+    )
 
 
 def test_vnni_is_what_the_kernel_says(monkeypatch: pytest.MonkeyPatch) -> None:
     read_text = Path.read_text
-    told = ["flags\t\t: fpu avx2 avx512f", "flags\t\t: fpu avx2 avx_vnni", "flags\t\t: fpu avx512_vnni amx_int8", "Features: asimddp"]
+    told = [
+        "flags\t\t: fpu avx2 avx512f",
+        "flags\t\t: fpu avx2 avx_vnni",
+        "flags\t\t: fpu avx512_vnni amx_int8",
+        "Features: asimddp",
+    ]
     for said, expected in zip(told, (False, True, True, False), strict=True):
-        monkeypatch.setattr(Path, "read_text", lambda path, text=said: text if str(path) == "/proc/cpuinfo" else read_text(path))
+        monkeypatch.setattr(
+            Path,
+            "read_text",
+            lambda path, text=said: text if str(path) == "/proc/cpuinfo" else read_text(path),
+        )
         supports_vnni.cache_clear()
         assert supports_vnni() is expected
     supports_vnni.cache_clear()
@@ -197,13 +251,22 @@ def test_vnni_is_what_the_kernel_says(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("forget")
 def test_what_is_asked_for_is_not_questioned(
-    backbone: PreparedBackbone, own_cache: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    backbone: PreparedBackbone,
+    own_cache: Path,
+    shapes: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     forbid_comparing(monkeypatch)
     options = options_of(shapes, own_cache, precision="fp32")
     chosen = choose(backbone, options, tmp_path)
     assert (chosen.engine.info.precision, chosen.reason) == ("fp32", "--precision fp32")
-    assert compare_with_fp32(chosen, backbone, splits_of(options), np.zeros((0, 1280), np.float32), options, tmp_path) is None
+    assert (
+        compare_with_fp32(
+            chosen, backbone, splits_of(options), np.zeros((0, 1280), np.float32), options, tmp_path
+        )
+        is None
+    )
 
 
 @needs_bf16
@@ -219,7 +282,9 @@ def test_bf16_that_costs_accuracy_gives_way_to_fp32_and_stays_away(
     """A bf16 that loses everything, as that of a network with values beyond its reach would."""
     precisions: list[str] = []
 
-    def extract(splits: Splits, on: PreparedBackbone, engine: Any, *rest: Any, **named: Any) -> tuple[Splits, dict[SplitName, Features]]:
+    def extract(
+        splits: Splits, on: PreparedBackbone, engine: Any, *rest: Any, **named: Any
+    ) -> tuple[Splits, dict[SplitName, Features]]:
         precisions.append(engine.info.precision)
         readable, features = extract_splits(splits, on, engine, *rest, **named)
         if engine.info.precision == "bf16":
@@ -229,7 +294,9 @@ def test_bf16_that_costs_accuracy_gives_way_to_fp32_and_stays_away(
 
     monkeypatch.setattr(precision, "extract_splits", extract)
     monkeypatch.setattr(precision, "_CHECK_SECONDS", 30.0)
-    options = options_of(shapes, own_cache, output=tmp_path / "runs", repository=tmp_path / "checkpoints")
+    options = options_of(
+        shapes, own_cache, output=tmp_path / "runs", repository=tmp_path / "checkpoints"
+    )
     with caplog.at_level("INFO", "graft"):
         first = load_checkpoint(run(options))
     assert precisions == ["bf16", "fp32"]
@@ -244,13 +311,21 @@ def test_bf16_that_costs_accuracy_gives_way_to_fp32_and_stays_away(
 @needs_bf16
 @pytest.mark.usefixtures("forget")
 def test_without_the_cache_a_verdict_holds_for_one_run(
-    backbone: PreparedBackbone, own_cache: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    backbone: PreparedBackbone,
+    own_cache: Path,
+    shapes: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(precision, "_CHECK_SECONDS", 30.0)
     monkeypatch.setattr(precision, "_MAX_IMAGES", 100)
     options = options_of(shapes, own_cache, cache=False)
     chosen, splits = choose(backbone, options, tmp_path), splits_of(options)
-    noise = np.random.default_rng(0).normal(size=(len(splits.train), chosen.engine.num_features)).astype(np.float32)
+    noise = (
+        np.random.default_rng(0)
+        .normal(size=(len(splits.train), chosen.engine.num_features))
+        .astype(np.float32)
+    )
     verdict = compare_with_fp32(chosen, backbone, splits, noise, options, tmp_path)
     assert verdict is not None
     assert not verdict.holds
@@ -262,7 +337,11 @@ def test_without_the_cache_a_verdict_holds_for_one_run(
 @needs_bf16
 @pytest.mark.usefixtures("forget")
 def test_what_a_few_images_speak_against_is_decided_by_many(
-    backbone: PreparedBackbone, own_cache: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    backbone: PreparedBackbone,
+    own_cache: Path,
+    shapes: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     options = options_of(shapes, own_cache, cache=False)
     chosen, splits = choose(backbone, options, tmp_path), splits_of(options)
@@ -275,8 +354,12 @@ def test_what_a_few_images_speak_against_is_decided_by_many(
         return replace(verdict, holds=False) if len(compared) == 1 else verdict
 
     monkeypatch.setattr(precision, "_judge", judge_worse_at_first)
-    monkeypatch.setattr(precision, "_CHECK_SECONDS", 120 / (chosen.engine.info.images_per_second / 2))
-    features = extract_features(splits.train, backbone.preprocess, chosen.engine, num_workers=2, description="").features
+    monkeypatch.setattr(
+        precision, "_CHECK_SECONDS", 120 / (chosen.engine.info.images_per_second / 2)
+    )
+    features = extract_features(
+        splits.train, backbone.preprocess, chosen.engine, num_workers=2, description=""
+    ).features
     verdict = compare_with_fp32(chosen, backbone, splits, features, options, tmp_path)
     assert verdict is not None
     assert verdict.holds
@@ -288,17 +371,29 @@ def test_what_a_few_images_speak_against_is_decided_by_many(
 @needs_bf16
 @pytest.mark.usefixtures("forget")
 def test_bf16_that_keeps_accuracy_is_compared_once(
-    backbone: PreparedBackbone, own_cache: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    backbone: PreparedBackbone,
+    own_cache: Path,
+    shapes: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(precision, "_CHECK_SECONDS", 30.0)
-    options = options_of(shapes, own_cache, output=tmp_path / "runs", repository=tmp_path / "checkpoints")
+    options = options_of(
+        shapes, own_cache, output=tmp_path / "runs", repository=tmp_path / "checkpoints"
+    )
     for number in range(2):
         if number:
             forbid_comparing(monkeypatch)
         assert load_checkpoint(run(options)).engine["precision"] == "bf16"
-    said = [json.loads((path / "metrics.json").read_text()) for path in sorted((tmp_path / "runs").iterdir())]
+    said = [
+        json.loads((path / "metrics.json").read_text())
+        for path in sorted((tmp_path / "runs").iterdir())
+    ]
     reasons = [metrics["precision"]["reason"] for metrics in said]
-    assert "bf16 keeps accuracy (cross-validated 1.0000, fp32 1.0000, on 336 training images)" in reasons[0]
+    assert (
+        "bf16 keeps accuracy (cross-validated 1.0000, fp32 1.0000, on 336 training images)"
+        in reasons[0]
+    )
     assert reasons[1].endswith(reasons[0].partition("; ")[2])
 
 
@@ -312,15 +407,30 @@ def test_too_few_images_say_nothing_of_bf16(
     data = write_class_folders(tmp_path / "few", 10)
     options = options_of(data, own_cache)
     chosen, splits = choose(backbone, options, tmp_path), splits_of(options)
-    assert compare_with_fp32(chosen, backbone, splits, np.zeros((len(splits.train), 1280), np.float32), options, tmp_path) is None
+    assert (
+        compare_with_fp32(
+            chosen,
+            backbone,
+            splits,
+            np.zeros((len(splits.train), 1280), np.float32),
+            options,
+            tmp_path,
+        )
+        is None
+    )
 
 
 @pytest.mark.usefixtures("int8_pays", "forget")
-def test_damaged_verdicts_are_reached_again(backbone: PreparedBackbone, own_cache: Path, shapes: Path, tmp_path: Path) -> None:
+def test_damaged_verdicts_are_reached_again(
+    backbone: PreparedBackbone, own_cache: Path, shapes: Path, tmp_path: Path
+) -> None:
     options = options_of(shapes, own_cache)
     first = choose(backbone, options, tmp_path)
     (path,) = (own_cache / "precision").iterdir()
     for damage in ("[{}]", "{"):
         path.write_text(damage)
         again = choose(backbone, options, tmp_path)
-        assert (again.engine.info.precision, again.reason) == (first.engine.info.precision, first.reason)
+        assert (again.engine.info.precision, again.reason) == (
+            first.engine.info.precision,
+            first.reason,
+        )

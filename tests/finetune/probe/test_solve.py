@@ -11,7 +11,17 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss as sklearn_log_loss
 from sklearn.preprocessing import StandardScaler
 
-from finetune.probe.solve import L2_PATH, Probe, assign_folds, fit_temperature, log_loss, soften, softmax, solve_head, solve_probe
+from finetune.probe.solve import (
+    L2_PATH,
+    Probe,
+    assign_folds,
+    fit_temperature,
+    log_loss,
+    soften,
+    softmax,
+    solve_head,
+    solve_probe,
+)
 
 PATH = L2_PATH[1:6]
 
@@ -26,7 +36,14 @@ def digits() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
 def wide() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """More features than samples, at scales that differ a hundredfold."""
     features, labels = make_classification(
-        1200, 400, n_informative=25, n_redundant=50, n_classes=4, class_sep=2.0, flip_y=0.05, random_state=1
+        1200,
+        400,
+        n_informative=25,
+        n_redundant=50,
+        n_classes=4,
+        class_sep=2.0,
+        flip_y=0.05,
+        random_state=1,
     )
     features = (features * np.geomspace(0.3, 30, 400) + 5).astype(np.float32)
     return features[:200], labels[:200], features[200:], labels[200:]
@@ -36,9 +53,13 @@ def accuracy(probe: Probe, features: np.ndarray, labels: np.ndarray) -> float:
     return float((probe.logits(features).argmax(axis=1) == labels).mean())
 
 
-def noise(count: int, num_features: int, num_classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def noise(
+    count: int, num_features: int, num_classes: int, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     generator = np.random.default_rng(seed)
-    return generator.normal(size=(count, num_features)).astype(np.float32), generator.integers(0, num_classes, count)
+    return generator.normal(size=(count, num_features)).astype(np.float32), generator.integers(
+        0, num_classes, count
+    )
 
 
 @pytest.mark.parametrize("data", [digits, wide])
@@ -54,10 +75,14 @@ def test_it_is_as_accurate_as_scikit_learns_best_on_the_same_path(data: object) 
             held_out = np.empty((len(train_y), int(train_y.max()) + 1))
             for fold in range(5):
                 seen = folds != fold
-                model = LogisticRegression(C=1 / (l2 * seen.sum()), max_iter=300).fit(scaler.transform(train_x[seen]), train_y[seen])
+                model = LogisticRegression(C=1 / (l2 * seen.sum()), max_iter=300).fit(
+                    scaler.transform(train_x[seen]), train_y[seen]
+                )
                 held_out[~seen] = model.predict_proba(scaler.transform(train_x[~seen]))
             losses.append(sklearn_log_loss(train_y, held_out))
-            model = LogisticRegression(C=1 / (l2 * len(train_y)), max_iter=300).fit(scaler.transform(train_x), train_y)
+            model = LogisticRegression(C=1 / (l2 * len(train_y)), max_iter=300).fit(
+                scaler.transform(train_x), train_y
+            )
             scores.append(model.score(scaler.transform(test_x), test_y))
     best = int(np.argmin(losses))
     assert probe.l2 == PATH[best]
@@ -118,7 +143,12 @@ def test_two_classes_are_told_apart() -> None:
     labels = np.arange(100) % 2
     features = (generator.normal(size=(100, 8)) + 4 * labels[:, None]).astype(np.float32)
     probe = solve_probe(features, labels, 2, seed=0)
-    assert (probe.weight.shape, probe.bias.shape, probe.weight.dtype, probe.bias.dtype) == ((2, 8), (2,), np.float32, np.float32)
+    assert (probe.weight.shape, probe.bias.shape, probe.weight.dtype, probe.bias.dtype) == (
+        (2, 8),
+        (2,),
+        np.float32,
+        np.float32,
+    )
     assert accuracy(probe, features, labels) == 1
     assert probe.out_of_fold_logits.shape == (100, 2)
 
@@ -126,7 +156,9 @@ def test_two_classes_are_told_apart() -> None:
 def test_a_class_with_a_single_sample_is_learned_and_breaks_nothing() -> None:
     generator = np.random.default_rng(0)
     labels = np.array([0] * 30 + [1] * 30 + [2])
-    features = (generator.normal(size=(61, 16)) * 0.3 + np.eye(3, 16)[labels] * 5).astype(np.float32)
+    features = (generator.normal(size=(61, 16)) * 0.3 + np.eye(3, 16)[labels] * 5).astype(
+        np.float32
+    )
     probe = solve_probe(features, labels, 3, seed=0)
     assert np.isfinite(probe.weight).all()
     assert np.isfinite(probe.out_of_fold_logits).all()
@@ -153,7 +185,9 @@ def test_constant_features_are_borne(value: float) -> None:
     everywhere = solve_probe(np.full((40, 6), value, np.float32), labels, 2, seed=0)
     assert np.isfinite(everywhere.weight).all()
     # Nothing to go by but how often each class comes.
-    assert softmax(everywhere.logits(np.full((1, 6), value, np.float32)))[0] == pytest.approx([0.75, 0.25], abs=0.01)
+    assert softmax(everywhere.logits(np.full((1, 6), value, np.float32)))[0] == pytest.approx(
+        [0.75, 0.25], abs=0.01
+    )
     features, labels = noise(100, 4, 2)
     features[:, 0] = 4 * labels + features[:, 0]
     features[:, 1] = value
@@ -165,7 +199,10 @@ def test_the_path_ends_early_once_weaker_is_worse() -> None:
     assert solve_probe(features, labels, 2, seed=0).l2 >= L2_PATH[2]
 
 
-@pytest.mark.parametrize(("counts", "num_folds"), [([50, 50], 5), ([7, 13, 21], 5), ([3, 40], 3), ([1, 40], 2), ([2, 2], 2)])
+@pytest.mark.parametrize(
+    ("counts", "num_folds"),
+    [([50, 50], 5), ([7, 13, 21], 5), ([3, 40], 3), ([1, 40], 2), ([2, 2], 2)],
+)
 def test_folds_are_stratified_and_of_one_size(counts: list[int], num_folds: int) -> None:
     labels = np.repeat(np.arange(len(counts)), counts)
     folds = assign_folds(labels, 5, 0)
@@ -183,7 +220,9 @@ def calibrated(count: int = 4000) -> tuple[np.ndarray, np.ndarray]:
     """Logits, and labels drawn with just the probabilities that they say."""
     generator = np.random.default_rng(0)
     logits = generator.normal(0, 2, (count, 4)).astype(np.float32)
-    labels = np.array([generator.choice(4, p=row / row.sum()) for row in softmax(logits).astype(float)])
+    labels = np.array(
+        [generator.choice(4, p=row / row.sum()) for row in softmax(logits).astype(float)]
+    )
     return logits, labels
 
 
@@ -191,14 +230,18 @@ def test_the_temperature_of_calibrated_logits_is_one_and_follows_their_scale() -
     logits, labels = calibrated()
     assert fit_temperature(logits, labels) == pytest.approx(1, abs=0.05)
     for factor in (0.25, 2, 5):
-        assert fit_temperature(factor * logits, labels) == pytest.approx(factor * fit_temperature(logits, labels), rel=1e-3)
+        assert fit_temperature(factor * logits, labels) == pytest.approx(
+            factor * fit_temperature(logits, labels), rel=1e-3
+        )
 
 
 def test_the_temperature_has_the_least_loss() -> None:
     logits, labels = calibrated(500)
     best = fit_temperature(3 * logits, labels)
     loss = log_loss(3 * logits / best, labels)
-    assert all(log_loss(3 * logits / (best * factor), labels) > loss for factor in (0.9, 0.97, 1.03, 1.1))
+    assert all(
+        log_loss(3 * logits / (best * factor), labels) > loss for factor in (0.9, 0.97, 1.03, 1.1)
+    )
 
 
 @pytest.mark.parametrize("sign", [1, -1])

@@ -41,7 +41,11 @@ class Strict(HTMLParser):
         self.feed(page)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.loaded += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
+        self.loaded += [
+            value or ""
+            for name, value in attrs
+            if name in ("src", "href", "srcset", "data", "action")
+        ]
         assert tag != "script"
         assert not [name for name, _ in attrs if name.startswith("on")]
         if tag not in _VOID:
@@ -69,15 +73,29 @@ def make_result(num_classes: int = 3, *, is_trained: bool = False) -> Result:
     probe = solve_probe(features, labels, num_classes, seed=0)
     logits = probe.logits(val_features)
     metrics = evaluate(logits, val_labels)
-    calibration, calibrated = calibrate_probe(probe, labels, {"val": logits}, {"val": val_labels}, 0.9)
+    calibration, calibrated = calibrate_probe(
+        probe, labels, {"val": logits}, {"val": val_labels}, 0.9
+    )
     names = ("<b>cat</b>", "dog & hound", *(f"class {index}" for index in range(2, num_classes)))
-    samples = tuple(Sample(f"photos/{index}.jpg", int(label), EncodedImage(b"")) for index, label in enumerate(val_labels))
+    samples = tuple(
+        Sample(f"photos/{index}.jpg", int(label), EncodedImage(b""))
+        for index, label in enumerate(val_labels)
+    )
     verdict = compare_with_probe(logits, logits, val_labels, probe_seconds=1.5, train_seconds=60)
     backbone: Any = SimpleNamespace(
-        name="resnet18", weights="a package", license="apache-2.0", is_pretrained=True, preprocess=Preprocess(height=224, width=224)
+        name="resnet18",
+        weights="a package",
+        license="apache-2.0",
+        is_pretrained=True,
+        preprocess=Preprocess(height=224, width=224),
     )
     return Result(
-        options=Options(data="photos/", name="pets", freeze="until:layer3" if is_trained else "backbone", coverage=0.9),
+        options=Options(
+            data="photos/",
+            name="pets",
+            freeze="until:layer3" if is_trained else "backbone",
+            coverage=0.9,
+        ),
         splits=Splits(names, samples, samples),
         backbone=backbone,
         engine=EngineInfo("OpenVINO", "cpu", "bf16", 8, 2, 300.0),
@@ -88,7 +106,9 @@ def make_result(num_classes: int = 3, *, is_trained: bool = False) -> Result:
         calibrated=dict(calibrated),
         probe_metrics=metrics,
         l2=probe.l2,
-        learning_curve=measure_learning_curve(features, labels, probe, val_features, val_labels, seed=0),
+        learning_curve=measure_learning_curve(
+            features, labels, probe, val_features, val_labels, seed=0
+        ),
         val_logits=logits,
         val_features=val_features,
         audit=Audit((), {"val": (metrics.accuracy, metrics.accuracy)}, 100 * num_classes),
@@ -103,12 +123,23 @@ def result() -> Result:
     return make_result()
 
 
-MISTAKES = [Mistake(np.full((32, 32, 3), 90, np.uint8), "<b>cat</b>", "dog & hound", 0.87, "photos/'1\" onload=x.jpg")]
+MISTAKES = [
+    Mistake(
+        np.full((32, 32, 3), 90, np.uint8),
+        "<b>cat</b>",
+        "dog & hound",
+        0.87,
+        "photos/'1\" onload=x.jpg",
+    )
+]
 
 
 def read(result: Result, mistakes: list[Mistake] = MISTAKES) -> tuple[str, str, Strict]:
     page = write_report(
-        result, mistakes, version=7, commands="make serve\ncurl -F images=@x.jpg 'http://localhost:3000/predict?model=pets'"
+        result,
+        mistakes,
+        version=7,
+        commands="make serve\ncurl -F images=@x.jpg 'http://localhost:3000/predict?model=pets'",
     )
     parsed = Strict(page)
     return page, " ".join(" ".join(parsed.text).split()), parsed
@@ -163,7 +194,9 @@ def test_a_verdict_is_told_where_layers_trained(result: Result) -> None:
 
 def test_what_shaped_the_published_model_is_told_and_nothing_else(result: Result) -> None:
     assert "| trained with | the default options |" in write_card(result, 7)
-    options = Options(freeze="until:layer3", balance="weights", ema=0.99, label_smoothing=0.1, name="pets")
+    options = Options(
+        freeze="until:layer3", balance="weights", ema=0.99, label_smoothing=0.1, name="pets"
+    )
     tied = replace(make_result(is_trained=True), options=options)
     assert tied.trained_with == "--balance weights"
     assert tied.verdict is not None
@@ -196,8 +229,12 @@ def test_charts_stay_inside_their_frame(result: Result) -> None:
     for found in re.finditer(r'<svg viewBox="0 0 (\d+) (\d+)"(.*?)</svg>', page):
         width, height = int(found[1]), int(found[2])
         assert "nan" not in found[3]
-        assert all(0 <= float(x) <= width for x in re.findall(r' (?:cx|x|x1|x2)="([-\d.]+)"', found[3]))
-        assert all(0 <= float(y) <= height for y in re.findall(r' (?:cy|y|y1|y2)="([-\d.]+)"', found[3]))
+        assert all(
+            0 <= float(x) <= width for x in re.findall(r' (?:cx|x|x1|x2)="([-\d.]+)"', found[3])
+        )
+        assert all(
+            0 <= float(y) <= height for y in re.findall(r' (?:cy|y|y1|y2)="([-\d.]+)"', found[3])
+        )
 
 
 def test_the_card_shares_it(result: Result) -> None:

@@ -32,7 +32,10 @@ def make(num_images: int, num_features: int = 20) -> Result:
     result = make_result()
     generator = np.random.default_rng(0)
     labels = np.arange(num_images) % len(LABELS)
-    samples = [Sample(f"photos/{at}.png", int(label), EncodedImage(draw_noise(int(label), at))) for at, label in enumerate(labels)]
+    samples = [
+        Sample(f"photos/{at}.png", int(label), EncodedImage(draw_noise(int(label), at)))
+        for at, label in enumerate(labels)
+    ]
     samples[0] = replace(samples[0], key="photos/a\tb\n\udcff.png")
     answers = [1, *labels[1:]]
     centres = 5 * generator.standard_normal((len(LABELS), num_features))
@@ -40,7 +43,9 @@ def make(num_images: int, num_features: int = 20) -> Result:
         result,
         splits=Splits(LABELS, (), tuple(samples)),
         val_logits=8 * np.eye(len(LABELS), dtype=np.float32)[answers],
-        val_features=(centres[labels] + generator.standard_normal((num_images, num_features))).astype(np.float32),
+        val_features=(
+            centres[labels] + generator.standard_normal((num_images, num_features))
+        ).astype(np.float32),
     )
 
 
@@ -51,7 +56,11 @@ class Projector:
         events = EventMultiplexer().AddRunsFromDirectory(str(folder))
         events.Reload()
         flags: Any = SimpleNamespace(generic_data="auto")
-        context = TBContext(logdir=str(folder), flags=flags, data_provider=MultiplexerDataProvider(events, str(folder)))
+        context = TBContext(
+            logdir=str(folder),
+            flags=flags,
+            data_provider=MultiplexerDataProvider(events, str(folder)),
+        )
         self._apps = ProjectorPlugin(context).get_plugin_apps()
 
     def get(self, route: str, **query: object) -> Any:
@@ -92,7 +101,10 @@ def test_tensorboard_finds_points_labels_and_thumbnails(run_dir: Path) -> None:
         assert image.size == (6 * side, 6 * side)
         # In rows, and each in its place: the colour of the label is the strongest.
         for index in range(30):
-            at = np.asarray(image)[index // 6 * side : (index // 6 + 1) * side, index % 6 * side : (index % 6 + 1) * side]
+            at = np.asarray(image)[
+                index // 6 * side : (index // 6 + 1) * side,
+                index % 6 * side : (index % 6 + 1) * side,
+            ]
             assert at.mean(axis=(0, 1)).argmax() == index % 3
 
 
@@ -103,7 +115,10 @@ def test_without_thumbnails_there_is_no_sprite(run_dir: Path) -> None:
     assert not (run_dir / "projector" / "sprite.jpg").exists()
 
 
-@pytest.mark.parametrize(("num_images", "num_features", "shape"), [(3, 20, (3, 3)), (40, 8, (40, 8)), (300, 400, (300, 50))])
+@pytest.mark.parametrize(
+    ("num_images", "num_features", "shape"),
+    [(3, 20, (3, 3)), (40, 8, (40, 8)), (300, 400, (300, 50))],
+)
 def test_distances_are_kept_by_as_many_directions_as_are_needed(
     run_dir: Path, num_images: int, num_features: int, shape: tuple[int, int]
 ) -> None:
@@ -139,7 +154,17 @@ def test_files_that_went_leave_an_empty_place(run_dir: Path, tmp_path: Path) -> 
     write_projector(run_dir, replace(result, splits=splits), with_thumbnails=True)
     with Image.open(run_dir / "projector" / "sprite.jpg") as image:
         tiles = np.asarray(image).reshape(3, 48, 3, 48, 3).swapaxes(1, 2).reshape(9, 48, 48, 3)
-    assert [bool(tile.mean() > 230) for tile in tiles] == [False, False, True, False, False, True, True, True, True]
+    assert [bool(tile.mean() > 230) for tile in tiles] == [
+        False,
+        False,
+        True,
+        False,
+        False,
+        True,
+        True,
+        True,
+        True,
+    ]
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -11,10 +11,20 @@ from torch import nn
 
 from finetune.training.boundary import FrozenPart, TrainablePart, cut
 from models.backbone.build import CustomNetwork
-from models.backbone.freezing import Freezing, freeze, parameter_groups, prove_frozen, set_train_mode
+from models.backbone.freezing import (
+    Freezing,
+    freeze,
+    parameter_groups,
+    prove_frozen,
+    set_train_mode,
+)
 
 # A network with BatchNorm, one with LayerNorm, and one with depthwise convolutions; each with its classifier and image size.
-NETWORKS: dict[str, tuple[str, int]] = {"resnet18": ("fc", 64), "test_vit": ("head", 32), "tf_efficientnet_lite0": ("classifier", 64)}
+NETWORKS: dict[str, tuple[str, int]] = {
+    "resnet18": ("fc", 64),
+    "test_vit": ("head", 32),
+    "tf_efficientnet_lite0": ("classifier", 64),
+}
 POLICIES = [
     ("resnet18", "backbone", "global_pool"),
     ("resnet18", "until:bn1", "bn1"),
@@ -77,7 +87,9 @@ def cut_own(trunk: nn.Module, policy: str) -> TrainablePart | None:
 
 
 @pytest.mark.parametrize(("name", "policy", "boundary"), POLICIES)
-def test_the_rest_on_kept_activations_gives_the_logits_of_the_whole(name: str, policy: str, boundary: str) -> None:
+def test_the_rest_on_kept_activations_gives_the_logits_of_the_whole(
+    name: str, policy: str, boundary: str
+) -> None:
     model, _, rest = cut_at(name, policy)
     with torch.no_grad():
         expected = model(images(name))
@@ -92,7 +104,9 @@ def test_the_rest_on_kept_activations_gives_the_logits_of_the_whole(name: str, p
 
 
 @pytest.mark.parametrize(("name", "policy", "boundary"), POLICIES[3::3])
-def test_gradients_through_the_rest_are_those_of_the_whole(name: str, policy: str, boundary: str) -> None:
+def test_gradients_through_the_rest_are_those_of_the_whole(
+    name: str, policy: str, boundary: str
+) -> None:
     model, freezing, rest = cut_at(name, policy)
     labels = torch.tensor([0, 1, 2, 0, 1])
     set_train_mode(model, freezing, update_batch_norm=False)
@@ -100,7 +114,11 @@ def test_gradients_through_the_rest_are_those_of_the_whole(name: str, policy: st
     def gradients(logits: torch.Tensor) -> dict[str, torch.Tensor]:
         model.zero_grad()
         nn.functional.cross_entropy(logits, labels).backward()
-        return {key: parameter.grad.clone() for key, parameter in model.named_parameters() if parameter.grad is not None}
+        return {
+            key: parameter.grad.clone()
+            for key, parameter in model.named_parameters()
+            if parameter.grad is not None
+        }
 
     expected = gradients(model(images(name)))
     with torch.no_grad():
@@ -108,9 +126,17 @@ def test_gradients_through_the_rest_are_those_of_the_whole(name: str, policy: st
     rest.open()
     found = gradients(rest(activations))
     rest.close()
-    assert set(found) == {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+    assert set(found) == {
+        key for key, parameter in model.named_parameters() if parameter.requires_grad
+    }
     for key, gradient in found.items():
-        torch.testing.assert_close(gradient, expected[key], rtol=1e-4, atol=1e-5 * float(expected[key].abs().max()), msg=key)
+        torch.testing.assert_close(
+            gradient,
+            expected[key],
+            rtol=1e-4,
+            atol=1e-5 * float(expected[key].abs().max()),
+            msg=key,
+        )
 
 
 def test_modules_answer_as_themselves_again_after_close() -> None:
@@ -147,13 +173,19 @@ def test_cutting_changes_no_tensor() -> None:
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize(("name", "policy"), [("resnet18", "until:layer3"), ("test_vit", "until:blocks.2")])
-def test_frozen_tensors_are_bit_equal_after_training_through_the_rest(name: str, policy: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "policy"), [("resnet18", "until:layer3"), ("test_vit", "until:blocks.2")]
+)
+def test_frozen_tensors_are_bit_equal_after_training_through_the_rest(
+    name: str, policy: str
+) -> None:
     model, freezing, rest = cut_at(name, policy)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     with torch.no_grad():
         activations = FrozenPart(model, rest.boundary)(images(name))
-    groups = parameter_groups(model, NETWORKS[name][0], head_lr=0.1, backbone_lr=0.1, weight_decay=0.1)
+    groups = parameter_groups(
+        model, NETWORKS[name][0], head_lr=0.1, backbone_lr=0.1, weight_decay=0.1
+    )
     optimizer = torch.optim.AdamW(groups)
     rest.open()
     set_train_mode(model, freezing, update_batch_norm=True)
@@ -163,7 +195,9 @@ def test_frozen_tensors_are_bit_equal_after_training_through_the_rest(name: str,
         optimizer.zero_grad()
     rest.close()
     prove_frozen(model, freezing)
-    moved = {key for key, tensor in model.state_dict().items() if not torch.equal(tensor, before[key])}
+    moved = {
+        key for key, tensor in model.state_dict().items() if not torch.equal(tensor, before[key])
+    }
     trainable = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
     assert trainable <= moved
     assert len(moved) + freezing.num_frozen_tensors == len(before)
@@ -188,7 +222,10 @@ class ReadsImage(Skip):
     """The image itself is read behind the boundary."""
 
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        return self.tail(self.late(self.early(pictures))).mean(dim=(2, 3)) + self.share * pictures.mean(dim=(1, 2, 3))[:, None]
+        return (
+            self.tail(self.late(self.early(pictures))).mean(dim=(2, 3))
+            + self.share * pictures.mean(dim=(1, 2, 3))[:, None]
+        )
 
 
 class GivesPair(nn.Module):
@@ -246,9 +283,19 @@ class AsksForSize(nn.Module):
         (Twice, "until:stem"),
         (AsksForSize, "until:stem"),
     ],
-    ids=["skip", "skip of weight zero", "image", "image of weight zero", "no tensor", "called twice", "size"],
+    ids=[
+        "skip",
+        "skip of weight zero",
+        "image",
+        "image of weight zero",
+        "no tensor",
+        "called twice",
+        "size",
+    ],
 )
-def test_a_network_that_does_not_end_in_one_line_of_modules_cannot_be_cut(build_trunk: Callable[[], nn.Module], policy: str) -> None:
+def test_a_network_that_does_not_end_in_one_line_of_modules_cannot_be_cut(
+    build_trunk: Callable[[], nn.Module], policy: str
+) -> None:
     torch.manual_seed(0)
     trunk = build_trunk()
     expected = trunk(images("own"))
@@ -273,7 +320,13 @@ def test_a_boundary_inside_a_residual_block_or_a_patch_embedding_cannot_be_cut()
 
 def test_what_follows_the_boundary_in_place_does_not_change_what_is_kept() -> None:
     torch.manual_seed(0)
-    trunk = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.SiLU(inplace=True), nn.Conv2d(4, 4, 3), nn.Flatten())
+    trunk = nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.SiLU(inplace=True),
+        nn.Conv2d(4, 4, 3),
+        nn.Flatten(),
+    )
     rest = cut_own(trunk, "until:1")
     assert rest is not None
     with torch.no_grad():

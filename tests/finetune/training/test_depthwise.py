@@ -17,7 +17,9 @@ SLOW = [
 
 
 def images() -> torch.Tensor:
-    return torch.randn(2, 8, 12, 12, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=torch.channels_last)
+    return torch.randn(2, 8, 12, 12, generator=torch.Generator().manual_seed(0)).contiguous(
+        memory_format=torch.channels_last
+    )
 
 
 def gradients(layer: nn.Conv2d, x: torch.Tensor) -> list[torch.Tensor]:
@@ -53,10 +55,14 @@ def test_gradients_are_those_of_float32_rounded_once(settings: dict[str, int]) -
 
 def test_under_autocast_parameters_in_float32_get_their_gradients() -> None:
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 5, padding=2, groups=8), nn.Conv2d(8, 4, 1))
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 5, padding=2, groups=8), nn.Conv2d(8, 4, 1)
+    )
     x = torch.randn(2, 3, 12, 12)
     network(x).square().mean().backward()
-    expected = [parameter.grad.clone() for parameter in network.parameters() if parameter.grad is not None]
+    expected = [
+        parameter.grad.clone() for parameter in network.parameters() if parameter.grad is not None
+    ]
     network.zero_grad()
     with DepthwiseGradientsInFloat32(), torch.autocast("cpu", torch.bfloat16):
         output = network(x)
@@ -65,7 +71,9 @@ def test_under_autocast_parameters_in_float32_get_their_gradients() -> None:
     for parameter, gradient in zip(network.parameters(), expected, strict=True):
         assert parameter.grad is not None
         assert parameter.grad.dtype is torch.float32
-        torch.testing.assert_close(parameter.grad, gradient, rtol=0.1, atol=0.02 * float(gradient.abs().max()))
+        torch.testing.assert_close(
+            parameter.grad, gradient, rtol=0.1, atol=0.02 * float(gradient.abs().max())
+        )
 
 
 def test_a_frozen_weight_gets_no_gradient() -> None:

@@ -21,7 +21,16 @@ from finetune.training.ema import Average
 from finetune.training.train import train
 from models.backbone.build import Backbone
 from models.errors import GraftError
-from tests.support.tiny import PREPROCESS, Recorder, Trunk, build, draw_splits, options, probe_of, snapshot
+from tests.support.tiny import (
+    PREPROCESS,
+    Recorder,
+    Trunk,
+    build,
+    draw_splits,
+    options,
+    probe_of,
+    snapshot,
+)
 
 Tensors = dict[str, torch.Tensor]
 DECAY = 0.6
@@ -30,7 +39,9 @@ DECAY = 0.6
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def fit(folder: Path, backbone: Backbone | None = None, **changes: Any) -> tuple[int, Backbone, list[Tensors], Recorder]:
+def fit(
+    folder: Path, backbone: Backbone | None = None, **changes: Any
+) -> tuple[int, Backbone, list[Tensors], Recorder]:
     """Train, and give the best epoch, the network, its own tensors after each step, and the curves."""
     backbone = backbone or build()
     steps = [snapshot(backbone)]
@@ -38,7 +49,15 @@ def fit(folder: Path, backbone: Backbone | None = None, **changes: Any) -> tuple
     monitor = Recorder(folder, lambda num_steps: steps.append(snapshot(backbone)))
     try:
         given = options(**{"freeze": "until:stem", "cache": False, **changes})
-        best_epoch = train(backbone, draw_splits(), probe_of(build()), given, monitor, folder, state_dir=folder / STATE_DIR)
+        best_epoch = train(
+            backbone,
+            draw_splits(),
+            probe_of(build()),
+            given,
+            monitor,
+            folder,
+            state_dir=folder / STATE_DIR,
+        )
     finally:
         monitor.close()
     return best_epoch, backbone, steps, monitor
@@ -49,7 +68,11 @@ def average_by_hand(steps: list[Tensors]) -> Tensors:
     for number, step in enumerate(steps[1:], 1):
         decay = min(DECAY, (1 + number) / (10 + number))
         for name, tensor in step.items():
-            average[name] = decay * average[name] + (1 - decay) * tensor.double() if tensor.is_floating_point() else tensor.double()
+            average[name] = (
+                decay * average[name] + (1 - decay) * tensor.double()
+                if tensor.is_floating_point()
+                else tensor.double()
+            )
     return average
 
 
@@ -86,7 +109,12 @@ def test_the_network_is_the_average_only_within() -> None:
 def validate(tensors: Tensors) -> float:
     """The validation loss of a network with these tensors, by plain means."""
     backbone = build()
-    backbone.model.load_state_dict({name: tensor.to(backbone.model.state_dict()[name].dtype) for name, tensor in tensors.items()})
+    backbone.model.load_state_dict(
+        {
+            name: tensor.to(backbone.model.state_dict()[name].dtype)
+            for name, tensor in tensors.items()
+        }
+    )
     backbone.model.eval()
     samples = draw_splits().val
     crops = torch.from_numpy(np.stack([PREPROCESS(sample.read()) for sample in samples])).float()
@@ -96,27 +124,42 @@ def validate(tensors: Tensors) -> float:
     return evaluate(logits.numpy(), np.array([sample.label for sample in samples])).loss
 
 
-def test_the_average_is_validated_and_kept_and_the_steps_are_those_without_it(tmp_path: Path) -> None:
+def test_the_average_is_validated_and_kept_and_the_steps_are_those_without_it(
+    tmp_path: Path,
+) -> None:
     best_epoch, backbone, steps, monitor = fit(tmp_path / "averaged", ema=DECAY, epochs=3)
     assert best_epoch > 0
     ends = [average_by_hand(steps[: 1 + 4 * epoch]) for epoch in range(4)]
     found = [loss for _, loss in monitor.curves["epoch/val_loss"]]
     assert found == pytest.approx([validate(end) for end in ends], rel=1e-4)
     for name, tensor in snapshot(backbone).items():
-        torch.testing.assert_close(tensor.double(), ends[best_epoch][name], rtol=1e-4, atol=1e-6, msg=name)
-    assert any(not torch.equal(tensor, steps[4 * best_epoch][name]) for name, tensor in snapshot(backbone).items())
+        torch.testing.assert_close(
+            tensor.double(), ends[best_epoch][name], rtol=1e-4, atol=1e-6, msg=name
+        )
+    assert any(
+        not torch.equal(tensor, steps[4 * best_epoch][name])
+        for name, tensor in snapshot(backbone).items()
+    )
     _, _, plain_steps, _ = fit(tmp_path / "plain", epochs=3)
     for averaged, plain in zip(steps, plain_steps, strict=True):
         assert all(torch.equal(tensor, averaged[name]) for name, tensor in plain.items())
 
 
-def test_frozen_tensors_are_bit_equal_and_statistics_are_averaged_where_they_move(tmp_path: Path) -> None:
+def test_frozen_tensors_are_bit_equal_and_statistics_are_averaged_where_they_move(
+    tmp_path: Path,
+) -> None:
     before = snapshot(build())
     for batch_norm in ("keep", "update"):
-        best_epoch, backbone, steps, _ = fit(tmp_path / batch_norm, ema=DECAY, batch_norm=batch_norm)
+        best_epoch, backbone, steps, _ = fit(
+            tmp_path / batch_norm, ema=DECAY, batch_norm=batch_norm
+        )
         assert best_epoch > 0
         after = snapshot(backbone)
-        assert all(torch.equal(tensor, after[name]) for name, tensor in before.items() if name.startswith("backbone.stem"))
+        assert all(
+            torch.equal(tensor, after[name])
+            for name, tensor in before.items()
+            if name.startswith("backbone.stem")
+        )
         mean = "backbone.tail.1.running_mean"
         assert torch.equal(after[mean], before[mean]) == (batch_norm == "keep")
         assert torch.equal(after[mean], steps[4 * best_epoch][mean]) == (batch_norm == "keep")
@@ -144,12 +187,17 @@ def test_a_stop_while_the_average_is_validated_saves_the_network_itself(tmp_path
     with pytest.raises(Terminated):
         fit(tmp_path / "stopped", build(Stopping), ema=DECAY, epochs=3)
     _, found, _, _ = fit(tmp_path / "stopped", ema=DECAY, epochs=3)
-    assert all(torch.equal(tensor, snapshot(found)[name]) for name, tensor in snapshot(expected).items())
+    assert all(
+        torch.equal(tensor, snapshot(found)[name]) for name, tensor in snapshot(expected).items()
+    )
 
 
-@pytest.mark.parametrize("arguments", ["--ema 1 --freeze none", "--ema -0.1 --freeze none", "--ema 0.99"])
+@pytest.mark.parametrize(
+    "arguments", ["--ema 1 --freeze none", "--ema -0.1 --freeze none", "--ema 0.99"]
+)
 def test_a_decay_that_cannot_be_is_refused(arguments: str) -> None:
     with pytest.raises(
-        GraftError, match=r"^--ema \S+: it (must be a number from 0 and below 1$|is for gradient epochs, and --freeze back)"
+        GraftError,
+        match=r"^--ema \S+: it (must be a number from 0 and below 1$|is for gradient epochs, and --freeze back)",
     ):
         parse_options(Options, arguments.split())

@@ -91,7 +91,10 @@ def build_tokens() -> nn.Module:
 
 def prepare(name: str, folder: Path) -> PreparedBackbone:
     return write_prepared(
-        build_backbone(f"tests.finetune.training.test_explain:{name}", num_classes=2, pretrained=False), folder / "prepared"
+        build_backbone(
+            f"tests.finetune.training.test_explain:{name}", num_classes=2, pretrained=False
+        ),
+        folder / "prepared",
     )
 
 
@@ -108,11 +111,17 @@ def crop_with_corners() -> Pixels:
 
 def quarters(heat: np.ndarray) -> dict[str, float]:
     half = SIZE // 2
-    return {"upper left": float(heat[:half, :half].mean()), "lower right": float(heat[half:, half:].mean()), "all": float(heat.mean())}
+    return {
+        "upper left": float(heat[:half, :half].mean()),
+        "lower right": float(heat[half:, half:].mean()),
+        "all": float(heat.mean()),
+    }
 
 
 @pytest.mark.parametrize("name", ["build_maps", "build_channels_last", "build_tokens"])
-def test_it_is_hot_where_the_answer_was_made(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_it_is_hot_where_the_answer_was_made(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.INFO, "graft"):
         red, green = explain(prepare(name, tmp_path), HEAD, [crop_with_corners()] * 2, [0, 1])
     assert red.shape == green.shape == (SIZE, SIZE)
@@ -136,14 +145,21 @@ def test_a_transformer_is_explained_where_its_places_still_count(
 ) -> None:
     """One that reads its class token alone passes nothing back to the others behind its last attention."""
     create = timm.create_model
-    monkeypatch.setattr(timm, "create_model", lambda name, **given: create(name, **{**given, "global_pool": policy}))
+    monkeypatch.setattr(
+        timm, "create_model", lambda name, **given: create(name, **{**given, "global_pool": policy})
+    )
     backbone = build_backbone("test_vit", num_classes=3, pretrained=False, image_size=64)
     prepared = write_prepared(backbone, tmp_path / "prepared")
     generator = np.random.default_rng(0)
-    head = Head(generator.standard_normal((3, backbone.num_features)).astype(np.float32), np.zeros(3, np.float32))
+    head = Head(
+        generator.standard_normal((3, backbone.num_features)).astype(np.float32),
+        np.zeros(3, np.float32),
+    )
     side = backbone.preprocess.height
     with caplog.at_level(logging.INFO, "graft"):
-        (heat,) = explain(prepared, head, [generator.integers(0, 255, (side, side, 3), np.uint8)], [1])
+        (heat,) = explain(
+            prepared, head, [generator.integers(0, 255, (side, side, 3), np.uint8)], [1]
+        )
     assert heat.shape == (side, side)
     assert heat.max() > 0
     expected = f"blocks.{len(backbone.model.blocks) - (2 if policy == 'token' else 1)}"
@@ -152,10 +168,17 @@ def test_a_transformer_is_explained_where_its_places_still_count(
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("Blind", "Grad-CAM needs a stage with places"), ("Rounded", "Grad-CAM cannot be computed: RuntimeError: ")],
+    [
+        ("Blind", "Grad-CAM needs a stage with places"),
+        ("Rounded", "Grad-CAM cannot be computed: RuntimeError: "),
+    ],
 )
-def test_a_network_that_cannot_be_explained_is_told_of(tmp_path: Path, name: str, message: str) -> None:
-    with pytest.raises(GraftError, match=f"^tests.finetune.training.test_explain:{name}: {message}"):
+def test_a_network_that_cannot_be_explained_is_told_of(
+    tmp_path: Path, name: str, message: str
+) -> None:
+    with pytest.raises(
+        GraftError, match=f"^tests.finetune.training.test_explain:{name}: {message}"
+    ):
         explain(prepare(name, tmp_path), HEAD, [crop_with_corners()], [0])
 
 
@@ -171,12 +194,31 @@ def test_heat_is_coloured_and_what_is_cold_stays_grey() -> None:
 
 @pytest.mark.parametrize(
     ("flags", "num_per_mistake"),
-    [({}, 2), ({"explain": "no"}, 1), ({"freeze": "backbone"}, 1), ({"freeze": "backbone", "explain": "yes"}, 2)],
+    [
+        ({}, 2),
+        ({"explain": "no"}, 1),
+        ({"freeze": "backbone"}, 1),
+        ({"freeze": "backbone", "explain": "yes"}, 2),
+    ],
 )
-def test_a_run_explains_its_mistakes_by_itself_where_it_trained(tmp_path: Path, flags: dict[str, str], num_per_mistake: int) -> None:
-    folders = {"output": tmp_path / "runs", "repository": tmp_path / "checkpoints", "cache_dir": tmp_path / "cache"}
+def test_a_run_explains_its_mistakes_by_itself_where_it_trained(
+    tmp_path: Path, flags: dict[str, str], num_per_mistake: int
+) -> None:
+    folders = {
+        "output": tmp_path / "runs",
+        "repository": tmp_path / "checkpoints",
+        "cache_dir": tmp_path / "cache",
+    }
     data = write_images(tmp_path / "noise", 12)
-    run(options(data=str(data), backbone="tests.support.tiny:build_trunk", epochs=1, batch_norm="keep", **{**folders, **flags}))
+    run(
+        options(
+            data=str(data),
+            backbone="tests.support.tiny:build_trunk",
+            epochs=1,
+            batch_norm="keep",
+            **{**folders, **flags},
+        )
+    )
     (run_dir,) = (tmp_path / "runs").iterdir()
     page = (run_dir / "report.html").read_text()
     assert page.count("<figure>") > 0
@@ -188,9 +230,15 @@ def test_a_run_explains_its_mistakes_by_itself_where_it_trained(tmp_path: Path, 
     assert ("val/worst_mistakes_looked_at" in pictures.Tags()["images"]) == (num_per_mistake == 2)
 
 
-def test_a_run_ends_well_without_pictures_that_cannot_be_had(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_ends_well_without_pictures_that_cannot_be_had(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     data = write_images(tmp_path / "noise", 12)
-    folders = {"output": tmp_path / "runs", "repository": tmp_path / "checkpoints", "cache_dir": tmp_path / "cache"}
+    folders = {
+        "output": tmp_path / "runs",
+        "repository": tmp_path / "checkpoints",
+        "cache_dir": tmp_path / "cache",
+    }
     with caplog.at_level(logging.WARNING, "graft"):
         run(
             options(

@@ -40,7 +40,9 @@ def build(name: str) -> Backbone:
     if name == "own":
         return build_own()
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=3, **({"img_size": SIZE} if name == "test_vit" else {}))
+    model = timm.create_model(
+        name, num_classes=3, **({"img_size": SIZE} if name == "test_vit" else {})
+    )
     return Backbone(name, model, model.pretrained_cfg["classifier"], PREPROCESS, "none", None)
 
 
@@ -52,12 +54,22 @@ def fit(folder: Path, backbone: Backbone, stop_after: int | None, changes: dict[
     (folder / STATE_DIR).mkdir(exist_ok=True)
     monitor = Recorder(folder, stop)
     try:
-        return train(backbone, draw_splits(), probe_of(backbone), options(**changes), monitor, folder, state_dir=folder / STATE_DIR)
+        return train(
+            backbone,
+            draw_splits(),
+            probe_of(backbone),
+            options(**changes),
+            monitor,
+            folder,
+            state_dir=folder / STATE_DIR,
+        )
     finally:
         monitor.close()
 
 
-BF16 = pytest.param("bf16", marks=pytest.mark.skipif(not supports_bf16(), reason="this CPU has no bf16"))
+BF16 = pytest.param(
+    "bf16", marks=pytest.mark.skipif(not supports_bf16(), reason="this CPU has no bf16")
+)
 
 
 @pytest.mark.parametrize("precision", ["fp32", BF16])
@@ -87,4 +99,6 @@ def test_what_is_frozen_is_bit_equal_after_a_resumed_training_with_every_option(
     assert frozen
     assert [name for name in frozen if not torch.equal(before[name], after[name])] == []
     assert best_epoch > 0
-    assert any(not torch.equal(before[name], after[name]) for name in before if name.startswith(trained))
+    assert any(
+        not torch.equal(before[name], after[name]) for name in before if name.startswith(trained)
+    )

@@ -17,7 +17,16 @@ from finetune.run import run
 from finetune.training.head import start_head
 from finetune.training.train import train
 from models.errors import GraftError
-from tests.support.tiny import LABELS, Recorder, build, draw_splits, options, probe_of, snapshot, write_images
+from tests.support.tiny import (
+    LABELS,
+    Recorder,
+    build,
+    draw_splits,
+    options,
+    probe_of,
+    snapshot,
+    write_images,
+)
 
 FUNCTIONS = """
 import torch
@@ -79,16 +88,28 @@ def test_zeros_and_functions_set_the_head_and_nothing_else() -> None:
     assert 0 < backbone.head.weight.std() < 0.02
     assert (backbone.head.bias == 0.5).all()
     after = snapshot(backbone)
-    assert {name for name in before if not torch.equal(before[name], after[name])} == {"head.weight", "head.bias"}
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {
+        "head.weight",
+        "head.bias",
+    }
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("fails", r"--head-init my_heads:fails: it raised KeyError: 'no such prior' \(.*my_heads.py:15\); it is given an nn.Linear"),
-        ("wider", r"--head-init my_heads:wider: it leaves weight \[7, 8\] and bias \[3\], not \[3, 8\] and \[3\]"),
+        (
+            "fails",
+            r"--head-init my_heads:fails: it raised KeyError: 'no such prior' \(.*my_heads.py:15\); it is given an nn.Linear",
+        ),
+        (
+            "wider",
+            r"--head-init my_heads:wider: it leaves weight \[7, 8\] and bias \[3\], not \[3, 8\] and \[3\]",
+        ),
         ("without_bias", r"it leaves weight \[3, 8\] and bias None, not \[3, 8\] and \[3\]"),
-        ("infinite", r"--head-init my_heads:infinite: it leaves values in the head that are no numbers"),
+        (
+            "infinite",
+            r"--head-init my_heads:infinite: it leaves values in the head that are no numbers",
+        ),
     ],
 )
 def test_what_a_function_gets_wrong_is_said(name: str, message: str) -> None:
@@ -99,8 +120,14 @@ def test_what_a_function_gets_wrong_is_said(name: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--head-init", "xavier"], "--head-init xavier: it must be soft, probe, zeros or package.module:function"),
-        (["--head-init", "zeros", "--freeze", "backbone"], "--head-init zeros: --freeze backbone solves the head, from no beginning; say"),
+        (
+            ["--head-init", "xavier"],
+            "--head-init xavier: it must be soft, probe, zeros or package.module:function",
+        ),
+        (
+            ["--head-init", "zeros", "--freeze", "backbone"],
+            "--head-init zeros: --freeze backbone solves the head, from no beginning; say",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_with_the_options(flags: list[str], message: str) -> None:
@@ -111,14 +138,26 @@ def test_what_cannot_be_is_refused_with_the_options(flags: list[str], message: s
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("no_heads:small", "--head-init no_heads:small: No module named 'no_heads'; package.module:callable must be importable"),
+        (
+            "no_heads:small",
+            "--head-init no_heads:small: No module named 'no_heads'; package.module:callable must be importable",
+        ),
         ("my_heads:smal", "--head-init my_heads:smal: module 'my_heads' has no attribute 'smal'"),
         ("my_heads:number", "--head-init my_heads:number: it is of type int, and cannot be called"),
     ],
 )
-def test_a_function_that_is_not_there_is_told_of_before_any_work(tmp_path: Path, name: str, message: str) -> None:
+def test_a_function_that_is_not_there_is_told_of_before_any_work(
+    tmp_path: Path, name: str, message: str
+) -> None:
     with pytest.raises(GraftError, match=message):
-        run(Options(data=str(tmp_path / "nowhere"), freeze="none", head_init=name, output=tmp_path / "runs"))
+        run(
+            Options(
+                data=str(tmp_path / "nowhere"),
+                freeze="none",
+                head_init=name,
+                output=tmp_path / "runs",
+            )
+        )
     assert not (tmp_path / "runs").exists()
 
 
@@ -127,20 +166,37 @@ def test_epochs_begin_from_the_head_that_was_asked_for(tmp_path: Path) -> None:
     curves = []
     for name in ("zeros", "my_heads:small", "my_heads:small"):
         backbone, monitor = build(), Recorder(tmp_path)
-        train(backbone, draw_splits(), probe_of(backbone), options(head_init=name, epochs=1), monitor, tmp_path)
+        train(
+            backbone,
+            draw_splits(),
+            probe_of(backbone),
+            options(head_init=name, epochs=1),
+            monitor,
+            tmp_path,
+        )
         monitor.close()
         curves.append(monitor.curves)
-    assert curves[0]["epoch/val_loss"][0][1] == pytest.approx(torch.tensor(float(len(LABELS))).log().item(), abs=1e-4)
+    assert curves[0]["epoch/val_loss"][0][1] == pytest.approx(
+        torch.tensor(float(len(LABELS))).log().item(), abs=1e-4
+    )
     assert curves[1]["train/loss"] == curves[2]["train/loss"]
     assert curves[1]["epoch/val_loss"][0] != curves[0]["epoch/val_loss"][0]
 
 
 @pytest.mark.parametrize(
     ("given", "in_words"),
-    [("my_heads:small", "the head of --head-init my_heads:small"), ("soft", "a soft head"), ("probe", "the probe's head")],
+    [
+        ("my_heads:small", "the head of --head-init my_heads:small"),
+        ("soft", "a soft head"),
+        ("probe", "the probe's head"),
+    ],
 )
 def test_a_whole_run_says_what_it_began_with(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, given: str, in_words: str
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    given: str,
+    in_words: str,
 ) -> None:
     softened: list[Probe] = []
 
@@ -150,9 +206,22 @@ def test_a_whole_run_says_what_it_began_with(
 
     monkeypatch.setattr("finetune.run.soften", note)
     data = write_images(tmp_path / "noise", 8)
-    folders = {"output": tmp_path / "runs", "repository": tmp_path / "checkpoints", "data_root": tmp_path}
+    folders = {
+        "output": tmp_path / "runs",
+        "repository": tmp_path / "checkpoints",
+        "data_root": tmp_path,
+    }
     with caplog.at_level("INFO", "graft"):
-        run(options(data=str(data), backbone="tests.support.tiny:build_trunk", head_init=given, epochs=1, batch_norm="keep", **folders))
+        run(
+            options(
+                data=str(data),
+                backbone="tests.support.tiny:build_trunk",
+                head_init=given,
+                epochs=1,
+                batch_norm="keep",
+                **folders,
+            )
+        )
     assert f"epoch 0, {in_words}: val loss" in caplog.text
     (run_dir,) = (tmp_path / "runs").iterdir()
     assert "training began from" in (run_dir / "report.html").read_text()

@@ -35,7 +35,13 @@ from models.sources import EncodedImage
 SIZE = 24
 LABELS = ("red", "green", "blue")
 # What reaches the network are the whole numbers 0 to 255, all of which bfloat16 holds.
-WHOLE_NUMBERS = Preprocess(height=SIZE, width=SIZE, crop_fraction=0.8, mean=(0.0, 0.0, 0.0), std=(1 / 255, 1 / 255, 1 / 255))
+WHOLE_NUMBERS = Preprocess(
+    height=SIZE,
+    width=SIZE,
+    crop_fraction=0.8,
+    mean=(0.0, 0.0, 0.0),
+    std=(1 / 255, 1 / 255, 1 / 255),
+)
 CPU = torch.device("cpu")
 
 
@@ -86,11 +92,20 @@ SPLITS = Splits(LABELS, draw_samples(8), draw_samples(3, 50))
 
 
 def options(**changes: Any) -> Options:
-    defaults: dict[str, Any] = {"freeze": "until:stem", "epochs": 1, "batch_size": 6, "precision": "fp32", "augment": "none", "workers": 1}
+    defaults: dict[str, Any] = {
+        "freeze": "until:stem",
+        "epochs": 1,
+        "batch_size": 6,
+        "precision": "fp32",
+        "augment": "none",
+        "workers": 1,
+    }
     return Options(**{**defaults, "device": "cpu", **changes})
 
 
-def open_own(scratch: Path, backbone: Backbone | None = None, splits: Splits = SPLITS, **changes: Any) -> Inputs:
+def open_own(
+    scratch: Path, backbone: Backbone | None = None, splits: Splits = SPLITS, **changes: Any
+) -> Inputs:
     backbone, chosen = backbone or build(), options(**changes)
     freezing = freeze(backbone.model, chosen.freeze, backbone.classifier, backbone.module_prefix)
     return open_inputs(backbone, freezing, splits, chosen, scratch, CPU)
@@ -117,14 +132,18 @@ def test_rounding_to_bf16_is_torchs(tmp_path: Path) -> None:
 
 
 def test_infinities_stay_and_nan_stays_nan(tmp_path: Path) -> None:
-    kept = bf16_file(tmp_path / "kept.npy", np.array([[np.inf, -np.inf, np.nan, -0.0]], np.float32)).read(0)
+    kept = bf16_file(
+        tmp_path / "kept.npy", np.array([[np.inf, -np.inf, np.nan, -0.0]], np.float32)
+    ).read(0)
     assert kept[:2].tolist() == [float("inf"), float("-inf")]
     assert kept[2].isnan()
     assert kept[3] == 0
     assert torch.signbit(kept[3])
 
 
-def test_activations_that_a_full_disk_does_not_take_are_said_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_activations_that_a_full_disk_does_not_take_are_said_to_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without its blocks a mapped file is made all the same, and the first row that the disk cannot take ends the process by SIGBUS."""
 
     def refuse(*_: object) -> None:
@@ -132,7 +151,10 @@ def test_activations_that_a_full_disk_does_not_take_are_said_to_be(tmp_path: Pat
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "posix_fallocate", refuse)
-        with pytest.raises(GraftError, match=r"val\.npy: the activations take 0\.8 MB and cannot be written: No space left on device"):
+        with pytest.raises(
+            GraftError,
+            match=r"val\.npy: the activations take 0\.8 MB and cannot be written: No space left on device",
+        ):
             Bf16File(tmp_path / "val.npy", 100, 4000)
     assert list(tmp_path.iterdir()) == []
     Bf16File(tmp_path / "val.npy", 100, 4000)
@@ -141,7 +163,9 @@ def test_activations_that_a_full_disk_does_not_take_are_said_to_be(tmp_path: Pat
 
 
 @pytest.mark.parametrize("num_bytes", [0, 40, 1000])
-def test_kept_activations_that_were_cut_short_are_computed_again(tmp_path: Path, num_bytes: int) -> None:
+def test_kept_activations_that_were_cut_short_are_computed_again(
+    tmp_path: Path, num_bytes: int
+) -> None:
     path = tmp_path / "val.npy"
     bf16_file(path, np.ones((100, 8), np.float32)).keep()
     os.truncate(path, num_bytes)
@@ -153,7 +177,9 @@ def test_kept_activations_that_were_cut_short_are_computed_again(tmp_path: Path,
 
 
 @pytest.mark.parametrize(("shape", "what"), [((100, 8), "of another run"), ((50, 16), "of this")])
-def test_kept_activations_of_something_else_are_computed_again(tmp_path: Path, shape: tuple[int, int], what: str) -> None:
+def test_kept_activations_of_something_else_are_computed_again(
+    tmp_path: Path, shape: tuple[int, int], what: str
+) -> None:
     path = tmp_path / "val.npy"
     kept = Bf16File(path, 100, 8, "of this")
     kept[list(range(100))] = np.ones((100, 8), np.float32)
@@ -163,12 +189,17 @@ def test_kept_activations_of_something_else_are_computed_again(tmp_path: Path, s
 
 
 def test_epochs_read_one_view_after_the_other_and_begin_again(tmp_path: Path) -> None:
-    views = [bf16_file(tmp_path / f"{view}.npy", np.array([[view, 0], [view, 1]], np.float32)) for view in range(3)]
+    views = [
+        bf16_file(tmp_path / f"{view}.npy", np.array([[view, 0], [view, 1]], np.float32))
+        for view in range(3)
+    ]
     activations = Activations(views, [5, 6])
     seen = []
     for epoch in range(1, 8):
         activations.epoch = epoch
-        (first, first_label), (second, second_label) = (activations[index] for index in range(len(activations)))
+        (first, first_label), (second, second_label) = (
+            activations[index] for index in range(len(activations))
+        )
         assert (first.tolist()[1], second.tolist()[1], first_label, second_label) == (0, 1, 5, 6)
         assert first[0] == second[0]
         seen.append(int(first[0]))
@@ -190,7 +221,9 @@ def test_a_crop_depends_on_seed_epoch_and_index_and_on_nothing_else() -> None:
     for index in range(6):
         assert torch.equal(forwards[index], backwards[index])
         view = draw_view("flip", 1, 1, index)
-        assert np.array_equal(forwards[index].numpy(), WHOLE_NUMBERS(samples[index].read(), view=view))
+        assert np.array_equal(
+            forwards[index].numpy(), WHOLE_NUMBERS(samples[index].read(), view=view)
+        )
         assert not torch.equal(forwards[index], crops(1, 2)[index][0])
         assert not torch.equal(forwards[index], crops(2, 1)[index][0])
 
@@ -198,7 +231,9 @@ def test_a_crop_depends_on_seed_epoch_and_index_and_on_nothing_else() -> None:
 def test_workers_draw_the_same_views_as_one_process() -> None:
     dataset = Crops(draw_samples(4), WHOLE_NUMBERS, augment="light", seed=3)
     dataset.epoch = 2
-    alone, shared = (list(DataLoader(dataset, 4, num_workers=num_workers)) for num_workers in (0, 2))
+    alone, shared = (
+        list(DataLoader(dataset, 4, num_workers=num_workers)) for num_workers in (0, 2)
+    )
     for (images, labels), (same_images, same_labels) in zip(alone, shared, strict=True):
         assert images.dtype == torch.uint8
         assert torch.equal(images, same_images)
@@ -216,9 +251,9 @@ def test_without_augmentation_every_epoch_sees_the_plain_crop() -> None:
 def test_normalised_images_have_the_backbones_mean_and_std() -> None:
     images = torch.randint(0, 256, (2, 4, 5, 3), dtype=torch.uint8)
     found = Normalise(Preprocess(), CPU, torch.channels_last)(images)
-    expected = (images.permute(0, 3, 1, 2) / 255 - torch.tensor(Preprocess().mean)[:, None, None]) / torch.tensor(Preprocess().std)[
-        :, None, None
-    ]
+    expected = (
+        images.permute(0, 3, 1, 2) / 255 - torch.tensor(Preprocess().mean)[:, None, None]
+    ) / torch.tensor(Preprocess().std)[:, None, None]
     torch.testing.assert_close(found, expected)
     assert found.is_contiguous(memory_format=torch.channels_last)
 
@@ -231,7 +266,9 @@ def test_activations_are_kept_at_the_boundary_in_the_order_of_the_samples(tmp_pa
         assert len(dataset) == len(samples)
         for index, sample in enumerate(samples):
             activation, label = dataset[index]
-            expected = torch.from_numpy(WHOLE_NUMBERS(sample.read()).copy()).permute(2, 0, 1)[:, ::2, ::2]
+            expected = torch.from_numpy(WHOLE_NUMBERS(sample.read()).copy()).permute(2, 0, 1)[
+                :, ::2, ::2
+            ]
             assert torch.equal(activation.float(), expected.flatten().float())
             assert label == sample.label
     inputs.close()
@@ -241,8 +278,16 @@ def test_activations_are_kept_at_the_boundary_in_the_order_of_the_samples(tmp_pa
     ("augment", "views", "epochs", "expected"),
     [("none", 3, 5, 1), ("light", 1, 9, 4), ("light", 6, 2, 6)],
 )
-def test_as_many_views_are_kept_as_are_asked_for_or_of_use(tmp_path: Path, augment: str, views: int, epochs: int, expected: int) -> None:
-    inputs = open_own(tmp_path, splits=Splits(LABELS, SPLITS.train[:3], SPLITS.val[:3]), augment=augment, views=views, epochs=epochs)
+def test_as_many_views_are_kept_as_are_asked_for_or_of_use(
+    tmp_path: Path, augment: str, views: int, epochs: int, expected: int
+) -> None:
+    inputs = open_own(
+        tmp_path,
+        splits=Splits(LABELS, SPLITS.train[:3], SPLITS.val[:3]),
+        augment=augment,
+        views=views,
+        epochs=epochs,
+    )
     inputs.close()
     assert len(list(tmp_path.glob("train-*.npy"))) == expected
     seen = set()
@@ -253,7 +298,10 @@ def test_as_many_views_are_kept_as_are_asked_for_or_of_use(tmp_path: Path, augme
         if epoch <= expected:
             # The very view that this epoch would draw without the cache.
             crop = WHOLE_NUMBERS(SPLITS.train[0].read(), view=draw_view(augment, 0, epoch, 0))  # type: ignore[arg-type]
-            assert torch.equal(activation.float(), torch.from_numpy(crop.copy()).permute(2, 0, 1)[:, ::2, ::2].flatten().float())
+            assert torch.equal(
+                activation.float(),
+                torch.from_numpy(crop.copy()).permute(2, 0, 1)[:, ::2, ::2].flatten().float(),
+            )
     assert len(seen) == expected
 
 
@@ -265,8 +313,16 @@ def test_crops_are_used_where_activations_cannot_be_kept(
         usage = namedtuple("usage", "total used free")
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10_000, 0, 10_000))
     backbone = build(has_skip=reason == "skip")
-    inputs = open_own(tmp_path, backbone, cache=reason != "--no-cache", freeze="none" if reason == "nothing frozen" else "until:stem")
-    said = {"skip": "this network cannot be cut at its freeze boundary", "full disk": "half of the free disk is"}.get(reason)
+    inputs = open_own(
+        tmp_path,
+        backbone,
+        cache=reason != "--no-cache",
+        freeze="none" if reason == "nothing frozen" else "until:stem",
+    )
+    said = {
+        "skip": "this network cannot be cut at its freeze boundary",
+        "full disk": "half of the free disk is",
+    }.get(reason)
     assert (said in caplog.text) if said else not caplog.records
     assert isinstance(inputs.train, Crops)
     assert isinstance(inputs.val, Crops)
@@ -284,7 +340,13 @@ def test_an_epoch_on_kept_activations_moves_the_weights_as_one_without(
 ) -> None:
     """Exactly what bf16 holds is kept at the stem; behind the first layer of the tail it rounds, and so do the weights."""
     start = build()
-    probe = Probe(np.zeros((3, 8), np.float32), np.zeros(3, np.float32), 1.0, np.zeros((0, 3), np.float32), 1.0)
+    probe = Probe(
+        np.zeros((3, 8), np.float32),
+        np.zeros(3, np.float32),
+        1.0,
+        np.zeros((0, 3), np.float32),
+        1.0,
+    )
     ends = []
     for cache in (True, False):
         backbone, scratch = build(), tmp_path / str(cache)
@@ -292,7 +354,14 @@ def test_an_epoch_on_kept_activations_moves_the_weights_as_one_without(
         monitor = Monitor(scratch)
         caplog.clear()
         with caplog.at_level(logging.INFO, "graft.inputs"):
-            best_epoch = train(backbone, SPLITS, probe, options(freeze=freeze, cache=cache, lr=0.01, backbone_lr=0.01), monitor, scratch)
+            best_epoch = train(
+                backbone,
+                SPLITS,
+                probe,
+                options(freeze=freeze, cache=cache, lr=0.01, backbone_lr=0.01),
+                monitor,
+                scratch,
+            )
         monitor.close()
         assert best_epoch == 1
         assert ("kept activations at backbone." in caplog.text) == cache
@@ -301,7 +370,9 @@ def test_an_epoch_on_kept_activations_moves_the_weights_as_one_without(
     for name, before in start.model.named_parameters():
         kept, anew = ends[0][name].data, ends[1][name].data
         torch.testing.assert_close(kept, anew, rtol=0, atol=tolerance, msg=name)
-        is_frozen = name.startswith("backbone.stem") or (freeze == "until:tail.0" and name.startswith("backbone.tail.0"))
+        is_frozen = name.startswith("backbone.stem") or (
+            freeze == "until:tail.0" and name.startswith("backbone.tail.0")
+        )
         assert torch.equal(kept, before.data) == is_frozen
 
 
@@ -320,7 +391,9 @@ class Viewing(nn.Module):
 
 @pytest.mark.parametrize("cache", [True, False])
 @pytest.mark.parametrize("trunk", [Trunk, Viewing])
-def test_channels_last_is_taken_where_the_network_can(trunk: type[nn.Module], cache: bool, tmp_path: Path) -> None:
+def test_channels_last_is_taken_where_the_network_can(
+    trunk: type[nn.Module], cache: bool, tmp_path: Path
+) -> None:
     model = CustomNetwork(trunk(), 8 if trunk is Trunk else 100)
     model.reset_classifier(3)
     backbone = Backbone("own:trunk", model, "head", WHOLE_NUMBERS, "none", None, "backbone.")
@@ -338,5 +411,8 @@ def test_an_image_that_goes_away_before_it_is_kept_ends_the_run_in_words(tmp_pat
     """Left out in silence, it would give every later image the label of the one before."""
     path = tmp_path / "3.png"
     samples = (*SPLITS.train[:3], Sample(str(path), 0, path), *SPLITS.train[3:])
-    with pytest.raises(GraftError, match=r"3\.png: gone or changed since the run began \(the file cannot be read: No such file"):
+    with pytest.raises(
+        GraftError,
+        match=r"3\.png: gone or changed since the run began \(the file cannot be read: No such file",
+    ):
         open_own(tmp_path, splits=Splits(LABELS, samples, SPLITS.val))

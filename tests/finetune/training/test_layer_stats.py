@@ -28,13 +28,17 @@ IMAGES = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def step(backbone: Backbone, folder: Path, at: Progress = FIRST, policy: str = "none", num_parts: int = 1) -> dict[str, float]:
+def step(
+    backbone: Backbone, folder: Path, at: Progress = FIRST, policy: str = "none", num_parts: int = 1
+) -> dict[str, float]:
     """One gradient step with a look; gives the curves' only points."""
     freezing = freeze(backbone.model, policy, backbone.classifier, backbone.module_prefix)
     monitor = Recorder(folder)
     inside = Inside(backbone, freezing, options(), monitor)
     set_train_mode(backbone.model, freezing, update_batch_norm=False)
-    optimizer = torch.optim.SGD([parameter for parameter in backbone.model.parameters() if parameter.requires_grad], lr=0.1)
+    optimizer = torch.optim.SGD(
+        [parameter for parameter in backbone.model.parameters() if parameter.requires_grad], lr=0.1
+    )
     with inside.watch(at) as see_gradients:
         for part in IMAGES.chunk(num_parts):
             (backbone.model(part).square().sum() / len(IMAGES)).backward()
@@ -49,20 +53,31 @@ def own(trunk: nn.Module, num_features: int) -> Backbone:
     torch.manual_seed(0)
     model = CustomNetwork(trunk, num_features)
     model.reset_classifier(len(LABELS))
-    return Backbone("own:trunk", model, "head", Preprocess(height=32, width=32), "none", None, "backbone.")
+    return Backbone(
+        "own:trunk", model, "head", Preprocess(height=32, width=32), "none", None, "backbone."
+    )
 
 
 def test_the_figures_are_those_of_plain_arithmetic(tmp_path: Path) -> None:
-    backbone = build(lambda: nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+    backbone = build(
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        )
+    )
     first, relu, second = backbone.model.backbone[:3]  # type: ignore[index]
     with torch.no_grad():
         first.bias[:3] = -100.0
-        before = {name: torch.cat([weight.flatten() for weight in module.parameters()]) for name, module in (("0", first), ("2", second))}
+        before = {
+            name: torch.cat([weight.flatten() for weight in module.parameters()])
+            for name, module in (("0", first), ("2", second))
+        }
         outputs = {"0": first(IMAGES), "2": second(relu(first(IMAGES)))}
     found = step(backbone, tmp_path)
     for name, module in (("0", first), ("2", second)):
         gradients = torch.cat([weight.grad.flatten() for weight in module.parameters()])
-        assert found[f"inside_activation/{name}"] == pytest.approx(float(outputs[name].abs().mean()), rel=1e-4)
+        assert found[f"inside_activation/{name}"] == pytest.approx(
+            float(outputs[name].abs().mean()), rel=1e-4
+        )
         assert found[f"inside_gradient/{name}"] == pytest.approx(float(gradients.norm()), rel=1e-4)
         moved = 0.1 * gradients.norm() / before[name].norm()
         assert found[f"inside_update/{name}"] == pytest.approx(float(moved), rel=1e-3)
@@ -81,16 +96,27 @@ def test_between_looks_nothing_is_hooked_or_written(tmp_path: Path) -> None:
     assert step(build(), tmp_path, LATER) == {}
 
 
-@pytest.mark.parametrize(("name", "policy", "first"), [("resnet18", "until:layer2", "layer3"), ("test_vit", "until:blocks.2", "blocks.3")])
-def test_stages_are_those_that_can_be_frozen_and_train(tmp_path: Path, name: str, policy: str, first: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "policy", "first"),
+    [("resnet18", "until:layer2", "layer3"), ("test_vit", "until:blocks.2", "blocks.3")],
+)
+def test_stages_are_those_that_can_be_frozen_and_train(
+    tmp_path: Path, name: str, policy: str, first: str
+) -> None:
     torch.manual_seed(0)
     sizes = {"img_size": 32} if name == "test_vit" else {}
     model = timm.create_model(name, num_classes=3, **sizes)
     classifier = model.pretrained_cfg["classifier"]
-    found = step(Backbone(name, model, classifier, Preprocess(height=32, width=32), "none", None), tmp_path, policy=policy)
+    found = step(
+        Backbone(name, model, classifier, Preprocess(height=32, width=32), "none", None),
+        tmp_path,
+        policy=policy,
+    )
     stages = [tag.partition("/")[2] for tag in found if tag.startswith("inside_activation/")]
     assert (stages[0], stages[-1]) == (first, classifier)
-    assert all(f"inside_{kind}/{stage}" in found for kind in ("gradient", "update") for stage in stages)
+    assert all(
+        f"inside_{kind}/{stage}" in found for kind in ("gradient", "update") for stage in stages
+    )
 
 
 @pytest.mark.parametrize("shape", [(4, 7), (4, 7, 5, 5), (4, 5, 7), (4, 5, 5, 7), (4, 7, 1, 1)])
@@ -99,7 +125,9 @@ def test_units_are_found_in_outputs_of_any_layout(shape: tuple[int, ...]) -> Non
 
 
 @pytest.mark.parametrize("cache", [True, False])
-def test_a_run_with_looks_is_bit_by_bit_the_run_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: bool) -> None:
+def test_a_run_with_looks_is_bit_by_bit_the_run_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: bool
+) -> None:
     """Dropout draws random numbers, and BatchNorm keeps statistics."""
 
     def fit(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -120,18 +148,26 @@ def test_a_run_with_looks_is_bit_by_bit_the_run_without(tmp_path: Path, monkeypa
     assert curves["train/loss"] == plain_curves["train/loss"]
 
 
-def run_steps(backbone: Backbone, folder: Path, caplog: pytest.LogCaptureFixture, at: Progress = FIRST) -> str:
+def run_steps(
+    backbone: Backbone, folder: Path, caplog: pytest.LogCaptureFixture, at: Progress = FIRST
+) -> str:
     with caplog.at_level(logging.WARNING, "graft"):
         step(backbone, folder, at)
     return caplog.text
 
 
-def test_a_healthy_network_is_not_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_healthy_network_is_not_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     assert run_steps(build(), tmp_path, caplog) == ""
 
 
 @pytest.mark.parametrize(
-    ("at", "remedy"), [(FIRST, "do the weights belong to this network"), (Progress(8, 8, 2, 0, 50), "lower --backbone-lr")]
+    ("at", "remedy"),
+    [
+        (FIRST, "do the weights belong to this network"),
+        (Progress(8, 8, 2, 0, 50), "lower --backbone-lr"),
+    ],
 )
 def test_a_stage_of_dead_units_is_named_with_the_remedy(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, at: Progress, remedy: str
@@ -144,7 +180,10 @@ def test_a_stage_of_dead_units_is_named_with_the_remedy(
     assert remedy in said
 
 
-@pytest.mark.parametrize(("scales", "words"), [((1e-7, 100.0), "explode on their way back"), ((1e3, 1e-4), "vanish on their way back: ")])
+@pytest.mark.parametrize(
+    ("scales", "words"),
+    [((1e-7, 100.0), "explode on their way back"), ((1e3, 1e-4), "vanish on their way back: ")],
+)
 def test_gradients_that_explode_or_vanish_are_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, scales: tuple[float, float], words: str
 ) -> None:
@@ -169,16 +208,23 @@ class Hides(nn.Module):
         return self.tail(self.stem(images).clamp(-1, 1)).mean(dim=(2, 3))
 
 
-def test_values_that_are_no_numbers_are_named_though_the_loss_is_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_values_that_are_no_numbers_are_named_though_the_loss_is_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     backbone = own(Hides(), 8)
     with torch.no_grad():
         backbone.model.get_submodule("backbone.stem").bias[0] = torch.inf  # type: ignore[index, operator]
     said = run_steps(backbone, tmp_path, caplog)
-    assert "the first stage that gives values which are no numbers is stem, though the loss is one; lower --backbone-lr" in said
+    assert (
+        "the first stage that gives values which are no numbers is stem, though the loss is one; lower --backbone-lr"
+        in said
+    )
 
 
 def test_what_is_wrong_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    inside = Inside(build(), freeze(build().model, "none", "head", "backbone."), options(), Recorder(tmp_path))
+    inside = Inside(
+        build(), freeze(build().model, "none", "head", "backbone."), options(), Recorder(tmp_path)
+    )
     with caplog.at_level(logging.WARNING, "graft"):
         for at in (FIRST, LATER):
             inside._warn_of_dead({"tail": 0.8}, at)
@@ -188,8 +234,18 @@ def test_what_is_wrong_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFix
 @pytest.mark.parametrize("cache", [True, False])
 def test_a_broken_loss_names_the_stage_that_broke_first(tmp_path: Path, cache: bool) -> None:
     backbone = build()
-    with pytest.raises(GraftError, match=r"the loss is nan.*; the first stage that gives values which are no numbers is tail; "):
-        train(backbone, draw_splits(), probe_of(backbone), options(lr=1e-3, backbone_lr=1e38, cache=cache), Recorder(tmp_path), tmp_path)
+    with pytest.raises(
+        GraftError,
+        match=r"the loss is nan.*; the first stage that gives values which are no numbers is tail; ",
+    ):
+        train(
+            backbone,
+            draw_splits(),
+            probe_of(backbone),
+            options(lr=1e-3, backbone_lr=1e38, cache=cache),
+            Recorder(tmp_path),
+            tmp_path,
+        )
 
 
 class Root(nn.Module):
@@ -206,5 +262,15 @@ class Root(nn.Module):
 
 def test_a_broken_gradient_names_the_stage_that_it_reaches_first(tmp_path: Path) -> None:
     backbone = own(Root(), 8)
-    with pytest.raises(GraftError, match=r"the gradient is nan.*; on the way back, gradients are first no numbers in stem; "):
-        train(backbone, draw_splits(), probe_of(backbone), options(freeze="none"), Recorder(tmp_path), tmp_path)
+    with pytest.raises(
+        GraftError,
+        match=r"the gradient is nan.*; on the way back, gradients are first no numbers in stem; ",
+    ):
+        train(
+            backbone,
+            draw_splits(),
+            probe_of(backbone),
+            options(freeze="none"),
+            Recorder(tmp_path),
+            tmp_path,
+        )

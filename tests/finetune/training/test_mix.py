@@ -15,7 +15,9 @@ from finetune.training.train import train
 from models.errors import GraftError
 from tests.support.tiny import PREPROCESS, Recorder, build, draw_splits, options, probe_of
 
-IMAGES = torch.randint(0, 256, (5, 8, 12, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randint(
+    0, 256, (5, 8, 12, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+)
 ACTIVATIONS = torch.randn(5, 24, generator=torch.Generator().manual_seed(0)).bfloat16()
 TARGETS = torch.tensor([0, 1, 2, 2, 1])
 ONE_HOT = torch.eye(3)[TARGETS]
@@ -33,7 +35,9 @@ def test_mixup_fades_each_into_the_one_before_it(batch: torch.Tensor) -> None:
         mixed, shares = mix(batch, TARGETS)
         torch.manual_seed(seed)
         share = float(torch.distributions.Beta(torch.tensor([0.2]), torch.tensor([0.2])).sample(()))
-        torch.testing.assert_close(mixed, share * batch.float() + (1 - share) * batch.float().roll(1, 0))
+        torch.testing.assert_close(
+            mixed, share * batch.float() + (1 - share) * batch.float().roll(1, 0)
+        )
         torch.testing.assert_close(shares, share * ONE_HOT + (1 - share) * ONE_HOT.roll(1, 0))
         assert mixed.dtype == torch.float32
         shares_seen.add(share)
@@ -52,7 +56,9 @@ def test_cutmix_pastes_a_box_and_shares_the_label_by_its_area() -> None:
         area = int(rows.sum() * columns.sum())
         # Noise of three channels differs everywhere, so that the box is seen.
         assert is_pasted[:, rows][:, :, columns].all()
-        torch.testing.assert_close(shares, ONE_HOT + (ONE_HOT.roll(1, 0) - ONE_HOT) * area / (8 * 12))
+        torch.testing.assert_close(
+            shares, ONE_HOT + (ONE_HOT.roll(1, 0) - ONE_HOT) * area / (8 * 12)
+        )
         areas.add(area)
     assert len(areas) > 3
 
@@ -71,20 +77,30 @@ def test_both_come_by_turns_and_none_changes_nothing() -> None:
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("weights", [None, torch.tensor([0.5, 2.0, 1.0])])
-def test_the_loss_of_each_image_is_the_formulas(smoothing: float, weights: torch.Tensor | None) -> None:
+def test_the_loss_of_each_image_is_the_formulas(
+    smoothing: float, weights: torch.Tensor | None
+) -> None:
     logits = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
     counted = torch.ones(3) if weights is None else weights
     for targets, shares in ((TARGETS, ONE_HOT), (0.3 * ONE_HOT + 0.7 * ONE_HOT.roll(1, 0),) * 2):
         smooth = (1 - smoothing) * shares + smoothing / 3
         expected = -(counted * smooth * logits.log_softmax(dim=1)).sum(dim=1)
-        torch.testing.assert_close(image_losses(logits, targets, class_weights=weights, label_smoothing=smoothing), expected)
+        torch.testing.assert_close(
+            image_losses(logits, targets, class_weights=weights, label_smoothing=smoothing),
+            expected,
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------- gradient epochs
 
 
-@pytest.mark.parametrize(("mix", "freeze", "cache"), [("mixup", "until:stem", True), ("both", "until:stem", False), ("both", "none", True)])
-def test_epochs_learn_from_what_was_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mix: str, freeze: str, cache: bool) -> None:
+@pytest.mark.parametrize(
+    ("mix", "freeze", "cache"),
+    [("mixup", "until:stem", True), ("both", "until:stem", False), ("both", "none", True)],
+)
+def test_epochs_learn_from_what_was_mixed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mix: str, freeze: str, cache: bool
+) -> None:
     """The first loss is that of the first mixed batch, by the network as it starts, with its labels smoothed."""
     batches: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -97,7 +113,9 @@ def test_epochs_learn_from_what_was_mixed(tmp_path: Path, monkeypatch: pytest.Mo
     backbone = build()
     backbone.model.backbone.dropout.p = 0.0
     monitor = Recorder(tmp_path)
-    given = options(mix=mix, freeze=freeze, cache=cache, label_smoothing=0.1, epochs=1, batch_norm="keep")
+    given = options(
+        mix=mix, freeze=freeze, cache=cache, label_smoothing=0.1, epochs=1, batch_norm="keep"
+    )
     train(backbone, draw_splits(), probe_of(backbone), given, monitor, tmp_path)
     monitor.close()
     start = build()
@@ -119,7 +137,14 @@ def test_mixing_is_drawn_from_the_seed(tmp_path: Path) -> None:
     losses = []
     for seed in (1, 1, 2):
         backbone, monitor = build(), Recorder(tmp_path)
-        train(backbone, draw_splits(), probe_of(backbone), options(mix="mixup", epochs=1, seed=seed), monitor, tmp_path)
+        train(
+            backbone,
+            draw_splits(),
+            probe_of(backbone),
+            options(mix="mixup", epochs=1, seed=seed),
+            monitor,
+            tmp_path,
+        )
         monitor.close()
         losses.append(monitor.curves["train/loss"])
     assert losses[0] == losses[1] != losses[2]
@@ -132,10 +157,22 @@ def test_mixing_is_drawn_from_the_seed(tmp_path: Path) -> None:
             "--mix cutmix --freeze until:layer3",
             "--mix cutmix: it pastes pixels, and --freeze until:layer3 learns from .* kept at layer3; say",
         ),
-        ("--mix both --freeze until:layer3", "--mix both: it pastes pixels, .*say --mix mixup, .*, or --no-cache, which runs"),
-        ("--mix mixup", "--mix mixup: it is for gradient epochs, and --freeze backbone has none; say --freeze until:NAME or none"),
-        ("--label-smoothing 0.1", r"--label-smoothing 0\.1: it is for gradient epochs, and --freeze backbone has none; say"),
-        ("--label-smoothing 1 --freeze none", "--label-smoothing 1: it must be a number from 0 and below 1"),
+        (
+            "--mix both --freeze until:layer3",
+            "--mix both: it pastes pixels, .*say --mix mixup, .*, or --no-cache, which runs",
+        ),
+        (
+            "--mix mixup",
+            "--mix mixup: it is for gradient epochs, and --freeze backbone has none; say --freeze until:NAME or none",
+        ),
+        (
+            "--label-smoothing 0.1",
+            r"--label-smoothing 0\.1: it is for gradient epochs, and --freeze backbone has none; say",
+        ),
+        (
+            "--label-smoothing 1 --freeze none",
+            "--label-smoothing 1: it must be a number from 0 and below 1",
+        ),
         (
             "--mix mixup --freeze none --batch-size 1",
             "--mix mixup: it blends the images of a batch, and --batch-size 1 has only one; say 2",
@@ -147,6 +184,13 @@ def test_what_cannot_be_mixed_is_refused(arguments: str, message: str) -> None:
         parse_options(Options, arguments.split())
 
 
-@pytest.mark.parametrize("arguments", ["--mix cutmix --freeze until:layer3 --no-cache", "--mix both --freeze none", "--resume runs/a"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--mix cutmix --freeze until:layer3 --no-cache",
+        "--mix both --freeze none",
+        "--resume runs/a",
+    ],
+)
 def test_what_can_be_mixed_is_not(arguments: str) -> None:
     parse_options(Options, arguments.split())

@@ -74,7 +74,11 @@ def draw_noise(label: int, seed: int) -> bytes:
 def draw_samples(split: str, count: int, first_seed: int, shift: int = 0) -> tuple[Sample, ...]:
     """Images with their labels moved on by `shift` classes."""
     return tuple(
-        Sample(f"{split} {label} {seed}", (label + shift) % len(LABELS), EncodedImage(draw_noise(label, seed)))
+        Sample(
+            f"{split} {label} {seed}",
+            (label + shift) % len(LABELS),
+            EncodedImage(draw_noise(label, seed)),
+        )
         for seed in range(first_seed, first_seed + count)
         for label in range(len(LABELS))
     )
@@ -86,12 +90,21 @@ def draw_splits(shift: int = 0) -> Splits:
 
 def probe_of(backbone: Backbone) -> Probe:
     """The network's own head, as if a probe had been solved to it."""
-    weight, bias = (tensor.detach().numpy().copy() for tensor in (backbone.head.weight, backbone.head.bias))
+    weight, bias = (
+        tensor.detach().numpy().copy() for tensor in (backbone.head.weight, backbone.head.bias)
+    )
     return Probe(weight, bias, 1.0, np.zeros((0, len(LABELS)), np.float32), 1.0)
 
 
 def options(**changes: Any) -> Options:
-    defaults: dict[str, Any] = {"freeze": "until:stem", "epochs": 2, "batch_size": 6, "lr": 0.05, "backbone_lr": 0.02, "workers": 1}
+    defaults: dict[str, Any] = {
+        "freeze": "until:stem",
+        "epochs": 2,
+        "batch_size": 6,
+        "lr": 0.05,
+        "backbone_lr": 0.02,
+        "workers": 1,
+    }
     defaults |= {"precision": "fp32", "augment": "none", "device": "cpu"}
     return Options(**{**defaults, **changes})
 
@@ -114,7 +127,9 @@ def fit(
     """Train, and give the best epoch and the curves."""
     monitor = Recorder(scratch)
     try:
-        return train(backbone, splits, start or probe_of(backbone), options(**changes), monitor, scratch), monitor.curves
+        return train(
+            backbone, splits, start or probe_of(backbone), options(**changes), monitor, scratch
+        ), monitor.curves
     finally:
         monitor.close()
 
@@ -133,27 +148,39 @@ def snapshot(backbone: Backbone) -> dict[str, torch.Tensor]:
 
 
 def moved(before: dict[str, torch.Tensor], backbone: Backbone) -> set[str]:
-    return {name for name, tensor in backbone.model.state_dict().items() if not torch.equal(before[name], tensor)}
+    return {
+        name
+        for name, tensor in backbone.model.state_dict().items()
+        if not torch.equal(before[name], tensor)
+    }
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def _trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Backbone, int, dict[str, list[float]]]:
+def _trained(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Backbone, int, dict[str, list[float]]]:
     backbone = build()
     return backbone, *fit(backbone, draw_splits(), tmp_path_factory.mktemp("trained"), epochs=8)
 
 
 @pytest.fixture
-def trained(_trained: tuple[Backbone, int, dict[str, list[float]]]) -> tuple[Backbone, int, dict[str, list[float]]]:
+def trained(
+    _trained: tuple[Backbone, int, dict[str, list[float]]],
+) -> tuple[Backbone, int, dict[str, list[float]]]:
     """A network after eight epochs from nothing, the best of them, and the curves."""
     return copy.deepcopy(_trained)
 
 
-def test_training_learns_and_leaves_the_network_at_its_best_epoch(trained: tuple[Backbone, int, dict[str, list[float]]]) -> None:
+def test_training_learns_and_leaves_the_network_at_its_best_epoch(
+    trained: tuple[Backbone, int, dict[str, list[float]]],
+) -> None:
     backbone, best_epoch, curves = trained
-    scores = list(zip(curves["epoch/val_accuracy"], [-loss for loss in curves["epoch/val_loss"]], strict=True))
+    scores = list(
+        zip(curves["epoch/val_accuracy"], [-loss for loss in curves["epoch/val_loss"]], strict=True)
+    )
     assert len(scores) == 1 + 8
     assert best_epoch == scores.index(max(scores))
     found = validate(backbone, draw_splits().val)
@@ -176,7 +203,9 @@ def test_where_no_epoch_is_better_the_probe_itself_is_kept(
     assert moved(before, backbone) == set()
 
 
-def test_training_starts_from_the_probes_head(trained: tuple[Backbone, int, dict[str, list[float]]], tmp_path: Path) -> None:
+def test_training_starts_from_the_probes_head(
+    trained: tuple[Backbone, int, dict[str, list[float]]], tmp_path: Path
+) -> None:
     backbone, _, before = trained
     start = probe_of(backbone)
     nn.init.zeros_(backbone.head.weight)
@@ -190,8 +219,15 @@ def test_only_what_is_not_frozen_moves(tmp_path: Path, cache: bool) -> None:
     before = snapshot(backbone)
     best_epoch, _ = fit(backbone, draw_splits(), tmp_path, freeze="until:stem", cache=cache)
     assert best_epoch > 0
-    assert {name for name in before if name.startswith("backbone.stem")}.isdisjoint(moved(before, backbone))
-    assert moved(before, backbone) >= {"backbone.tail.0.weight", "backbone.tail.1.bias", "head.weight", "head.bias"}
+    assert {name for name in before if name.startswith("backbone.stem")}.isdisjoint(
+        moved(before, backbone)
+    )
+    assert moved(before, backbone) >= {
+        "backbone.tail.0.weight",
+        "backbone.tail.1.bias",
+        "head.weight",
+        "head.bias",
+    }
     assert not any("forward" in vars(module) for module in backbone.model.modules())
 
 
@@ -199,23 +235,41 @@ def test_only_what_is_not_frozen_moves(tmp_path: Path, cache: bool) -> None:
 def test_statistics_of_batch_norm_move_only_where_they_may(tmp_path: Path, batch_norm: str) -> None:
     backbone = build()
     before = snapshot(backbone)
-    best_epoch, _ = fit(backbone, draw_splits(), tmp_path, freeze="until:stem", batch_norm=batch_norm)
+    best_epoch, _ = fit(
+        backbone, draw_splits(), tmp_path, freeze="until:stem", batch_norm=batch_norm
+    )
     assert best_epoch > 0
-    statistics = {name for name in moved(before, backbone) if name.endswith(("running_mean", "running_var", "num_batches_tracked"))}
-    names = {f"backbone.tail.1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
+    statistics = {
+        name
+        for name in moved(before, backbone)
+        if name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+    }
+    names = {
+        f"backbone.tail.1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")
+    }
     assert statistics == (names if batch_norm == "update" else set())
 
 
 @pytest.mark.parametrize("cache", [True, False])
-def test_a_frozen_module_that_changes_its_own_buffer_fails_the_run(tmp_path: Path, cache: bool) -> None:
+def test_a_frozen_module_that_changes_its_own_buffer_fails_the_run(
+    tmp_path: Path, cache: bool
+) -> None:
     backbone = build(nn.Sequential(Counting(), Trunk()))
-    with pytest.raises(FrozenDriftError, match=r"--freeze until:0: 1 of 1 frozen tensors changed during the run: backbone\.0\.num_seen"):
+    with pytest.raises(
+        FrozenDriftError,
+        match=r"--freeze until:0: 1 of 1 frozen tensors changed during the run: backbone\.0\.num_seen",
+    ):
         fit(backbone, draw_splits(), tmp_path, freeze="until:0", cache=cache, epochs=1)
 
 
-def test_a_loss_that_is_no_number_ends_the_run_with_step_and_rate_and_leaves_the_network_whole(tmp_path: Path) -> None:
+def test_a_loss_that_is_no_number_ends_the_run_with_step_and_rate_and_leaves_the_network_whole(
+    tmp_path: Path,
+) -> None:
     backbone = build()
-    with pytest.raises(GraftError, match=r"^epoch 1, step [1-9]\d*: the loss is (nan|inf) at a rate of 1\.0e\+30; lower --lr and"):
+    with pytest.raises(
+        GraftError,
+        match=r"^epoch 1, step [1-9]\d*: the loss is (nan|inf) at a rate of 1\.0e\+30; lower --lr and",
+    ):
         fit(backbone, draw_splits(), tmp_path, epochs=1, lr=1e30, backbone_lr=1e30)
     assert not any("forward" in vars(module) for module in backbone.model.modules())
 
@@ -234,11 +288,16 @@ def test_rates_warm_up_to_their_peak_and_fall_to_nothing(tmp_path: Path) -> None
 
 
 def test_the_same_seed_gives_the_same_steps_and_another_one_others(tmp_path: Path) -> None:
-    losses = [fit(build(), draw_splits(), tmp_path, epochs=1, seed=seed)[1]["train/loss"] for seed in (1, 1, 2)]
+    losses = [
+        fit(build(), draw_splits(), tmp_path, epochs=1, seed=seed)[1]["train/loss"]
+        for seed in (1, 1, 2)
+    ]
     assert losses[0] == losses[1] != losses[2]
 
 
-def test_a_last_batch_of_one_image_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_last_batch_of_one_image_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """It would break BatchNorm in training."""
     splits = draw_splits()
     splits = Splits(LABELS, splits.train[:13], splits.val)

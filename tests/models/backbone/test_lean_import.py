@@ -11,7 +11,9 @@ RunPython = Callable[..., subprocess.CompletedProcess[str]]
 COMPILES = "import torch; assert torch.compile(lambda x: x + 1, backend='eager')(torch.ones(2)).tolist() == [2, 2]"
 
 
-def test_a_backbone_is_built_and_converted_without_the_compiler(run_python: RunPython, tmp_path: object) -> None:
+def test_a_backbone_is_built_and_converted_without_the_compiler(
+    run_python: RunPython, tmp_path: object
+) -> None:
     done = run_python(
         f"""
 import sys

@@ -24,7 +24,12 @@ def image(value: int) -> Pixels:
 
 def outcome_of(images: Sequence[Image]) -> Outcome:
     """Encoded images cannot be read here."""
-    results = [ImageError(image.decode()) if isinstance(image, bytes) else image[0, 0, :1].astype(np.float32) for image in images]
+    results = [
+        ImageError(image.decode())
+        if isinstance(image, bytes)
+        else image[0, 0, :1].astype(np.float32)
+        for image in images
+    ]
     return Outcome(results, [0.001] * len(images), 0.001)
 
 
@@ -37,8 +42,17 @@ class CrankedEngine:
 
     num_features = 1
 
-    def __init__(self, *, batch_size: int = 1, num_slots: int = 1, num_streams: int | None = None, images_per_second: float = 1e6) -> None:
-        self.info = EngineInfo("cranked", "test", "fp32", batch_size, num_streams or num_slots, images_per_second)
+    def __init__(
+        self,
+        *,
+        batch_size: int = 1,
+        num_slots: int = 1,
+        num_streams: int | None = None,
+        images_per_second: float = 1e6,
+    ) -> None:
+        self.info = EngineInfo(
+            "cranked", "test", "fp32", batch_size, num_streams or num_slots, images_per_second
+        )
         self.num_slots = num_slots
         self.batches: list[list[int]] = []
         self.is_closed = False
@@ -96,7 +110,9 @@ def test_every_image_gets_its_own_features_in_the_order_of_its_request() -> None
         batcher = Batcher(engine, max_images=100)
         tasks = await start(*(ask(batcher, *range(first, first + 7)) for first in range(0, 70, 7)))
         await engine.finish_all()
-        assert [await task for task in tasks] == [list(range(first, first + 7)) for first in range(0, 70, 7)]
+        assert [await task for task in tasks] == [
+            list(range(first, first + 7)) for first in range(0, 70, 7)
+        ]
         assert batcher.num_admitted == 0
 
     asyncio.run(scenario())
@@ -107,7 +123,9 @@ def test_a_batch_starts_at_once_and_takes_what_waits_when_a_slot_gets_free() -> 
         engine = CrankedEngine(batch_size=4, num_slots=2)
         batcher = Batcher(engine, max_images=100)
         tasks = await start(*(ask(batcher, value) for value in range(8)))
-        assert engine.batches == [[0], [1]], "no waiting window, and no more in flight than there are slots"
+        assert engine.batches == [[0], [1]], (
+            "no waiting window, and no more in flight than there are slots"
+        )
         await engine.finish()
         assert engine.batches[2:] == [[2, 3, 4, 5]]
         await engine.finish()
@@ -123,7 +141,9 @@ def test_a_slot_beyond_one_more_than_the_streams_waits_for_a_full_batch() -> Non
         engine = CrankedEngine(batch_size=3, num_slots=4, num_streams=1)
         batcher = Batcher(engine, max_images=100)
         tasks = await start(*(ask(batcher, value) for value in range(4)))
-        assert engine.batches == [[0], [1]], "one runs and one is decoded; two more images do not fill a batch"
+        assert engine.batches == [[0], [1]], (
+            "one runs and one is decoded; two more images do not fill a batch"
+        )
         tasks += await start(ask(batcher, 4))
         assert engine.batches[2:] == [[2, 3, 4]]
         tasks += await start(ask(batcher, 5, 6))
@@ -138,7 +158,9 @@ def test_a_slot_beyond_one_more_than_the_streams_waits_for_a_full_batch() -> Non
     asyncio.run(scenario())
 
 
-def test_where_enough_is_under_way_to_fill_it_the_next_batch_is_not_begun_by_the_first_image_to_arrive() -> None:
+def test_where_enough_is_under_way_to_fill_it_the_next_batch_is_not_begun_by_the_first_image_to_arrive() -> (
+    None
+):
     async def scenario() -> None:
         engine = CrankedEngine(batch_size=2, num_slots=4, num_streams=1)
         batcher = Batcher(engine, max_images=100)
@@ -189,7 +211,9 @@ def test_a_request_with_many_images_does_not_hold_up_one_with_few() -> None:
     async def scenario() -> None:
         engine = CrankedEngine()
         batcher = Batcher(engine, max_images=100)
-        many, few, one = await start(ask(batcher, *range(20)), ask(batcher, 50, 51), ask(batcher, 60))
+        many, few, one = await start(
+            ask(batcher, *range(20)), ask(batcher, 50, 51), ask(batcher, 60)
+        )
         for _ in range(7):
             await engine.finish()
         assert one.done()
@@ -205,7 +229,9 @@ def test_an_abandoned_request_costs_no_compute_and_frees_its_place() -> None:
     async def scenario() -> None:
         engine = CrankedEngine()
         batcher = Batcher(engine, max_images=5)
-        first, abandoned, last = await start(ask(batcher, 1), ask(batcher, 2, 3, 4), ask(batcher, 5))
+        first, abandoned, last = await start(
+            ask(batcher, 1), ask(batcher, 2, 3, 4), ask(batcher, 5)
+        )
         abandoned.cancel()
         await settle()
         assert batcher.num_admitted == 2
@@ -236,7 +262,9 @@ def test_what_has_expired_is_dropped_before_compute() -> None:
     async def scenario() -> None:
         engine = CrankedEngine()
         batcher = Batcher(engine, max_images=10)
-        first, late, patient = await start(ask(batcher, 1), ask(batcher, 2, seconds=0.01), ask(batcher, 3))
+        first, late, patient = await start(
+            ask(batcher, 1), ask(batcher, 2, seconds=0.01), ask(batcher, 3)
+        )
         await asyncio.sleep(0.02)
         await engine.finish_all()
         with pytest.raises(RequestError) as raised:
@@ -387,11 +415,16 @@ def test_an_image_that_cannot_be_read_fails_alone_and_the_rest_of_its_batch_runs
         batcher = Batcher(engine, max_images=10)
 
         async def ask_broken() -> list[int]:
-            with batcher.admit(1, in_seconds(60)) as ticket, pytest.raises(ImageError, match="empty"):
+            with (
+                batcher.admit(1, in_seconds(60)) as ticket,
+                pytest.raises(ImageError, match="empty"),
+            ):
                 await ticket.features(b"the file is empty")
             return []
 
-        first, unread, *fine = await start(ask(batcher, 0), ask_broken(), ask(batcher, 1), ask(batcher, 2))
+        first, unread, *fine = await start(
+            ask(batcher, 0), ask_broken(), ask(batcher, 1), ask(batcher, 2)
+        )
         await engine.finish_all()
         assert engine.batches == [[0], [-1, 1, 2]]
         assert [await task for task in (first, unread, *fine)] == [[0], [], [1], [2]]

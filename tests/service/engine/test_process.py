@@ -30,7 +30,14 @@ MAX_PIXELS = 500_000
 def engine(colors: Path) -> Iterator[EngineProcess]:
     checkpoint = load_checkpoint(colors)
     options = {"batch_size": 2, "num_streams": 2, "images_per_second": 100.0}
-    process = EngineProcess(colors, checkpoint.preprocess, checkpoint.config, max_pixels=MAX_PIXELS, device="cpu", **options)
+    process = EngineProcess(
+        colors,
+        checkpoint.preprocess,
+        checkpoint.config,
+        max_pixels=MAX_PIXELS,
+        device="cpu",
+        **options,
+    )
     yield process
     process.close()
 
@@ -66,7 +73,9 @@ def wait_for_the_end_of(pid: int) -> None:
 
 def test_it_answers_what_an_engine_here_would(engine: EngineProcess, colors: Path) -> None:
     checkpoint = load_checkpoint(colors)
-    here = build_engine(colors, checkpoint.preprocess, checkpoint.config, device="cpu", batch_size=2)
+    here = build_engine(
+        colors, checkpoint.preprocess, checkpoint.config, device="cpu", batch_size=2
+    )
     images = [draw_image(label, seed) for seed, label in enumerate(LABELS)]
     crops = crops_of(colors, *images)
     wanted = run(here, crops)
@@ -82,7 +91,9 @@ def test_it_answers_what_an_engine_here_would(engine: EngineProcess, colors: Pat
             assert len(outcome.decode_seconds) == 3
             assert 0 < outcome.engine_seconds < 5
         # As many at once as it has slots, each with an answer of its own.
-        many = await asyncio.gather(*(ask(engine, images[index % 3]) for index in range(engine.num_slots)))
+        many = await asyncio.gather(
+            *(ask(engine, images[index % 3]) for index in range(engine.num_slots))
+        )
         for index, one in enumerate(many):
             np.testing.assert_array_equal(outcome_of(one).results[0], wanted[index % 3])
 
@@ -91,7 +102,13 @@ def test_it_answers_what_an_engine_here_would(engine: EngineProcess, colors: Pat
 
 def test_an_image_fails_alone_and_says_why(engine: EngineProcess) -> None:
     async def scenario() -> None:
-        images = [draw_image("red"), b"not an image", draw_image("green", size=(1000, 900)), b"", draw_image("blue")]
+        images = [
+            draw_image("red"),
+            b"not an image",
+            draw_image("green", size=(1000, 900)),
+            b"",
+            draw_image("blue"),
+        ]
         good, broken, large, empty, last = outcome_of(await ask(engine, *images)).results
         assert isinstance(good, np.ndarray)
         assert isinstance(last, np.ndarray)
@@ -113,7 +130,9 @@ def test_a_body_of_any_size_goes_through(engine: EngineProcess) -> None:
         huge = image + bytes(20_000_000)
         outcomes = await asyncio.gather(*(ask(engine, one) for one in (huge, image, huge)))
         for outcome in outcomes:
-            np.testing.assert_array_equal(outcome_of(outcome).results[0], outcome_of(outcomes[1]).results[0])
+            np.testing.assert_array_equal(
+                outcome_of(outcome).results[0], outcome_of(outcomes[1]).results[0]
+            )
 
     asyncio.run(scenario())
 
@@ -133,11 +152,27 @@ def test_a_crop_that_does_not_fit_fails_alone(engine: EngineProcess, colors: Pat
 def test_what_cannot_be_loaded_is_said(colors: Path, tmp_path: Path) -> None:
     checkpoint = load_checkpoint(colors)
     with pytest.raises(GraftError, match=r"backbone\.xml"):
-        EngineProcess(tmp_path, checkpoint.preprocess, checkpoint.config, max_pixels=1, device="cpu")
+        EngineProcess(
+            tmp_path, checkpoint.preprocess, checkpoint.config, max_pixels=1, device="cpu"
+        )
     with pytest.raises(GraftError, match="fp16"):
-        EngineProcess(colors, checkpoint.preprocess, checkpoint.config, max_pixels=1, device="cpu", precision="fp16")
+        EngineProcess(
+            colors,
+            checkpoint.preprocess,
+            checkpoint.config,
+            max_pixels=1,
+            device="cpu",
+            precision="fp16",
+        )
     with pytest.raises(GraftError, match=r"TypeError"):
-        EngineProcess(colors, checkpoint.preprocess, checkpoint.config, max_pixels=1, device="cpu", no_such_option=1)
+        EngineProcess(
+            colors,
+            checkpoint.preprocess,
+            checkpoint.config,
+            max_pixels=1,
+            device="cpu",
+            no_such_option=1,
+        )
 
 
 def test_its_end_fails_what_is_in_flight_and_is_told(engine: EngineProcess) -> None:
@@ -146,7 +181,9 @@ def test_its_end_fails_what_is_in_flight_and_is_told(engine: EngineProcess) -> N
 
     async def scenario() -> None:
         os.kill(engine.pid, signal.SIGSTOP)
-        in_flight = [asyncio.create_task(ask(engine, draw_image("red"))) for _ in range(engine.num_slots)]
+        in_flight = [
+            asyncio.create_task(ask(engine, draw_image("red"))) for _ in range(engine.num_slots)
+        ]
         await asyncio.sleep(0.1)
         os.kill(engine.pid, signal.SIGKILL)
         for answer in await asyncio.gather(*in_flight):

@@ -26,7 +26,11 @@ from tests.support.servers import LABELS, change_config, copy_checkpoint, draw_i
 def model(colors: Path, tmp_path_factory: pytest.TempPathFactory) -> Model:
     repository_dir = tmp_path_factory.mktemp("repository")
     copy_checkpoint(colors, repository_dir, "colors", 1)
-    return load_snapshot(Settings(CHECKPOINTS=repository_dir, max_pixels=1_000_000)).models["colors"].choose()
+    return (
+        load_snapshot(Settings(CHECKPOINTS=repository_dir, max_pixels=1_000_000))
+        .models["colors"]
+        .choose()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +38,9 @@ def predictor() -> Predictor:
     return Predictor()
 
 
-def predict(predictor: Predictor, model: Model, *images: bytes, seconds: float = 30) -> tuple[Scores | ImageError, ...]:
+def predict(
+    predictor: Predictor, model: Model, *images: bytes, seconds: float = 30
+) -> tuple[Scores | ImageError, ...]:
     (answer,) = asyncio.run(predictor.predict([model], images, deadline=time.monotonic() + seconds))
     return answer.results
 
@@ -52,16 +58,23 @@ def count_images(engine: EngineProcess, monkeypatch: pytest.MonkeyPatch) -> list
 
 
 def labels_of(results: tuple[Scores | ImageError, ...]) -> list[str]:
-    return ["unreadable" if isinstance(result, ImageError) else LABELS[int(np.argmax(result))] for result in results]
+    return [
+        "unreadable" if isinstance(result, ImageError) else LABELS[int(np.argmax(result))]
+        for result in results
+    ]
 
 
 def test_labels_come_in_the_order_of_the_images(predictor: Predictor, model: Model) -> None:
     wanted = [LABELS[index % 3] for index in range(20)]
-    results = predict(predictor, model, *(draw_image(label, seed + 100) for seed, label in enumerate(wanted)))
+    results = predict(
+        predictor, model, *(draw_image(label, seed + 100) for seed, label in enumerate(wanted))
+    )
     assert labels_of(results) == wanted
 
 
-def test_scores_are_the_softmax_of_the_logits_over_the_temperature(predictor: Predictor, model: Model) -> None:
+def test_scores_are_the_softmax_of_the_logits_over_the_temperature(
+    predictor: Predictor, model: Model
+) -> None:
     image = draw_image("green", 5)
     checkpoint = model.checkpoint
     features = model.backbone.engine.run(checkpoint.preprocess(image)[None])[0]
@@ -71,12 +84,21 @@ def test_scores_are_the_softmax_of_the_logits_over_the_temperature(predictor: Pr
     assert not isinstance(result, ImageError)
     assert result == pytest.approx(expected, abs=1e-5)
     prediction = top_prediction(result, LABELS, 3)
-    assert {one.label: one.score for one in prediction.top} == pytest.approx(dict(zip(LABELS, expected, strict=True)), abs=1e-5)
-    assert [one.score for one in prediction.top] == sorted((one.score for one in prediction.top), reverse=True)
-    assert (prediction.label, prediction.score) == (prediction.top[0].label, prediction.top[0].score)
+    assert {one.label: one.score for one in prediction.top} == pytest.approx(
+        dict(zip(LABELS, expected, strict=True)), abs=1e-5
+    )
+    assert [one.score for one in prediction.top] == sorted(
+        (one.score for one in prediction.top), reverse=True
+    )
+    assert (prediction.label, prediction.score) == (
+        prediction.top[0].label,
+        prediction.top[0].score,
+    )
 
 
-def test_an_unreadable_image_fails_alone_and_in_its_place(predictor: Predictor, model: Model) -> None:
+def test_an_unreadable_image_fails_alone_and_in_its_place(
+    predictor: Predictor, model: Model
+) -> None:
     good = draw_image("red")
     results = predict(predictor, model, b"not an image", good, b"", draw_image("blue"), good[:200])
     assert labels_of(results) == ["unreadable", "red", "unreadable", "blue", "unreadable"]
@@ -104,21 +126,33 @@ def test_an_answer_does_not_depend_on_its_company(predictor: Predictor, model: M
 
 @pytest.mark.parametrize(("top_k", "num_listed"), [(1, 1), (2, 2), (3, 3), (1000, 3)])
 def test_top_k_lists_as_many_labels_as_there_are(top_k: int, num_listed: int) -> None:
-    assert len(top_prediction(np.array([0.5, 0.2, 0.3], np.float32), LABELS, top_k).top) == num_listed
+    assert (
+        len(top_prediction(np.array([0.5, 0.2, 0.3], np.float32), LABELS, top_k).top) == num_listed
+    )
 
 
-@pytest.mark.parametrize(("threshold", "unsure"), [(None, None), (0.4, False), (0.3, True), (0.6, True), (0.0, True)])
-def test_an_answer_is_unsure_where_no_label_reaches_the_threshold_or_several(threshold: float | None, unsure: bool | None) -> None:
-    assert top_prediction(np.array([0.5, 0.2, 0.3], np.float32), LABELS, 1, threshold).unsure is unsure
+@pytest.mark.parametrize(
+    ("threshold", "unsure"), [(None, None), (0.4, False), (0.3, True), (0.6, True), (0.0, True)]
+)
+def test_an_answer_is_unsure_where_no_label_reaches_the_threshold_or_several(
+    threshold: float | None, unsure: bool | None
+) -> None:
+    assert (
+        top_prediction(np.array([0.5, 0.2, 0.3], np.float32), LABELS, 1, threshold).unsure is unsure
+    )
 
 
 def test_equal_scores_keep_the_order_of_the_labels() -> None:
-    prediction = top_prediction(np.array([0.25, 0.25, 0.5, 0.0], np.float32), ["a", "b", "c", "d"], 4)
+    prediction = top_prediction(
+        np.array([0.25, 0.25, 0.5, 0.0], np.float32), ["a", "b", "c", "d"], 4
+    )
     assert [one.label for one in prediction.top] == ["c", "a", "b", "d"]
 
 
 @pytest.mark.parametrize("num_images", [1, 5])
-def test_a_request_whose_time_is_over_says_so(predictor: Predictor, model: Model, num_images: int) -> None:
+def test_a_request_whose_time_is_over_says_so(
+    predictor: Predictor, model: Model, num_images: int
+) -> None:
     with pytest.raises(RequestError) as raised:
         predict(predictor, model, *[draw_image("red")] * num_images, seconds=0)
     assert raised.value.code == "deadline_exceeded"
@@ -128,9 +162,13 @@ def test_a_request_whose_time_is_over_says_so(predictor: Predictor, model: Model
 def test_requests_at_once_each_get_their_own_answer(predictor: Predictor, model: Model) -> None:
     async def scenario() -> None:
         deadline = time.monotonic() + 30
-        wanted = [[LABELS[(first + index) % 3] for index in range(first % 4 + 1)] for first in range(24)]
+        wanted = [
+            [LABELS[(first + index) % 3] for index in range(first % 4 + 1)] for first in range(24)
+        ]
         requests = [
-            predictor.predict([model], [draw_image(label, seed) for label in labels], deadline=deadline)
+            predictor.predict(
+                [model], [draw_image(label, seed) for label in labels], deadline=deadline
+            )
             for seed, labels in enumerate(wanted)
         ]
         answers = await asyncio.gather(*requests)
@@ -144,8 +182,12 @@ def test_many_models_are_one_decode_and_one_pass_and_say_what_each_says_alone(
 ) -> None:
     for index, name in enumerate(("one", "two", "three")):
         changed = copy_checkpoint(colors, tmp_path, name, 1)
-        change_config(changed, lambda config, index=index: config["graft"].update(temperature=1.0 + index))
-    models = [served.choose() for served in load_snapshot(Settings(CHECKPOINTS=tmp_path)).models.values()]
+        change_config(
+            changed, lambda config, index=index: config["graft"].update(temperature=1.0 + index)
+        )
+    models = [
+        served.choose() for served in load_snapshot(Settings(CHECKPOINTS=tmp_path)).models.values()
+    ]
     images = [draw_image(label, 7) for label in LABELS]
     alone = [predict(predictor, model, *images) for model in models]
     batcher = models[0].backbone.batcher
@@ -158,7 +200,9 @@ def test_many_models_are_one_decode_and_one_pass_and_say_what_each_says_alone(
     assert not np.allclose(alone[0][0], alone[2][0], atol=1e-3)
 
 
-def test_an_image_that_comes_again_costs_no_pass(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_that_comes_again_costs_no_pass(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
     predictor = Predictor(cached_images=2)
     images = [draw_image(label, 9) for label in LABELS]
     first = [predict(predictor, model, image) for image in images]
@@ -171,7 +215,9 @@ def test_an_image_that_comes_again_costs_no_pass(model: Model, monkeypatch: pyte
     assert seen == [1]
 
 
-def test_a_crop_itself_is_taken_and_one_of_another_size_fails_alone(predictor: Predictor, model: Model) -> None:
+def test_a_crop_itself_is_taken_and_one_of_another_size_fails_alone(
+    predictor: Predictor, model: Model
+) -> None:
     image = draw_image("green", 3)
     crop = model.backbone.preprocess(image)
     encoded, given, wrong = predict(predictor, model, image, crop, crop[:100])  # type: ignore[arg-type]
@@ -180,7 +226,9 @@ def test_a_crop_itself_is_taken_and_one_of_another_size_fails_alone(predictor: P
     assert "[100, 224, 3]" in str(wrong)
 
 
-def test_what_waits_is_encoded_and_stays_here(predictor: Predictor, colors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_waits_is_encoded_and_stays_here(
+    predictor: Predictor, colors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Or a queue of a thousand images would hold a thousand crops."""
     copy_checkpoint(colors, tmp_path, "colors", 1)
     model = load_snapshot(Settings(CHECKPOINTS=tmp_path)).models["colors"].choose()
@@ -191,7 +239,12 @@ def test_what_waits_is_encoded_and_stays_here(predictor: Predictor, colors: Path
         images = [draw_image(label) for label in LABELS]
         os.kill(engine.pid, signal.SIGSTOP)
         try:
-            requests = [asyncio.create_task(predictor.predict([model], images, deadline=time.monotonic() + 30)) for _ in range(20)]
+            requests = [
+                asyncio.create_task(
+                    predictor.predict([model], images, deadline=time.monotonic() + 30)
+                )
+                for _ in range(20)
+            ]
             await asyncio.sleep(0.3)
             assert len(seen) == engine.num_slots
         finally:

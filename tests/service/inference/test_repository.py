@@ -20,17 +20,24 @@ def settings(root: Path, **more: object) -> Settings:
     return Settings(CHECKPOINTS=root, **more)
 
 
-def test_the_newest_version_of_every_model_is_served_on_one_shared_backbone(colors: Path, tmp_path: Path) -> None:
+def test_the_newest_version_of_every_model_is_served_on_one_shared_backbone(
+    colors: Path, tmp_path: Path
+) -> None:
     for name, version in (("one", 1), ("one", 2), ("one", 10), ("two", 3)):
         copy_checkpoint(colors, tmp_path, name, version)
     repository = load_snapshot(settings(tmp_path))
-    assert {name: served.latest for name, served in repository.models.items()} == {"one": 10, "two": 3}
+    assert {name: served.latest for name, served in repository.models.items()} == {
+        "one": 10,
+        "two": 3,
+    }
     assert repository.refused == ()
     assert repository.models["one"].default.backbone is repository.models["two"].default.backbone
     assert len(repository.backbones) == 1
 
 
-def test_a_corrupted_newest_version_is_refused_and_the_one_before_serves(colors: Path, tmp_path: Path) -> None:
+def test_a_corrupted_newest_version_is_refused_and_the_one_before_serves(
+    colors: Path, tmp_path: Path
+) -> None:
     copy_checkpoint(colors, tmp_path, "colors", 1)
     broken = copy_checkpoint(colors, tmp_path, "colors", 2)
     change_file(broken / WEIGHTS_FILE, lambda data: data[:-1] + bytes([data[-1] ^ 1]), rehash=False)
@@ -42,7 +49,9 @@ def test_a_corrupted_newest_version_is_refused_and_the_one_before_serves(colors:
     assert str(tmp_path) not in refusal.reason
 
 
-def test_a_head_that_is_not_the_one_of_the_golden_images_is_refused(colors: Path, tmp_path: Path) -> None:
+def test_a_head_that_is_not_the_one_of_the_golden_images_is_refused(
+    colors: Path, tmp_path: Path
+) -> None:
     changed = copy_checkpoint(colors, tmp_path, "colors", 1)
     head = f"{json.loads((changed / CONFIG_FILE).read_text())['graft']['head']}.weight"
 
@@ -67,7 +76,9 @@ def test_a_backbone_that_openvino_cannot_read_is_refused(colors: Path, tmp_path:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "null", '{"graft": 1}', '{"graft": {"format_version": 99}}'], ids=lambda text: text or "empty"
+    "text",
+    ["", "{", "[]", "null", '{"graft": 1}', '{"graft": {"format_version": 99}}'],
+    ids=lambda text: text or "empty",
 )
 def test_a_config_that_is_no_config_is_refused(colors: Path, tmp_path: Path, text: str) -> None:
     broken = copy_checkpoint(colors, tmp_path, "broken", 1)
@@ -85,19 +96,29 @@ def test_a_preprocess_that_makes_no_sense_is_refused(colors: Path, tmp_path: Pat
 
 def test_what_the_engine_found_at_save_time_is_taken_over(colors: Path, tmp_path: Path) -> None:
     copied = copy_checkpoint(colors, tmp_path, "colors", 1)
-    change_config(copied, lambda config: config["graft"]["engine"].update(batch_size=3, num_streams=1))
+    change_config(
+        copied, lambda config: config["graft"]["engine"].update(batch_size=3, num_streams=1)
+    )
     info = load_snapshot(settings(tmp_path)).models["colors"].default.info
     assert (info.batch_size, info.num_streams) == (3, 1)
 
 
-def test_precision_is_asked_for_or_recorded_or_what_the_device_can(colors: Path, tmp_path: Path) -> None:
+def test_precision_is_asked_for_or_recorded_or_what_the_device_can(
+    colors: Path, tmp_path: Path
+) -> None:
     copied = copy_checkpoint(colors, tmp_path, "colors", 1)
-    assert load_snapshot(settings(tmp_path, precision="fp32")).models["colors"].default.info.precision == "fp32"
+    assert (
+        load_snapshot(settings(tmp_path, precision="fp32")).models["colors"].default.info.precision
+        == "fp32"
+    )
     change_config(copied, lambda config: config["graft"]["engine"].update(precision="fp32"))
     assert load_snapshot(settings(tmp_path)).models["colors"].default.info.precision == "fp32"
     # The CPU engine has no fp16: a checkpoint saved on CUDA is served in what this CPU can.
     change_config(copied, lambda config: config["graft"]["engine"].update(precision="fp16"))
-    assert load_snapshot(settings(tmp_path)).models["colors"].default.info.precision in ("bf16", "fp32")
+    assert load_snapshot(settings(tmp_path)).models["colors"].default.info.precision in (
+        "bf16",
+        "fp32",
+    )
 
 
 @pytest.mark.parametrize("folder", [".", "missing"])
@@ -125,19 +146,25 @@ def test_cuda_is_an_error_only_where_it_is_asked_for_and_missing() -> None:
         ("GRAFT_DEVICE", "tpu", "auto, cpu or cuda"),
     ],
 )
-def test_a_bad_setting_is_named_with_its_value(monkeypatch: pytest.MonkeyPatch, variable: str, value: str, allowed: str) -> None:
+def test_a_bad_setting_is_named_with_its_value(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, allowed: str
+) -> None:
     monkeypatch.setenv(variable, value)
     with pytest.raises(GraftError, match=f"^{variable}={value}: it must be {allowed}$"):
         load_settings()
 
 
-def test_more_images_in_a_request_than_the_queue_holds_is_a_bad_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_images_in_a_request_than_the_queue_holds_is_a_bad_setting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("GRAFT_MAX_QUEUE_IMAGES", "10")
     with pytest.raises(GraftError, match="GRAFT_MAX_QUEUE_IMAGES"):
         load_settings()
 
 
-def test_checkpoints_beside_the_code_are_found_from_elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_checkpoints_beside_the_code_are_found_from_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.delenv("CHECKPOINTS", raising=False)
     monkeypatch.chdir(tmp_path)
     beside = load_settings().checkpoints

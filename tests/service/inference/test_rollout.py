@@ -20,7 +20,13 @@ def test_without_a_file_the_newest_answers(tmp_path: Path) -> None:
 
 def test_a_label_a_number_and_the_default() -> None:
     rollout = Rollout(default="stable", labels={"stable": 3, "old": 1})
-    assert [rollout.resolve(version, 7) for version in ("", "stable", "old", "latest", "5")] == [3, 3, 1, 7, 5]
+    assert [rollout.resolve(version, 7) for version in ("", "stable", "old", "latest", "5")] == [
+        3,
+        3,
+        1,
+        7,
+        5,
+    ]
     assert Rollout(default=2).resolve("", 7) == 2
     assert rollout.named_versions == {1, 3}
 
@@ -35,7 +41,13 @@ def test_the_canary_gets_its_share_of_those_who_name_no_version() -> None:
 
 
 def test_a_merge_patch_sets_and_takes_away() -> None:
-    rollout = Rollout().patched({"labels": {"stable": 3, "old": 1}, "default": "stable", "canary": {"version": 4, "share": 0.1}})
+    rollout = Rollout().patched(
+        {
+            "labels": {"stable": 3, "old": 1},
+            "default": "stable",
+            "canary": {"version": 4, "share": 0.1},
+        }
+    )
     assert rollout.canary == Canary(version=4, share=0.1)
     changed = rollout.patched({"labels": {"old": None}, "canary": {"share": 0.5}})
     assert changed.labels == {"stable": 3}
@@ -68,16 +80,39 @@ def test_what_makes_no_sense_is_named(patch: dict[str, object], reason: str) -> 
 
 
 def test_it_is_written_and_read_back_and_leaves_nothing_beside(tmp_path: Path) -> None:
-    rollout = Rollout(default="stable", labels={"stable": 3}, shadow=5, loaded=frozenset({2}), unloaded=frozenset({9}))
+    rollout = Rollout(
+        default="stable",
+        labels={"stable": 3},
+        shadow=5,
+        loaded=frozenset({2}),
+        unloaded=frozenset({9}),
+    )
     write_rollout(tmp_path, rollout)
     assert read_rollout(tmp_path) == rollout
     assert [path.name for path in tmp_path.iterdir()] == [ROLLOUT_FILE]
     # Written for people too: nothing that is as it is anyway.
-    assert json.loads((tmp_path / ROLLOUT_FILE).read_text()).keys() == {"default", "labels", "shadow", "loaded", "unloaded"}
+    assert json.loads((tmp_path / ROLLOUT_FILE).read_text()).keys() == {
+        "default",
+        "labels",
+        "shadow",
+        "loaded",
+        "unloaded",
+    }
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "3", '{"default": {}}', '"' + "x" * 100_000 + '"', "\xff", "[" * 50_000, '{"labels": {"a": 1e400}}']
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "3",
+        '{"default": {}}',
+        '"' + "x" * 100_000 + '"',
+        "\xff",
+        "[" * 50_000,
+        '{"labels": {"a": 1e400}}',
+    ],
 )
 def test_a_file_that_is_no_rollout_is_an_error_in_words(tmp_path: Path, text: str) -> None:
     (tmp_path / ROLLOUT_FILE).write_text(text)

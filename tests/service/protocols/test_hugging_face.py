@@ -53,25 +53,42 @@ def check_error(response: httpx.Response, status: int, *words: str) -> None:
 
 
 @pytest.mark.parametrize("top_k", [0, 2])
-def test_hugging_faces_client(server: RunningServer, client: httpx.Client, run_python: RunPython, tmp_path: Path, top_k: int) -> None:
+def test_hugging_faces_client(
+    server: RunningServer, client: httpx.Client, run_python: RunPython, tmp_path: Path, top_k: int
+) -> None:
     """As raw bytes without top_k, as JSON with it."""
     image = draw_image("green", seed=3)
     (tmp_path / "x.jpg").write_bytes(image)
     # Their offline mode forbids the loopback too.
-    finished = run_python(CLIENT, f"{server.url}/hf/colors", str(tmp_path / "x.jpg"), str(top_k), HF_HUB_OFFLINE="0")
+    finished = run_python(
+        CLIENT, f"{server.url}/hf/colors", str(tmp_path / "x.jpg"), str(top_k), HF_HUB_OFFLINE="0"
+    )
     assert finished.returncode == 0, finished.stderr
     labels = json.loads(finished.stdout)
     wanted = predicted(client, image)[: top_k or 3]
     assert [label for label, _ in labels] == [one["label"] for one in wanted]
-    assert [score for _, score in labels] == pytest.approx([one["score"] for one in wanted], abs=1e-6)
+    assert [score for _, score in labels] == pytest.approx(
+        [one["score"] for one in wanted], abs=1e-6
+    )
 
 
 @pytest.mark.parametrize(
-    "content_type", ["image/jpeg", "application/octet-stream", "application/x-www-form-urlencoded", "text/plain", None]
+    "content_type",
+    [
+        "image/jpeg",
+        "application/octet-stream",
+        "application/x-www-form-urlencoded",
+        "text/plain",
+        None,
+    ],
 )
-def test_raw_bytes_whatever_the_content_type(client: httpx.Client, content_type: str | None) -> None:
+def test_raw_bytes_whatever_the_content_type(
+    client: httpx.Client, content_type: str | None
+) -> None:
     image = draw_image("blue")
-    response = client.post("/hf/colors", content=image, headers={"content-type": content_type} if content_type else {})
+    response = client.post(
+        "/hf/colors", content=image, headers={"content-type": content_type} if content_type else {}
+    )
     assert response.json() == predicted(client, image)
 
 
@@ -89,13 +106,20 @@ def test_raw_bytes_whatever_the_content_type(client: httpx.Client, content_type:
 )
 def test_json(client: httpx.Client, parameters: dict[str, Any], num_labels: int) -> None:
     image = draw_image("red")
-    response = client.post("/hf/colors", json={"inputs": base64.b64encode(image).decode(), **parameters})
+    response = client.post(
+        "/hf/colors", json={"inputs": base64.b64encode(image).decode(), **parameters}
+    )
     assert response.json() == predicted(client, image)[:num_labels]
 
 
 def test_versions(client: httpx.Client) -> None:
     for version in ("1", "latest"):
-        assert client.post(f"/hf/colors/versions/{version}", content=draw_image("red")).json()[0]["label"] == "red"
+        assert (
+            client.post(f"/hf/colors/versions/{version}", content=draw_image("red")).json()[0][
+                "label"
+            ]
+            == "red"
+        )
     check_error(client.post("/hf/colors/versions/2", content=draw_image("red")), 404, "'2'")
     check_error(client.post("/hf/cats", content=draw_image("red")), 404, "'cats'", "colors")
     check_error(client.post("/hf/all", content=draw_image("red")), 404, "'all'")
@@ -123,8 +147,16 @@ def test_versions(client: httpx.Client) -> None:
         (b' {"inputs": "", "parameters": {"top_k": 0}}', 400, ["parameters.top_k", "1"]),
         (b'{"inputs": "", "parameters": {"top_k": "3"}}', 400, ["parameters.top_k", "integer"]),
         (b'{"inputs": "", "parameters": {"top_k": 1.5}}', 400, ["parameters.top_k"]),
-        (b'{"inputs": "", "parameters": {"top_k": 1' + b"0" * 99 + b"}}", 400, ["parameters.top_k"]),
-        (b'{"inputs": "", "parameters": {"function_to_apply": "sigmoid"}}', 400, ["function_to_apply", "'softmax'"]),
+        (
+            b'{"inputs": "", "parameters": {"top_k": 1' + b"0" * 99 + b"}}",
+            400,
+            ["parameters.top_k"],
+        ),
+        (
+            b'{"inputs": "", "parameters": {"function_to_apply": "sigmoid"}}',
+            400,
+            ["function_to_apply", "'softmax'"],
+        ),
         (b'{"inputs": "", "parameters": {"topk": 3}}', 400, ["parameters.topk"]),
         (b'{"inputs": "", "parameters": []}', 400, ["parameters"]),
         (b'{"inputs": NaN}', 400, ["NaN"]),
@@ -136,7 +168,9 @@ def test_a_bad_body(client: httpx.Client, body: bytes, status: int, words: list[
 
 
 def test_a_compressed_body(client: httpx.Client) -> None:
-    check_error(client.post("/hf/colors", content=b"x", headers={"content-encoding": "gzip"}), 415, "gzip")
+    check_error(
+        client.post("/hf/colors", content=b"x", headers={"content-encoding": "gzip"}), 415, "gzip"
+    )
 
 
 def test_the_server_never_failed(client: httpx.Client, server: RunningServer) -> None:

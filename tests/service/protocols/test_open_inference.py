@@ -76,14 +76,20 @@ def probabilities(client: httpx.Client, *images: bytes) -> np.ndarray:
     return np.array([[one[label] for label in LABELS] for one in scores])
 
 
-def files_input(*images: bytes, shape: list[int] | None = None, binary: bool = True) -> triton.InferInput:
-    elements = np.array(images if binary else [base64.b64encode(image) for image in images], np.object_)
+def files_input(
+    *images: bytes, shape: list[int] | None = None, binary: bool = True
+) -> triton.InferInput:
+    elements = np.array(
+        images if binary else [base64.b64encode(image) for image in images], np.object_
+    )
     tensor = triton.InferInput("image", shape or [len(images)], "BYTES")
     return tensor.set_data_from_numpy(elements.reshape(shape or [-1]), binary_data=binary)
 
 
 def pixels_input(pixels: np.ndarray, binary: bool = True) -> triton.InferInput:
-    tensor = triton.InferInput("pixels", list(pixels.shape), "UINT8" if pixels.dtype == np.uint8 else "FP32")
+    tensor = triton.InferInput(
+        "pixels", list(pixels.shape), "UINT8" if pixels.dtype == np.uint8 else "FP32"
+    )
     return tensor.set_data_from_numpy(pixels, binary_data=binary)
 
 
@@ -95,7 +101,9 @@ def check_error(response: httpx.Response, status: int, *words: str) -> None:
         assert word in response.json()["error"]
 
 
-def test_health_and_metadata_with_tritons_client(tritons: triton.InferenceServerClient, endpoint: Endpoint) -> None:
+def test_health_and_metadata_with_tritons_client(
+    tritons: triton.InferenceServerClient, endpoint: Endpoint
+) -> None:
     assert tritons.is_server_live()
     assert tritons.is_server_ready()
     assert tritons.is_model_ready("colors", headers=token())
@@ -104,20 +112,40 @@ def test_health_and_metadata_with_tritons_client(tritons: triton.InferenceServer
     assert not tritons.is_model_ready("cats", headers=token())
     assert "binary_tensor_data" in tritons.get_server_metadata(headers=token())["extensions"]
     metadata = tritons.get_model_metadata("colors", headers=token())
-    assert (metadata["name"], metadata["versions"], metadata["platform"]) == ("colors", ["1", "2"], "graft_checkpoint")
-    shapes = {tensor["name"]: (tensor["datatype"], tensor["shape"]) for tensor in metadata["inputs"] + metadata["outputs"]}
+    assert (metadata["name"], metadata["versions"], metadata["platform"]) == (
+        "colors",
+        ["1", "2"],
+        "graft_checkpoint",
+    )
+    shapes = {
+        tensor["name"]: (tensor["datatype"], tensor["shape"])
+        for tensor in metadata["inputs"] + metadata["outputs"]
+    }
     assert shapes["image"] == ("BYTES", [-1])
-    assert shapes["pixels"] == ("UINT8", [-1, endpoint.preprocess.height, endpoint.preprocess.width, 3])
+    assert shapes["pixels"] == (
+        "UINT8",
+        [-1, endpoint.preprocess.height, endpoint.preprocess.width, 3],
+    )
     assert shapes["probabilities"] == ("FP32", [-1, 3])
 
 
 @pytest.mark.parametrize("binary", [True, False])
 @pytest.mark.parametrize("shape", [[2], [2, 1]])
-def test_files_with_tritons_client(tritons: triton.InferenceServerClient, client: httpx.Client, binary: bool, shape: list[int]) -> None:
+def test_files_with_tritons_client(
+    tritons: triton.InferenceServerClient, client: httpx.Client, binary: bool, shape: list[int]
+) -> None:
     images = [draw_image("blue", seed=5), draw_image("green", seed=5)]
-    result = tritons.infer("colors", [files_input(*images, shape=shape, binary=binary)], request_id="seven", headers=token())
+    result = tritons.infer(
+        "colors",
+        [files_input(*images, shape=shape, binary=binary)],
+        request_id="seven",
+        headers=token(),
+    )
     assert result.get_response()["id"] == "seven"
-    assert (result.get_response()["model_name"], result.get_response()["model_version"]) == ("colors", "2")
+    assert (result.get_response()["model_name"], result.get_response()["model_version"]) == (
+        "colors",
+        "2",
+    )
     assert result.as_numpy("label").tolist() == [b"blue", b"green"]
     wanted = probabilities(client, *images)
     assert result.as_numpy("probabilities") == pytest.approx(wanted, abs=1e-6)
@@ -128,7 +156,11 @@ def test_files_with_tritons_client(tritons: triton.InferenceServerClient, client
 @pytest.mark.parametrize("binary", [True, False])
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
 def test_pixels_with_tritons_client(
-    tritons: triton.InferenceServerClient, client: httpx.Client, endpoint: Endpoint, binary: bool, dtype: type
+    tritons: triton.InferenceServerClient,
+    client: httpx.Client,
+    endpoint: Endpoint,
+    binary: bool,
+    dtype: type,
 ) -> None:
     images = [draw_image("red", seed=6), draw_image("blue", seed=6)]
     pixels = np.stack([endpoint.preprocess(image) for image in images]).astype(dtype)
@@ -137,26 +169,40 @@ def test_pixels_with_tritons_client(
         pixels += np.where(pixels == 255, 20, np.where(pixels == 0, -20, 0.25)).astype(np.float32)
     result = tritons.infer("colors", [pixels_input(pixels, binary)], headers=token())
     assert result.as_numpy("label").tolist() == [b"red", b"blue"]
-    assert result.as_numpy("probabilities") == pytest.approx(probabilities(client, *images), abs=1e-6)
+    assert result.as_numpy("probabilities") == pytest.approx(
+        probabilities(client, *images), abs=1e-6
+    )
 
 
-def test_only_the_outputs_that_are_wanted_as_they_are_wanted(tritons: triton.InferenceServerClient) -> None:
+def test_only_the_outputs_that_are_wanted_as_they_are_wanted(
+    tritons: triton.InferenceServerClient,
+) -> None:
     outputs = [
         triton.InferRequestedOutput("score", binary_data=False),
         triton.InferRequestedOutput("label", binary_data=True),
     ]
-    result = tritons.infer("colors", [files_input(draw_image("red"))], outputs=outputs, headers=token())
+    result = tritons.infer(
+        "colors", [files_input(draw_image("red"))], outputs=outputs, headers=token()
+    )
     score, label = result.get_response()["outputs"]
     assert (score["name"], score["datatype"], len(score["data"])) == ("score", "FP32", 1)
-    assert (label["name"], label["datatype"], label["parameters"]) == ("label", "BYTES", {"binary_data_size": 7})
+    assert (label["name"], label["datatype"], label["parameters"]) == (
+        "label",
+        "BYTES",
+        {"binary_data_size": 7},
+    )
     assert result.as_numpy("label").tolist() == [b"red"]
 
 
 @pytest.mark.parametrize("binary", [True, False])
-def test_classification(tritons: triton.InferenceServerClient, client: httpx.Client, binary: bool) -> None:
+def test_classification(
+    tritons: triton.InferenceServerClient, client: httpx.Client, binary: bool
+) -> None:
     image = draw_image("green")
     outputs = [triton.InferRequestedOutput("probabilities", binary_data=binary, class_count=2)]
-    result = tritons.infer("colors", [files_input(image, image)], outputs=outputs, headers=token()).as_numpy("probabilities")
+    result = tritons.infer(
+        "colors", [files_input(image, image)], outputs=outputs, headers=token()
+    ).as_numpy("probabilities")
     assert result.shape == (2, 2)
     texts = [text.decode() if binary else text for text in result[0]]
     value, index, label = texts[0].split(":")
@@ -165,9 +211,13 @@ def test_classification(tritons: triton.InferenceServerClient, client: httpx.Cli
     assert float(value) > float(texts[1].split(":")[0])
 
 
-@pytest.mark.parametrize(("version", "number"), [("1", "1"), ("stable", "1"), ("2", "2"), ("latest", "2")])
+@pytest.mark.parametrize(
+    ("version", "number"), [("1", "1"), ("stable", "1"), ("2", "2"), ("latest", "2")]
+)
 def test_every_version(tritons: triton.InferenceServerClient, version: str, number: str) -> None:
-    result = tritons.infer("colors", [files_input(draw_image("red"))], model_version=version, headers=token())
+    result = tritons.infer(
+        "colors", [files_input(draw_image("red"))], model_version=version, headers=token()
+    )
     assert result.get_response()["model_version"] == number
 
 
@@ -175,7 +225,9 @@ def test_json_as_the_specification_writes_it(client: httpx.Client) -> None:
     encoded = base64.b64encode(draw_image("blue")).decode()
     for data, shape in (([encoded], [1]), ([encoded], [1, 1]), ([[encoded]], [1, 1])):
         tensor = {"name": "image", "shape": shape, "datatype": "BYTES", "data": data}
-        response = client.post(INFER, json={"id": "1", "inputs": [tensor], "outputs": [{"name": "label"}]})
+        response = client.post(
+            INFER, json={"id": "1", "inputs": [tensor], "outputs": [{"name": "label"}]}
+        )
         assert response.headers["content-type"] == "application/json"
         assert response.json() == {
             "model_name": "colors",
@@ -187,13 +239,20 @@ def test_json_as_the_specification_writes_it(client: httpx.Client) -> None:
 
 @pytest.mark.parametrize("request_id", ["", "\0", "\N{SNOWMAN}", "\ud800", "x" * 10_000])
 def test_any_id_comes_back(client: httpx.Client, request_id: str) -> None:
-    body = json.dumps({"id": request_id, "inputs": [image_tensor()], "outputs": [{"name": "label"}]})
+    body = json.dumps(
+        {"id": request_id, "inputs": [image_tensor()], "outputs": [{"name": "label"}]}
+    )
     assert client.post(INFER, content=body).json()["id"] == request_id
 
 
 def test_nested_pixels(client: httpx.Client, endpoint: Endpoint) -> None:
     pixels = endpoint.preprocess(draw_image("green"))
-    tensor = {"name": "pixels", "shape": [1, *pixels.shape], "datatype": "UINT8", "data": [pixels.tolist()]}
+    tensor = {
+        "name": "pixels",
+        "shape": [1, *pixels.shape],
+        "datatype": "UINT8",
+        "data": [pixels.tolist()],
+    }
     labels = client.post(INFER, json={"inputs": [tensor]}).json()["outputs"][0]
     assert (labels["name"], labels["data"]) == ("label", ["green"])
 
@@ -203,7 +262,9 @@ def test_tritons_client_reads_the_errors(tritons: triton.InferenceServerClient) 
     with pytest.raises(InferenceServerException, match=r"\[400\] image\[1\]: not an image"):
         tritons.infer("colors", [files_input(good, b"no image")], headers=token())
     with pytest.raises(InferenceServerException, match=r"\[413\] image\[0\].*1200x1000"):
-        tritons.infer("colors", [files_input(draw_image("red", size=(1200, 1000)))], headers=token())
+        tritons.infer(
+            "colors", [files_input(draw_image("red", size=(1200, 1000)))], headers=token()
+        )
     with pytest.raises(InferenceServerException, match=r"\[413\] .*GRAFT_MAX_IMAGES"):
         tritons.infer("colors", [files_input(*[good] * (MAX_IMAGES + 1))], headers=token())
     with pytest.raises(InferenceServerException, match=r"\[404\] there is no model 'cats'"):
@@ -211,7 +272,9 @@ def test_tritons_client_reads_the_errors(tritons: triton.InferenceServerClient) 
     with pytest.raises(InferenceServerException, match=r"\[404\] there is no model 'all'"):
         tritons.infer("all", [files_input(good)], headers=token())
     with pytest.raises(InferenceServerException, match=r"\[415\] .*gzip"):
-        tritons.infer("colors", [files_input(good)], headers=token(), request_compression_algorithm="gzip")
+        tritons.infer(
+            "colors", [files_input(good)], headers=token(), request_compression_algorithm="gzip"
+        )
     with pytest.raises(InferenceServerException, match=r"\[404\] there is nothing here"):
         tritons.get_model_config("colors", headers=token())
     with pytest.raises(InferenceServerException, match=r"\[401\] send the token"):
@@ -224,7 +287,13 @@ def image_tensor(**changed: Any) -> dict[str, Any]:
 
 
 def pixels_tensor(**changed: Any) -> dict[str, Any]:
-    return {"name": "pixels", "shape": [1, 224, 224, 3], "datatype": "FP32", "data": [7.5] * (224 * 224 * 3), **changed}
+    return {
+        "name": "pixels",
+        "shape": [1, 224, 224, 3],
+        "datatype": "FP32",
+        "data": [7.5] * (224 * 224 * 3),
+        **changed,
+    }
 
 
 HUGE = 10**30
@@ -263,12 +332,24 @@ HUGE = 10**30
         (image_tensor(data=["Zm9v"]), ["image[0]: not an image"]),
         (image_tensor(data=[""]), ["image[0]: the file is empty"]),
         (image_tensor(parameters={"binary_data_size": 4}), ["both data and"]),
-        (image_tensor(data=None, parameters={"binary_data_size": 4}), ["binary_data_size is 4", HEADER_LENGTH]),
+        (
+            image_tensor(data=None, parameters={"binary_data_size": 4}),
+            ["binary_data_size is 4", HEADER_LENGTH],
+        ),
         (image_tensor(data=None, parameters={"binary_data_size": -1}), ["binary_data_size is -1"]),
-        (image_tensor(data=None, parameters={"binary_data_size": HUGE}), ["binary_data_size is 1000"]),
+        (
+            image_tensor(data=None, parameters={"binary_data_size": HUGE}),
+            ["binary_data_size is 1000"],
+        ),
         (image_tensor(data=None, parameters={"binary_data_size": "0"}), ["binary_data_size is 0"]),
-        (image_tensor(data=None, parameters={"binary_data_size": False}), ["binary_data_size is False"]),
-        (image_tensor(parameters={"shared_memory_region": "x", "shared_memory_byte_size": 4}), ["no shared memory"]),
+        (
+            image_tensor(data=None, parameters={"binary_data_size": False}),
+            ["binary_data_size is False"],
+        ),
+        (
+            image_tensor(parameters={"shared_memory_region": "x", "shared_memory_byte_size": 4}),
+            ["no shared memory"],
+        ),
         (image_tensor(parameters=[]), ["inputs.0.parameters"]),
         (pixels_tensor(shape=[1, 3, 224, 224]), ["[1, 3, 224, 224]", "[1, 224, 224, 3]"]),
         (pixels_tensor(shape=[1, 224, 224]), ["[1, 224, 224, 3]"]),
@@ -308,17 +389,35 @@ def test_a_bad_tensor(client: httpx.Client, tensor: dict[str, Any], words: list[
         ({"inputs": [image_tensor(), image_tensor()]}, ["inputs", "at most 1"]),
         ({"inputs": {"image": image_tensor()}}, ["inputs", "list"]),
         ({"inputs": None}, ["inputs", "list"]),
-        ({"parameters": {"binary_data_output": "yes"}}, ["binary_data_output is not true or false"]),
+        (
+            {"parameters": {"binary_data_output": "yes"}},
+            ["binary_data_output is not true or false"],
+        ),
         ({"parameters": 1}, ["parameters"]),
         ({"outputs": {}}, ["outputs"]),
         ({"outputs": ["label"]}, ["outputs.0"]),
         ({"outputs": [{"name": "logits"}]}, ["outputs.0.name", "'probabilities'"]),
         ({"outputs": [{"name": "label"}, {"name": "label"}]}, ["wanted twice"]),
-        ({"outputs": [{"name": "label", "parameters": {"binary_data": 1}}]}, ["binary_data is not true or false"]),
-        ({"outputs": [{"name": "label", "parameters": {"classification": 2}}]}, ["'probabilities', not 'label'"]),
-        ({"outputs": [{"name": "probabilities", "parameters": {"classification": 0}}]}, ["whole number from 1 up"]),
-        ({"outputs": [{"name": "probabilities", "parameters": {"classification": 1.5}}]}, ["whole number from 1 up"]),
-        ({"outputs": [{"name": "probabilities", "parameters": {"shared_memory_region": "x"}}]}, ["no shared memory"]),
+        (
+            {"outputs": [{"name": "label", "parameters": {"binary_data": 1}}]},
+            ["binary_data is not true or false"],
+        ),
+        (
+            {"outputs": [{"name": "label", "parameters": {"classification": 2}}]},
+            ["'probabilities', not 'label'"],
+        ),
+        (
+            {"outputs": [{"name": "probabilities", "parameters": {"classification": 0}}]},
+            ["whole number from 1 up"],
+        ),
+        (
+            {"outputs": [{"name": "probabilities", "parameters": {"classification": 1.5}}]},
+            ["whole number from 1 up"],
+        ),
+        (
+            {"outputs": [{"name": "probabilities", "parameters": {"shared_memory_region": "x"}}]},
+            ["no shared memory"],
+        ),
     ],
 )
 def test_a_bad_request(client: httpx.Client, changed: dict[str, Any], words: list[str]) -> None:
@@ -334,9 +433,15 @@ def test_numbers_that_are_no_pixels(client: httpx.Client, number: str) -> None:
     check_error(post_binary(client, tensor, data), 400, "NaN or infinite")
 
 
-def post_binary(client: httpx.Client, tensor: dict[str, Any], data: bytes, **headers: str) -> httpx.Response:
-    text = json.dumps({"inputs": [{key: value for key, value in tensor.items() if value is not None}]}).encode()
-    return client.post(INFER, content=text + data, headers={HEADER_LENGTH: str(len(text)), **headers})
+def post_binary(
+    client: httpx.Client, tensor: dict[str, Any], data: bytes, **headers: str
+) -> httpx.Response:
+    text = json.dumps(
+        {"inputs": [{key: value for key, value in tensor.items() if value is not None}]}
+    ).encode()
+    return client.post(
+        INFER, content=text + data, headers={HEADER_LENGTH: str(len(text)), **headers}
+    )
 
 
 @pytest.mark.parametrize(
@@ -359,12 +464,18 @@ def test_bad_binary_files(client: httpx.Client, shape: list[int], data: bytes) -
 
 def test_bad_binary_sizes(client: httpx.Client) -> None:
     tensor = image_tensor(data=None, parameters={"binary_data_size": 5})
-    check_error(post_binary(client, tensor, b"\1\0\0\0ab"), 400, "binary_data_size is 5, and 6 bytes")
-    check_error(post_binary(client, image_tensor(), b"more"), 400, "binary_data_size is 0, and 4 bytes")
+    check_error(
+        post_binary(client, tensor, b"\1\0\0\0ab"), 400, "binary_data_size is 5, and 6 bytes"
+    )
+    check_error(
+        post_binary(client, image_tensor(), b"more"), 400, "binary_data_size is 0, and 4 bytes"
+    )
     pixels = pixels_tensor(data=None, datatype="UINT8", parameters={"binary_data_size": 10})
     check_error(post_binary(client, pixels, b"0123456789"), 400, "150528 bytes, not 10")
     for length in ("-1", "x", "", "1e3", "99999999", "9" * 5000, "\N{SUPERSCRIPT TWO}"):
-        response = post_binary(client, tensor, b"\1\0\0\0a", **{HEADER_LENGTH: length.encode("latin-1")})  # type: ignore[arg-type]
+        response = post_binary(
+            client, tensor, b"\1\0\0\0a", **{HEADER_LENGTH: length.encode("latin-1")}
+        )  # type: ignore[arg-type]
         check_error(response, 400, HEADER_LENGTH)
     check_error(post_binary(client, tensor, b"\1\0\0\0a", **{HEADER_LENGTH: "0"}), 400, "not JSON")
 
@@ -382,7 +493,17 @@ def test_bad_binary_sizes(client: httpx.Client) -> None:
         (b"1," * 1_500_000, 413),
         (b" " * (MAX_BODY_BYTES + 1), 413),
     ],
-    ids=["empty", "null", "deep lists", "deeper objects", "deep objects", "many keys", "many inputs", "many numbers", "long"],
+    ids=[
+        "empty",
+        "null",
+        "deep lists",
+        "deeper objects",
+        "deep objects",
+        "many keys",
+        "many inputs",
+        "many numbers",
+        "long",
+    ],
 )
 def test_hostile_json(client: httpx.Client, body: bytes, status: int) -> None:
     check_error(client.post(INFER, content=body), status)

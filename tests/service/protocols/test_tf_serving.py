@@ -12,7 +12,14 @@ import httpx
 import pytest
 
 from models.checkpoint import WEIGHTS_FILE
-from tests.support.servers import LABELS, RunningServer, change_file, copy_checkpoint, draw_image, serve
+from tests.support.servers import (
+    LABELS,
+    RunningServer,
+    change_file,
+    copy_checkpoint,
+    draw_image,
+    serve,
+)
 
 MAX_IMAGES = 4
 MAX_BODY_BYTES = 500_000
@@ -25,7 +32,9 @@ def server(colors: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[R
     for version in (1, 2):
         copy_checkpoint(colors, folder / "checkpoints", "colors", version)
     corrupted = copy_checkpoint(colors, folder / "checkpoints", "colors", 3)
-    change_file(corrupted / WEIGHTS_FILE, lambda data: data[:-1] + bytes([data[-1] ^ 1]), rehash=False)
+    change_file(
+        corrupted / WEIGHTS_FILE, lambda data: data[:-1] + bytes([data[-1] ^ 1]), rehash=False
+    )
     (folder / "checkpoints" / "colors" / "rollout.json").write_text('{"labels": {"stable": 1}}')
     env = {
         "CHECKPOINTS": str(folder / "checkpoints"),
@@ -58,8 +67,12 @@ def check_error(response: httpx.Response, status: int, *words: str) -> None:
 
 def test_rows_say_what_predict_says(client: httpx.Client) -> None:
     images = [draw_image(label, seed=7) for label in ("blue", "red")]
-    ours = client.post("/predict", files=[("images", ("x.jpg", image)) for image in images]).json()["predictions"]
-    rows = predict(client, {"signature_name": "serving_default", "instances": [b64(image) for image in images]})["predictions"]
+    ours = client.post("/predict", files=[("images", ("x.jpg", image)) for image in images]).json()[
+        "predictions"
+    ]
+    rows = predict(
+        client, {"signature_name": "serving_default", "instances": [b64(image) for image in images]}
+    )["predictions"]
     assert [row["label"] for row in rows] == ["blue", "red"]
     for row, our in zip(rows, ours, strict=True):
         assert (row["label"], row["classes"]) == (our["label"], LABELS)
@@ -82,15 +95,22 @@ def test_base64_with_wrapped_lines(client: httpx.Client) -> None:
     assert predict(client, {"instances": [{"b64": wrapped}]})["predictions"][0]["label"] == "green"
 
 
-@pytest.mark.parametrize("path", ["", "/versions/1", "/versions/2", "/labels/stable", "/labels/latest"])
+@pytest.mark.parametrize(
+    "path", ["", "/versions/1", "/versions/2", "/labels/stable", "/labels/latest"]
+)
 def test_every_address_of_a_version(client: httpx.Client, path: str) -> None:
     body = {"instances": [b64(draw_image("red"))]}
-    assert predict(client, body, f"/v1/models/colors{path}:predict")["predictions"][0]["label"] == "red"
+    assert (
+        predict(client, body, f"/v1/models/colors{path}:predict")["predictions"][0]["label"]
+        == "red"
+    )
 
 
 def test_the_status_of_the_versions(client: httpx.Client) -> None:
     def states(path: str) -> dict[str, str]:
-        return {one["version"]: one["state"] for one in client.get(path).json()["model_version_status"]}
+        return {
+            one["version"]: one["state"] for one in client.get(path).json()["model_version_status"]
+        }
 
     assert states("/v1/models/colors") == {"3": "END", "2": "AVAILABLE", "1": "AVAILABLE"}
     assert states("/v1/models/colors/versions/1") == {"1": "AVAILABLE"}
@@ -109,15 +129,29 @@ def test_the_signature(client: httpx.Client) -> None:
         assert body["model_spec"] == {"name": "colors", "signature_name": "", "version": version}
         signature = body["metadata"]["signature_def"]["signature_def"]["serving_default"]
         assert signature["inputs"]["image_bytes"]["dtype"] == "DT_STRING"
-        assert [size["size"] for size in signature["outputs"]["scores"]["tensor_shape"]["dim"]] == ["-1", "3"]
+        assert [size["size"] for size in signature["outputs"]["scores"]["tensor_shape"]["dim"]] == [
+            "-1",
+            "3",
+        ]
 
 
 def test_one_unreadable_image_fails_the_request_and_is_named(client: httpx.Client) -> None:
     good = b64(draw_image("red"))
     path = "/v1/models/colors:predict"
-    check_error(client.post(path, json={"instances": [good, b64(b"no image")]}), 400, "instances[1]")
-    check_error(client.post(path, json={"inputs": [good, good, b64(good["b64"][:100].encode())]}), 400, "inputs[2]")
-    check_error(client.post(path, json={"instances": [b64(draw_image("red", size=(1200, 1000)))]}), 413, "instances[0]", "1200x1000")
+    check_error(
+        client.post(path, json={"instances": [good, b64(b"no image")]}), 400, "instances[1]"
+    )
+    check_error(
+        client.post(path, json={"inputs": [good, good, b64(good["b64"][:100].encode())]}),
+        400,
+        "inputs[2]",
+    )
+    check_error(
+        client.post(path, json={"instances": [b64(draw_image("red", size=(1200, 1000)))]}),
+        413,
+        "instances[0]",
+        "1200x1000",
+    )
 
 
 @pytest.mark.parametrize(
@@ -142,11 +176,17 @@ def test_one_unreadable_image_fails_the_request_and_is_named(client: httpx.Clien
         (b'{"instances": [{"image_bytes": {"image_bytes": {"b64": ""}}}]}', ["instances.0"]),
         (b'{"inputs": {"image_bytes": [{"b64": ""}, "x"]}}', ["inputs.1"]),
         (b'{"inputs": "http://127.0.0.1/x.jpg"}', ["inputs.0"]),
-        (b'{"instances": [{"b64": "http://127.0.0.1/x.jpg"}]}', ["instances[0]", "not base64", "not fetched"]),
+        (
+            b'{"instances": [{"b64": "http://127.0.0.1/x.jpg"}]}',
+            ["instances[0]", "not base64", "not fetched"],
+        ),
         (b'{"instances": [{"b64": "Zm9"}]}', ["instances[0]", "padding"]),
         (b'{"instances": [{"b64": "\\u00e9\\ud800"}]}', ["instances[0]"]),
         (b'{"instances": [{"b64": ""}]}', ["instances[0]", "empty"]),
-        (b'{"signature_name": "other", "instances": [{"b64": ""}]}', ["signature_name", "serving_default"]),
+        (
+            b'{"signature_name": "other", "instances": [{"b64": ""}]}',
+            ["signature_name", "serving_default"],
+        ),
         (b'{"instances": NaN}', ["not JSON", "NaN"]),
         (b'{"instances": 1' + b"0" * 5000 + b"}", ["not JSON"]),
         (b'{"instances": [{"b64": "Zm9v"}', ["not JSON"]),
@@ -159,10 +199,17 @@ def test_a_bad_body(client: httpx.Client, body: bytes, words: list[str]) -> None
 
 @pytest.mark.parametrize(
     "body",
-    [b"[" * 100_000, b'{"a":' * 50_000, b'{"instances": [' + b"{}," * 100_000 + b"{}]}", b'{"instances": [' + b"1," * 200_000 + b"1]}"],
+    [
+        b"[" * 100_000,
+        b'{"a":' * 50_000,
+        b'{"instances": [' + b"{}," * 100_000 + b"{}]}",
+        b'{"instances": [' + b"1," * 200_000 + b"1]}",
+    ],
     ids=["deep lists", "deep objects", "many objects", "many numbers"],
 )
-def test_json_that_is_all_structure_is_refused_before_it_is_parsed(client: httpx.Client, body: bytes) -> None:
+def test_json_that_is_all_structure_is_refused_before_it_is_parsed(
+    client: httpx.Client, body: bytes
+) -> None:
     check_error(client.post("/v1/models/colors:predict", content=body), 413, "values")
 
 
@@ -170,7 +217,10 @@ def test_the_limits(client: httpx.Client) -> None:
     image = b64(draw_image("red", size=(32, 32)))
     assert len(predict(client, {"instances": [image] * MAX_IMAGES})["predictions"]) == MAX_IMAGES
     path = "/v1/models/colors:predict"
-    for body in ({"instances": [image] * (MAX_IMAGES + 1)}, {"inputs": {"image_bytes": [image] * (MAX_IMAGES + 1)}}):
+    for body in (
+        {"instances": [image] * (MAX_IMAGES + 1)},
+        {"inputs": {"image_bytes": [image] * (MAX_IMAGES + 1)}},
+    ):
         check_error(client.post(path, json=body), 413, "GRAFT_MAX_IMAGES")
     check_error(client.post(path, content=b" " * (MAX_BODY_BYTES + 1)), 413, "GRAFT_MAX_BODY_BYTES")
     check_error(client.post(path, content=b"{}", headers={"content-encoding": "gzip"}), 415, "gzip")

@@ -43,7 +43,9 @@ def counted_writes() -> Iterator[list[bytes]]:
         def __getattr__(self, name: str) -> Any:
             return getattr(self._transport, name)
 
-    HttpToolsProtocol.connection_made = lambda self, transport: connection_made(self, Counting(transport))  # type: ignore[method-assign, arg-type]
+    HttpToolsProtocol.connection_made = lambda self, transport: connection_made(
+        self, Counting(transport)
+    )  # type: ignore[method-assign, arg-type]
     try:
         yield written
     finally:
@@ -53,7 +55,9 @@ def counted_writes() -> Iterator[list[bytes]]:
 @asynccontextmanager
 async def serve() -> AsyncIterator[Any]:
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        server = uvicorn.Server(uvicorn.Config(app, http="httptools", lifespan="off", log_level="critical"))
+        server = uvicorn.Server(
+            uvicorn.Config(app, http="httptools", lifespan="off", log_level="critical")
+        )
         serving = asyncio.create_task(server.serve([listening]))
         yield listening.getsockname()
         server.should_exit = True
@@ -65,8 +69,12 @@ async def ask(*paths: bytes, methods: Sequence[bytes] = (b"GET", b"GET")) -> lis
     with counted_writes() as written:
         async with serve() as address:
             reader, writer = await asyncio.open_connection(*address)
-            *others, last = (REQUEST % (method, path) for method, path in zip(methods, paths, strict=True))
-            writer.write(b"".join(others) + last.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+            *others, last = (
+                REQUEST % (method, path) for method, path in zip(methods, paths, strict=True)
+            )
+            writer.write(
+                b"".join(others) + last.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+            )
             received = await asyncio.wait_for(reader.read(), 10)
             writer.close()
     assert b"".join(written) == received, "nothing is left behind, and nothing comes twice"

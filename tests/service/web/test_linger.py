@@ -9,7 +9,11 @@ from starlette.types import Message
 
 from service.web.linger import RequestBody
 
-CLOSING = {"type": "http", "http_version": "1.1", "headers": [(b"connection", b"close"), (b"content-length", b"1000000000")]}
+CLOSING = {
+    "type": "http",
+    "http_version": "1.1",
+    "headers": [(b"connection", b"close"), (b"content-length", b"1000000000")],
+}
 
 
 async def send_more() -> Message:
@@ -25,7 +29,9 @@ async def linger(seconds: float) -> tuple[list[Message], float]:
 
     started = time.monotonic()
     body = RequestBody(CLOSING, send_more)
-    await asyncio.wait_for(body.linger(send, seconds)({"type": "http.response.body", "body": b"no"}), 5)
+    await asyncio.wait_for(
+        body.linger(send, seconds)({"type": "http.response.body", "body": b"no"}), 5
+    )
     return sent, time.monotonic() - started
 
 

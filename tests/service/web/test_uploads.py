@@ -19,22 +19,61 @@ def parse(body: bytes, boundary: bytes = b"b") -> Upload:
 
 @pytest.mark.parametrize(
     "data",
-    [b"x", b"", b"\r\n", b"\r\n\r\n--", b" --b", b"\n--b--\n", b"\r\n-b\r\n--", bytes(range(256)) * 300],
-    ids=["a byte", "nothing", "a line", "dashes", "boundary in a line", "boundary after a newline alone", "near", "long"],
+    [
+        b"x",
+        b"",
+        b"\r\n",
+        b"\r\n\r\n--",
+        b" --b",
+        b"\n--b--\n",
+        b"\r\n-b\r\n--",
+        bytes(range(256)) * 300,
+    ],
+    ids=[
+        "a byte",
+        "nothing",
+        "a line",
+        "dashes",
+        "boundary in a line",
+        "boundary after a newline alone",
+        "near",
+        "long",
+    ],
 )
 @pytest.mark.parametrize(
-    "head", [HEAD, HEAD + b"Content-Type: image/jpeg\r\n", b"X-Other:\r\n" + HEAD.lower()], ids=["plain", "type", "lower"]
+    "head",
+    [HEAD, HEAD + b"Content-Type: image/jpeg\r\n", b"X-Other:\r\n" + HEAD.lower()],
+    ids=["plain", "type", "lower"],
 )
-def test_an_image_is_what_stands_between_its_headers_and_the_next_boundary(head: bytes, data: bytes) -> None:
-    for before, after in ((b"", b""), (b"a preamble\r\n", b"\r\nan epilogue\r\n--b\r\n"), (b"\r\n", b"\r\n")):
-        body = before + b"--b \t\r\n" + head + b"\r\n" + data + b"\r\n" + OPTION + b"7\r\n--b--" + after
+def test_an_image_is_what_stands_between_its_headers_and_the_next_boundary(
+    head: bytes, data: bytes
+) -> None:
+    for before, after in (
+        (b"", b""),
+        (b"a preamble\r\n", b"\r\nan epilogue\r\n--b\r\n"),
+        (b"\r\n", b"\r\n"),
+    ):
+        body = (
+            before
+            + b"--b \t\r\n"
+            + head
+            + b"\r\n"
+            + data
+            + b"\r\n"
+            + OPTION
+            + b"7\r\n--b--"
+            + after
+        )
         assert parse(body) == Upload([NamedImage("a.jpg", data)], {"top_k": "7"})
 
 
 def test_images_keep_their_order_and_the_names_that_they_have() -> None:
     typed = b'Content-Disposition: form-data; name="images"\r\nContent-Type: image/png\r\n'
     nothing_chosen = b'Content-Disposition: form-data; name="images"; filename=""\r\nContent-Type: application/octet-stream\r\n'
-    body = b"".join(b"--b\r\n" + head + b"\r\n" + data + b"\r\n" for head, data in ((typed, b"1"), (nothing_chosen, b""), (HEAD, b"2")))
+    body = b"".join(
+        b"--b\r\n" + head + b"\r\n" + data + b"\r\n"
+        for head, data in ((typed, b"1"), (nothing_chosen, b""), (HEAD, b"2"))
+    )
     assert parse(body + b"--b--").images == [NamedImage("image 1", b"1"), NamedImage("a.jpg", b"2")]
 
 
@@ -51,9 +90,24 @@ def test_images_keep_their_order_and_the_names_that_they_have() -> None:
         (2 * (OPTION + b"7\r\n") + b"--b--", "bad_parameter"),
         (OPTION + b"7" * 2000 + b"\r\n--b--", "bad_parameter"),
         (4 * (b"--b\r\n" + HEAD + b"\r\nx\r\n") + b"--b--", "too_many_images"),
-        (8 * (b"--b\r\n" + HEAD.replace(b"a.jpg", b"") + b"\r\n\r\n") + b"--b--", "too_many_images"),
+        (
+            8 * (b"--b\r\n" + HEAD.replace(b"a.jpg", b"") + b"\r\n\r\n") + b"--b--",
+            "too_many_images",
+        ),
     ],
-    ids=["empty", "cut", "longer", "no end", "no headers", "space", "no colon", "twice", "long", "images", "empty images"],
+    ids=[
+        "empty",
+        "cut",
+        "longer",
+        "no end",
+        "no headers",
+        "space",
+        "no colon",
+        "twice",
+        "long",
+        "images",
+        "empty images",
+    ],
 )
 def test_what_is_refused(body: bytes, code: str | None) -> None:
     if code is None:
