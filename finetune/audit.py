@@ -36,7 +36,7 @@ from finetune.probe.solve import Floats, Probe, softmax, solve_probe
 from finetune.terminal import run_program
 from models.checkpoint import sigmoid
 from models.engine.engine import Features
-from models.errors import GraftError, in_words
+from models.errors import GraftError, describe_error
 from models.preprocess import ImageError, Preprocess, begins_as
 from models.sources import SplitName
 
@@ -172,7 +172,7 @@ def write_audit(found: Audit, folder: Path, stem: str, data: str) -> tuple[Path,
             unfinished.replace(path)
     except OSError as error:
         raise GraftError(
-            f"--output {folder}: {in_words(error)}; make room, or name a folder that you can write to"
+            f"--output {folder}: {describe_error(error)}; make room, or name a folder that you can write to"
         ) from error
     return paths
 

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from finetune.config import Options, parse_options
 from finetune.data.splits import Sample, Splits
 from models.checkpoint import CONFIG_FILE, list_versions
-from models.errors import GraftError, in_words, name_some
+from models.errors import GraftError, describe_error, join_first
 from models.files import remove_temporary, write_whole
 from models.sources import SplitName
 
@@ -140,7 +140,7 @@ def restore_splits(run_dir: Path, splits: Splits) -> Splits | None:
     gone = [key for split in kept["splits"].values() for key, *_ in split if key not in images]
     if gone:
         raise GraftError(
-            f"--resume {run_dir}: images of the run are gone: {name_some(gone)}; bring them back, or begin another run"
+            f"--resume {run_dir}: images of the run are gone: {join_first(gone)}; bring them back, or begin another run"
         )
 
     def restore(split: SplitName) -> tuple[Sample, ...]:
@@ -200,7 +200,7 @@ def keep_choices(run_dir: Path, choices: Choices) -> str:
         key for key, digest in kept["digests"].items() if digests.get(key) != digest
     ):
         raise GraftError(
-            f"--resume {run_dir}: images have changed since the run began: {name_some(changed)}; put them back as they were, or begin "
+            f"--resume {run_dir}: images have changed since the run began: {join_first(changed)}; put them back as they were, or begin "
             "another run"
         )
     return str(kept["reason"])
@@ -215,7 +215,7 @@ def lock(run_dir: Path) -> Iterator[None]:
         file = (folder / _LOCK_FILE).open("w")
     except OSError as error:
         raise GraftError(
-            f"{folder}: {in_words(error)}; a run must be able to write to its folder"
+            f"{folder}: {describe_error(error)}; a run must be able to write to its folder"
         ) from error
     with file:
         try:

@@ -78,7 +78,7 @@ from finetune.resume import (
 from finetune.terminal import run_program
 from finetune.training.broken_batch import FOLDER as BROKEN_BATCH_DIR
 from models.engine.engine import Features
-from models.errors import GraftError, name_some
+from models.errors import GraftError, join_first
 from models.files import write_whole
 from models.named import import_named
 from models.prepared import PreparedBackbone
@@ -305,7 +305,7 @@ def _check_none_gone(splits: Splits, still: Splits) -> None:
         sample.key for _, samples in splits.named() for sample in samples if sample.key not in left
     ]:
         raise GraftError(
-            f"{name_some(gone)}: gone or changed since the run began; put back what was there"
+            f"{join_first(gone)}: gone or changed since the run began; put back what was there"
         )
 
 

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from models.errors import GraftError, in_words
+from models.errors import GraftError, describe_error
 from models.files import fsync
 from models.preprocess import Preprocess
 
@@ -187,7 +187,7 @@ def publish(
         fsync(folder)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise GraftError(
-            f"the checkpoint could not be written to {folder}: {in_words(error)}; nothing was published"
+            f"the checkpoint could not be written to {folder}: {describe_error(error)}; nothing was published"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

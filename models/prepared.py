@@ -44,7 +44,7 @@ from models.engine.engine import (
     num_cpus,
     openvino_name,
 )
-from models.errors import GraftError, in_words
+from models.errors import GraftError, describe_error
 from models.preprocess import Preprocess
 
 if TYPE_CHECKING:
@@ -226,7 +226,7 @@ def write_prepared(backbone: Backbone, folder: Path) -> PreparedBackbone:
         if isinstance(error, GraftError):
             raise
         raise GraftError(
-            f"the converted backbone could not be written to {folder}: {in_words(error)}; name another --cache-dir, or say --no-cache"
+            f"the converted backbone could not be written to {folder}: {describe_error(error)}; name another --cache-dir, or say --no-cache"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

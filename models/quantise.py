@@ -16,7 +16,7 @@ from typing import Any
 
 from models.checkpoint import CONFIG_FILE, OPENVINO_FILE, WEIGHTS_FILE, fingerprint, hash_file
 from models.engine.engine import openvino_core
-from models.errors import GraftError, in_words
+from models.errors import GraftError, describe_error
 from models.prepared import PreparedBackbone, hash_openvino, read_kept, read_prepared
 from models.preprocess import Pixels
 
@@ -54,7 +54,7 @@ def quantise(backbone: PreparedBackbone, images: Pixels) -> PreparedBackbone:
             raise GraftError(f"the quantised backbone could not be written to {folder}")
     except OSError as error:
         raise GraftError(
-            f"the quantised backbone could not be written to {folder}: {in_words(error)}"
+            f"the quantised backbone could not be written to {folder}: {describe_error(error)}"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from models.errors import GraftError, in_words, name_some
+from models.errors import GraftError, describe_error, join_first
 
 logger = logging.getLogger("graft.sources")
 
@@ -144,7 +144,7 @@ def _load_class_folders(root: Path, folders: list[Path]) -> Labelled:
         logger.warning(
             "--data %s: no file in the class folders %s; they are left out",
             root,
-            name_some(empty, 10),
+            join_first(empty, 10),
         )
     return [(str(path), folder.name, path) for folder, paths in images.items() for path in paths]
 
@@ -286,7 +286,7 @@ def _open_torchvision(factory: Any, name: str, root: Path, arguments: dict[str, 
     try:
         return factory(root=str(root), download=True, **arguments)
     except (OSError, RuntimeError) as error:
-        reason = " ".join(in_words(error).split())
+        reason = " ".join(describe_error(error).split())
         raise GraftError(
             f"--data torchvision:{name}: it is not under --data-root {root} and could not be downloaded ({reason}); "
             f"run it once where there is a network, and copy that folder here"

@@ -20,7 +20,7 @@ from finetune.data.splits import Sample, Splits
 from finetune.data.views import Augment, draw_view
 from finetune.terminal import progress_bar
 from models.engine.engine import Engine, Features
-from models.errors import GraftError, name_some
+from models.errors import GraftError, join_first
 from models.prepare_ahead import prepare_ahead
 from models.prepared import PreparedBackbone, prepare_backbone
 from models.preprocess import ImageError, Pixels, Preprocess, View
@@ -279,7 +279,7 @@ def _check_finite(
     if broken := [samples[int(index)].key for index in np.flatnonzero(is_broken)]:
         raise GraftError(
             f"--backbone {backbone.name}: its features are NaN or infinite for {len(broken)} of {len(samples)} images "
-            f"({name_some(broken)}); its weights or its code are broken"
+            f"({join_first(broken)}); its weights or its code are broken"
         )
 
 

@@ -14,7 +14,7 @@ from finetune.probe.solve import softmax
 from finetune.report.plots import Mistake, draw_heat
 from finetune.report.result import Result
 from models.checkpoint import sigmoid
-from models.errors import GraftError, in_words
+from models.errors import GraftError, describe_error
 from models.preprocess import ImageError, Pixels
 
 logger = logging.getLogger("graft.mistakes")
@@ -74,7 +74,7 @@ def _read_crop(result: Result, sample: Sample) -> Pixels | None:
         return result.backbone.preprocess(sample.read())
     except (ImageError, OSError) as error:
         logger.warning(
-            "%s is left out of the pictures of mistakes: %s", sample.key, in_words(error)
+            "%s is left out of the pictures of mistakes: %s", sample.key, describe_error(error)
         )
         return None
 

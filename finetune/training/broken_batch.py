@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from finetune.data.splits import Sample, Splits
-from models.errors import GraftError, in_words, name_some
+from models.errors import GraftError, describe_error, join_first
 from models.preprocess import ImageError, Preprocess
 
 FOLDER = "broken-batch"
@@ -43,9 +43,9 @@ def keep_broken_batch(
                     Image.fromarray(preprocess(sample.read())).save(folder / name)
                 rows.writerow((name, sample.key, splits.describe(sample), loss))
     except OSError as error:
-        return f"the {len(samples)} images of the batch could not be written to {folder}: {in_words(error)}"
+        return f"the {len(samples)} images of the batch could not be written to {folder}: {describe_error(error)}"
     broken = [
         sample.key for sample, loss in zip(samples, losses, strict=True) if not math.isfinite(loss)
     ]
-    which = f": no number for {name_some(broken, 3)}" if broken else ""
+    which = f": no number for {join_first(broken, 3)}" if broken else ""
     return f"the {len(samples)} images of the batch are in {folder}, with each one's loss in batch.csv{which}"

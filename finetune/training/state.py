@@ -31,7 +31,7 @@ from finetune.resume import METADATA_KEY, check_fixed
 from finetune.training.ema import Average
 from finetune.training.tensors import Tensors, changing_tensors, copy_tensors
 from models.backbone.freezing import Freezing, digest_tensor
-from models.errors import GraftError, in_words
+from models.errors import GraftError, describe_error
 from models.files import write_whole
 
 logger = logging.getLogger("graft.state")
@@ -166,7 +166,7 @@ class TrainingState:
                 raise ValueError("it is not what was written")
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise GraftError(
-                f"{path}: the saved state cannot be read: {in_words(error)}; remove it, and --resume begins again"
+                f"{path}: the saved state cannot be read: {describe_error(error)}; remove it, and --resume begins again"
             ) from error
         if version != _FORMAT_VERSION:
             raise GraftError(

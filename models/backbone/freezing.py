@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from models.backbone.freeze_policy import resolve_policy
-from models.errors import GraftError, name_some
+from models.errors import GraftError, join_first
 
 
 class FrozenDriftError(GraftError):
@@ -87,7 +87,7 @@ def prove_frozen(model: nn.Module, freezing: Freezing) -> None:
     }
     drifted = [name for name, digest in freezing.digests.items() if now.get(name) != digest]
     if drifted:
-        shown = name_some(drifted, 8)
+        shown = join_first(drifted, 8)
         raise FrozenDriftError(
             f"--freeze {freezing.policy}: {len(drifted)} of {len(freezing.digests)} frozen tensors changed during the run: {shown}. "
             "Nothing was published; a module that updates its own buffers or is stepped by hand is the usual cause"

@@ -9,20 +9,20 @@ from urllib.error import URLError
 
 import pytest
 
-from models.errors import in_words
+from models.errors import describe_error
 
 
 def test_an_error_of_the_system(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="Errno") as caught:
         (tmp_path / "gone").read_text()
-    assert in_words(caught.value) == f"No such file or directory: {tmp_path / 'gone'}"
+    assert describe_error(caught.value) == f"No such file or directory: {tmp_path / 'gone'}"
 
 
 def test_an_error_without_a_file_and_one_that_is_wrapped() -> None:
     refused = OSError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
-    assert in_words(refused) == in_words(URLError(refused)) == "Connection refused"
+    assert describe_error(refused) == describe_error(URLError(refused)) == "Connection refused"
 
 
 def test_what_is_no_error_of_the_system_speaks_for_itself() -> None:
-    assert in_words(RuntimeError("no kernel image")) == "no kernel image"
-    assert in_words(OSError("cannot write")) == "cannot write"
+    assert describe_error(RuntimeError("no kernel image")) == "no kernel image"
+    assert describe_error(OSError("cannot write")) == "cannot write"

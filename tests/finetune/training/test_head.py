@@ -184,7 +184,7 @@ def test_epochs_begin_from_the_head_that_was_asked_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "in_words"),
+    ("given", "describe_error"),
     [
         ("my_heads:small", "the head of --head-init my_heads:small"),
         ("soft", "a soft head"),
@@ -196,7 +196,7 @@ def test_a_whole_run_says_what_it_began_with(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
     given: str,
-    in_words: str,
+    describe_error: str,
 ) -> None:
     softened: list[Probe] = []
 
@@ -222,7 +222,7 @@ def test_a_whole_run_says_what_it_began_with(
                 **folders,
             )
         )
-    assert f"epoch 0, {in_words}: val loss" in caplog.text
+    assert f"epoch 0, {describe_error}: val loss" in caplog.text
     (run_dir,) = (tmp_path / "runs").iterdir()
     assert "training began from" in (run_dir / "report.html").read_text()
     assert f"head_init: {given}" in (run_dir / "config.yaml").read_text()
