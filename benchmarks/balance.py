@@ -24,7 +24,8 @@ from benchmarks.calibration import extract
 from finetune.data.balance import class_weights
 from finetune.evaluation.calibration import calibrate_probe
 from finetune.evaluation.metrics import evaluate
-from finetune.probe.solve import Labels, solve_probe
+from finetune.probe.solve import solve_probe
+from models.scores import Labels
 
 COLUMNS = (
     "balanced accuracy",

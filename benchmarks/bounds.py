@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from models.checkpoint import CONFIG_FILE, OPENVINO_FILE
-from models.engine.engine import Features, OpenVINOEngine, num_cpus
+from models.engine.engine import Features
+from models.engine.openvino_engine import OpenVINOEngine
+from models.engine.processor import num_cpus
 from models.preprocess import Preprocess
 
 _MEASURE_SECONDS = 4.0

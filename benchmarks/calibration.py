@@ -24,8 +24,8 @@ from finetune.config import Options
 from finetune.data.splits import Splits, load_splits
 from finetune.evaluation.calibration import calibrate_probe
 from finetune.probe.features import extract_splits, open_engine, prepare
-from finetune.probe.solve import Floats, Labels, softmax, solve_probe
-from models.checkpoint import is_unsure
+from finetune.probe.solve import solve_probe
+from models.scores import Floats, Labels, is_unsure, softmax
 
 
 def main() -> int:

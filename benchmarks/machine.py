@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from models.engine.engine import cpu_flags, cpu_name, num_cpus
+from models.engine.processor import cpu_flags, cpu_name, num_cpus
 
 # The widest first: an engine in bf16 takes a third of one in fp32 on the same cores.
 _VECTORS = {

@@ -69,7 +69,7 @@ from benchmarks.process import MemorySampler, tree_bytes, tree_cpu_seconds, tree
 from benchmarks.serve_report import REPORTS
 from benchmarks.servers import ROOT, Launch, Server, serve
 from benchmarks.swaps import swap_under_load
-from models.engine.engine import num_cpus
+from models.engine.processor import num_cpus
 
 BACKBONE = "tf_efficientnet_lite0"
 NAME = "benchmark"

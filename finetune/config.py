@@ -21,7 +21,8 @@ from pydantic_settings import (
 
 from models.allowed import describe_allowed
 from models.checkpoint import check_name
-from models.engine.engine import Precision, num_cpus
+from models.engine.engine import Precision
+from models.engine.processor import num_cpus
 from models.errors import GraftError
 
 

@@ -28,8 +28,8 @@ if __name__ == "__main__":
 import numpy as np
 import numpy.typing as npt
 
-from finetune.audit import inspect, write_audit
 from finetune.auditing.findings import Audit
+from finetune.auditing.inspection import inspect, write_audit
 from finetune.config import Options, parse_options
 from finetune.data.balance import class_weights, say_if_uneven
 from finetune.data.duplicates import Duplicates
@@ -53,14 +53,14 @@ from finetune.evaluation.verdict import compare_with_probe
 from finetune.monitor import Monitor
 from finetune.probe.features import extract_splits, open_engine, prepare, prepare_meanwhile
 from finetune.probe.precision import extract_in_best_precision
-from finetune.probe.solve import Floats, Labels, Probe, soften, solve_on_best_views
+from finetune.probe.solve import Head, Probe, soften, solve_on_best_views
 from finetune.report.mistakes import explain_mistakes, worst_mistakes
 from finetune.report.next_steps import commands_to_try, say_what_next, write_example
 from finetune.report.page import write_report
 from finetune.report.plots import Mistake, draw_confusion, draw_mistakes
 from finetune.report.projector import write_projector
 from finetune.report.publishing import choose_golden, publish_result
-from finetune.report.result import Head, Result
+from finetune.report.result import Result
 from finetune.resume import (
     STATE_DIR,
     Choices,
@@ -82,6 +82,7 @@ from models.errors import GraftError, join_first
 from models.files import write_whole
 from models.named import import_named
 from models.prepared import PreparedBackbone
+from models.scores import Floats, Labels
 from models.sources import SplitName
 
 logger = logging.getLogger("graft.run")

@@ -259,18 +259,6 @@ def logits(checkpoint: Checkpoint, features: npt.NDArray[np.float32]) -> npt.NDA
     return np.asarray(features @ checkpoint.head_weight.T + checkpoint.head_bias, np.float32)
 
 
-def sigmoid(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Each label's probability by itself, as multi-label models give it; written with tanh, which never overflows."""
-    return np.asarray(0.5 * np.tanh(0.5 * logits) + 0.5, np.float32)
-
-
-def is_unsure(
-    scores: npt.NDArray[np.float32], threshold: float | npt.NDArray[np.float64]
-) -> npt.NDArray[np.bool_]:
-    """Whether the conformal set of scores `[…,C]`, the labels that reach `threshold`, is not exactly one label: none fits, or several."""
-    return np.asarray((scores >= threshold).sum(axis=-1) != 1)
-
-
 def check_golden(checkpoint: Checkpoint, computed: npt.NDArray[np.float32]) -> None:
     """Raise CheckpointError unless `computed` (logits of the golden images, here and now) are those of save time.
 

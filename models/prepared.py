@@ -34,16 +34,10 @@ from models.checkpoint import (
     hash_file,
 )
 from models.engine.deferred import DeferredEngine
-from models.engine.engine import (
-    Engine,
-    EngineInfo,
-    OpenVINOEngine,
-    Precision,
-    TorchEngine,
-    cpu_name,
-    num_cpus,
-    openvino_name,
-)
+from models.engine.engine import Engine, EngineInfo, Precision
+from models.engine.openvino_engine import OpenVINOEngine, openvino_name
+from models.engine.processor import cpu_name, num_cpus
+from models.engine.torch_engine import TorchEngine
 from models.errors import GraftError, describe_error
 from models.preprocess import Preprocess
 
@@ -176,12 +170,8 @@ def find_missing(
 
 def write_prepared(backbone: Backbone, folder: Path) -> PreparedBackbone:
     """Convert and write `backbone` to `folder`, whole or not at all; what another run wrote there meanwhile is as good."""
-    from models.backbone.build import (
-        FeatureExtractor,
-        backbone_tensors,
-        export_openvino,
-        timm_config,
-    )
+    from models.backbone.build import FeatureExtractor, backbone_tensors, timm_config
+    from models.backbone.export import export_openvino
     from models.backbone.freezing import stages
 
     tensors = backbone_tensors(backbone)
@@ -319,7 +309,8 @@ def build_engine(
     Raises GraftError where there is no such device, or where it cannot run the precision.
     """
     if resolve_device(device) == "cuda":
-        from models.backbone.build import FeatureExtractor, build_from_config, read_state_dict
+        from models.backbone.build import FeatureExtractor, build_from_config
+        from models.backbone.weights import read_state_dict
 
         model = build_from_config(config, read_state_dict(folder / WEIGHTS_FILE))
         return TorchEngine(

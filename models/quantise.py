@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from models.checkpoint import CONFIG_FILE, OPENVINO_FILE, WEIGHTS_FILE, fingerprint, hash_file
-from models.engine.engine import openvino_core
+from models.engine.openvino_engine import openvino_core
 from models.errors import GraftError, describe_error
 from models.prepared import PreparedBackbone, hash_openvino, read_kept, read_prepared
 from models.preprocess import Pixels

@@ -29,7 +29,9 @@ from service.protocols.health import livez, prometheus, readyz, status
 from service.protocols.hugging_face import classify_image
 from service.protocols.schemas import PredictResponse
 from service.settings import load_settings
-from service.web.routes import Route, Routes, plain_error
+from service.web.responses import plain_error
+from service.web.route import Route
+from service.web.routes import Routes
 
 _PAGE = Path(__file__).with_name("page.html")
 

@@ -9,7 +9,7 @@ from models.preprocess import ImageError, ImageTooLargeError
 
 
 class RequestError(GraftError):
-    """A request that gets no answer; `code` is one of the keys of `service.web.routes.STATUS_BY_CODE`."""
+    """A request that gets no answer; `code` is one of the keys of `service.errors.STATUS_BY_CODE`."""
 
     def __init__(
         self,
@@ -29,3 +29,33 @@ class RequestError(GraftError):
 def image_error_code(error: ImageError) -> str:
     """The code of an image that could not be read."""
     return "image_too_large" if isinstance(error, ImageTooLargeError) else "unreadable_image"
+
+
+STATUS_BY_CODE = {
+    "bad_parameter": 400,
+    "bad_request": 400,
+    "bad_rollout": 400,
+    "broken_multipart": 400,
+    "model_required": 400,
+    "no_image": 400,
+    "unknown_field": 400,
+    "unreadable_image": 400,
+    "unauthorized": 401,
+    "forbidden": 403,
+    "no_such_model": 404,
+    "no_such_version": 404,
+    "not_found": 404,
+    "method_not_allowed": 405,
+    "body_timeout": 408,
+    "body_too_large": 413,
+    "image_too_large": 413,
+    "too_many_images": 413,
+    "unsupported_content_type": 415,
+    "overloaded": 429,
+    "internal": 500,
+    "engine_failed": 500,
+    "no_model": 503,
+    "not_ready": 503,
+    "shutting_down": 503,
+    "deadline_exceeded": 504,
+}

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, RootModel
 from pydantic.json_schema import models_json_schema
 
+from service.errors import STATUS_BY_CODE
 from service.inference.rollout import Rollout
 from service.protocols import admin, graft, health, hugging_face, open_inference, tf_serving
 from service.protocols.schemas import (
@@ -26,7 +27,8 @@ from service.protocols.schemas import (
     RolloutResponse,
     StatusResponse,
 )
-from service.web.routes import STATUS_BY_CODE, Handler, Route, plain_error
+from service.web.responses import plain_error
+from service.web.route import Handler, Route
 
 # Of these addresses, not of the models.
 _API_VERSION = "1"

@@ -17,7 +17,7 @@ import httpx
 import numpy as np
 import pytest
 
-from models.engine.engine import OpenVINOEngine
+from models.engine.openvino_engine import OpenVINOEngine
 from models.prepared import PreparedBackbone, prepare_backbone
 from models.preprocess import Pixels
 from tests.support.servers import RunningServer, publish_colors

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import requests
 
-from finetune.probe.solve import softmax
 from models import checkpoint as checkpoints
 from models.engine.engine import run
 from models.prepared import build_engine
+from models.scores import softmax
 from tests.support.drawn import SHAPES, draw_shape, write_class_folders
 from tests.support.servers import serve
 

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 from typing_extensions import TypedDict  # pydantic takes no other before Python 3.12
 
-from models.engine.engine import num_cpus
+from models.engine.processor import num_cpus
 
 TOP_K = 5
 MAX_BATCH_SIZE = 16
@@ -92,7 +92,8 @@ class EngineClassifier:
 
     def __init__(self, checkpoint: Path, *, num_streams: int) -> None:
         from models.checkpoint import load_checkpoint, logits
-        from models.engine.engine import OpenVINOEngine, run
+        from models.engine.engine import run
+        from models.engine.openvino_engine import OpenVINOEngine
 
         loaded = load_checkpoint(checkpoint)
         found = {

@@ -20,7 +20,7 @@ import uvicorn
 from fastapi import FastAPI, UploadFile  # type: ignore[import-not-found]
 
 from benchmarks.peers.classifiers import Answer, load_classifier
-from models.engine.engine import num_cpus
+from models.engine.processor import num_cpus
 
 app = FastAPI()
 classifier = load_classifier(num_threads=1)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from finetune.probe.solve import Floats, Labels
+from models.scores import Floats, Labels
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import logging
 import numpy as np
 import numpy.typing as npt
 
-from finetune.probe.solve import Floats, Labels
+from models.scores import Floats, Labels
 
 logger = logging.getLogger("graft.balance")
 

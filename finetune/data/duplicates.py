@@ -24,10 +24,10 @@ from PIL import Image
 
 from finetune.data.cache import FeatureCache, digest_image
 from finetune.data.splits import Sample, Splits
-from finetune.probe.solve import Floats
 from finetune.terminal import progress_bar
 from models.engine.engine import EngineInfo
 from models.preprocess import FORMATS, ImageError, Preprocess
+from models.scores import Floats
 
 _WHOLE_IMAGE = Preprocess(
     height=32, width=32, crop_fraction=1.0, crop_mode="squash", interpolation="bilinear"
@@ -46,8 +46,6 @@ _MAX_COARSE_DIFFERENCE = 6.0
 _BLOCK_BYTES = 16_000_000
 # Of one image: a thousand blank ones have half a million pairs, and hang together by a few each.
 _MAX_PAIRS = 8
-
-
 _Grid = npt.NDArray[np.int16]
 
 

@@ -16,7 +16,8 @@ import yaml
 from finetune.config import SharedOptions, source_of
 from finetune.data.duplicates import Duplicates, find_duplicates, open_grids
 from finetune.data.splits import KeptSplit, Sample, Splits, load_splits
-from finetune.data.strata import Labels, stratify
+from finetune.data.strata import stratify
+from models.scores import Labels
 from models.sources import SplitName
 
 logger = logging.getLogger("graft.split")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-Labels = npt.NDArray[np.int64]
+from models.scores import Labels
 
 
 def stratify(
@@ -60,3 +60,20 @@ def stratify_val(
     totals = np.concatenate([[len(labels)], labels.sum(axis=0)])
     in_val = np.clip(np.round(totals * val_fraction), 1, np.maximum(1, totals - 1))
     return stratify(labels, np.stack([totals - in_val, in_val]), seed=seed, placed=placed)
+
+
+def assign_folds(labels: Labels, num_folds: int, seed: int) -> npt.NDArray[np.int64]:
+    """A fold for each sample `[N]`, seeded and stratified; two folds at least, no more than the smallest class has images."""
+    if labels.ndim == 2:
+        return stratify_folds(labels, min(num_folds, len(labels)), seed)
+    counts = np.bincount(labels)
+    num_folds = max(2, min(num_folds, int(counts[counts > 0].min())))
+    generator = np.random.default_rng(seed)
+    folds = np.empty(len(labels), np.int64)
+    offset = 0
+    for label in np.unique(labels):
+        members = generator.permutation(np.flatnonzero(labels == label))
+        # Going on where the class before ended keeps the folds equal in size.
+        folds[members] = (np.arange(len(members)) + offset) % num_folds
+        offset += len(members)
+    return folds

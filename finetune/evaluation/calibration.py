@@ -16,16 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from finetune.probe.solve import (
-    NUM_FOLDS,
-    Floats,
-    Labels,
-    Probe,
-    assign_folds,
-    fit_temperature,
-    softmax,
-)
-from models.checkpoint import is_unsure
+from finetune.data.strata import assign_folds
+from finetune.probe.solve import NUM_FOLDS, Probe, fit_temperature
+from models.scores import Floats, Labels, is_unsure, softmax
 from models.sources import SplitName
 
 NUM_BINS = 15

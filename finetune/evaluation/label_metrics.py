@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from finetune.evaluation.interval import NUM_RESAMPLES, Interval, draw_weights
-from finetune.probe.solve import Floats, Labels, log_loss
+from finetune.probe.solve import log_loss
+from models.scores import Floats, Labels
 
 # Weights times labels that resamples may go through: 2,000 resamples of 2,000 images with 20 labels take a second.
 _MAX_WORK = 80_000_000

@@ -17,8 +17,9 @@ from finetune.evaluation.label_metrics import (
     measure_average_precision,
     num_resamples,
 )
-from finetune.probe.solve import Floats, Labels, Probe, solve_head
+from finetune.probe.solve import Probe, solve_head
 from models.engine.engine import Features
+from models.scores import Floats, Labels
 
 _FRACTIONS = (0.25, 0.5, 0.75)
 

@@ -12,7 +12,8 @@ import numpy.typing as npt
 
 from finetune.evaluation.interval import NUM_RESAMPLES, Interval, draw_counts
 from finetune.evaluation.label_metrics import LabelMetrics, evaluate_labels
-from finetune.probe.solve import Floats, Labels, log_loss
+from finetune.probe.solve import log_loss
+from models.scores import Floats, Labels
 
 # Counts drawn at once, so that a thousand classes do not fill the memory.
 _MAX_DRAWN = 2_000_000

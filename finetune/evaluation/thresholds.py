@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from finetune.data.strata import assign_folds
 from finetune.evaluation.calibration import NUM_BINS, Reliability
-from finetune.probe.solve import NUM_FOLDS, Floats, Labels, Probe, assign_folds, fit_temperature
-from models.checkpoint import sigmoid
+from finetune.probe.solve import NUM_FOLDS, Probe, fit_temperature
+from models.scores import Floats, Labels, sigmoid
 from models.sources import SplitName
 
 

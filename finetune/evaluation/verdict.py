@@ -14,7 +14,7 @@ from finetune.evaluation.label_metrics import (
     measure_average_precision,
     num_resamples,
 )
-from finetune.probe.solve import Floats, Labels
+from models.scores import Floats, Labels
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,13 @@ from finetune.config import Options
 from finetune.data.cache import FeatureCache, digest_image
 from finetune.data.splits import Sample, Splits
 from finetune.probe.features import extract_features, extract_splits, open_engine, prepare_int8
-from finetune.probe.solve import Labels, solve_probe
-from models.engine.engine import Engine, Features, cpu_name, supports_vnni
+from finetune.probe.solve import solve_probe
+from models.engine.engine import Engine, Features
+from models.engine.processor import cpu_name, supports_vnni
 from models.errors import GraftError
 from models.prepared import PreparedBackbone, build_engine, resolve_device
 from models.quantise import find_quantised
+from models.scores import Labels
 from models.sources import SplitName
 
 logger = logging.getLogger("graft.precision")

@@ -14,15 +14,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from finetune.data.strata import stratify_folds
-from models.checkpoint import sigmoid
+from finetune.data.strata import assign_folds
 from models.engine.engine import Features
+from models.scores import Floats, Labels, sigmoid, softmax
 
 logger = logging.getLogger("graft.probe")
-
-Floats = npt.NDArray[np.float32]
-Labels = npt.NDArray[np.int64]
-
 # From strong to weak, on standardised features. The path ends early once two weaker ones in a row validate worse.
 L2_PATH = tuple(10.0 ** (half / 2) for half in range(0, -11, -1))
 NUM_FOLDS = 5
@@ -179,23 +175,6 @@ def soften(probe: Probe, features: Features, labels: Labels, num_classes: int) -
     return replace(probe, weight=weight, bias=bias)
 
 
-def assign_folds(labels: Labels, num_folds: int, seed: int) -> npt.NDArray[np.int64]:
-    """A fold for each sample `[N]`, seeded and stratified; two folds at least, no more than the smallest class has images."""
-    if labels.ndim == 2:
-        return stratify_folds(labels, min(num_folds, len(labels)), seed)
-    counts = np.bincount(labels)
-    num_folds = max(2, min(num_folds, int(counts[counts > 0].min())))
-    generator = np.random.default_rng(seed)
-    folds = np.empty(len(labels), np.int64)
-    offset = 0
-    for label in np.unique(labels):
-        members = generator.permutation(np.flatnonzero(labels == label))
-        # Going on where the class before ended keeps the folds equal in size.
-        folds[members] = (np.arange(len(members)) + offset) % num_folds
-        offset += len(members)
-    return folds
-
-
 def fit_temperature(logits: Floats, labels: Labels) -> float:
     """The temperature that minimises log loss (Guo et al., arXiv 1706.04599): Newton's method on its inverse, where it is convex."""
     inverse = 1.0
@@ -215,12 +194,6 @@ def fit_temperature(logits: Floats, labels: Labels) -> float:
         if abs(step) < 1e-5 * inverse:
             break
     return 1.0 / inverse
-
-
-def softmax(logits: Floats) -> Floats:
-    """Over the last axis, `float32`."""
-    exponents = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return np.asarray(exponents / exponents.sum(axis=-1, keepdims=True), np.float32)
 
 
 def log_loss(logits: Floats, labels: Labels, class_weights: Floats | None = None) -> float:
@@ -396,3 +369,11 @@ def _direction(gradients: Floats, history: list[tuple[Floats, Floats, Floats]]) 
         beta = rho * np.einsum("kd,kd->k", turned, direction)
         direction = direction + (alpha - beta)[:, None] * moved
     return np.asarray(direction, np.float32)
+
+
+@dataclass(frozen=True)
+class Head:
+    """The head to publish: weight `[C,F]` and bias `[C]`."""
+
+    weight: Floats
+    bias: Floats

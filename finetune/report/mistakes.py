@@ -10,12 +10,11 @@ import numpy as np
 
 from finetune.data.splits import Sample
 from finetune.evaluation.thresholds import LabelCalibration
-from finetune.probe.solve import softmax
 from finetune.report.plots import Mistake, draw_heat
 from finetune.report.result import Result
-from models.checkpoint import sigmoid
 from models.errors import GraftError, describe_error
 from models.preprocess import ImageError, Pixels
+from models.scores import sigmoid, softmax
 
 logger = logging.getLogger("graft.mistakes")
 

@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from finetune.evaluation.metrics import Metrics
-from finetune.probe.solve import Floats
 from models.preprocess import Pixels
+from models.scores import Floats
 
 _INK, _FAINT = "#1f2933", "#9aa5b1"
 _PAD = 12

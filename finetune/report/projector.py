@@ -14,11 +14,11 @@ from PIL import Image
 
 from finetune.data.splits import Sample
 from finetune.evaluation.label_metrics import LabelMetrics
-from finetune.probe.solve import Floats, softmax
 from finetune.report.result import Result
 from models.errors import GraftError
 from models.files import write_whole
 from models.preprocess import ImageError, Pixels, Preprocess
+from models.scores import Floats, softmax
 
 # Beyond, a browser turns slowly.
 _MAX_POINTS = 2000

@@ -24,9 +24,10 @@ from finetune.evaluation.thresholds import (
     describe_thresholds,
 )
 from finetune.evaluation.verdict import Verdict
-from finetune.probe.solve import Floats
+from finetune.probe.solve import Head
 from models.engine.engine import EngineInfo
 from models.prepared import PreparedBackbone
+from models.scores import Floats
 from models.sources import SplitName
 
 # What shapes a probe, and what shapes the gradient epochs besides.
@@ -35,14 +36,6 @@ _EPOCH_OPTIONS = (
     *("epochs", "batch_size", "lr", "backbone_lr", "weight_decay", "batch_norm"),
     *("label_smoothing", "mix", "ema", "gradual", "layer_decay"),
 )
-
-
-@dataclass(frozen=True)
-class Head:
-    """The head to publish: weight `[C,F]` and bias `[C]`."""
-
-    weight: Floats
-    bias: Floats
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,14 @@ import torch
 from captum.attr import LayerAttribution, LayerGradCam
 from torch import nn
 
-from finetune.probe.solve import Floats
-from finetune.report.result import Head
+from finetune.probe.solve import Head
 from finetune.training.inputs import Normalise
 from finetune.training.layer_stats import channel_dim
 from models.backbone.build import build_from_config
 from models.errors import GraftError
 from models.prepared import PreparedBackbone
 from models.preprocess import Pixels
+from models.scores import Floats
 
 logger = logging.getLogger("graft.explain")
 

@@ -14,7 +14,7 @@ import torch
 
 from finetune.training.state import random_states, set_random_states
 from finetune.training.tensors import Tensors, copy_tensors
-from models.engine.engine import cpu_name
+from models.engine.processor import cpu_name
 from models.errors import GraftError
 
 logger = logging.getLogger("graft.preflight")

@@ -26,13 +26,13 @@ from torch import nn
 
 from finetune.data.balance import draw_balanced
 from finetune.data.splits import Splits
-from finetune.probe.solve import Floats
 from finetune.resume import METADATA_KEY, check_fixed
 from finetune.training.ema import Average
 from finetune.training.tensors import Tensors, changing_tensors, copy_tensors
 from models.backbone.freezing import Freezing, digest_tensor
 from models.errors import GraftError, describe_error
 from models.files import write_whole
+from models.scores import Floats
 
 logger = logging.getLogger("graft.state")
 

@@ -22,15 +22,16 @@ from finetune.data.balance import class_weights
 from finetune.data.splits import Splits
 from finetune.evaluation.metrics import AnyMetrics, Metrics, evaluate
 from finetune.monitor import Monitor
-from finetune.probe.solve import Floats, Probe
+from finetune.probe.solve import Probe
 from finetune.resume import TRAINING_FILE, event_sizes, fix_options
 from finetune.terminal import progress_bar, stop_softly
+from finetune.training.activations import Batch
 from finetune.training.boundary import TrainablePart
 from finetune.training.broken_batch import BrokenLossError, keep_broken_batch
 from finetune.training.depthwise import DepthwiseGradientsInFloat32
 from finetune.training.ema import Average
 from finetune.training.head import start_head
-from finetune.training.inputs import Batch, ImageGoneError, Inputs, open_inputs
+from finetune.training.inputs import ImageGoneError, Inputs, open_inputs
 from finetune.training.layer_stats import Inside
 from finetune.training.loss import image_losses, label_losses
 from finetune.training.memory import is_out_of_memory, run_in_parts
@@ -55,9 +56,10 @@ from models.backbone.freezing import (
     prove_frozen,
     set_train_mode,
 )
-from models.engine.engine import supports_bf16
+from models.engine.openvino_engine import supports_bf16
 from models.errors import GraftError
 from models.prepared import resolve_device
+from models.scores import Floats
 
 logger = logging.getLogger("graft.train")
 

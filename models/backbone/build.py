@@ -10,9 +10,7 @@ import difflib
 import importlib
 import importlib.util
 import logging
-import pickle
 import traceback
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +20,11 @@ import numpy as np
 import torch
 from huggingface_hub import constants as hub_constants
 from huggingface_hub import get_session
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
+from models.backbone.efficientnet_lite import efficientnet_lite_key
 from models.backbone.lean_import import without_compiler
+from models.backbone.weights import WeightsError, _load_strictly, read_state_dict
 from models.errors import GraftError
 from models.named import import_named
 from models.preprocess import Preprocess
@@ -47,10 +45,6 @@ WEIGHT_PACKAGES = {
 _PACKAGE_LICENSE = "apache-2.0"
 _HUB_TIMEOUT_SECONDS = 8
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
-
-
-class WeightsError(GraftError):
-    """Pretrained weights that cannot be had, or that do not fit the network."""
 
 
 @dataclass(frozen=True)
@@ -231,84 +225,6 @@ def state_arrays(model: nn.Module) -> dict[str, np.ndarray[Any, Any]]:
         name: tensor.detach().cpu().contiguous().numpy()
         for name, tensor in model.state_dict().items()
     }
-
-
-def export_openvino(module: nn.Module, name: str, preprocess: Preprocess, path: Path) -> None:
-    """Write `module` (`[B,3,H,W]` → `[B,F]`) as OpenVINO IR (`path` .xml, weights beside it as .bin): `u8 [?,H,W,3]` → `f32 [?,F]`.
-
-    Mean and std are folded into the graph. Raises GraftError, with `name`, where OpenVINO cannot convert the network.
-    """
-    import openvino as ov
-    from openvino._offline_transformations import apply_moc_transformations
-    from openvino.frontend import FrontEndManager
-    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
-
-    shape = [3, preprocess.height, preprocess.width]
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            # torch.jit.trace is what OpenVINO converts through; its deprecation is OpenVINO's to answer.
-            warnings.simplefilter("ignore")
-            # The check runs a network three times more and loads torch.distributed (2 s), to see whether chance has a part in it: a user's
-            # own may have, timm's have not.
-            options = {"check_trace": is_custom(name)}
-            decoder = TorchScriptPythonDecoder(
-                module, example_input=torch.zeros(1, *shape), trace_kwargs=options
-            )
-            # What ov.convert_model comes to for one input of known type (2026.4: the same graph and weights), in a second less.
-            frontend = FrontEndManager().load_by_framework("pytorch")
-            loaded = frontend.load(decoder)
-            (images,) = loaded.get_inputs()
-            loaded.set_partial_shape(images, ov.PartialShape([-1, *shape]))
-            loaded.set_element_type(images, ov.Type.f32)
-            model = frontend.convert(loaded)
-            apply_moc_transformations(model, cf=False, smart_reshape=True)
-    except Exception as error:  # OpenVINO's frontend raises its own kinds, and whatever tracing the user's code raises
-        raise GraftError(
-            f"OpenVINO cannot convert {name}: {str(error).strip().splitlines()[0]}"
-        ) from error
-    finally:
-        for part, is_training in modes.items():
-            part.training = is_training
-    steps = ov.preprocess.PrePostProcessor(model)
-    steps.input().tensor().set_element_type(ov.Type.u8).set_layout(ov.Layout("NHWC"))
-    steps.input().preprocess().convert_element_type(ov.Type.f32).mean(
-        [255 * value for value in preprocess.mean]
-    ).scale([255 * value for value in preprocess.std])
-    steps.input().model().set_layout(ov.Layout("NCHW"))
-    ov.save_model(steps.build(), path, compress_to_fp16=False)
-
-
-def efficientnet_lite_key(key: str, block_names: list[str]) -> str:
-    """A key of the lite packages' state_dict under timm's name; `block_names` are timm's blocks ("0.0", "1.0" …) in order.
-
-    The packages number blocks through; timm numbers them in stages. A block without expansion (the first) has one norm less, and
-    timm counts norms from 1 in order of use, the packages from the expansion's 0.
-    """
-    parts = key.split(".")
-    top_level = {
-        "_conv_stem": "conv_stem",
-        "_bn0": "bn1",
-        "_conv_head": "conv_head",
-        "_bn1": "bn2",
-        "_fc": "classifier",
-    }
-    if parts[0] in top_level:
-        return ".".join([top_level[parts[0]], *parts[1:]])
-    _, index, layer, *rest = parts
-    block = block_names[int(index)]
-    plain = {"_depthwise_conv": "conv_dw", "_project_conv": "conv_pw", "_bn1": "bn1", "_bn2": "bn2"}
-    expanded = {
-        "_expand_conv": "conv_pw",
-        "_bn0": "bn1",
-        "_depthwise_conv": "conv_dw",
-        "_bn1": "bn2",
-        "_project_conv": "conv_pwl",
-        "_bn2": "bn3",
-    }
-    names = plain if block.startswith("0.") else expanded
-    return ".".join(["blocks", block, names[layer], *rest])
 
 
 def _check_name(name: str) -> None:
@@ -526,68 +442,3 @@ def _call_builder(name: str) -> nn.Module:
             f"--backbone {name}: it returned {type(module).__name__}, not an nn.Module"
         )
     return module
-
-
-def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
-    """Read a state_dict from safetensors or from a `.pth`, never unpickling code. Raises WeightsError."""
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise WeightsError(f"{path}: there is no such weights file") from None
-    except pickle.UnpicklingError:
-        # torch's own words recommend to switch the check off.
-        raise WeightsError(
-            f"{path}: not a state_dict file that can be read without running code from it; save model.state_dict(), or safetensors"
-        ) from None
-    # weights_only refuses code with UnpicklingError; a file of another kind comes out as one of the others.
-    except Exception as error:
-        kind = "safetensors" if isinstance(error, SafetensorError) else "state_dict"
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise WeightsError(
-            f"{path}: not a {kind} file that can be read without running code from it ({reason})"
-        ) from error
-    # Training scripts wrap the state_dict, and DistributedDataParallel prefixes its keys.
-    for key in ("state_dict", "model"):
-        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-            loaded = loaded[key]
-    if not isinstance(loaded, dict) or not all(
-        isinstance(value, torch.Tensor) for value in loaded.values()
-    ):
-        raise WeightsError(f"{path}: it holds {type(loaded).__name__}, not a state_dict of tensors")
-    return {key.removeprefix("module."): tensor for key, tensor in loaded.items()}
-
-
-def _load_strictly(
-    model: nn.Module, tensors: Mapping[str, torch.Tensor], source: str, classifier: str
-) -> None:
-    """Load every tensor or raise with the keys that are missing, extra or misshaped; only `classifier`'s may be."""
-    own = model.state_dict()
-    head = f"{classifier}." if classifier else None
-
-    def is_head(key: str) -> bool:
-        return head is not None and key.startswith(head)
-
-    missing = [key for key in own if key not in tensors and not is_head(key)]
-    extra = [key for key in tensors if key not in own and not is_head(key)]
-    misshaped = [
-        f"{key} {list(tensors[key].shape)} instead of {list(own[key].shape)}"
-        for key in own
-        if key in tensors and tensors[key].shape != own[key].shape and not is_head(key)
-    ]
-    if missing or extra or misshaped:
-        raise WeightsError(
-            f"{source}: the weights do not fit this network"
-            + "".join(
-                f"\n  {what} ({len(keys)}): {', '.join(keys[:5])}{' …' if len(keys) > 5 else ''}"
-                for what, keys in (("missing", missing), ("extra", extra), ("misshaped", misshaped))
-                if keys
-            )
-        )
-    fitting = {
-        key: tensors[key] for key in own if key in tensors and tensors[key].shape == own[key].shape
-    }
-    model.load_state_dict({**own, **fitting})

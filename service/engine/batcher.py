@@ -15,14 +15,14 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import Protocol, Self
 
 from models.engine.engine import EngineInfo, Features
-from models.preprocess import ImageError, Pixels
+from models.preprocess import ImageError
 from service import metrics
+from service.engine.wire import Image, Outcome
 from service.errors import RequestError
 
 logger = logging.getLogger("bentoml.graft")
@@ -31,25 +31,12 @@ logger = logging.getLogger("bentoml.graft")
 # images for more than this fraction: in a storm a longer queue answers no more of them, only later, and holds their bytes.
 _HEADROOM = 0.8
 _PATIENCE = 0.2
-# An encoded file, or the crop itself.
-Image = bytes | Pixels
-# Features `float32 [F]`, or why there are none: the image cannot be read, or the engine failed on it.
-Result = Features | Exception
 # An image that waits: itself, who wants its features, and since when.
 Waiting = tuple[Image, "asyncio.Future[Features]", float]
 # The share of one image in the running mean of the speed: it forgets in about 50 images.
 _WEIGHT_PER_IMAGE = 0.02
 # Of the most images that were under way, what is left after a batch: of three times as many it is forgotten after ten.
 _PEAK_KEPT = 0.9
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a batch: a result and the seconds of decoding for each image, and the engine's seconds for all of them."""
-
-    results: Sequence[Result]
-    decode_seconds: Sequence[float]
-    engine_seconds: float
 
 
 class ImageEngine(Protocol):

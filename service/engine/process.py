@@ -20,20 +20,8 @@ import numpy as np
 
 from models.engine.engine import EngineInfo, Features
 from models.errors import GraftError
-from models.preprocess import ImageError, ImageTooLargeError, Pixels, Preprocess
-from service.engine.batcher import Image, Outcome, Result
-from service.engine.worker import (
-    ANSWER,
-    ANSWER_IMAGE,
-    ANSWER_SECONDS,
-    CROP,
-    ENCODED,
-    FAILED,
-    FEATURES,
-    JOB,
-    JOB_IMAGE,
-    TOO_LARGE,
-)
+from models.preprocess import Pixels, Preprocess
+from service.engine.wire import ANSWER, Image, Outcome, _job, _outcome
 
 logger = logging.getLogger("bentoml.graft")
 
@@ -250,35 +238,3 @@ class EngineProcess:
                 raise EOFError
             received += part
         return received
-
-
-def _job(images: Sequence[Image]) -> list[bytes | memoryview]:
-    parts = [
-        image if isinstance(image, bytes) else np.ascontiguousarray(image).data.cast("B")
-        for image in images
-    ]
-    kinds = [ENCODED if isinstance(image, bytes) else CROP for image in images]
-    head = [JOB.pack(len(parts), sum(map(len, parts)))]
-    head += [JOB_IMAGE.pack(kind, len(part)) for kind, part in zip(kinds, parts, strict=True)]
-    return [b"".join(head), *parts]
-
-
-def _outcome(answer: memoryview, num_images: int) -> Outcome:
-    (engine_seconds,) = ANSWER_SECONDS.unpack_from(answer)
-    heads = answer[ANSWER_SECONDS.size : ANSWER_SECONDS.size + num_images * ANSWER_IMAGE.size]
-    at = ANSWER_SECONDS.size + len(heads)
-    results: list[Result] = []
-    seconds = []
-    for kind, decode_seconds, size in ANSWER_IMAGE.iter_unpack(heads):
-        body = answer[at : at + size]
-        at += size
-        seconds.append(decode_seconds)
-        if kind == FEATURES:
-            results.append(np.frombuffer(body, np.float32))
-        elif kind == FAILED:
-            results.append(RuntimeError(str(body, "utf-8")))
-        else:
-            results.append(
-                (ImageTooLargeError if kind == TOO_LARGE else ImageError)(str(body, "utf-8"))
-            )
-    return Outcome(results, seconds, engine_seconds)

@@ -24,7 +24,6 @@ import os
 import selectors
 import signal
 import socket
-import struct
 import sys
 import threading
 import time
@@ -36,18 +35,22 @@ from pathlib import Path
 
 import numpy as np
 
-from models.engine.engine import Engine, Features, OpenVINOEngine, num_cpus
+from models.engine.engine import Engine, Features
+from models.engine.openvino_engine import OpenVINOEngine
+from models.engine.processor import num_cpus
 from models.errors import GraftError
 from models.prepared import build_engine
-from models.preprocess import ImageError, ImageTooLargeError, Pixels, Preprocess
-
-JOB = struct.Struct("<IQ")
-JOB_IMAGE = struct.Struct("<BI")
-ANSWER = struct.Struct("<I")
-ANSWER_SECONDS = struct.Struct("<d")
-ANSWER_IMAGE = struct.Struct("<BdI")
-ENCODED, CROP = range(2)
-FEATURES, UNREADABLE, TOO_LARGE, FAILED = range(4)
+from models.preprocess import ImageError, Pixels, Preprocess
+from service.engine.wire import (
+    ANSWER,
+    ANSWER_IMAGE,
+    ANSWER_SECONDS,
+    CROP,
+    JOB,
+    JOB_IMAGE,
+    _pack,
+    _receive,
+)
 
 _JOB_BUFFER_BYTES = 1 << 20
 
@@ -168,27 +171,6 @@ def _speed_up_lone_images(engine: OpenVINOEngine) -> None:
         engine.use_all_cores_for_one()
     except Exception:
         logger.exception("a lone image runs on one core")
-
-
-def _pack(result: Features | Exception) -> tuple[int, bytes]:
-    if not isinstance(result, Exception):
-        return FEATURES, result.tobytes()
-    if isinstance(result, ImageError):
-        return TOO_LARGE if isinstance(result, ImageTooLargeError) else UNREADABLE, str(
-            result
-        ).encode()
-    return FAILED, b"the engine failed"
-
-
-def _receive(connection: socket.socket, num_bytes: int) -> bytes:
-    parts = []
-    while num_bytes:
-        part = connection.recv(num_bytes, socket.MSG_WAITALL)
-        if not part:
-            raise EOFError
-        parts.append(part)
-        num_bytes -= len(part)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def _read_line(control: socket.socket) -> bytes:

@@ -15,13 +15,13 @@ import numpy as np
 import numpy.typing as npt
 from opentelemetry import trace
 
-from models.checkpoint import Checkpoint, is_unsure, logits, sigmoid
+from models.checkpoint import Checkpoint, logits
 from models.engine.engine import Features
 from models.preprocess import ImageError, Pixels
+from models.scores import sigmoid
 from service import metrics
 from service.engine.batcher import Ticket, deadline_exceeded
 from service.inference.repository import Backbone, Model
-from service.protocols.schemas import LabelScore, MultiLabelPrediction, Prediction
 
 Scores = npt.NDArray[np.float32]
 # By fingerprint, the features that each backbone gives for one image.
@@ -195,35 +195,6 @@ def scores(model: Model, features: Features) -> Scores:
     np.exp(scaled, out=scaled)
     scaled /= np.add.reduce(scaled, axis=1, keepdims=True)
     return scaled
-
-
-def rank(row: Scores, label_names: Sequence[str], top_k: int | None = None) -> list[LabelScore]:
-    """Probabilities `[C]` → the `top_k` best labels, or all, ties in the order of the labels."""
-    columns = np.argsort(-row, kind="stable")[:top_k]
-    ranked = zip(columns.tolist(), row[columns].tolist(), strict=True)
-    return [
-        LabelScore(label=label_names[column], score=round(score, 6)) for column, score in ranked
-    ]
-
-
-def top_prediction(
-    row: Scores, label_names: Sequence[str], top_k: int, threshold: float | None = None
-) -> Prediction:
-    """Probabilities `[C]` → the best label and the `top_k` best, ties in the order of the labels; with a threshold, if unsure."""
-    top = rank(row, label_names, top_k)
-    unsure = None if threshold is None else bool(is_unsure(row, threshold))
-    return Prediction(label=top[0].label, score=top[0].score, unsure=unsure, top=top)
-
-
-def multi_label_prediction(
-    row: Scores, checkpoint: Checkpoint, top_k: int | None
-) -> MultiLabelPrediction:
-    """Probabilities `[C]` → the labels that reach their thresholds, and the `top_k` best of all, or all."""
-    ranked = rank(row, checkpoint.label_names)
-    named = set(named_labels(row, checkpoint))
-    return MultiLabelPrediction(
-        labels=[one for one in ranked if one.label in named], top=ranked[:top_k]
-    )
 
 
 def named_labels(row: Scores, checkpoint: Checkpoint) -> tuple[str, ...]:

@@ -21,7 +21,8 @@ import numpy as np
 
 from models import checkpoint as checkpoints
 from models.checkpoint import Checkpoint, Golden
-from models.engine.engine import EngineInfo, Precision, cpu_name
+from models.engine.engine import EngineInfo, Precision
+from models.engine.processor import cpu_name
 from models.errors import GraftError
 from models.prepared import resolve_device
 from models.preprocess import Preprocess

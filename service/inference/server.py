@@ -21,10 +21,10 @@ from models.errors import GraftError
 from models.preprocess import ImageError, Pixels
 from service import metrics
 from service.errors import RequestError
+from service.inference.memory_budget import Buffered
 from service.inference.predictor import Answer, Predictor, named_labels
 from service.inference.repository import Model, Repository, Snapshot
 from service.settings import Settings
-from service.web.uploads import Buffered
 
 logger = logging.getLogger("bentoml.graft")
 

@@ -18,7 +18,7 @@ from service.errors import RequestError
 from service.inference.rollout import Rollout
 from service.inference.server import Server
 from service.protocols.schemas import RolloutResponse
-from service.web.routes import json_response
+from service.web.responses import json_response
 from service.web.uploads import read_body
 
 

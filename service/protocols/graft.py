@@ -8,9 +8,10 @@ from starlette.responses import Response
 from models.checkpoint import Checkpoint
 from models.preprocess import ImageError
 from service.errors import RequestError, image_error_code
-from service.inference.predictor import Answer, Scores, multi_label_prediction, top_prediction
+from service.inference.predictor import Answer, Scores
 from service.inference.repository import Served
 from service.inference.server import ALL_MODELS, Server
+from service.protocols.predictions import multi_label_prediction, top_prediction
 from service.protocols.schemas import (
     AllResponse,
     ErrorDetail,
@@ -23,7 +24,7 @@ from service.protocols.schemas import (
     RefusedModel,
 )
 from service.protocols.shared import rounded
-from service.web.routes import json_response
+from service.web.responses import json_response
 from service.web.uploads import NamedImage, read_upload
 
 DEFAULT_TOP_K = 5

@@ -11,7 +11,7 @@ from service import metrics
 from service.errors import RequestError
 from service.inference.server import Server
 from service.protocols.schemas import BackboneStatus, StatusResponse
-from service.web.routes import json_response
+from service.web.responses import json_response
 
 
 async def livez(request: Request, server: Server) -> Response:

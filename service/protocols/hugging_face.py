@@ -15,9 +15,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from service.errors import RequestError
-from service.inference.predictor import rank
 from service.inference.server import Server
 from service.protocols.graft import DEFAULT_TOP_K
+from service.protocols.predictions import rank
 from service.protocols.shared import (
     check_uncompressed,
     choose_one,
@@ -25,7 +25,7 @@ from service.protocols.shared import (
     parse_json,
     read_scores,
 )
-from service.web.routes import json_response
+from service.web.responses import json_response
 from service.web.uploads import read_body
 
 _EXAMPLE = (

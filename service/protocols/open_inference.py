@@ -40,7 +40,7 @@ from service.protocols.shared import (
     read_scores,
     rounded,
 )
-from service.web.routes import json_response
+from service.web.responses import json_response
 from service.web.uploads import read_body
 
 # Of these addresses, not of the models.

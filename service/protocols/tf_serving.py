@@ -28,7 +28,7 @@ from service.protocols.shared import (
     read_scores,
     rounded,
 )
-from service.web.routes import json_response
+from service.web.responses import json_response
 from service.web.uploads import read_body
 
 _EXAMPLE = '{"instances": [{"b64": "<an image file in base64>"}]}'

@@ -3,110 +3,43 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
-import json
 import logging
 import random
 import re
 import sys
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
 
-from pydantic import BaseModel, SecretStr
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service import metrics
-from service.errors import RequestError
+from service.errors import STATUS_BY_CODE, RequestError
 from service.inference.server import Server
+from service.web.access_log import (
+    _METRICS_ROUTE,
+    _OTHER,
+    _QUIET_ROUTES,
+    _RECORD_SECONDS,
+    _Answered,
+    _log_line,
+)
+from service.web.auth import _check_token
 from service.web.connection import keep_connection, send_whole
 from service.web.linger import RequestBody
+from service.web.responses import graft_error, json_response
+from service.web.route import ErrorBody, Route, _takes
 
 logger = logging.getLogger("bentoml.graft")
 
-STATUS_BY_CODE = {
-    "bad_parameter": 400,
-    "bad_request": 400,
-    "bad_rollout": 400,
-    "broken_multipart": 400,
-    "model_required": 400,
-    "no_image": 400,
-    "unknown_field": 400,
-    "unreadable_image": 400,
-    "unauthorized": 401,
-    "forbidden": 403,
-    "no_such_model": 404,
-    "no_such_version": 404,
-    "not_found": 404,
-    "method_not_allowed": 405,
-    "body_timeout": 408,
-    "body_too_large": 413,
-    "image_too_large": 413,
-    "too_many_images": 413,
-    "unsupported_content_type": 415,
-    "overloaded": 429,
-    "internal": 500,
-    "engine_failed": 500,
-    "no_model": 503,
-    "not_ready": 503,
-    "shutting_down": 503,
-    "deadline_exceeded": 504,
-}
 # What BentoML answers itself. Its start page is not among them: it loads a third party's script.
 _BENTOML_PATHS = ("/healthz", "/schema.json")
-# Asked every few seconds by machines; a line for each would bury the others.
-_METRICS_ROUTE = "/metrics"
-_QUIET_ROUTES = ("/livez", "/readyz", _METRICS_ROUTE)
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
-_OTHER = "other"
 # A loose pattern takes a time that grows with the square of the path's length.
 _MAX_MEANT_CHARACTERS = 1000
-# Requests are counted and logged a few at a time: code that has just run costs half of what it costs between two images.
-_RECORD_SECONDS = 0.05
 _GATHER_SECONDS = 0.003
-
-Handler = Callable[[Request, Server], Awaitable[Response]]
-ErrorBody = Callable[[RequestError], dict[str, Any]]
-
-
-def graft_error(error: RequestError) -> dict[str, Any]:
-    """The one shape of our own routes, `ErrorResponse`: written out, for in a storm two of three answers are refusals."""
-    return {"error": {"code": error.code, "message": error.message}}
-
-
-def plain_error(error: RequestError) -> dict[str, Any]:
-    """The shape of TF-Serving, the Open Inference Protocol and Hugging Face, `ProtocolError`."""
-    return {"error": error.message}
-
-
-@dataclass(frozen=True)
-class Route:
-    """One address: `path` may have `{name}` parts, which match anything but `/` and `:`."""
-
-    method: Literal["GET", "POST", "PATCH"]
-    path: str
-    handler: Handler
-    needs: Literal["nothing", "api_token", "admin_token"] = "api_token"
-    error_body: ErrorBody = graft_error
-
-    @cached_property
-    def pattern(self) -> re.Pattern[str]:
-        return self._compile("[^/:]+")
-
-    @cached_property
-    def loose_pattern(self) -> re.Pattern[str]:
-        """What was meant for this route, but has a part that no name has."""
-        return self._compile(".+")
-
-    def _compile(self, part: str) -> re.Pattern[str]:
-        return re.compile(
-            re.sub(r"\\\{(\w+)\\\}", rf"(?P<\1>{part})", re.escape(self.path)), re.DOTALL
-        )
 
 
 class Routes:
@@ -294,74 +227,3 @@ class Routes:
             # Past `logging`, whose machinery costs more than the lines; and all at once, for containers have Python's output unbuffered.
             sys.stdout.write("".join(lines))
             sys.stdout.flush()
-
-
-class _Answered(NamedTuple):
-    """A request that has its answer."""
-
-    time: float
-    id: str
-    scope: Scope
-    route: str
-    status: int
-    seconds: float
-
-
-def _log_line(answered: _Answered) -> str:
-    scope = answered.scope
-    noted: dict[str, Any] = scope["state"]["log"]
-    line = {
-        "time": _utc(int(answered.time)),
-        "id": answered.id,
-        "client": scope["client"][0] if scope.get("client") else "",
-        "method": scope["method"],
-        "path": scope["path"][:200],
-        "status": answered.status,
-        "ms": round(1000 * answered.seconds, 1),
-        **{
-            key: value if not isinstance(value, list) or len(value) != 1 else value[0]
-            for key, value in noted.items()
-        },
-    }
-    return json.dumps(line) + "\n"
-
-
-def json_response(body: BaseModel | Mapping[str, Any] | list[Any], status: int = 200) -> Response:
-    content = body.model_dump_json() if isinstance(body, BaseModel) else json.dumps(body)
-    return Response(content, status, media_type="application/json")
-
-
-@lru_cache(maxsize=1)
-def _utc(second: int) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(second))
-
-
-def _takes(route: Route, method: str) -> bool:
-    return method == route.method or (method == "HEAD" and route.method == "GET")
-
-
-def _check_token(request: Request, route: Route, server: Server) -> None:
-    if route.needs == "nothing":
-        return
-    tokens = [server.settings.admin_token]
-    if route.needs == "api_token":
-        if server.settings.api_token is None:
-            return
-        tokens.append(server.settings.api_token)
-    elif server.settings.admin_token is None:
-        raise RequestError(
-            "forbidden",
-            "administration over HTTP is switched off; start the server with GRAFT_ADMIN_TOKEN",
-        )
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not any(_is_same(given.strip(), token) for token in tokens):
-        raise RequestError(
-            "unauthorized", "send the token of this server: Authorization: Bearer <token>"
-        )
-
-
-def _is_same(given: str, token: SecretStr | None) -> bool:
-    """In a time that does not tell how much of it was right."""
-    return token is not None and hmac.compare_digest(
-        given.encode("utf-8", "replace"), token.get_secret_value().encode()
-    )

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from starlette.requests import Request
 
 from service.errors import RequestError
+from service.inference.memory_budget import Hold
 from service.settings import Settings
 
 IMAGES_FIELD = "images"
@@ -46,43 +46,6 @@ class Upload:
 
     images: list[NamedImage] = field(default_factory=list)
     options: dict[str, str] = field(default_factory=dict)
-
-
-class Buffered:
-    """How many bytes of bodies this process holds; beyond the limit requests are refused, so that memory stays bounded."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self.num_bytes = 0
-
-    @contextmanager
-    def hold(self) -> Iterator[Hold]:
-        hold = Hold(self)
-        try:
-            yield hold
-        finally:
-            self.num_bytes -= hold.num_bytes
-
-    def add(self, num_bytes: int) -> None:
-        if self.num_bytes + num_bytes > self._max_bytes:
-            raise RequestError(
-                "overloaded",
-                "too many large requests are being sent; try again in 1 s",
-                retry_after_seconds=1,
-            )
-        self.num_bytes += num_bytes
-
-
-class Hold:
-    """One request's share of what is buffered, given back when it ends."""
-
-    def __init__(self, buffered: Buffered) -> None:
-        self._buffered = buffered
-        self.num_bytes = 0
-
-    def add(self, num_bytes: int) -> None:
-        self._buffered.add(num_bytes)
-        self.num_bytes += num_bytes
 
 
 async def read_upload(request: Request, settings: Settings, hold: Hold) -> Upload:

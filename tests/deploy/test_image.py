@@ -25,10 +25,10 @@ import psutil
 import pytest
 
 from finetune.data.splits import load_splits
-from finetune.probe.solve import softmax
 from models import checkpoint as checkpoints
 from models.engine.engine import run
 from models.prepared import build_engine
+from models.scores import softmax
 from tests.support.servers import PROJECT_DIR, draw_image
 
 pytestmark = pytest.mark.image

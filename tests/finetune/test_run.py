@@ -20,7 +20,8 @@ import yaml
 from safetensors.numpy import load_file
 
 from models.checkpoint import check_golden, list_versions, load_checkpoint, logits
-from models.engine.engine import run, supports_vnni
+from models.engine.engine import run
+from models.engine.processor import supports_vnni
 from models.prepared import build_engine
 from tests.support.drawn import draw_shape, write_class_folders
 

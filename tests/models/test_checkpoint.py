@@ -29,7 +29,8 @@ from models.checkpoint import (
     logits,
     publish,
 )
-from models.engine.engine import OpenVINOEngine, run
+from models.engine.engine import run
+from models.engine.openvino_engine import OpenVINOEngine
 from models.errors import GraftError
 from models.prepared import PreparedBackbone
 from models.preprocess import Preprocess

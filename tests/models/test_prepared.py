@@ -17,7 +17,8 @@ from torch import nn
 
 from models.backbone.build import Backbone, CustomNetwork, backbone_tensors, build_backbone
 from models.checkpoint import fingerprint
-from models.engine.engine import OpenVINOEngine, run
+from models.engine.engine import run
+from models.engine.openvino_engine import OpenVINOEngine
 from models.errors import GraftError
 from models.prepared import (
     PreparedBackbone,

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import tritonclient.http as triton
 
-from models.checkpoint import CheckpointError, check_golden, load_checkpoint, logits, sigmoid
+from models.checkpoint import CheckpointError, check_golden, load_checkpoint, logits
 from models.engine.engine import run
 from models.prepared import build_engine
+from models.scores import sigmoid
 from tests.support.servers import (
     LABELS,
     RunningServer,

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from finetune.auditing.mislabelled import confident_thresholds, judge_labels
-from finetune.probe.solve import softmax, solve_probe
+from finetune.probe.solve import solve_probe
+from models.scores import softmax
 
 
 def test_thresholds_are_what_a_class_gets_on_its_own() -> None:

@@ -19,16 +19,10 @@ from sklearn.utils.class_weight import compute_class_weight, compute_sample_weig
 from finetune.config import Options, parse_options
 from finetune.data.balance import class_weights, draw_balanced, say_if_uneven
 from finetune.data.splits import Splits
+from finetune.data.strata import assign_folds
 from finetune.evaluation.learning_curve import measure_learning_curve
 from finetune.evaluation.metrics import evaluate
-from finetune.probe.solve import (
-    L2_PATH,
-    assign_folds,
-    fit_temperature,
-    log_loss,
-    solve_head,
-    solve_probe,
-)
+from finetune.probe.solve import L2_PATH, fit_temperature, log_loss, solve_head, solve_probe
 from finetune.training.state import draw_batches
 from finetune.training.train import train
 from models.errors import GraftError

@@ -25,7 +25,8 @@ from finetune.data import cache as cache_module
 from finetune.data.cache import MAX_SEGMENTS, FeatureCache, digest_image, merge_segments, trim
 from finetune.data.splits import Sample
 from finetune.probe.features import extract_features
-from models.engine.engine import EngineInfo, Features, OpenVINOEngine
+from models.engine.engine import EngineInfo, Features
+from models.engine.openvino_engine import OpenVINOEngine
 from models.errors import GraftError
 from models.prepared import PreparedBackbone
 from models.preprocess import Pixels, View

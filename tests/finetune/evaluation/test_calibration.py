@@ -13,8 +13,8 @@ from finetune.evaluation.calibration import (
     describe_calibration,
     measure_reliability,
 )
-from finetune.probe.solve import softmax, solve_probe
-from models.checkpoint import is_unsure
+from finetune.probe.solve import solve_probe
+from models.scores import is_unsure, softmax
 
 
 def noisy_digits(noise: float = 4) -> tuple[np.ndarray, np.ndarray]:

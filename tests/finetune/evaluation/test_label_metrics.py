@@ -11,8 +11,7 @@ from sklearn import metrics as reference
 from finetune.evaluation.label_metrics import LabelMetrics, measure_average_precision
 from finetune.evaluation.metrics import evaluate, tabulate
 from finetune.evaluation.verdict import compare_with_probe
-from finetune.probe.solve import softmax
-from models.checkpoint import sigmoid
+from models.scores import sigmoid, softmax
 
 
 def draw_decisions(

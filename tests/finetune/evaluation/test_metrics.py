@@ -10,7 +10,7 @@ import pytest
 from sklearn import metrics as reference
 
 from finetune.evaluation.metrics import evaluate
-from finetune.probe.solve import softmax
+from models.scores import softmax
 
 
 def random_answers(num_images: int, num_classes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -7,14 +7,15 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 
+from finetune.data.strata import assign_folds
 from finetune.evaluation.thresholds import (
     best_thresholds,
     calibrate_probe_of_labels,
     calibrate_trained_of_labels,
     measure_label_reliability,
 )
-from finetune.probe.solve import assign_folds, fit_temperature, log_loss, solve_probe
-from models.checkpoint import sigmoid
+from finetune.probe.solve import fit_temperature, log_loss, solve_probe
+from models.scores import sigmoid
 
 
 def draw_features(num_images: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,8 @@ import pytest
 
 from finetune.data.splits import Sample
 from finetune.probe.features import extract_features
-from models.engine.engine import Features, OpenVINOEngine, run
+from models.engine.engine import Features, run
+from models.engine.openvino_engine import OpenVINOEngine
 from models.prepared import PreparedBackbone
 from models.preprocess import Pixels
 from models.sources import EncodedImage

@@ -18,7 +18,9 @@ from finetune.probe.features import extract_features, extract_splits
 from finetune.probe.precision import Chosen, choose_engine, compare_with_fp32
 from finetune.run import run
 from models.checkpoint import load_checkpoint
-from models.engine.engine import Features, supports_bf16, supports_vnni
+from models.engine.engine import Features
+from models.engine.openvino_engine import supports_bf16
+from models.engine.processor import supports_vnni
 from models.prepared import PreparedBackbone, read_prepared
 from models.quantise import find_quantised
 from models.sources import SplitName

@@ -11,17 +11,17 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss as sklearn_log_loss
 from sklearn.preprocessing import StandardScaler
 
+from finetune.data.strata import assign_folds
 from finetune.probe.solve import (
     L2_PATH,
     Probe,
-    assign_folds,
     fit_temperature,
     log_loss,
     soften,
-    softmax,
     solve_head,
     solve_probe,
 )
+from models.scores import softmax
 
 PATH = L2_PATH[1:6]
 

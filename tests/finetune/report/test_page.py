@@ -18,11 +18,11 @@ from finetune.evaluation.calibration import calibrate_probe
 from finetune.evaluation.learning_curve import measure_learning_curve
 from finetune.evaluation.metrics import Interval, evaluate
 from finetune.evaluation.verdict import compare_with_probe
-from finetune.probe.solve import solve_probe
+from finetune.probe.solve import Head, solve_probe
 from finetune.report.card import write_card
 from finetune.report.page import write_report
 from finetune.report.plots import Mistake
-from finetune.report.result import Head, Result
+from finetune.report.result import Result
 from models.engine.engine import EngineInfo
 from models.preprocess import Preprocess
 from models.sources import EncodedImage

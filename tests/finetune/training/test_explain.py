@@ -12,8 +12,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
+from finetune.probe.solve import Head
 from finetune.report.plots import draw_heat
-from finetune.report.result import Head
 from finetune.run import run
 from finetune.training.explain import _from_maps, _to_maps, explain
 from models.backbone.build import build_backbone

@@ -17,7 +17,7 @@ from finetune.resume import STATE_DIR
 from finetune.terminal import Terminated
 from finetune.training.train import train
 from models.backbone.build import Backbone
-from models.engine.engine import supports_bf16
+from models.engine.openvino_engine import supports_bf16
 from tests.support.tiny import PREPROCESS, SIZE, Recorder, draw_splits, options, probe_of, snapshot
 from tests.support.tiny import build as build_own
 

@@ -23,8 +23,9 @@ from finetune.data.splits import Sample, Splits
 from finetune.data.views import draw_view
 from finetune.monitor import Monitor
 from finetune.probe.solve import Probe
+from finetune.training.activations import Activations, Bf16File
 from finetune.training.boundary import TrainablePart
-from finetune.training.inputs import Activations, Bf16File, Crops, Inputs, Normalise, open_inputs
+from finetune.training.inputs import Crops, Inputs, Normalise, open_inputs
 from finetune.training.train import train
 from models.backbone.build import Backbone, CustomNetwork
 from models.backbone.freezing import freeze

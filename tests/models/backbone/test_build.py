@@ -29,18 +29,17 @@ from safetensors.torch import save_file
 from models.backbone.build import (
     Backbone,
     FeatureExtractor,
-    WeightsError,
     backbone_tensors,
     build_backbone,
     build_from_config,
-    efficientnet_lite_key,
-    export_openvino,
     is_custom,
-    read_state_dict,
     state_arrays,
     timm_config,
 )
-from models.engine.engine import OpenVINOEngine, openvino_core
+from models.backbone.efficientnet_lite import efficientnet_lite_key
+from models.backbone.export import export_openvino
+from models.backbone.weights import WeightsError, read_state_dict
+from models.engine.openvino_engine import OpenVINOEngine, openvino_core
 from models.errors import GraftError
 from models.preprocess import Pixels
 

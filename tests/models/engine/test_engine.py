@@ -12,17 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from models.backbone.build import FeatureExtractor, build_from_config, read_state_dict
-from models.engine.engine import (
-    Engine,
-    OpenVINOEngine,
-    TorchEngine,
-    _Request,
-    cpu_name,
-    num_cpus,
-    run,
-    supports_bf16,
-)
+from models.backbone.build import FeatureExtractor, build_from_config
+from models.backbone.weights import read_state_dict
+from models.engine.engine import Engine, run
+from models.engine.openvino_engine import OpenVINOEngine, _Request, supports_bf16
+from models.engine.processor import cpu_name, num_cpus
+from models.engine.torch_engine import TorchEngine
 from models.errors import GraftError
 from models.prepared import PreparedBackbone, build_engine, resolve_device
 from models.preprocess import Pixels

@@ -11,7 +11,8 @@ import pytest
 
 from models.engine.engine import EngineInfo
 from models.preprocess import ImageError, Pixels
-from service.engine.batcher import Batcher, Image, Outcome, Ticket
+from service.engine.batcher import Batcher, Ticket
+from service.engine.wire import Image, Outcome
 from service.errors import RequestError
 
 Done = Callable[[Outcome | Exception], None]

@@ -19,8 +19,8 @@ from models.engine.engine import run
 from models.errors import GraftError
 from models.prepared import build_engine
 from models.preprocess import ImageError, ImageTooLargeError, Pixels
-from service.engine.batcher import Image, Outcome
 from service.engine.process import EngineProcess
+from service.engine.wire import Image, Outcome
 from tests.support.servers import LABELS, draw_image
 
 MAX_PIXELS = 500_000

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 from models.preprocess import ImageError
-from service.engine.batcher import Image, Outcome
 from service.engine.process import EngineProcess
+from service.engine.wire import Image, Outcome
 from service.errors import RequestError
-from service.inference.predictor import Predictor, Scores, top_prediction
+from service.inference.predictor import Predictor, Scores
 from service.inference.repository import Model, load_snapshot
+from service.protocols.predictions import top_prediction
 from service.settings import Settings
 from tests.support.servers import LABELS, change_config, copy_checkpoint, draw_image
 

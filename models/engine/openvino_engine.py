@@ -1,0 +1,353 @@
+"""The engine on CPUs: OpenVINO."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from models.engine.processor import cpu_name, num_cpus
+from models.errors import GraftError
+from models.preprocess import Preprocess
+
+if TYPE_CHECKING:
+    import openvino as ov
+from models.engine.engine import NUM_SPARE_SLOTS, Crops, EngineInfo, Features, Precision
+
+_OPENVINO_PRECISION = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
+# What the search tries on the CPU. One image at a time fits the cache, larger batches amortise big weights and what a batch costs. Where
+# four at a time gain less than this share over one, and have less than it left to gain, sixteen are not tried: they gave 5 % at most.
+_BATCH_SIZES = ((1, 4), (16,))
+_WORTH_MORE = 0.15
+_SEARCH_ROUNDS = 3
+_ROUND_SECONDS = 0.08
+# What a batch costs outside the engine: one image at a time, which the engine runs as fast as four, gave 466 images a second for 558.
+_SECONDS_PER_BATCH = 0.0004
+
+
+def openvino_name() -> str:
+    """The engine's name with its version, without loading it."""
+    return f"openvino {importlib.metadata.version('openvino')}"
+
+
+@cache
+def openvino_core() -> ov.Core:
+    """The process's one `Core`, never let go of.
+
+    Each one's CPU plugin gives the thread a stack for signals and takes it back when it goes; where a second came in between, the
+    thread is left with the address of freed memory, and its next signal ends the process (OpenVINO 2026.4).
+    """
+    # Imported here, as elsewhere in this file: the CUDA engine's users need not have it, and it costs 0.2 s.
+    import openvino as ov
+
+    return ov.Core()
+
+
+@cache
+def supports_bf16() -> bool:
+    """Whether the CPU computes in bf16 by itself (AVX-512 BF16 or AMX), as OpenVINO sees it."""
+    return "BF16" in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def _is_quantised(model: ov.Model) -> bool:
+    return any(operation.get_type_name() == "FakeQuantize" for operation in model.get_ops())
+
+
+class OpenVINOEngine:
+    """A backbone saved as OpenVINO IR (input `u8 [?,H,W,3]`, output `f32 [?,F]`), run on the CPU.
+
+    It is compiled twice, for the best batch and for one image: what does not fill a batch runs image by image, which is less work
+    than padding it and answers a lone image in a quarter of the time (4.8 against 15.6 ms, EfficientNet-Lite0 in bf16, batch 4);
+    `use_all_cores_for_one` adds a third. All are static, and an image's features are the same bits from each, in whatever company it comes.
+    """
+
+    def __init__(
+        self,
+        model_path: Path,
+        preprocess: Preprocess,
+        *,
+        precision: Precision = "auto",
+        batch_size: int | None = None,
+        num_streams: int | None = None,
+        images_per_second: float | None = None,
+        in_callers_thread: bool = False,
+    ) -> None:
+        """What is given of batch, streams and speed (all three: as recorded on this machine) is not searched for.
+
+        With `in_callers_thread`, `run_here` computes in the thread that calls it, on one core, `num_streams` of them at once: nothing is
+        handed over, so no core waits for a thread that the kernel left queued on the other (3 to 5 % on two cores). Each stream then has
+        weights of its own.
+
+        Raises GraftError where the IR cannot be read or the precision is not to be had on this CPU."""
+
+        self._model_path = model_path
+        self._in_callers_thread = in_callers_thread
+        self._image_shape = (preprocess.height, preprocess.width, 3)
+        chosen = self._choose_precision(precision)
+        try:
+            by_size: dict[int, ov.CompiledModel] = {}
+            if not (batch_size and num_streams and images_per_second):
+                num_streams = num_streams or num_cpus()
+                sizes = ((batch_size,),) if batch_size else _BATCH_SIZES
+                by_size, batch_size, images_per_second = self._search(chosen, sizes, num_streams)
+            sizes_used = {1, batch_size}
+            if in_callers_thread:
+                models = [
+                    {size: self._compile(chosen, size) for size in sizes_used}
+                    for _ in range(num_streams)
+                ]
+            else:
+                shared = {
+                    size: by_size.get(size) or self._compile(chosen, size, num_streams)
+                    for size in sizes_used
+                }
+                # Streams do not wait while images are made, results copied out and the next batch is fetched from an event loop: 8 %
+                # more requests/s than with one slot more than streams, on two cores.
+                models = [shared] * (num_streams + NUM_SPARE_SLOTS)
+        except RuntimeError as error:
+            raise GraftError(
+                f"{model_path}: OpenVINO cannot load it: {str(error).strip().splitlines()[-1]}"
+            ) from error
+        self.num_features = int(models[0][1].output(0).partial_shape[1].get_length())
+        self.info = EngineInfo(
+            openvino_name(), cpu_name(), chosen, batch_size, num_streams, images_per_second
+        )
+        self._slots = [
+            {
+                size: _Request(compiled, size, self.num_features, in_callers_thread)
+                for size, compiled in one.items()
+            }
+            for one in models
+        ]
+        # A thread a slot waits for its requests. Callbacks of OpenVINO's would run on its streams, which then wait for Python's lock, and
+        # a request that is let go of before its callback is (2026.4) ends in a deadlock or in the process's abort.
+        self._threads = ThreadPoolExecutor(self.num_slots, thread_name_prefix="openvino-engine")
+        self._idle: queue.SimpleQueue[dict[int, _Request]] = queue.SimpleQueue()
+        for slot in self._slots:
+            self._idle.put(slot)
+        self._alone: queue.SimpleQueue[_Request] = queue.SimpleQueue()
+
+    def use_all_cores_for_one(self) -> None:
+        """Compile it once more (half a second), to run an image that is the only one in flight on every core: 1.9 for 3.4 ms."""
+        if self.info.num_streams > 1:
+            self._alone.put(
+                _Request(
+                    self._compile(self.info.precision, 1, num_streams=1),
+                    1,
+                    self.num_features,
+                    False,
+                )
+            )
+
+    @property
+    def num_slots(self) -> int:
+        return self.info.num_streams + NUM_SPARE_SLOTS
+
+    def submit(self, crops: Crops) -> Future[Features]:
+        future: Future[Features] = Future()
+        features = np.empty((len(crops), self.num_features), np.float32)
+        size = self.info.batch_size
+        starts = range(0, len(crops), size)
+        pending = _Countdown(len(starts), future, features)
+        if not len(starts):
+            future.set_result(features)
+        for start in starts:
+            chunk, out = crops[start : start + size], features[start : start + size]
+            self._threads.submit(self._run, self._idle.get(), chunk, out, pending)
+        return future
+
+    def run_here(self, crops: Crops, *, is_alone: bool = True) -> Features:
+        features = np.empty((len(crops), self.num_features), np.float32)
+        slot = self._idle.get()
+        try:
+            self._run_on(slot, crops, features, is_alone=is_alone)
+        finally:
+            self._idle.put(slot)
+        return features
+
+    def _run(
+        self, slot: dict[int, _Request], chunk: Crops, out: Features, pending: _Countdown
+    ) -> None:
+        error = None
+        try:
+            self._run_on(slot, chunk, out)
+        # It is the future's to raise, and the slot goes back whatever it is: the last one lost would block `submit` for ever.
+        except Exception as raised:
+            error = raised
+        self._idle.put(slot)
+        pending.finish_one(error)
+
+    def _run_on(
+        self, slot: dict[int, _Request], crops: Crops, out: Features, *, is_alone: bool = True
+    ) -> None:
+        size = self.info.batch_size
+        num_whole = len(crops) - len(crops) % size if size > 1 else 0
+        for start in range(0, num_whole, size):
+            slot[size].run(crops[start : start + size], out[start : start + size])
+        if num_whole == len(crops):
+            return
+        alone = self._take_alone() if is_alone else None
+        try:
+            for index in range(num_whole, len(crops)):
+                (alone or slot[1]).run(crops[index : index + 1], out[index : index + 1])
+        finally:
+            if alone is not None:
+                self._alone.put(alone)
+
+    def _take_alone(self) -> _Request | None:
+        """The request that runs on every core, where no other slot is taken."""
+        if self._idle.qsize() < len(self._slots) - 1:
+            return None
+        with contextlib.suppress(queue.Empty):
+            return self._alone.get_nowait()
+        return None
+
+    def close(self) -> None:
+        self._threads.shutdown()
+        self._slots, self._idle, self._alone = [], queue.SimpleQueue(), queue.SimpleQueue()
+        # So that a late `submit` is refused by the threads, and does not wait for ever.
+        self._idle.put({})
+
+    def _choose_precision(self, precision: Precision) -> str:
+        has_bf16 = supports_bf16()
+        if precision == "int8":
+            if not _is_quantised(openvino_core().read_model(self._model_path)):
+                raise GraftError(f"--precision int8: {self._model_path} is not quantised")
+            return "int8"
+        if precision == "auto":
+            return "bf16" if has_bf16 else "fp32"
+        if precision not in ("fp32", "bf16") or (precision == "bf16" and not has_bf16):
+            allowed = "fp32, bf16" if has_bf16 else "fp32"
+            raise GraftError(
+                f"--precision {precision}: {cpu_name()} runs {allowed} through OpenVINO; or leave it at auto"
+            )
+        return precision
+
+    def _compile(
+        self, precision: str, batch_size: int, num_streams: int | None = None
+    ) -> ov.CompiledModel:
+        """With no `num_streams`, for whichever thread calls, and it alone."""
+        model = openvino_core().read_model(self._model_path)
+        model.reshape([batch_size, *self._image_shape])
+        if num_streams is None:
+            parallel = {
+                "PERFORMANCE_HINT": "LATENCY",
+                "NUM_STREAMS": "1",
+                "INFERENCE_NUM_THREADS": "1",
+                "ENABLE_CPU_PINNING": "NO",
+            }
+        else:
+            parallel = {"PERFORMANCE_HINT": "THROUGHPUT", "NUM_STREAMS": str(num_streams)}
+        return openvino_core().compile_model(
+            model,
+            "CPU",
+            {
+                **parallel,
+                # In a quantised network it is what the layers left in floating point run in.
+                "INFERENCE_PRECISION_HINT": _OPENVINO_PRECISION[
+                    precision if precision != "int8" else "bf16" if supports_bf16() else "fp32"
+                ],
+            },
+        )
+
+    def _search(
+        self, precision: str, sizes: Sequence[Sequence[int]], num_streams: int
+    ) -> tuple[dict[int, ov.CompiledModel], int, float]:
+        """What was compiled, the best batch size and its images a second: of rounds in which the sizes take turns the fastest, because
+        what else runs on the machine only ever slows a round down. One round a size chose 466 images a second over 640."""
+        by_size: dict[int, ov.CompiledModel] = {}
+        speeds: dict[int, float] = {}
+        for some in sizes:
+            by_size |= {size: self._compile(precision, size, num_streams) for size in some}
+            for _ in range(_SEARCH_ROUNDS):
+                for size in some:
+                    speeds[size] = max(
+                        speeds.get(size, 0), self._measure(by_size[size], size, num_streams)
+                    )
+            fastest = max(speeds.values())
+            if (
+                fastest < (1 + _WORTH_MORE) * speeds[some[0]]
+                and fastest * _SECONDS_PER_BATCH / some[-1] < _WORTH_MORE
+            ):
+                break
+        best = min(speeds, key=lambda size: 1 / speeds[size] + _SECONDS_PER_BATCH / size)
+        return by_size, best, speeds[best]
+
+    def _measure(self, compiled: ov.CompiledModel, batch_size: int, num_streams: int) -> float:
+        import openvino as ov
+
+        noise = np.random.default_rng(0).integers(
+            0, 256, (batch_size, *self._image_shape), np.uint8
+        )
+        requests = ov.AsyncInferQueue(compiled, num_streams + 1)
+        for _ in range(num_streams):
+            requests.start_async({0: noise})
+        requests.wait_all()
+        num_done, start = 0, time.perf_counter()
+        while time.perf_counter() - start < _ROUND_SECONDS:
+            requests.start_async({0: noise})
+            num_done += batch_size
+        requests.wait_all()
+        return num_done / (time.perf_counter() - start)
+
+
+class _Request:
+    """A request of OpenVINO's with arrays of its own, which cost less to copy to than others to bind; one thread at a time runs it."""
+
+    def __init__(
+        self, compiled: ov.CompiledModel, size: int, num_features: int, in_callers_thread: bool
+    ) -> None:
+        import openvino as ov
+
+        self._in_callers_thread = in_callers_thread
+        self._request = compiled.create_infer_request()
+        self._input = np.empty((size, *compiled.input(0).shape[1:]), np.uint8)
+        self._output = np.empty((size, num_features), np.float32)
+        self._request.set_input_tensor(0, ov.Tensor(self._input, shared_memory=True))
+        self._request.set_output_tensor(0, ov.Tensor(self._output, shared_memory=True))
+
+    def run(self, crops: Crops, out: Features) -> None:
+        for row, crop in zip(self._input, crops, strict=True):
+            # An assignment would stretch what is smaller.
+            if crop.shape != row.shape:
+                raise ValueError(
+                    f"a crop is of shape {list(crop.shape)}, the engine takes {list(row.shape)}"
+                )
+            row[...] = crop
+        if self._in_callers_thread:
+            self._request.infer(share_outputs=True)
+        else:
+            self._request.start_async()
+            self._request.wait()
+        out[:] = self._output
+
+
+class _Countdown:
+    """Completes a future when the last chunk of its batch has come, or fails it with the first error."""
+
+    def __init__(self, num_chunks: int, future: Future[Features], features: Features) -> None:
+        self._left = num_chunks
+        self._future = future
+        self._features = features
+        self._error: Exception | None = None
+        self._lock = threading.Lock()
+
+    def finish_one(self, error: Exception | None) -> None:
+        with self._lock:
+            self._left -= 1
+            self._error = self._error or error
+            done = self._left == 0
+        if done and not self._future.cancelled():
+            if self._error is None:
+                self._future.set_result(self._features)
+            else:
+                self._future.set_exception(self._error)

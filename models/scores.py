@@ -1,0 +1,27 @@
+"""Logits → probabilities, and whether an answer is unsure."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+Labels = npt.NDArray[np.int64]
+
+
+def sigmoid(logits: Floats) -> Floats:
+    """Each label's probability by itself, as multi-label models give it; written with tanh, which never overflows."""
+    return np.asarray(0.5 * np.tanh(0.5 * logits) + 0.5, np.float32)
+
+
+def is_unsure(
+    scores: npt.NDArray[np.float32], threshold: float | npt.NDArray[np.float64]
+) -> npt.NDArray[np.bool_]:
+    """Whether the conformal set of scores `[…,C]`, the labels that reach `threshold`, is not exactly one label: none fits, or several."""
+    return np.asarray((scores >= threshold).sum(axis=-1) != 1)
+
+
+def softmax(logits: Floats) -> Floats:
+    """Over the last axis, `float32`."""
+    exponents = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return np.asarray(exponents / exponents.sum(axis=-1, keepdims=True), np.float32)
