@@ -24,7 +24,7 @@ from finetune.data.splits import load_splits
 from finetune.run import run
 from models.errors import GraftError
 from models.prepared import PreparedBackbone
-from tests.support.drawn import draw_shape, write_class_folders
+from tests.support.images import draw_shape, write_class_folders
 from tests.support.pages import ParsedPage
 
 
