@@ -6,6 +6,7 @@ import argparse
 import difflib
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -24,6 +25,14 @@ from models.checkpoint import check_name
 from models.engine.engine import Precision
 from models.engine.processor import num_cpus
 from models.errors import GraftError
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """Where features are kept between runs, and how many bytes of them."""
+
+    folder: Path
+    max_bytes: int
 
 
 def _default_cache_dir() -> Path:
@@ -138,6 +147,16 @@ class SharedOptions(BaseSettings):
     def source(self) -> str:
         """What `data` names, wherever it is said from."""
         return source_of(self.data, self.data_root)
+
+    @property
+    def enabled_cache_dir(self) -> Path | None:
+        """`cache_dir`, or None with `--no-cache`."""
+        return self.cache_dir if self.cache else None
+
+    @property
+    def feature_cache(self) -> CacheSettings | None:
+        """Where features are kept, or None with `--no-cache`."""
+        return CacheSettings(self.cache_dir, int(self.cache_gb * 1e9)) if self.cache else None
 
     def to_yaml(self) -> str:
         """The options as `--config` reads them back."""
