@@ -19,7 +19,7 @@ from finetune.data.cache import digest_image
 from finetune.data.splits import Splits, load_splits
 from finetune.probe import precision
 from finetune.probe.features import extract_features, extract_splits
-from finetune.probe.precision import INT8_MIN_IMAGES, Chosen, PrecisionCheck, PrecisionSearch
+from finetune.probe.precision import Chosen, PrecisionCheck, PrecisionSearch
 from finetune.run import run
 from models.checkpoint import load_checkpoint
 from models.engine.engine import Features
@@ -67,7 +67,7 @@ def _any_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def int8_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     """On few images, and on a machine where it is slower."""
-    monkeypatch.setattr(precision, "INT8_MIN_IMAGES", 1)
+    monkeypatch.setattr(precision, "INT8_MIN_SECONDS", 0.0)
     monkeypatch.setattr(precision, "_MAX_COMPARED_FRACTION", 0.7)
     monkeypatch.setattr(precision, "_is_faster", lambda engine, other: True)
 
@@ -193,9 +193,10 @@ def test_few_images_are_not_quantised(
     forbid_comparing(monkeypatch)
     chosen = choose(read_prepared(alone), options_of(shapes, tmp_path / "cache"), tmp_path)
     assert chosen.engine.info.precision == FLOAT
+    seconds = 3 * NUM_PER_CLASS / chosen.engine.info.images_per_second
     assert chosen.reason == (
-        f"int8 is tried from {INT8_MIN_IMAGES:,} images that are not in the cache, "
-        f"and {3 * NUM_PER_CLASS} are not"
+        f"int8 is tried where computing features takes 60 s or more; {3 * NUM_PER_CLASS} images "
+        f"that are not in the cache take about {seconds:.0f} s"
     )
     assert [path.name for path in alone.parent.iterdir()] == ["alone"]
     assert not (tmp_path / "cache" / "precision").exists()
@@ -217,14 +218,12 @@ def test_images_in_the_cache_do_not_count(
     )
     engine.close()
     forbid_comparing(monkeypatch)
-    num_new = len(splits.val)
-    monkeypatch.setattr(precision, "INT8_MIN_IMAGES", num_new + 1)
+    seconds = len(splits.val) / engine.info.images_per_second
+    monkeypatch.setattr(precision, "INT8_MIN_SECONDS", 1.01 * seconds)
     chosen = choose(backbone, options, tmp_path)
     assert chosen.engine.info.precision == FLOAT
-    assert chosen.reason == (
-        f"int8 is tried from {num_new + 1} images that are not in the cache, and {num_new} are not"
-    )
-    monkeypatch.setattr(precision, "INT8_MIN_IMAGES", num_new)
+    assert f"; {len(splits.val)} images that are not in the cache take" in chosen.reason
+    monkeypatch.setattr(precision, "INT8_MIN_SECONDS", 0.99 * seconds)
     with pytest.raises(AssertionError, match="computed for a comparison"):
         choose(backbone, options, tmp_path)
 
@@ -241,9 +240,9 @@ def test_each_view_of_a_training_image_counts(
     options = options_of(shapes, own_cache)
     splits = splits_of(options)
     num_images = 3 * len(splits.train) + len(splits.val)
-    monkeypatch.setattr(precision, "INT8_MIN_IMAGES", num_images + 1)
+    monkeypatch.setattr(precision, "INT8_MIN_SECONDS", 1e6)
     reason = choose(backbone, options, tmp_path, num_views=3).reason
-    assert reason.endswith(f"and {num_images:,} are not")
+    assert f"; {num_images:,} images that are not in the cache" in reason
 
 
 @pytest.mark.usefixtures("int8_is_tried", "forget")
