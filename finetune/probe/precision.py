@@ -367,7 +367,7 @@ class PrecisionSearch:
         text = json.dumps(checks, indent=2) + "\n"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, lambda temporary: temporary.write_text(text))
+            write_whole(path, text)
         except OSError as error:
             raise GraftError(
                 f"--cache-dir: {path.parent} cannot be written: {error.strerror}; "
