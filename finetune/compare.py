@@ -121,11 +121,17 @@ def _names(options: CompareOptions) -> list[str]:
 
 def _measure(name: str, splits: Splits, options: CompareOptions) -> MeasuredBackbone:
     with tempfile.TemporaryDirectory(prefix="graft-") as scratch:
-        backbone = prepare(
-            name, splits.train, options, Path(scratch), weights=None, pretrained=True
+        backbone = prepare(name, splits.train, options, Path(scratch))
+        engine = open_engine(backbone, options.device, options.precision)
+        splits, features = extract_splits(
+            splits,
+            backbone,
+            engine,
+            num_workers=options.workers,
+            cache=options.feature_cache,
+            only=("train",),
+            unreadable="error" if options.strict else "warning",
         )
-        engine = open_engine(backbone, options)
-        splits, features = extract_splits(splits, backbone, engine, options, only=("train",))
         engine.close()
     labels = np.array([sample.label for sample in splits.train], np.int64)
     probe = solve_probe(features["train"], labels, len(splits.label_names), seed=options.seed)
