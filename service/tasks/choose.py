@@ -20,8 +20,10 @@ AnyColumns = PredictColumns | MultiLabelColumns
 
 
 def task_of(checkpoint: Checkpoint) -> Task:
-    if checkpoint.thresholds is not None:
-        return MultiLabel(checkpoint.label_names, checkpoint.temperature, checkpoint.thresholds)
-    return SingleLabel(
-        checkpoint.label_names, checkpoint.temperature, checkpoint.coverage, checkpoint.threshold
-    )
+    labels, temperature = checkpoint.label_names, checkpoint.temperature
+    match checkpoint.task:
+        case "single-label":
+            return SingleLabel(labels, temperature, checkpoint.coverage, checkpoint.threshold)
+        case "multi-label":
+            assert checkpoint.thresholds is not None, "load_checkpoint reads them for this task"
+            return MultiLabel(labels, temperature, checkpoint.thresholds)

@@ -23,7 +23,8 @@ from service.inference.predictor import Predictor, Scores
 from service.inference.repository import Model, load_snapshot
 from service.settings import Settings
 from service.tasks.single_label import PredictRow
-from tests.support.servers import LABELS, change_config, copy_checkpoint, draw_image
+from tests.support.images import draw_image
+from tests.support.servers import LABELS, change_config, copy_checkpoint
 
 
 @pytest.fixture(scope="module")
