@@ -229,7 +229,7 @@ def _signature(task: Task) -> dict[str, Any]:
     outputs: dict[str, Any] = {}
     for output in task.outputs:
         sizes = (-1, len(task.label_names)) if output.is_per_label else (-1,)
-        name = output.name
+        name: str = output.name
         if name == "probabilities":
             # TensorFlow Serving's own names: its classifiers answer with classes and their scores.
             outputs["classes"] = _tensor("classes", _DTYPES["O"], *sizes)

@@ -103,5 +103,6 @@ class SingleLabel:
 
     def output(self, name: OutputName, scores: Scores) -> npt.NDArray[Any]:
         if name == "label":
-            return np.array(self.label_names, object)[scores.argmax(axis=1)]
+            names: npt.NDArray[np.object_] = np.array(self.label_names, object)
+            return names[scores.argmax(axis=1)]
         return scores.max(axis=1) if name == "score" else scores
