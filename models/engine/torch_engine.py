@@ -1,4 +1,4 @@
-"""The engine on CUDA: torch."""
+"""The engine on CUDA: torch. It is imported when an engine is opened: on a CPU, none is needed."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from models.engine.engine import Crops, EngineInfo, Features, Precision
 from models.engine.processor import cpu_name
 from models.errors import GraftError
 from models.preprocess import Pixels, Preprocess
 
 if TYPE_CHECKING:
     import torch
-from models.engine.engine import Crops, EngineInfo, Features, Precision
 
-# On CUDA, for each batch size.
+# How long each batch size is measured.
 _SEARCH_SECONDS = 0.15
 
 
 class TorchEngine:
-    """A backbone as an `nn.Module` (`[B,3,H,W]` → `[B,F]`), for CUDA: channels_last, half precision, copies on a side stream.
+    """A backbone as an `nn.Module`, images `[B,3,H,W]` → features `[B,F]`.
 
-    It runs on the CPU too, which is how it is tested where there is no GPU.
+    channels_last, half precision, copies on a stream of their own. Tests run it on the CPU where
+    there is no GPU.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class TorchEngine:
         self._image_shape = (preprocess.height, preprocess.width, 3)
         self._mean = torch.tensor(preprocess.mean, device=self._device).view(1, 3, 1, 1) * 255
         self._std = torch.tensor(preprocess.std, device=self._device).view(1, 3, 1, 1) * 255
-        # Copies wait on this stream, not on the compute of the batch before.
+        # On this stream copies do not wait for the batch before to be computed.
         self._copies = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._threads = ThreadPoolExecutor(self.num_slots, thread_name_prefix="torch-engine")
         batch_size, images_per_second = self._search(batch_size)
@@ -100,12 +101,13 @@ class TorchEngine:
             return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
         if precision == "int8" or (precision == "fp16" and not is_cuda):
             raise GraftError(
-                f"--precision {precision}: the torch engine on {self._device} runs fp32 and bf16; or leave it at auto"
+                f"--precision {precision}: the torch engine on {self._device} runs fp32 and bf16; "
+                "or leave it at auto"
             )
         return precision
 
     def _search(self, batch_size: int | None) -> tuple[int, float]:
-        """Double the batch until a further doubling gains under 5 % or memory runs out."""
+        """The fastest batch size and its images/s: doubled until that gains under 5 % or OOM."""
         is_cuda = self._device.type == "cuda"
         best = (0, 0.0)
         for size in (

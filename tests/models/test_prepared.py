@@ -15,7 +15,8 @@ import timm
 import torch
 from torch import nn
 
-from models.backbone.build import Backbone, CustomNetwork, backbone_tensors, build_backbone
+from models.backbone.build import Backbone, backbone_tensors, build_backbone
+from models.backbone.custom import CustomNetwork
 from models.checkpoint import fingerprint
 from models.engine.engine import run
 from models.engine.openvino_engine import OpenVINOEngine

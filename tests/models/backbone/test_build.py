@@ -32,7 +32,6 @@ from models.backbone.build import (
     backbone_tensors,
     build_backbone,
     build_from_config,
-    is_custom,
     state_arrays,
     timm_config,
 )
@@ -41,6 +40,7 @@ from models.backbone.export import export_openvino
 from models.backbone.weights import WeightsError, read_state_dict
 from models.engine.openvino_engine import OpenVINOEngine, openvino_core
 from models.errors import GraftError
+from models.named import is_custom
 from models.preprocess import Pixels
 
 IMAGENET = {"china.jpg": (698, "palace"), "flower.jpg": (985, "daisy")}
@@ -573,6 +573,7 @@ logging.basicConfig(level=logging.INFO, format="%(message)s")
 from models.backbone import build as backbones
 from models.engine.openvino_engine import OpenVINOEngine
 from models.errors import GraftError
+from models.named import is_custom
 started = time.perf_counter()
 try:
     backbone = backbones.build_backbone("resnet18", num_classes=3)

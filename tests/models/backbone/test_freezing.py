@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import nn
 
-from models.backbone.build import CustomNetwork
+from models.backbone.custom import CustomNetwork
 from models.backbone.freezing import (
     Freezing,
     FrozenDriftError,
