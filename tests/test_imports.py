@@ -18,8 +18,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # The rooms that each room may import.
 ROOMS = {"models": set[str](), "finetune": {"models"}, "service": {"models"}}
-# Folders and root files of each room, from the top down. Each imports only from rows below its own, not
-# from its neighbours in the row. A new folder or root file gets a place here and in docs/architecture.md.
+# Folders and root files of each room, from the top down. Each imports only from rows below its
+# own, not from its neighbours in the row. docs/architecture.md shows the same rows.
 LAYERS: dict[str, list[set[str]]] = {
     "models": [
         {"prepare_ahead", "quantise"},
