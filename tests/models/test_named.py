@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from models.errors import GraftError
-from models.named import import_named
+from models.named import import_named, is_custom
 
 PROJECT_DIR = Path(__file__).parents[2]
 
@@ -78,3 +78,16 @@ def test_a_name_that_cannot_be_imported_is_refused_with_its_flag(
         monkeypatch.delitem(sys.modules, module, raising=False)
     with pytest.raises(GraftError, match=f"--head-init {name}: .*{reason}"):
         import_named("--head-init", name)
+
+
+def test_timms_own_prefixes_are_not_taken_for_a_users_module() -> None:
+    assert is_custom("mypackage.mymodule:build")
+    assert not any(
+        is_custom(name)
+        for name in (
+            "resnet18",
+            "hf-hub:timm/resnet18.a1_in1k",
+            "hf_hub:a/b",
+            "local-dir:somewhere",
+        )
+    )

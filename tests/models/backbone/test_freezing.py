@@ -1,4 +1,4 @@
-"""Freezing holds under real gradient steps, and a frozen tensor that moves is found out and named."""
+"""Freezing holds under real gradient steps, and a frozen tensor that changes is named."""
 
 from __future__ import annotations
 
