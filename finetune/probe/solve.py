@@ -278,7 +278,8 @@ class Objective:
 
     @functools.cached_property
     def _shares(self) -> Floats:
-        return self.in_training / self.in_training.sum(axis=1, keepdims=True)
+        shares: Floats = self.in_training / self.in_training.sum(axis=1, keepdims=True)
+        return shares
 
     def evaluate(self, points: Floats) -> tuple[Floats, Floats]:
         """Losses `[K]` and gradients `[K,D]` at `points` `[K,D]`; one product serves all K."""
