@@ -103,6 +103,5 @@ class SingleLabel:
 
     def output(self, name: OutputName, scores: Scores) -> npt.NDArray[Any]:
         if name == "label":
-            names: npt.NDArray[np.object_] = np.array(self.label_names, object)
-            return names[scores.argmax(axis=1)]
+            return np.array([self.label_names[best] for best in scores.argmax(axis=1)], object)
         return scores.max(axis=1) if name == "score" else scores
