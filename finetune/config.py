@@ -24,6 +24,7 @@ from models.checkpoint import check_name
 from models.engine.engine import Precision
 from models.engine.processor import num_cpus
 from models.errors import GraftError
+from models.sources import identify_source
 
 
 def _default_cache_dir() -> Path:
@@ -137,7 +138,7 @@ class SharedOptions(BaseSettings):
     @property
     def source(self) -> str:
         """What `data` names, wherever it is said from."""
-        return source_of(self.data, self.data_root)
+        return identify_source(self.data, self.data_root)
 
     def to_yaml(self) -> str:
         """The options as `--config` reads them back."""
@@ -425,12 +426,6 @@ class AuditOptions(BackboneOptions):
     min_images: Annotated[
         int, Field(ge=1, description="a class with fewer images than this in train is named")
     ] = 10
-
-
-def source_of(data: str, data_root: Path) -> str:
-    """What `--data` names, by its whole path or, where it is none, together with the folder that keeps its files."""
-    path = Path(data).expanduser()
-    return str(path.resolve()) if path.exists() else f"{data} {data_root.resolve()}"
 
 
 def name_of_data(data: str) -> str:

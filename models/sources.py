@@ -66,6 +66,12 @@ Labelled = list[tuple[str, str | tuple[str, ...], Path | EncodedImage | Torchvis
 FixedSplits = list[SplitName] | None
 
 
+def identify_source(data: str, data_root: Path) -> str:
+    """`--data` by its whole path or, if that does not exist, with the folder that keeps its files."""
+    path = Path(data).expanduser()
+    return str(path.resolve()) if path.exists() else f"{data} {data_root.resolve()}"
+
+
 def read_source(data: str, data_root: Path) -> tuple[Labelled, FixedSplits]:
     """What `--data` names. Raises GraftError where it is not there, or is nothing that can be read."""
     if data == "digits":
@@ -178,12 +184,12 @@ def _load_csv(path: Path) -> tuple[Labelled, FixedSplits]:
         raise GraftError(
             f"--data {path}: it is {encoding}; save it as CSV in UTF-8, separated by commas"
         ) from error
-    is_multi_label = "labels" in columns
-    if is_multi_label and "label" in columns:
+    has_labels = "labels" in columns
+    if has_labels and "label" in columns:
         raise GraftError(
             f"--data {path}: it has both label and labels; keep label for one an image, or labels for any number of them"
         )
-    if "path" not in columns or not (is_multi_label or "label" in columns):
+    if "path" not in columns or not (has_labels or "label" in columns):
         raise GraftError(
             f"--data {path}: it needs the columns path,label and perhaps split; it has {_describe_columns(columns)} (where images have "
             f"several labels, path,labels, with {SEPARATOR} between their names)"
@@ -202,11 +208,11 @@ def _load_csv(path: Path) -> tuple[Labelled, FixedSplits]:
             raise GraftError(
                 f"--data {path}: line {number} has a path with a NUL in it, which no file has"
             )
-        if not row["path"] or not (is_multi_label or (row["label"] or "").strip()):
+        if not row["path"] or not (has_labels or (row["label"] or "").strip()):
             raise GraftError(
                 f"--data {path}: line {number} has no {'path' if not row['path'] else 'label'}"
             )
-        label = _split_names(row["labels"] or "") if is_multi_label else row["label"].strip()
+        label = _split_names(row["labels"] or "") if has_labels else row["label"].strip()
         labelled.append((row["path"], label, path.parent / row["path"]))
         if "split" in columns:
             split = _SPLIT_FOLDERS.get((row["split"] or "").lower())

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from finetune.data.balance import draw_balanced
+from finetune.tasks.balance import draw_balanced
 from finetune.data.splits import Splits
 from finetune.resume import METADATA_KEY, check_fixed
 from finetune.training.ema import Average
