@@ -180,9 +180,7 @@ def keep_choices(run_dir: Path, choices: Choices) -> str:
             "reason": choices.reason,
             "label_names": choices.loaded.label_names,
             "splits": {
-                name: [
-                    [sample.key, sample.label] for sample in getattr(choices.loaded, name)
-                ]
+                name: [[sample.key, sample.label] for sample in getattr(choices.loaded, name)]
                 for name in names
             },
             "unreadable": unreadable,

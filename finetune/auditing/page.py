@@ -36,7 +36,7 @@ def write_page(audit: Audit, data: str) -> str:
         title=escape(f"Audit of {data}"),
         num_images=f"{audit.num_images:,}",
         num_findings=f"{len(audit.findings):,}",
-        scores="".join(_score(audit, split) for split in audit.accuracy),
+        scores="".join(_score(audit, split) for split in audit.scores),
         tiles=tiles,
         sections=sections or nothing,
     )
@@ -49,7 +49,7 @@ def _tile(kind: Kind, number: int) -> str:
 
 
 def _score(audit: Audit, split: str) -> str:
-    whole, clean = next(scores for name, scores in audit.accuracy.items() if name == split)
+    whole, clean = next(scores for name, scores in audit.scores.items() if name == split)
     text = f"The probe's {split} {audit.metric} is <b>{whole:.1%}</b>"
     if any(finding.split == split for finding in audit.leaks):
         text += (

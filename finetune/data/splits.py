@@ -170,9 +170,7 @@ def _to_splits(
 
 def _collect_names(labelled: Labelled) -> tuple[str, ...]:
     names = {
-        name
-        for _, named, _ in labelled
-        for name in ((named,) if isinstance(named, str) else named)
+        name for _, named, _ in labelled for name in ((named,) if isinstance(named, str) else named)
     }
     return tuple(sorted(names))
 
@@ -183,9 +181,7 @@ def _group(
     """The samples of train, val and test."""
 
     def group(name: SplitName) -> tuple[Sample, ...]:
-        return tuple(
-            sample for sample, split in zip(samples, chosen, strict=True) if split == name
-        )
+        return tuple(sample for sample, split in zip(samples, chosen, strict=True) if split == name)
 
     return group("train"), group("val"), group("test")
 
@@ -200,15 +196,11 @@ def _split_off_val(
     earlier = [None if kept is None else kept.split_of.get(each.place) for each in splits.train]
     placed = np.array([_PARTS.get(split or "", -1) for split in earlier], np.int64)
     labels = splits.labels(splits.train)
-    is_val = splits.task.split_off_val(
-        labels, len(splits.label_names), val_fraction, seed, placed
-    )
+    is_val = splits.task.split_off_val(labels, len(splits.label_names), val_fraction, seed, placed)
     if kept is not None:
         _log_kept(kept.path, placed, is_val)
     train, val = (
-        tuple(
-            sample for sample, is_here in zip(splits.train, is_side, strict=True) if is_here
-        )
+        tuple(sample for sample, is_here in zip(splits.train, is_side, strict=True) if is_here)
         for is_side in (~is_val, is_val)
     )
     return replace(splits, train=train, val=val)

@@ -162,7 +162,9 @@ def calibrate_trained(
     """
     val_logits, val_labels = logits["val"], labels["val"]
     basis = f"{len(val_labels):,} validation images, which also chose the epoch"
-    calibration = _fit(val_logits, val_labels, coverage, basis, fit_temperature(val_logits, val_labels))
+    calibration = _fit(
+        val_logits, val_labels, coverage, basis, fit_temperature(val_logits, val_labels)
+    )
     quality = {split: _measure(logits[split], labels[split], calibration) for split in logits}
     temperatures, thresholds = np.ones((len(folds), 1), np.float32), np.zeros((len(folds), 1))
     for fold in range(int(folds.max()) + 1):
@@ -216,9 +218,7 @@ def _fit(
     return ConformalCalibration(temperature, coverage, threshold, basis)
 
 
-def _measure(
-    logits: Floats, labels: Labels, calibration: ConformalCalibration
-) -> ConformalQuality:
+def _measure(logits: Floats, labels: Labels, calibration: ConformalCalibration) -> ConformalQuality:
     thresholds = np.full((len(labels), 1), calibration.threshold)
     return _measure_scores(logits, calibration.scores(logits), thresholds, labels, calibration)
 

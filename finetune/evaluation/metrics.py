@@ -71,9 +71,7 @@ class Metrics(Protocol):
         """As metrics.json holds it."""
 
 
-def most_confused(
-    confusion: npt.NDArray[np.int64], max_pairs: int
-) -> list[tuple[int, int, int]]:
+def most_confused(confusion: npt.NDArray[np.int64], max_pairs: int) -> list[tuple[int, int, int]]:
     """The most frequent mistakes: true label, predicted label, images."""
     mistakes = confusion - np.diag(np.diag(confusion))
     order = np.argsort(-mistakes, axis=None, kind="stable")[:max_pairs]

@@ -167,9 +167,7 @@ def _fit(logits: Floats, labels: Labels, basis: str, temperature: float) -> Thre
     return ThresholdCalibration(temperature, thresholds, basis)
 
 
-def _measure(
-    logits: Floats, labels: Labels, calibration: ThresholdCalibration
-) -> ThresholdQuality:
+def _measure(logits: Floats, labels: Labels, calibration: ThresholdCalibration) -> ThresholdQuality:
     before = measure_label_reliability(sigmoid(logits), labels)
     after = measure_label_reliability(calibration.scores(logits), labels)
     return ThresholdQuality(before, after, calibration.answers(logits))

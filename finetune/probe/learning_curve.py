@@ -87,7 +87,7 @@ def measure_learning_curve(
 
 
 def _continue_curve(
-    num_images: list[int], accuracies: Shares, num_val: int, metric: str = "accuracy"
+    num_images: list[int], accuracies: Shares, num_val: int, metric: str
 ) -> LearningCurve:
     """From the heads' scores `[1+B,4]`: on all validation images, then on resampled ones."""
     # Half an image more is wrong, so that the error of a head without a mistake has a logarithm.

@@ -211,7 +211,9 @@ def test_a_crop_depends_on_seed_epoch_and_index_and_on_nothing_else() -> None:
     samples = draw_samples(2)
 
     def crops(seed: int, epoch: int) -> Crops:
-        dataset = Crops(samples, WHOLE_NUMBERS, targets=[0] * len(samples), augment="flip", seed=seed)
+        dataset = Crops(
+            samples, WHOLE_NUMBERS, targets=[0] * len(samples), augment="flip", seed=seed
+        )
         dataset.epoch = epoch
         return dataset
 
