@@ -36,7 +36,7 @@ class MultiLabel:
     metric = "mean_average_precision"
     metric_name = "mean average precision"
     min_labels = 1
-    unsupported_options = ("balance", "mix", "label_smoothing")
+    unsupported_options: tuple[str, ...] = ("balance", "mix", "label_smoothing")
     words = Words(
         label="label",
         labels="labels",

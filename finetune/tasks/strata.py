@@ -41,7 +41,7 @@ def split_off_val_of_classes(
     Images with a part in `placed` `[N]` (0 to train, 1 to validate, -1 for none) keep it.
     """
     generator = np.random.default_rng(seed)
-    is_val = placed == 1
+    is_val = np.asarray(placed == 1)
     for label in range(num_classes):
         members = labels == label
         new = np.flatnonzero(members & (placed < 0))

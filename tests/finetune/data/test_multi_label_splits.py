@@ -149,7 +149,7 @@ def test_a_label_whose_images_are_all_copies_keeps_them_on_both_sides() -> None:
         (
             "path,labels",
             [("a.png", "x|y"), ("b.png", "y"), ("c.png", "y"), ("d.png", "")],
-            "class 'x' has no image to ",
+            "class 'x' has one image; it needs two or more",
         ),
         (
             "path,labels,split",
