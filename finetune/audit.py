@@ -60,7 +60,7 @@ def audit(options: AuditOptions) -> Audit:
             val_fraction=options.val_fraction,
             seed=options.seed,
             runs_dir=None if options.new_split else options.output,
-            cache_dir=options.cache_dir if options.cache else None,
+            cache_dir=options.enabled_cache_dir,
             num_workers=options.workers,
             check=False,
         )
@@ -73,8 +73,15 @@ def audit(options: AuditOptions) -> Audit:
             weights=options.weights,
             pretrained=options.pretrained,
         )
-        engine = open_engine(backbone, options)
-        splits, features = extract_splits(loaded, backbone, engine, options, check=False)
+        engine = open_engine(backbone, options.device, options.precision)
+        splits, features = extract_splits(
+            loaded,
+            backbone,
+            engine,
+            num_workers=options.workers,
+            cache=options.feature_cache,
+            unreadable="ignored",
+        )
         engine.close()
     labels = splits.labels(splits.train)
     if np.count_nonzero(splits.count_labels(splits.train)) < splits.task.min_labels:

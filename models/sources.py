@@ -67,7 +67,7 @@ FixedSplits = list[SplitName] | None
 
 
 def identify_source(data: str, data_root: Path) -> str:
-    """`--data` by its whole path or, if that does not exist, with the folder that keeps its files."""
+    """The absolute path of `--data`, or what it names with the folder that keeps its files."""
     path = Path(data).expanduser()
     return str(path.resolve()) if path.exists() else f"{data} {data_root.resolve()}"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from finetune.auditing.findings import Audit
@@ -16,16 +15,12 @@ def write_audit(found: Audit, folder: Path, stem: str, data: str) -> tuple[Path,
     table, page = folder / f"{stem}.csv", folder / f"{stem}.html"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(table, _write_text(found.to_csv()))
-        write_whole(page, _write_text(write_page(found, data)))
+        for path, text in ((table, found.to_csv()), (page, write_page(found, data))):
+            # A path may hold bytes that are not text.
+            write_whole(path, text.encode("utf-8", "surrogateescape"))
     except OSError as error:
         raise GraftError(
             f"--output {folder}: {describe_error(error)}; make room, or name a folder that you can "
             "write to"
         ) from error
     return table, page
-
-
-def _write_text(text: str) -> Callable[[Path], object]:
-    # A path may hold bytes that are not text.
-    return lambda path: path.write_text(text, encoding="utf-8", errors="surrogateescape")
