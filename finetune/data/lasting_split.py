@@ -77,7 +77,7 @@ def find_kept_split(data: str, data_root: Path, runs_dir: Path) -> KeptSplit | N
             split_of = {}
         if split_of:
             return KeptSplit(path, split_of)
-        logger.warning("%s is damaged: the split of an older run is looked for", path)
+        logger.warning("%s is damaged; trying the split of an older run", path)
     return None
 
 

@@ -155,7 +155,7 @@ def test_a_damaged_split_gives_way_to_an_older_one(
     with caplog.at_level("WARNING", "graft"):
         splits, _ = load_lasting(options_of(root, tmp_path / "runs", seed=2))
     assert sides(splits) == sides(first)
-    assert caplog.messages == [f"{newer} is damaged: an older run's split is looked for"]
+    assert caplog.messages == [f"{newer} is damaged; trying the split of an older run"]
 
 
 def test_a_source_with_splits_of_its_own_keeps_them(tmp_path: Path) -> None:

@@ -208,7 +208,8 @@ def test_what_shaped_the_published_model_is_told_and_nothing_else(result: Result
     tied = replace(make_result(is_trained=True), options=options)
     assert tied.trained_with == "--balance weights"
     assert tied.verdict is not None
-    won = replace(tied, verdict=replace(tied.verdict, interval=Interval(0.1, 0.2)))
+    scores = replace(tied.verdict.scores, interval=Interval(0.1, 0.2))
+    won = replace(tied, verdict=replace(tied.verdict, scores=scores))
     assert won.trained_with == "--balance weights --label-smoothing 0.1 --ema 0.99"
     assert won.trained_with in write_card(won, 7)
     assert won.trained_with in read(won)[1]
