@@ -20,7 +20,8 @@ from finetune.evaluation.class_metrics import ClassMetrics, evaluate_classes
 from finetune.monitor import Monitor
 from finetune.probe.solve import Probe
 from finetune.training.train import train
-from models.backbone.build import Backbone, CustomNetwork
+from models.backbone.build import Backbone
+from models.backbone.custom import CustomNetwork
 from models.backbone.freezing import FrozenDriftError
 from models.errors import GraftError
 from models.preprocess import Preprocess
