@@ -286,6 +286,14 @@ class Options(BackboneOptions):
     repository: Annotated[
         Path, Field(description="where the checkpoint is published, as <name>/<version>")
     ] = Path("checkpoints")
+    publish: Annotated[
+        Literal["auto", "probe", "tuned"],
+        Field(
+            description="which candidate is published where layers were trained. auto: the tuned one where it is "
+            "better beyond chance on the validation images, else the probe. The other is kept in the run's folder; "
+            "finetune/publish.py publishes it later"
+        ),
+    ] = "auto"
     save_minutes: Annotated[
         float,
         Field(
@@ -346,6 +354,15 @@ class Options(BackboneOptions):
         if self.precision == "int8" and self.freeze != "backbone":
             raise ValueError(
                 "--precision int8: only with --freeze backbone, where the head is solved on the quantised features"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _tuned_candidate_needs_trained_layers(self) -> Self:
+        if self.publish == "tuned" and self.freeze == "backbone" and self.resume is None:
+            raise ValueError(
+                "--publish tuned: --freeze backbone trains no layers, so the probe is the only candidate; "
+                "say --freeze until:NAME or none"
             )
         return self
 
