@@ -14,8 +14,7 @@ import logging
 import shutil
 import sys
 import tempfile
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -25,35 +24,21 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
     sys.path.append(str(Path.cwd()))
 
-import numpy as np
-import numpy.typing as npt
 
 from finetune.auditing.findings import Audit
 from finetune.auditing.inspection import inspect, write_audit
+from finetune.candidates import choose, compare, fine_tune, fit_probe
 from finetune.config import Options, parse_options
-from finetune.data.balance import class_weights, say_if_uneven
+from finetune.data.balance import say_if_uneven
 from finetune.data.duplicates import Duplicates
 from finetune.data.lasting_split import load_lasting_splits
 from finetune.data.splits import Splits
-from finetune.evaluation.calibration import (
-    Calibrated,
-    Calibration,
-    calibrate_probe,
-    calibrate_trained,
-)
-from finetune.evaluation.learning_curve import measure_learning_curve
-from finetune.evaluation.metrics import Metrics, evaluate
-from finetune.evaluation.thresholds import (
-    LabelCalibrated,
-    LabelCalibration,
-    calibrate_probe_of_labels,
-    calibrate_trained_of_labels,
-)
-from finetune.evaluation.verdict import compare_with_probe
+from finetune.evaluation.candidate import Candidate
+from finetune.evaluation.learning_curve import LearningCurve, measure_learning_curve
+from finetune.evaluation.metrics import Metrics
 from finetune.monitor import Monitor
-from finetune.probe.features import extract_splits, open_engine, prepare, prepare_meanwhile
+from finetune.probe.features import prepare, prepare_meanwhile
 from finetune.probe.precision import extract_in_best_precision
-from finetune.probe.solve import Head, Probe, soften, solve_on_best_views
 from finetune.report.mistakes import explain_mistakes, worst_mistakes
 from finetune.report.next_steps import commands_to_try, say_what_next, write_example
 from finetune.report.page import write_report
@@ -62,7 +47,6 @@ from finetune.report.projector import write_projector
 from finetune.report.publishing import choose_golden, publish_result
 from finetune.report.result import Result
 from finetune.resume import (
-    STATE_DIR,
     Choices,
     find_published,
     is_resumable,
@@ -76,14 +60,11 @@ from finetune.resume import (
     trim_events,
 )
 from finetune.terminal import run_program
+from finetune.timer import Timer
 from finetune.training.broken_batch import FOLDER as BROKEN_BATCH_DIR
-from models.engine.engine import Features
-from models.errors import GraftError, join_first
+from models.errors import GraftError
 from models.files import write_whole
 from models.named import import_named
-from models.prepared import PreparedBackbone
-from models.scores import Floats, Labels
-from models.sources import SplitName
 
 logger = logging.getLogger("graft.run")
 
@@ -97,7 +78,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: Options) -> Path:
     """Do one run and return the folder of the published checkpoint. Raises GraftError for everything the user can mend."""
-    started = time.perf_counter()
+    with Timer() as total:
+        return _run(options, total)
+
+
+def _run(options: Options, total: Timer) -> Path:
     if options.resume is not None:
         options = read_options(options)
     if ":" in options.head_init:
@@ -112,7 +97,7 @@ def run(options: Options) -> Path:
     run_dir = run_dir or _make_run_dir(options)
     try:
         with lock(run_dir):
-            return _run_in(run_dir, options, splits, duplicates, started)
+            return _run_in(run_dir, options, splits, duplicates, total)
     except GraftError as error:
         if is_resumable(run_dir) or find_published(options, run_dir) is not None:
             error.add_note(
@@ -130,7 +115,7 @@ def run(options: Options) -> Path:
 
 
 def _run_in(
-    run_dir: Path, options: Options, splits: Splits, duplicates: Duplicates, started: float
+    run_dir: Path, options: Options, splits: Splits, duplicates: Duplicates, total: Timer
 ) -> Path:
     trim_events(run_dir)
     earlier_seconds = seconds_trained(run_dir)
@@ -145,7 +130,7 @@ def _run_in(
         if mistakes and options.explains:
             mistakes = explain_mistakes(result, mistakes)
         _show_in_tensorboard(monitor, result, mistakes)
-    result.seconds["total"] = earlier_seconds + time.perf_counter() - started
+    result = replace(result, seconds={**result.seconds, "total": earlier_seconds + total.seconds})
     result.splits.write_csv(run_dir / "splits.csv")
     commands = commands_to_try(options, write_example(run_dir, result.splits))
     _write(
@@ -168,11 +153,12 @@ def _fit(
     scratch: Path,
     earlier_seconds: float,
 ) -> Result:
-    """Features → probe → audit → gradient epochs where something is unfrozen → metrics.
+    """Features → probe → audit → gradient epochs where something is unfrozen → the candidate to publish.
 
-    `scratch` holds backbones that are not kept; `earlier_seconds` of training were another process's, of which this one is the resumption.
+    `scratch` holds backbones that are not kept; `earlier_seconds` of training were another process's, of which this one
+    is the resumption.
     """
-    backbone = prepare(
+    prepared = prepare(
         options.backbone,
         loaded.train,
         options,
@@ -180,164 +166,64 @@ def _fit(
         weights=options.weights,
         pretrained=options.pretrained,
     )
-    backbone.check_freeze(options.freeze)
-    at = [time.perf_counter()]
-    chosen, splits, features, extract_seconds = extract_in_best_precision(
-        backbone, loaded, options, scratch
-    )
-    backbone, engine = chosen.backbone, chosen.engine
-    engine.close()
-    why_precision = keep_choices(
-        run_dir,
-        Choices(options, loaded, splits, engine.info.precision, chosen.reason, duplicates.digests),
-    )
-    options = options.model_copy(update={"precision": engine.info.precision})
-    at.append(time.perf_counter())
-    labels = {split: splits.labels(samples) for split, samples in splits.named()}
-    num_classes = len(splits.label_names)
-    # Balanced drawing comes to the same, and full batches need no luck.
-    weights = None if options.balance == "none" else class_weights(labels["train"], num_classes)
-    probe = solve_on_best_views(
-        features["train"], labels["train"], num_classes, seed=options.seed, class_weights=weights
-    )
-    at.append(time.perf_counter())
-    head, best_epoch, verdict = Head(probe.weight, probe.bias), None, None
-    logits = _compute_logits(head, features)
-    probe_metrics = evaluate(logits["val"], labels["val"])
-    metric = next(iter(probe_metrics.NAMES.values()))
-    logger.info(
-        "probe: val %s %.4f, in %.1f s (L2 %.0e)",
-        metric,
-        probe_metrics.score,
-        at[2] - at[1],
-        probe.l2,
-    )
-    audit = inspect(loaded, splits, features, probe, duplicates, backbone.preprocess)
-    _say_audit(audit, write_audit(audit, run_dir, "audit", options.data), options)
-    at.append(time.perf_counter())
-    learnt_from = features["train"][: probe.num_views * len(labels["train"])]
-    learning_curve = measure_learning_curve(
-        learnt_from, labels["train"], probe, features["val"], labels["val"], seed=options.seed
-    )
-    at.append(time.perf_counter())
+    prepared.check_freeze(options.freeze)
+    with Timer() as extraction:
+        precise, splits, features, extract_seconds = extract_in_best_precision(
+            prepared, loaded, options, scratch
+        )
+        precise.engine.close()
+        engine = precise.engine.info
+        why_precision = keep_choices(
+            run_dir,
+            Choices(options, loaded, splits, engine.precision, precise.reason, duplicates.digests),
+        )
+    options = options.model_copy(update={"precision": engine.precision})
+    probe = fit_probe(options, splits, precise.backbone, engine, features)
+    assert probe.solved is not None
+    with Timer() as auditing:
+        audit = inspect(
+            loaded, splits, features, probe.solved, duplicates, precise.backbone.preprocess
+        )
+        _log_audit(audit, write_audit(audit, run_dir, "audit", options.data), options)
+    with Timer() as curve:
+        learning_curve = _measure_learning_curve(splits, probe, options.seed)
+    candidates: tuple[Candidate, ...] = (probe,)
+    verdict = None
     if options.freeze != "backbone":
-        plain = features["train"][: len(labels["train"])]
-        start = (
-            soften(probe, plain, labels["train"], num_classes)
-            if options.head_init == "soft"
-            else probe
+        tuned = fine_tune(
+            options, splits, probe, duplicates.digests, monitor, scratch, earlier_seconds
         )
-        trained, trained_head, best_epoch = _train(options, splits, start, monitor, scratch)
-        trained_engine = open_engine(trained, options)
-        still, trained_features = extract_splits(
-            splits,
-            trained,
-            trained_engine,
-            options,
-            only=("val", "test"),
-            keep=False,
-            check=False,
-            digests=duplicates.digests,
-        )
-        trained_engine.close()
-        _check_none_gone(splits, still)
-        trained_logits = _compute_logits(trained_head, trained_features)
-        seconds = {
-            "probe_seconds": at[2] - at[1],
-            "train_seconds": earlier_seconds + time.perf_counter() - at[4],
-        }
-        weights = None if options.balance == "none" else class_weights(labels["val"], num_classes)
-        verdict = compare_with_probe(
-            logits["val"],
-            trained_logits["val"],
-            labels["val"],
-            class_weights=weights,
-            has_learnt=best_epoch > 0,
-            **seconds,
-        )
-        if verdict.publishes == "fine-tuned":
-            backbone, engine, head, logits, features = (
-                trained,
-                trained_engine,
-                trained_head,
-                trained_logits,
-                trained_features,
-            )
-    at.append(time.perf_counter())
-    calibration, calibrated = _calibrate(
-        probe if backbone is chosen.backbone else None, logits, labels, options
-    )
+        candidates, verdict = (probe, tuned), compare(options, splits, probe, tuned)
     return Result(
         options=options,
         splits=splits,
-        backbone=backbone,
-        engine=engine.info,
-        why_precision=why_precision,
-        head=head,
-        metrics={
-            split: evaluate(logits[split], labels[split], _answers(calibrated[split]))
-            for split in logits
-        },
-        calibration=calibration,
-        calibrated=calibrated,
-        probe_metrics=probe_metrics,
-        l2=probe.l2,
-        learning_curve=learning_curve,
-        val_logits=logits["val"],
-        val_features=features["val"],
-        audit=audit,
-        best_epoch=best_epoch,
+        candidates=candidates,
+        chosen=choose(candidates, verdict),
         verdict=verdict,
+        why_precision=why_precision,
+        learning_curve=learning_curve,
+        audit=audit,
         seconds={
-            "engine": at[1] - at[0] - extract_seconds,
+            "engine": extraction.seconds - extract_seconds,
             "features": extract_seconds,
-            "probe": at[2] - at[1],
-            "audit": at[3] - at[2],
-            "learning_curve": at[4] - at[3],
-            "train": earlier_seconds + at[5] - at[4],
+            "probe": probe.seconds,
+            "audit": auditing.seconds,
+            "learning_curve": curve.seconds,
+            "train": sum(candidate.seconds for candidate in candidates[1:]),
         },
     )
 
 
-def _check_none_gone(splits: Splits, still: Splits) -> None:
-    """Raise GraftError where images that the probe was measured on are no longer there to measure what was trained."""
-    left = {sample.key for _, samples in still.named() for sample in samples}
-    if gone := [
-        sample.key for _, samples in splits.named() for sample in samples if sample.key not in left
-    ]:
-        raise GraftError(
-            f"{join_first(gone)}: gone or changed since the run began; put back what was there"
-        )
+def _measure_learning_curve(splits: Splits, probe: Candidate, seed: int) -> LearningCurve:
+    assert probe.solved is not None
+    train_labels, val_labels = splits.labels(splits.train), splits.labels(splits.val)
+    learnt_from = probe.features["train"][: probe.solved.num_views * len(train_labels)]
+    return measure_learning_curve(
+        learnt_from, train_labels, probe.solved, probe.features["val"], val_labels, seed=seed
+    )
 
 
-def _calibrate(
-    probe: Probe | None,
-    logits: Mapping[SplitName, Floats],
-    labels: Mapping[SplitName, Labels],
-    options: Options,
-) -> tuple[Calibration | LabelCalibration, Mapping[SplitName, Calibrated | LabelCalibrated]]:
-    """Of the probe where it is published; None where it is not."""
-    if labels["train"].ndim == 2:
-        if probe is not None:
-            return calibrate_probe_of_labels(probe, labels["train"], logits, labels)
-        return calibrate_trained_of_labels(logits, labels, options.seed)
-    if probe is not None:
-        return calibrate_probe(probe, labels["train"], logits, labels, options.coverage)
-    return calibrate_trained(logits, labels, options.coverage, options.seed)
-
-
-def _answers(calibrated: Calibrated | LabelCalibrated) -> npt.NDArray[np.bool_] | None:
-    return calibrated.answers if isinstance(calibrated, LabelCalibrated) else None
-
-
-def _compute_logits(head: Head, features: Mapping[SplitName, Features]) -> dict[SplitName, Floats]:
-    """Of every split that was not trained on, `[N,C]`."""
-    return {
-        split: features[split] @ head.weight.T + head.bias for split in features if split != "train"
-    }
-
-
-def _say_audit(audit: Audit, paths: tuple[Path, Path], options: Options) -> None:
+def _log_audit(audit: Audit, paths: tuple[Path, Path], options: Options) -> None:
     if options.strict:
         audit.refuse_leaks()
     for line in audit.to_lines():
@@ -402,34 +288,6 @@ def _write(path: Path, text: str) -> None:
         )
     except OSError as error:
         raise GraftError(f"{path}: it cannot be written: {error.strerror}") from error
-
-
-def _train(
-    options: Options, splits: Splits, start: Probe, monitor: Monitor, scratch: Path
-) -> tuple[PreparedBackbone, Head, int]:
-    """Gradient epochs; the trained backbone is prepared for the engine in `scratch`."""
-    # Imported here: a probe needs neither torch nor timm, which take longer to import than a probe to solve.
-    from finetune.training.train import train
-    from models.backbone.build import build_backbone
-    from models.prepared import write_prepared
-
-    backbone = build_backbone(
-        options.backbone,
-        num_classes=len(splits.label_names),
-        weights=options.weights,
-        pretrained=options.pretrained,
-        image_size=options.image_size,
-        seed=options.seed,
-    )
-    best_epoch = train(
-        backbone, splits, start, options, monitor, scratch, state_dir=monitor.run_dir / STATE_DIR
-    )
-    logger.info("converting what was trained for the engine …")
-    backbone.model.cpu()
-    weight, bias = (
-        tensor.detach().numpy().copy() for tensor in (backbone.head.weight, backbone.head.bias)
-    )
-    return write_prepared(backbone, scratch / "trained"), Head(weight, bias), best_epoch
 
 
 def _show_in_tensorboard(monitor: Monitor, result: Result, mistakes: Sequence[Mistake]) -> None:

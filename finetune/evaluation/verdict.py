@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -23,7 +23,7 @@ class Verdict:
 
     The epoch was chosen on the same images, which flatters the fine-tuned model a little; the probe wins a tie, also because models of
     one frozen backbone are served together for the price of one. What was not `has_learnt`, for no epoch was better than the head that
-    they began from, is that head on the backbone as it came.
+    they began from, is that head on the backbone as it came. `asked` is `--publish`, which may overrule the comparison.
     """
 
     probe_accuracy: float
@@ -33,10 +33,13 @@ class Verdict:
     train_seconds: float
     metric: str = "accuracy"
     has_learnt: bool = True
+    asked: Literal["auto", "probe", "tuned"] = "auto"
 
     @property
-    def publishes(self) -> str:
-        return "fine-tuned" if self.interval.low > 0 else "probe"
+    def publishes(self) -> Literal["fine-tuned", "probe"]:
+        if self.asked == "auto":
+            return "fine-tuned" if self.interval.low > 0 else "probe"
+        return "probe" if self.asked == "probe" else "fine-tuned"
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -54,20 +57,21 @@ class Verdict:
         difference = 100 * (self.tuned_accuracy - self.probe_accuracy)
         low, high = 100 * self.interval.low, 100 * self.interval.high
         if low > 0:
-            outcome = "fine-tuned is better and is published"
+            comparison, outcome = "fine-tuned is better", " and is published"
         elif high < 0:
-            outcome = "the probe is better and is published"
+            comparison, outcome = "the probe is better", " and is published"
         elif not self.has_learnt:
-            outcome = (
-                "no epoch was better than the head that they began from, so the probe is published"
-            )
+            comparison = "no epoch was better than the head that they began from"
+            outcome = ", so the probe is published"
         else:
-            outcome = "a tie, so the probe is published"
+            comparison, outcome = "a tie", ", so the probe is published"
+        if self.asked != "auto":
+            outcome = f"; --publish {self.asked}: {self.publishes} is published"
         of_what = "" if self.metric == "accuracy" else f" of {self.metric.replace('_', ' ')}"
         return (
             f"fine-tuned {self.tuned_accuracy:.4f} in {self.train_seconds:.0f} s, probe {self.probe_accuracy:.4f} in "
             f"{self.probe_seconds:.1f} s: {difference:+.1f} points{of_what} "
-            f"(95%: {low:+.1f} to {high:+.1f}): {outcome}"
+            f"(95%: {low:+.1f} to {high:+.1f}): {comparison}{outcome}"
         )
 
 

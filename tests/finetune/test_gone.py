@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import finetune.candidates
 import finetune.run
 import finetune.training.train
 from finetune.resume import STATE_DIR, TRAINING_FILE
@@ -138,7 +139,7 @@ def test_an_image_that_cannot_be_read_again_is_named(
 ) -> None:
     before(
         monkeypatch,
-        finetune.training.train if name == "_train_epoch" else finetune.run,
+        finetune.training.train if name == "_train_epoch" else finetune.candidates,
         name,
         lambda: spoil(tmp_path),
     )

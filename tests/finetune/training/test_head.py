@@ -204,7 +204,7 @@ def test_a_whole_run_says_what_it_began_with(
         softened.append(soften(probe, *on))
         return softened[-1]
 
-    monkeypatch.setattr("finetune.run.soften", note)
+    monkeypatch.setattr("finetune.candidates.soften", note)
     data = write_images(tmp_path / "noise", 8)
     folders = {
         "output": tmp_path / "runs",

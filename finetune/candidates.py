@@ -1,0 +1,255 @@
+"""The steps of a run that make the models it may publish, and the one that chooses between them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from finetune.config import Options
+from finetune.data.balance import class_weights
+from finetune.data.splits import Splits
+from finetune.evaluation.calibration import (
+    Calibrated,
+    Calibration,
+    calibrate_probe,
+    calibrate_trained,
+)
+from finetune.evaluation.candidate import Candidate
+from finetune.evaluation.metrics import AnyMetrics, evaluate
+from finetune.evaluation.thresholds import (
+    LabelCalibrated,
+    LabelCalibration,
+    calibrate_probe_of_labels,
+    calibrate_trained_of_labels,
+)
+from finetune.evaluation.verdict import Verdict, compare_with_probe
+from finetune.monitor import Monitor
+from finetune.probe.features import extract_splits, open_engine
+from finetune.probe.solve import Head, Probe, soften, solve_on_best_views
+from finetune.resume import STATE_DIR
+from finetune.timer import Timer
+from models.engine.engine import EngineInfo, Features
+from models.errors import GraftError, join_first
+from models.prepared import PreparedBackbone
+from models.scores import Floats, Labels
+from models.sources import SplitName
+
+logger = logging.getLogger("graft.run")
+
+
+def fit_probe(
+    options: Options,
+    splits: Splits,
+    backbone: PreparedBackbone,
+    engine: EngineInfo,
+    features: Mapping[SplitName, Features],
+) -> Candidate:
+    """The head solved on `features` of the backbone as it came.
+
+    Of "train" they are `[V·N,F]`: all images in their first, plain view, then in their second, and so on.
+    """
+    labels = _labels_by_split(splits)
+    with Timer() as timer:
+        solved = solve_on_best_views(
+            features["train"],
+            labels["train"],
+            len(splits.label_names),
+            seed=options.seed,
+            # With balanced drawing, too: its expected loss is the weighted one, and a solve on all images needs no luck.
+            class_weights=_class_weights(labels["train"], splits, options),
+        )
+    head = Head(solved.weight, solved.bias)
+    logits = _compute_logits(head, features)
+    calibration, calibrated = _calibrate(solved, logits, labels, options)
+    probe = Candidate(
+        name="probe",
+        backbone=backbone,
+        engine=engine,
+        freeze="backbone",
+        head=head,
+        logits=logits,
+        features=features,
+        metrics=_evaluate(logits, labels, calibrated),
+        calibration=calibration,
+        calibrated=calibrated,
+        seconds=timer.seconds,
+        solved=solved,
+    )
+    val = probe.metrics["val"]
+    metric = next(iter(val.NAMES.values()))
+    logger.info(
+        "probe: val %s %.4f, in %.1f s (L2 %.0e)", metric, val.score, probe.seconds, solved.l2
+    )
+    return probe
+
+
+def fine_tune(
+    options: Options,
+    splits: Splits,
+    probe: Candidate,
+    digests: Mapping[str, bytes],
+    monitor: Monitor,
+    scratch: Path,
+    earlier_seconds: float,
+) -> Candidate:
+    """The network after gradient epochs that start from the probe, measured where the probe was.
+
+    `digests` of the images' bytes are by their keys. `scratch` takes the trained backbone, converted for the engine.
+    `earlier_seconds` of training were another process's, of which this one is the resumption. Raises GraftError where an
+    image is no longer what it was, and as `train` does.
+    """
+    labels = _labels_by_split(splits)
+    with Timer(earlier_seconds) as timer:
+        start = _first_head(probe, labels["train"], options)
+        backbone, head, best_epoch = _train(options, splits, start, monitor, scratch)
+        engine = open_engine(backbone, options)
+        still, features = extract_splits(
+            splits,
+            backbone,
+            engine,
+            options,
+            only=("val", "test"),
+            keep=False,
+            check=False,
+            digests=digests,
+        )
+        engine.close()
+        _check_none_gone(splits, still)
+        logits = _compute_logits(head, features)
+    calibration, calibrated = _calibrate(None, logits, labels, options)
+    return Candidate(
+        name="tuned",
+        backbone=backbone,
+        engine=engine.info,
+        freeze=options.freeze,
+        head=head,
+        logits=logits,
+        features=features,
+        metrics=_evaluate(logits, labels, calibrated),
+        calibration=calibration,
+        calibrated=calibrated,
+        seconds=timer.seconds,
+        best_epoch=best_epoch,
+    )
+
+
+def compare(options: Options, splits: Splits, probe: Candidate, tuned: Candidate) -> Verdict:
+    """Whether the tuned candidate is better than the probe by more than chance, on the validation images."""
+    labels = splits.labels(splits.val)
+    verdict = compare_with_probe(
+        probe.logits["val"],
+        tuned.logits["val"],
+        labels,
+        class_weights=_class_weights(labels, splits, options),
+        probe_seconds=probe.seconds,
+        train_seconds=tuned.seconds,
+        has_learnt=tuned.best_epoch != 0,
+    )
+    return replace(verdict, asked=options.publish)
+
+
+def choose(candidates: tuple[Candidate, ...], verdict: Verdict | None) -> Candidate:
+    """The candidate to publish: the verdict's, or the only one."""
+    name = "tuned" if verdict is not None and verdict.publishes == "fine-tuned" else "probe"
+    return next(candidate for candidate in candidates if candidate.name == name)
+
+
+def _first_head(probe: Candidate, train_labels: Labels, options: Options) -> Probe:
+    """What training begins from, unless `--head-init` says otherwise."""
+    assert probe.solved is not None
+    if options.head_init != "soft":
+        return probe.solved
+    plain = probe.features["train"][: len(train_labels)]
+    return soften(probe.solved, plain, train_labels, len(probe.head.bias))
+
+
+def _train(
+    options: Options, splits: Splits, start: Probe, monitor: Monitor, scratch: Path
+) -> tuple[PreparedBackbone, Head, int]:
+    """Gradient epochs; the trained backbone is prepared for the engine in `scratch`."""
+    # Imported here: a probe needs neither torch nor timm, which take longer to import than a probe to solve.
+    from finetune.training.train import train
+    from models.backbone.build import build_backbone
+    from models.prepared import write_prepared
+
+    backbone = build_backbone(
+        options.backbone,
+        num_classes=len(splits.label_names),
+        weights=options.weights,
+        pretrained=options.pretrained,
+        image_size=options.image_size,
+        seed=options.seed,
+    )
+    best_epoch = train(
+        backbone, splits, start, options, monitor, scratch, state_dir=monitor.run_dir / STATE_DIR
+    )
+    logger.info("converting what was trained for the engine …")
+    backbone.model.cpu()
+    weight, bias = (
+        tensor.detach().numpy().copy() for tensor in (backbone.head.weight, backbone.head.bias)
+    )
+    return write_prepared(backbone, scratch / "trained"), Head(weight, bias), best_epoch
+
+
+def _check_none_gone(splits: Splits, still: Splits) -> None:
+    """Raise GraftError where images that the probe was measured on are no longer there."""
+    left = {sample.key for _, samples in still.named() for sample in samples}
+    if gone := [
+        sample.key for _, samples in splits.named() for sample in samples if sample.key not in left
+    ]:
+        raise GraftError(
+            f"{join_first(gone)}: gone or changed since the run began; put back what was there"
+        )
+
+
+def _calibrate(
+    solved: Probe | None,
+    logits: Mapping[SplitName, Floats],
+    labels: Mapping[SplitName, Labels],
+    options: Options,
+) -> tuple[Calibration | LabelCalibration, Mapping[SplitName, Calibrated | LabelCalibrated]]:
+    """Of a solved probe, or of a tuned candidate where that is None."""
+    if labels["train"].ndim == 2:
+        if solved is not None:
+            return calibrate_probe_of_labels(solved, labels["train"], logits, labels)
+        return calibrate_trained_of_labels(logits, labels, options.seed)
+    if solved is not None:
+        return calibrate_probe(solved, labels["train"], logits, labels, options.coverage)
+    return calibrate_trained(logits, labels, options.coverage, options.seed)
+
+
+def _evaluate(
+    logits: Mapping[SplitName, Floats],
+    labels: Mapping[SplitName, Labels],
+    calibrated: Mapping[SplitName, Calibrated | LabelCalibrated],
+) -> dict[SplitName, AnyMetrics]:
+    return {
+        split: evaluate(logits[split], labels[split], _answers(calibrated[split]))
+        for split in logits
+    }
+
+
+def _answers(calibrated: Calibrated | LabelCalibrated) -> npt.NDArray[np.bool_] | None:
+    return calibrated.answers if isinstance(calibrated, LabelCalibrated) else None
+
+
+def _labels_by_split(splits: Splits) -> dict[SplitName, Labels]:
+    return {split: splits.labels(samples) for split, samples in splits.named()}
+
+
+def _class_weights(labels: Labels, splits: Splits, options: Options) -> Floats | None:
+    if options.balance == "none":
+        return None
+    return class_weights(labels, len(splits.label_names))
+
+
+def _compute_logits(head: Head, features: Mapping[SplitName, Features]) -> dict[SplitName, Floats]:
+    """`[N,C]` of every split that was not learnt from."""
+    return {
+        split: features[split] @ head.weight.T + head.bias for split in features if split != "train"
+    }
