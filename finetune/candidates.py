@@ -51,7 +51,8 @@ def fit_probe(
 ) -> Candidate:
     """The head solved on `features` of the backbone as it came.
 
-    Of "train" they are `[V·N,F]`: all images in their first, plain view, then in their second, and so on.
+    Of "train" they are `[V·N,F]`: all images in their first, plain view, then in their second, and
+    so on.
     """
     labels = _labels_by_split(splits)
     with Timer() as timer:
@@ -60,7 +61,8 @@ def fit_probe(
             labels["train"],
             len(splits.label_names),
             seed=options.seed,
-            # With balanced drawing, too: its expected loss is the weighted one, and a solve on all images needs no luck.
+            # With balanced drawing, too: its expected loss is the weighted one, and a solve on all
+            # images needs no luck.
             class_weights=_class_weights(labels["train"], splits, options),
         )
     head = Head(solved.weight, solved.bias)
@@ -99,9 +101,10 @@ def fine_tune(
 ) -> Candidate:
     """The network after gradient epochs that start from the probe, measured where the probe was.
 
-    `digests` of the images' bytes are by their keys. `scratch` takes the trained backbone, converted for the engine.
-    `earlier_seconds` of training were another process's, of which this one is the resumption. Raises GraftError where an
-    image is no longer what it was, and as `train` does.
+    `digests` of the images' bytes are by their keys. `scratch` takes the trained backbone,
+    converted for the engine. `earlier_seconds` of training were another process's, of which this
+    one is the resumption. Raises GraftError where an image is no longer what it was, and as `train`
+    does.
     """
     labels = _labels_by_split(splits)
     with Timer(earlier_seconds) as timer:
@@ -139,7 +142,9 @@ def fine_tune(
 
 
 def compare(options: Options, splits: Splits, probe: Candidate, tuned: Candidate) -> Verdict:
-    """Whether the tuned candidate is better than the probe by more than chance, on the validation images."""
+    """Whether the tuned candidate is better than the probe by more than chance, on the validation
+    images.
+    """
     labels = splits.labels(splits.val)
     verdict = compare_with_probe(
         probe.logits["val"],
@@ -172,7 +177,8 @@ def _train(
     options: Options, splits: Splits, start: Probe, monitor: Monitor, scratch: Path
 ) -> tuple[PreparedBackbone, Head, int]:
     """Gradient epochs; the trained backbone is prepared for the engine in `scratch`."""
-    # Imported here: a probe needs neither torch nor timm, which take longer to import than a probe to solve.
+    # Imported here: a probe needs neither torch nor timm, which take longer to import than a probe
+    # to solve.
     from finetune.training.train import train
     from models.backbone.build import build_backbone
     from models.prepared import write_prepared

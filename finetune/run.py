@@ -1,9 +1,9 @@
 """One run, top to bottom: labelled images → probe → (gradient epochs) → evaluation → checkpoint.
 
-python finetune/run.py                                           the embedded digits, no network needed
-python finetune/run.py --data photos/ --backbone resnet18        your own
-python finetune/run.py --data photos/ --freeze until:layer3      train what comes after layer3, too
-python finetune/run.py --resume runs/photos-20261123-045110      go on with one that was stopped or killed
+python finetune/run.py                                           the embedded digits, no network
+needed python finetune/run.py --data photos/ --backbone resnet18        your own python
+finetune/run.py --data photos/ --freeze until:layer3      train what comes after layer3, too python
+finetune/run.py --resume runs/photos-20261123-045110      go on with one that was stopped or killed
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-# Run as a file, Python would look for modules in finetune/; the project's root and the user's own folder are what is meant.
+# Run as a file, Python would look for modules in finetune/; the project's root and the user's own
+# folder are what is meant.
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
     sys.path.append(str(Path.cwd()))
@@ -77,7 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(options: Options) -> Path:
-    """Do one run and return the folder of the published checkpoint. Raises GraftError for everything the user can mend."""
+    """Do one run and return the folder of the published checkpoint. Raises GraftError for
+    everything the user can mend.
+    """
     with Timer() as total:
         return _run(options, total)
 
@@ -153,7 +156,8 @@ def _fit(
     scratch: Path,
     earlier_seconds: float,
 ) -> Result:
-    """Features → probe → audit → gradient epochs where something is unfrozen → the candidate to publish.
+    """Features → probe → audit → gradient epochs where something is unfrozen → the candidate to
+    publish.
 
     `scratch` holds backbones that are not kept; `earlier_seconds` of training were another process's, of which this one
     is the resumption.

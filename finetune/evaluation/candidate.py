@@ -1,4 +1,6 @@
-"""A model that a run may publish: the probe on the backbone as it came, or the one whose layers were trained."""
+"""A model that a run may publish: the probe on the backbone as it came, or the one whose layers
+were trained.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ CandidateName = Literal["probe", "tuned"]
 
 @dataclass(frozen=True)
 class EpochMetrics:
-    """Losses and the task's first metric of one epoch; epoch 0 is the head that training began from, without `train_loss`."""
+    """Losses and the task's first metric of one epoch; epoch 0 is the head that training began
+    from, without `train_loss`.
+    """
 
     epoch: int
     train_loss: float | None
@@ -32,10 +36,10 @@ class EpochMetrics:
 class Candidate:
     """A model with all that was measured on it.
 
-    `logits` `[N,C]`, `metrics` and `calibrated` are of the splits that no candidate learnt from, "val" always among
-    them; `features` `[N,F]` of those at least. `freeze` is the policy that holds for its backbone. `solved` is what
-    cross-validation said of a probe; `best_epoch` and `epochs` are those of training, the best one 0 where none was
-    better than the head that it began from.
+    `logits` `[N,C]`, `metrics` and `calibrated` are of the splits that no candidate learnt from,
+    "val" always among them; `features` `[N,F]` of those at least. `freeze` is the policy that holds
+    for its backbone. `solved` is what cross-validation said of a probe; `best_epoch` and `epochs`
+    are those of training, the best one 0 where none was better than the head that it began from.
     """
 
     name: CandidateName

@@ -41,10 +41,12 @@ _EPOCH_OPTIONS = (
 
 @dataclass(frozen=True)
 class Result:
-    """All candidates of a run, the one that is `chosen` to be published, and what they have in common.
+    """All candidates of a run, the one that is `chosen` to be published, and what they have in
+    common.
 
-    `candidates` are the probe and, where layers were trained, the tuned one, which `verdict` compares. `replace(result,
-    chosen=other)` describes the other one. `why_precision` is the reason for the engine's precision.
+    `candidates` are the probe and, where layers were trained, the tuned one, which `verdict`
+    compares. `replace(result, chosen=other)` describes the other one. `why_precision` is the reason
+    for the engine's precision.
     """
 
     options: Options
@@ -150,7 +152,9 @@ class Result:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """As metrics.json holds it: the chosen candidate's metrics, and all candidates' where there are two."""
+        """As metrics.json holds it: the chosen candidate's metrics, and all candidates' where there
+        are two.
+        """
         names = self.splits.label_names
         return {
             **self.chosen.metrics_to_dict(names),
