@@ -36,17 +36,15 @@ from finetune.data.lasting_split import load_lasting_splits
 from finetune.data.splits import Splits
 from finetune.evaluation.candidate import Candidate
 from finetune.evaluation.learning_curve import LearningCurve, measure_learning_curve
-from finetune.evaluation.metrics import Metrics
 from finetune.monitor import Monitor
 from finetune.probe.features import prepare, prepare_meanwhile
 from finetune.probe.precision import extract_in_best_precision
 from finetune.report.mistakes import explain_mistakes, worst_mistakes
 from finetune.report.next_steps import commands_to_try, say_what_next, write_example
 from finetune.report.page import write_report
-from finetune.report.plots import Mistake, draw_confusion, draw_mistakes
-from finetune.report.projector import write_projector
 from finetune.report.publishing import choose_golden, publish_result
 from finetune.report.result import Result
+from finetune.report.tensorboard import show_in_tensorboard
 from finetune.resume import (
     Choices,
     find_published,
@@ -132,7 +130,7 @@ def _run_in(
         mistakes = worst_mistakes(result)
         if mistakes and options.explains:
             mistakes = explain_mistakes(result, mistakes)
-        _show_in_tensorboard(monitor, result, mistakes)
+        show_in_tensorboard(monitor, result, mistakes)
     result = replace(result, seconds={**result.seconds, "total": earlier_seconds + total.seconds})
     result.splits.write_csv(run_dir / "splits.csv")
     commands = commands_to_try(options, write_example(run_dir, result.splits))
@@ -292,32 +290,6 @@ def _write(path: Path, text: str) -> None:
         )
     except OSError as error:
         raise GraftError(f"{path}: it cannot be written: {error.strerror}") from error
-
-
-def _show_in_tensorboard(monitor: Monitor, result: Result, mistakes: Sequence[Mistake]) -> None:
-    label_names, curve = result.splits.label_names, result.learning_curve
-    for split, metrics in result.metrics.items():
-        monitor.metrics(split, metrics, label_names)
-        monitor.calibration(split, result.calibrated[split])
-    for num_images, accuracy in zip(curve.num_images, curve.accuracies, strict=True):
-        monitor.scalar(f"probe/{result.metric}_by_training_images", accuracy, num_images)
-    if result.verdict is not None:
-        monitor.text("verdict", str(result.verdict))
-    val = result.metrics["val"]
-    if isinstance(val, Metrics):
-        monitor.image("val/confusion", draw_confusion(val, label_names))
-    monitor.image("val/worst_mistakes", draw_mistakes(mistakes))
-    if explained := [
-        replace(mistake, crop=mistake.looked_at)
-        for mistake in mistakes
-        if mistake.looked_at is not None
-    ]:
-        monitor.image("val/worst_mistakes_looked_at", draw_mistakes(explained))
-    write_projector(monitor.run_dir, result, with_thumbnails=result.options.explains)
-    monitor.scalar(f"probe/{result.metric}", result.probe_metrics.score)
-    final = {f"val/{result.metric}": val.score, "val/macro_f1": val.macro_f1, "val/loss": val.loss}
-    monitor.options(result.options.model_dump(mode="json"), final)
-    monitor.close()
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from finetune.data.splits import load_splits
 from finetune.run import run
 from models.errors import GraftError
 from models.prepared import PreparedBackbone
-from tests.support.drawn import draw_shape, write_class_folders
+from tests.support.images import draw_shape, write_class_folders
 
 
 def audit_of(data: Path, output: Path, cache_dir: Path, **changes: Any) -> Audit:

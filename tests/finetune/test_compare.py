@@ -16,7 +16,7 @@ from finetune.config import CompareOptions
 from finetune.report.plots import Candidate, draw_comparison
 from models.errors import GraftError
 from models.prepared import PreparedBackbone
-from tests.support.drawn import SHAPES, write_class_folders
+from tests.support.images import SHAPES, write_class_folders
 
 NUM_PER_CLASS = 10
 NETWORK = """

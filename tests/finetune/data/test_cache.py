@@ -31,7 +31,7 @@ from models.errors import GraftError
 from models.prepared import PreparedBackbone
 from models.preprocess import Pixels, View
 from models.sources import EncodedImage
-from tests.support.drawn import draw_shape
+from tests.support.images import draw_shape
 
 PROJECT_DIR = Path(__file__).parents[3]
 INFO = EngineInfo("openvino 1", "a processor", "fp32", 4, 2, 100.0)
@@ -513,7 +513,7 @@ def _merge_and_die(folder: Path, moment: int) -> NoReturn:
         return wrapper
 
     try:
-        for name in ("open", "rename", "unlink"):
+        for name in ("open", "replace", "unlink"):
             setattr(Path, name, counted(getattr(Path, name)))
         cache_module._is_whole = counted(cache_module._is_whole)
         merge_segments(folder, RECORD_SIZE)
@@ -531,9 +531,9 @@ from finetune.data.cache import FeatureCache
 from finetune.data.splits import Sample
 from models.sources import EncodedImage
 from finetune.probe.features import extract_features
-from models.engine.engine import OpenVINOEngine
+from models.engine.openvino_engine import OpenVINOEngine
 from models.prepared import read_prepared
-from tests.support.drawn import draw_shape
+from tests.support.images import draw_shape
 
 folder, cache_dir, num_images, last_byte = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 logging.basicConfig(level=logging.WARNING)

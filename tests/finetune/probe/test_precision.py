@@ -24,7 +24,7 @@ from models.engine.processor import supports_vnni
 from models.prepared import PreparedBackbone, read_prepared
 from models.quantise import find_quantised
 from models.sources import SplitName
-from tests.support.drawn import draw_shape, write_class_folders
+from tests.support.images import draw_shape, write_class_folders
 
 FLOAT = "bf16" if supports_bf16() else "fp32"
 NUM_PER_CLASS = 140
