@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -31,13 +32,17 @@ from finetune.evaluation.verdict import Verdict, compare_with_probe
 from finetune.monitor import Monitor
 from finetune.probe.features import extract_splits, open_engine
 from finetune.probe.solve import Head, Probe, soften, solve_on_best_views
-from finetune.resume import STATE_DIR
+from finetune.resume import STATE_DIR, fix_options
 from finetune.timer import Timer
+from finetune.training.settings import TrainingSettings
 from models.engine.engine import EngineInfo, Features
 from models.errors import GraftError, join_first
 from models.prepared import PreparedBackbone
 from models.scores import Floats, Labels
 from models.sources import SplitName
+
+if TYPE_CHECKING:
+    from finetune.training.train import Trained
 
 logger = logging.getLogger("graft.run")
 
@@ -109,7 +114,7 @@ def fine_tune(
     labels = _labels_by_split(splits)
     with Timer(earlier_seconds) as timer:
         start = _first_head(probe, labels["train"], options)
-        backbone, head, best_epoch = _train(options, splits, start, monitor, scratch)
+        backbone, head, trained = _train(options, splits, start, monitor, scratch)
         engine = open_engine(backbone, options)
         still, features = extract_splits(
             splits,
@@ -137,7 +142,8 @@ def fine_tune(
         calibration=calibration,
         calibrated=calibrated,
         seconds=timer.seconds,
-        best_epoch=best_epoch,
+        best_epoch=trained.best_epoch,
+        epochs=trained.epochs,
     )
 
 
@@ -158,27 +164,26 @@ def compare(options: Options, splits: Splits, probe: Candidate, tuned: Candidate
     return replace(verdict, asked=options.publish)
 
 
-def choose(candidates: tuple[Candidate, ...], verdict: Verdict | None) -> Candidate:
+def choose(probe: Candidate, tuned: Candidate | None, verdict: Verdict | None) -> Candidate:
     """The candidate to publish: the verdict's, or the only one."""
-    name = "tuned" if verdict is not None and verdict.publishes == "fine-tuned" else "probe"
-    return next(candidate for candidate in candidates if candidate.name == name)
+    if tuned is None or verdict is None or verdict.publishes == "probe":
+        return probe
+    return tuned
 
 
 def _first_head(probe: Candidate, train_labels: Labels, options: Options) -> Probe:
     """What training begins from, unless `--head-init` says otherwise."""
-    assert probe.solved is not None
     if options.head_init != "soft":
-        return probe.solved
+        return probe.solution
     plain = probe.features["train"][: len(train_labels)]
-    return soften(probe.solved, plain, train_labels, len(probe.head.bias))
+    return soften(probe.solution, plain, train_labels, len(probe.head.bias))
 
 
 def _train(
     options: Options, splits: Splits, start: Probe, monitor: Monitor, scratch: Path
-) -> tuple[PreparedBackbone, Head, int]:
+) -> tuple[PreparedBackbone, Head, Trained]:
     """Gradient epochs; the trained backbone is prepared for the engine in `scratch`."""
-    # Imported here: a probe needs neither torch nor timm, which take longer to import than a probe
-    # to solve.
+    # Imported here: importing torch and timm takes longer than solving a probe, which needs neither.
     from finetune.training.train import train
     from models.backbone.build import build_backbone
     from models.prepared import write_prepared
@@ -191,15 +196,28 @@ def _train(
         image_size=options.image_size,
         seed=options.seed,
     )
-    best_epoch = train(
-        backbone, splits, start, options, monitor, scratch, state_dir=monitor.run_dir / STATE_DIR
+    trained = train(
+        backbone,
+        splits,
+        start,
+        training_settings(options),
+        monitor,
+        scratch,
+        state_dir=monitor.run_dir / STATE_DIR,
+        fixed=fix_options(options.model_dump(mode="json")),
     )
     logger.info("converting what was trained for the engine …")
     backbone.model.cpu()
     weight, bias = (
         tensor.detach().numpy().copy() for tensor in (backbone.head.weight, backbone.head.bias)
     )
-    return write_prepared(backbone, scratch / "trained"), Head(weight, bias), best_epoch
+    return write_prepared(backbone, scratch / "trained"), Head(weight, bias), trained
+
+
+def training_settings(options: Options) -> TrainingSettings:
+    """The options that gradient epochs use."""
+    names = (field.name for field in fields(TrainingSettings))
+    return TrainingSettings(**{name: getattr(options, name) for name in names})
 
 
 def _check_none_gone(splits: Splits, still: Splits) -> None:

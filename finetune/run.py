@@ -1,20 +1,23 @@
 """One run, top to bottom: labelled images → probe → (gradient epochs) → evaluation → checkpoint.
 
-python finetune/run.py                                           the embedded digits, no network
-needed python finetune/run.py --data photos/ --backbone resnet18        your own python
-finetune/run.py --data photos/ --freeze until:layer3      train what comes after layer3, too python
-finetune/run.py --resume runs/photos-20261123-045110      go on with one that was stopped or killed
+python finetune/run.py                                      the embedded digits, without a network
+python finetune/run.py --data photos/ --backbone resnet18   your own images
+python finetune/run.py --data photos/ --freeze until:layer3
+                                                            layers after layer3 train, too
+python finetune/run.py --resume runs/photos-20261123-045110
+                                                            go on with a stopped or killed run
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -42,15 +45,17 @@ from finetune.probe.precision import extract_in_best_precision
 from finetune.report.mistakes import explain_mistakes, worst_mistakes
 from finetune.report.next_steps import commands_to_try, say_what_next, write_example
 from finetune.report.page import write_report
-from finetune.report.publishing import choose_golden, publish_result
+from finetune.report.publishing import keep_other_candidate, publish_chosen
 from finetune.report.result import Result
 from finetune.report.tensorboard import show_in_tensorboard
 from finetune.resume import (
     Choices,
     find_published,
+    fix_options,
     is_resumable,
     keep_choices,
     lock,
+    read_id,
     read_options,
     remove_state,
     restore_splits,
@@ -76,43 +81,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(options: Options) -> Path:
-    """Do one run and return the folder of the published checkpoint. Raises GraftError for
-    everything the user can mend.
+    """Do one run and return the folder of the published checkpoint.
+
+    Raises GraftError for everything that the user can mend.
     """
     with Timer() as total:
-        return _run(options, total)
-
-
-def _run(options: Options, total: Timer) -> Path:
-    if options.resume is not None:
-        options = read_options(options)
-    if ":" in options.head_init:
-        import_named("--head-init", options.head_init)  # known to be wrong before any work
-    run_dir = options.resume
-    with prepare_meanwhile(options):
-        splits, duplicates = load_lasting_splits(
-            options, restore=None if run_dir is None else functools.partial(restore_splits, run_dir)
-        )
-    _check_task(options, splits)
-    _log_splits(options, splits)
-    run_dir = run_dir or _make_run_dir(options)
-    try:
-        with lock(run_dir):
+        if options.resume is not None:
+            options = read_options(options)
+        if ":" in options.head_init:
+            import_named("--head-init", options.head_init)  # known to be wrong before any work
+        restore = None
+        if options.resume is not None:
+            restore = functools.partial(restore_splits, options.resume)
+        with prepare_meanwhile(options):
+            splits, duplicates = load_lasting_splits(options, restore=restore)
+        _check_task(options, splits)
+        _log_splits(options, splits)
+        run_dir = options.resume or _make_run_dir(options)
+        with _kept_or_removed(run_dir, options), lock(run_dir):
             return _run_in(run_dir, options, splits, duplicates, total)
-    except GraftError as error:
-        if is_resumable(run_dir) or find_published(options, run_dir) is not None:
-            error.add_note(
-                f"{run_dir} is kept; when that is mended, go on with\n  {resume_command(run_dir)}"
-            )
-        elif (run_dir / BROKEN_BATCH_DIR).exists():
-            remove_state(run_dir)
-        elif options.resume is None:
-            # A run that came to nothing would only be in the way, in TensorBoard too.
-            shutil.rmtree(run_dir, ignore_errors=True)
-        raise
-    except KeyboardInterrupt as stop:
-        stop.add_note(f"go on with\n  {resume_command(run_dir)}")
-        raise
 
 
 def _run_in(
@@ -123,10 +110,7 @@ def _run_in(
     monitor = Monitor(run_dir)
     with tempfile.TemporaryDirectory(prefix="graft-") as scratch:
         result = _fit(options, splits, duplicates, monitor, run_dir, Path(scratch), earlier_seconds)
-        golden = choose_golden(result, duplicates.digests)
-        checkpoint = (
-            find_published(options, run_dir) if options.resume else None
-        ) or publish_result(result, golden, run_dir)
+        checkpoint = _publish(result, duplicates, run_dir)
         mistakes = worst_mistakes(result)
         if mistakes and options.explains:
             mistakes = explain_mistakes(result, mistakes)
@@ -134,11 +118,9 @@ def _run_in(
     result = replace(result, seconds={**result.seconds, "total": earlier_seconds + total.seconds})
     result.splits.write_csv(run_dir / "splits.csv")
     commands = commands_to_try(options, write_example(run_dir, result.splits))
-    _write(
-        run_dir / "report.html",
-        write_report(result, mistakes, version=int(checkpoint.name), commands=commands),
-    )
-    # The last of all: it says that the run is done.
+    report = write_report(result, mistakes, version=int(checkpoint.name), commands=commands)
+    _write(run_dir / "report.html", report)
+    # The last file: with it, the run is done.
     _write(run_dir / "metrics.json", json.dumps(result.to_dict(), indent=2) + "\n")
     remove_state(run_dir)
     say_what_next(result, run_dir, checkpoint, commands)
@@ -154,11 +136,9 @@ def _fit(
     scratch: Path,
     earlier_seconds: float,
 ) -> Result:
-    """Features → probe → audit → gradient epochs where something is unfrozen → the candidate to
-    publish.
+    """Features → probe → audit → gradient epochs where something is unfrozen → choice.
 
-    `scratch` holds backbones that are not kept; `earlier_seconds` of training were another process's, of which this one
-    is the resumption.
+    `scratch` takes backbones that are not kept; `earlier_seconds` are those that earlier processes of this run trained.
     """
     prepared = prepare(
         options.backbone,
@@ -173,34 +153,32 @@ def _fit(
         precise, splits, features, extract_seconds = extract_in_best_precision(
             prepared, loaded, options, scratch
         )
+        backbone, engine = precise.backbone, precise.engine.info
         precise.engine.close()
-        engine = precise.engine.info
+        fixed = fix_options(options.model_dump(mode="json"))
         why_precision = keep_choices(
             run_dir,
-            Choices(options, loaded, splits, engine.precision, precise.reason, duplicates.digests),
+            Choices(fixed, loaded, splits, engine.precision, precise.reason, duplicates.digests),
         )
     options = options.model_copy(update={"precision": engine.precision})
-    probe = fit_probe(options, splits, precise.backbone, engine, features)
-    assert probe.solved is not None
+    probe = fit_probe(options, splits, backbone, engine, features)
     with Timer() as auditing:
-        audit = inspect(
-            loaded, splits, features, probe.solved, duplicates, precise.backbone.preprocess
-        )
-        _log_audit(audit, write_audit(audit, run_dir, "audit", options.data), options)
-    with Timer() as curve:
+        audit = inspect(loaded, splits, features, probe.solution, duplicates, backbone.preprocess)
+        _log_audit(audit, write_audit(audit, run_dir, "audit", options.data), options.strict)
+    with Timer() as measuring:
         learning_curve = _measure_learning_curve(splits, probe, options.seed)
-    candidates: tuple[Candidate, ...] = (probe,)
-    verdict = None
+    tuned, verdict = None, None
     if options.freeze != "backbone":
         tuned = fine_tune(
             options, splits, probe, duplicates.digests, monitor, scratch, earlier_seconds
         )
-        candidates, verdict = (probe, tuned), compare(options, splits, probe, tuned)
+        verdict = compare(options, splits, probe, tuned)
     return Result(
         options=options,
         splits=splits,
-        candidates=candidates,
-        chosen=choose(candidates, verdict),
+        probe=probe,
+        tuned=tuned,
+        chosen=choose(probe, tuned, verdict),
         verdict=verdict,
         why_precision=why_precision,
         learning_curve=learning_curve,
@@ -210,23 +188,56 @@ def _fit(
             "features": extract_seconds,
             "probe": probe.seconds,
             "audit": auditing.seconds,
-            "learning_curve": curve.seconds,
-            "train": sum(candidate.seconds for candidate in candidates[1:]),
+            "learning_curve": measuring.seconds,
+            "train": 0.0 if tuned is None else tuned.seconds,
         },
     )
 
 
+def _publish(result: Result, duplicates: Duplicates, run_dir: Path) -> Path:
+    """The chosen candidate's checkpoint, which an earlier process of this run may have published; the other one is kept."""
+    keep_other_candidate(result, duplicates.digests, run_dir)
+    options, published = result.options, None
+    if options.resume is not None:
+        published = find_published(
+            options.repository, options.model_name, read_id(run_dir), result.chosen.name
+        )
+    return published or publish_chosen(result, duplicates.digests, run_dir)
+
+
+@contextlib.contextmanager
+def _kept_or_removed(run_dir: Path, options: Options) -> Iterator[None]:
+    """After an error, say how a run that can go on does so, and remove one that has nothing to go on from."""
+    try:
+        yield
+    except GraftError as error:
+        if is_resumable(run_dir) or find_published(
+            options.repository, options.model_name, read_id(run_dir)
+        ):
+            error.add_note(
+                f"{run_dir} is kept; when that is mended, go on with\n  {resume_command(run_dir)}"
+            )
+        elif (run_dir / BROKEN_BATCH_DIR).exists():
+            remove_state(run_dir)
+        elif options.resume is None:
+            # It would only be in the way, in TensorBoard too.
+            shutil.rmtree(run_dir, ignore_errors=True)
+        raise
+    except KeyboardInterrupt as stop:
+        stop.add_note(f"go on with\n  {resume_command(run_dir)}")
+        raise
+
+
 def _measure_learning_curve(splits: Splits, probe: Candidate, seed: int) -> LearningCurve:
-    assert probe.solved is not None
     train_labels, val_labels = splits.labels(splits.train), splits.labels(splits.val)
-    learnt_from = probe.features["train"][: probe.solved.num_views * len(train_labels)]
+    learnt_from = probe.features["train"][: probe.solution.num_views * len(train_labels)]
     return measure_learning_curve(
-        learnt_from, train_labels, probe.solved, probe.features["val"], val_labels, seed=seed
+        learnt_from, train_labels, probe.solution, probe.features["val"], val_labels, seed=seed
     )
 
 
-def _log_audit(audit: Audit, paths: tuple[Path, Path], options: Options) -> None:
-    if options.strict:
+def _log_audit(audit: Audit, paths: tuple[Path, Path], is_strict: bool) -> None:
+    if is_strict:
         audit.refuse_leaks()
     for line in audit.to_lines():
         logger.log(logging.WARNING if audit.leaks else logging.INFO, "%s", line)
@@ -241,7 +252,8 @@ def _check_task(options: Options, splits: Splits) -> None:
         if splits.is_multi_label and value != type(options).model_fields[name].default:
             flag = f"--{name.replace('_', '-')}"
             raise GraftError(
-                f"{flag} {value}: it is for one label an image, and {options.data} has a column labels; leave it out"
+                f"{flag} {value}: it is for one label an image, and {options.data} has a column labels; "
+                "leave it out"
             )
 
 

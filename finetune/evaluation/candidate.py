@@ -57,6 +57,12 @@ class Candidate:
     best_epoch: int | None = None
     epochs: tuple[EpochMetrics, ...] = ()
 
+    @property
+    def solution(self) -> Probe:
+        """`solved` of the probe."""
+        assert self.solved is not None
+        return self.solved
+
     def metrics_to_dict(self, label_names: tuple[str, ...]) -> dict[str, Any]:
         """Metrics and calibration of each split."""
         return {

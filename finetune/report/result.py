@@ -51,7 +51,8 @@ class Result:
 
     options: Options
     splits: Splits
-    candidates: tuple[Candidate, ...]
+    probe: Candidate
+    tuned: Candidate | None
     chosen: Candidate
     verdict: Verdict | None
     why_precision: str
@@ -60,12 +61,8 @@ class Result:
     seconds: Mapping[str, float]
 
     @property
-    def probe(self) -> Candidate:
-        return self.candidates[0]
-
-    @property
-    def tuned(self) -> Candidate | None:
-        return self.candidates[1] if len(self.candidates) > 1 else None
+    def candidates(self) -> tuple[Candidate, ...]:
+        return (self.probe,) if self.tuned is None else (self.probe, self.tuned)
 
     @property
     def backbone(self) -> PreparedBackbone:
@@ -109,8 +106,7 @@ class Result:
 
     @property
     def l2(self) -> float:
-        assert self.probe.solved is not None
-        return self.probe.solved.l2
+        return self.probe.solution.l2
 
     @property
     def best_epoch(self) -> int | None:
