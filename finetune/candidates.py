@@ -115,15 +115,15 @@ def fine_tune(
     with Timer(earlier_seconds) as timer:
         start = _first_head(probe, labels["train"], options)
         backbone, head, trained = _train(options, splits, start, monitor, scratch)
-        engine = open_engine(backbone, options)
+        engine = open_engine(backbone, options.device, options.precision)
         still, features = extract_splits(
             splits,
             backbone,
             engine,
-            options,
+            num_workers=options.workers,
+            cache=None,
             only=("val", "test"),
-            keep=False,
-            check=False,
+            unreadable="ignored",
             digests=digests,
         )
         engine.close()

@@ -151,7 +151,7 @@ def _fit(
     prepared.check_freeze(options.freeze)
     with Timer() as extraction:
         precise, splits, features, extract_seconds = extract_in_best_precision(
-            prepared, loaded, options, scratch
+            prepared, loaded, options, scratch, digests=duplicates.digests
         )
         backbone, engine = precise.backbone, precise.engine.info
         precise.engine.close()
