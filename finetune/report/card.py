@@ -88,7 +88,8 @@ def place_card(card: str, repository: Path, name: str, version: int) -> str:
         (r"/predict\?model=[^'&]*'", f"/predict?model={name}'"),
         (r'"local-dir:[^"]*"', f'"local-dir:{repository}/{name}/{version}"'),
     ):
-        card = re.sub(pattern, lambda _, placed=placed: placed, card, count=1, flags=re.MULTILINE)
+        literal = placed.replace("\\", r"\\")
+        card = re.sub(pattern, literal, card, count=1, flags=re.MULTILINE)
     return card
 
 

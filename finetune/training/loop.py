@@ -162,8 +162,9 @@ class Training:
             self._train_epoch()
         metrics = self._validate()
         self._report_epoch(metrics)
-        is_balanced = isinstance(metrics, Metrics) and self._settings.balance != "none"
-        goal = metrics.balanced_accuracy if is_balanced else metrics.score
+        goal = metrics.score
+        if isinstance(metrics, Metrics) and self._settings.balance != "none":
+            goal = metrics.balanced_accuracy
         score = (goal, -metrics.loss)
         if progress.epoch == 0 or (math.isfinite(metrics.loss) and score > progress.best_score):
             self.state.keep_as_best(score)

@@ -22,7 +22,6 @@ from finetune.evaluation.metrics import evaluate
 from finetune.resume import Choices, keep_choices, lock, restore_splits
 from finetune.run import run
 from finetune.training.loss import label_losses
-from finetune.training.train import train
 from models.checkpoint import load_checkpoint
 from models.errors import GraftError
 from models.sources import EncodedImage
@@ -192,7 +191,7 @@ def test_a_training_learns_and_can_be_stopped_and_resumed(tmp_path: Path, cache:
         folder.mkdir(exist_ok=True)
         backbone, monitor = tiny.build(), tiny.Recorder(folder, after)
         try:
-            train(
+            tiny.train_tiny(
                 backbone,
                 splits,
                 tiny.probe_of(backbone),
@@ -223,7 +222,7 @@ def test_a_training_learns_and_can_be_stopped_and_resumed(tmp_path: Path, cache:
 def test_a_resumed_run_has_its_own_labels(tmp_path: Path) -> None:
     splits = draw_splits()
     with lock(tmp_path):
-        keep_choices(tmp_path, Choices(Options(), splits, splits, "fp32", "it was asked for"))
+        keep_choices(tmp_path, Choices({}, splits, splits, "fp32", "it was asked for"))
     restored = restore_splits(tmp_path, splits)
     assert restored is not None
     assert [(sample.key, sample.label, sample.labels) for sample in restored.train] == [

@@ -39,12 +39,11 @@ from finetune.resume import (
 from finetune.run import main
 from finetune.terminal import Terminated
 from finetune.training.state import draw_batches
-from finetune.training.train import train
 from models.backbone.build import Backbone
 from models.checkpoint import list_versions
 from models.errors import GraftError
 from tests.support.images import write_noise_folders
-from tests.support.tiny import Recorder, build, draw_splits, options, probe_of, snapshot
+from tests.support.tiny import Recorder, build, draw_splits, options, probe_of, snapshot, train_tiny
 
 PROJECT_DIR = Path(__file__).parents[2]
 # What depends on the clock.
@@ -108,7 +107,7 @@ class Fitted:
         trim_events(self.folder)
         monitor = Recorder(self.folder, stop)
         try:
-            return train(
+            return train_tiny(
                 backbone,
                 draw_splits(),
                 probe_of(build()),
@@ -116,7 +115,7 @@ class Fitted:
                 monitor,
                 self.folder,
                 state_dir=self.folder / STATE_DIR,
-            )
+            ).best_epoch
         finally:
             monitor.close()
             self.curves.append(monitor.curves)
@@ -199,7 +198,7 @@ def stopped(tmp_path: Path) -> Path:
     )
     (tmp_path / STATE_DIR).mkdir()
     with pytest.raises(Terminated):
-        train(
+        train_tiny(
             build(),
             draw_splits(),
             probe_of(build()),
@@ -216,7 +215,7 @@ def go_on(state_dir: Path, backbone: Backbone | None = None, **changes: Any) -> 
     monitor = Recorder(state_dir.parent)
     try:
         backbone = backbone or build()
-        return train(
+        return train_tiny(
             backbone,
             draw_splits(),
             probe_of(build()),
@@ -224,7 +223,7 @@ def go_on(state_dir: Path, backbone: Backbone | None = None, **changes: Any) -> 
             monitor,
             state_dir,
             state_dir=state_dir,
-        )
+        ).best_epoch
     finally:
         monitor.close()
 
@@ -286,7 +285,7 @@ def test_the_state_of_a_run_on_other_images_is_refused(stopped: Path) -> None:
             GraftError,
             match=r"its list of images and labels was 24 to train on, 12 .* and is 24 to train on, 12 .* now",
         ):
-            train(
+            train_tiny(
                 build(), others, probe_of(build()), options(), monitor, stopped, state_dir=stopped
             )
     finally:
@@ -485,9 +484,9 @@ def test_a_probe_that_failed_after_it_published_is_kept_and_publishes_nothing_tw
     assert f"{run_dir} is kept; when that is mended, go on with\n  " in capsys.readouterr().err
     # Another run's folder of the same name, elsewhere, is not this one.
     config = tmp_path / "checkpoints" / "tiny" / "1" / "config.json"
-    assert find_published(read_options(Options(resume=run_dir)), run_dir) == config.parent
+    assert find_published(tmp_path / "checkpoints", "tiny", read_id(run_dir)) == config.parent
     config.write_text(config.read_text().replace(read_id(run_dir) or "", "0" * 32))
-    assert find_published(read_options(Options(resume=run_dir)), run_dir) is None
+    assert find_published(tmp_path / "checkpoints", "tiny", read_id(run_dir)) is None
     config.write_text(config.read_text().replace("0" * 32, read_id(run_dir) or ""))
     assert main(["--resume", str(run_dir)]) == 0
     assert list_versions(tmp_path / "checkpoints", "tiny") == [1]
@@ -619,7 +618,8 @@ def test_a_run_that_is_at_work_cannot_be_resumed(left: Path) -> None:
 
 def choose(left: Path, splits: Splits, readable: Splits | None = None) -> str:
     its_own = parse_options(Options, ["--config", str(left / "config.yaml")])
-    return keep_choices(left, Choices(its_own, splits, readable or splits, "bf16", "because"))
+    fixed = fix_options(its_own.model_dump(mode="json"))
+    return keep_choices(left, Choices(fixed, splits, readable or splits, "bf16", "because"))
 
 
 def test_a_resumed_run_has_its_own_images_though_the_folder_grew(left: Path) -> None:

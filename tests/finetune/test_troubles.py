@@ -25,7 +25,6 @@ from finetune.terminal import Terminated, run_program
 from finetune.training.broken_batch import FOLDER, BrokenLossError
 from finetune.training.memory import is_out_of_memory, run_in_parts
 from finetune.training.preflight import estimate_time, warn_if_starved
-from finetune.training.train import train
 from models.backbone.build import Backbone
 from models.errors import GraftError
 from tests.support.tiny import (
@@ -37,6 +36,7 @@ from tests.support.tiny import (
     options,
     probe_of,
     snapshot,
+    train_tiny,
 )
 
 RunForked = Callable[[list[tuple[str, dict[str, str]]]], list[tuple[int, str]]]
@@ -52,7 +52,7 @@ def fit(
     (folder / STATE_DIR).mkdir(parents=True, exist_ok=True)
     backbone, monitor = backbone or build(), Recorder(folder, after)
     try:
-        train(
+        train_tiny(
             backbone,
             draw_splits(),
             probe_of(backbone),
@@ -161,7 +161,7 @@ def test_a_loss_that_is_no_number_leaves_the_batch_to_look_at(tmp_path: Path) ->
     assert said.startswith("epoch 1, step 0: the loss is nan at a rate of ")
     assert "lower --lr and --backbone-lr, to a tenth for a start (now 5.0e-02 and 2.0e-02)" in said
     assert said.endswith(
-        f"the 6 images of the batch are in {tmp_path / FOLDER}, with each one's loss in batch.csv: no number for {broken['path']}"
+        f"the 6 images of the batch are in {tmp_path / FOLDER}, with each one's loss in batch.csv: NaN or infinite for {broken['path']}"
     )
     by_key = {sample.key: sample for sample in draw_splits().train}
     for row in rows:
@@ -289,8 +289,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from torch import nn
-from tests.support.tiny import Recorder, Trunk, build, draw_splits, options, probe_of
-from finetune.training.train import train
+from tests.support.tiny import Recorder, Trunk, build, draw_splits, options, probe_of, train_tiny
 
 class Hungry(nn.Module):
     def __init__(self):
@@ -311,10 +310,15 @@ logging.basicConfig(format="%(message)s")
 folder = Path(os.environ["FOLDER"])
 backbone = build(Hungry)
 before = backbone.model.backbone.wide.weight.clone()
-best = train(
-    backbone, draw_splits(), probe_of(backbone), options(freeze="none", epochs=1, batch_size=16, cache=False), Recorder(folder), folder
+trained = train_tiny(
+    backbone,
+    draw_splits(),
+    probe_of(backbone),
+    options(freeze="none", epochs=1, batch_size=16, cache=False),
+    Recorder(folder),
+    folder,
 )
-print("finished", best >= 0)
+print("finished", trained.best_epoch >= 0)
 """
 
 

@@ -24,9 +24,17 @@ from finetune.evaluation.learning_curve import measure_learning_curve
 from finetune.evaluation.metrics import evaluate
 from finetune.probe.solve import L2_PATH, fit_temperature, log_loss, solve_head, solve_probe
 from finetune.training.state import draw_batches
-from finetune.training.train import train
 from models.errors import GraftError
-from tests.support.tiny import LABELS, PREPROCESS, Recorder, build, draw_samples, options, probe_of
+from tests.support.tiny import (
+    LABELS,
+    PREPROCESS,
+    Recorder,
+    build,
+    draw_samples,
+    options,
+    probe_of,
+    train_tiny,
+)
 
 COUNTS = [200, 60, 12]
 
@@ -202,7 +210,7 @@ def fit(folder: Path, **changes: object) -> list[float]:
         **{"epochs": 1, "augment": "none", "freeze": "none", "batch_norm": "keep", **changes}
     )
     try:
-        train(backbone, SPLITS, probe_of(backbone), given, monitor, folder)
+        train_tiny(backbone, SPLITS, probe_of(backbone), given, monitor, folder)
     finally:
         monitor.close()
     return [loss for _, loss in monitor.curves["train/loss"]]

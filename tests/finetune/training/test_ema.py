@@ -17,8 +17,7 @@ from finetune.config import Options, parse_options
 from finetune.evaluation.metrics import evaluate
 from finetune.resume import STATE_DIR
 from finetune.terminal import Terminated
-from finetune.training.ema import Average
-from finetune.training.train import train
+from finetune.training.ema import Ema
 from models.backbone.build import Backbone
 from models.errors import GraftError
 from tests.support.tiny import (
@@ -30,6 +29,7 @@ from tests.support.tiny import (
     options,
     probe_of,
     snapshot,
+    train_tiny,
 )
 
 Tensors = dict[str, torch.Tensor]
@@ -49,7 +49,7 @@ def fit(
     monitor = Recorder(folder, lambda num_steps: steps.append(snapshot(backbone)))
     try:
         given = options(**{"freeze": "until:stem", "cache": False, **changes})
-        best_epoch = train(
+        trained = train_tiny(
             backbone,
             draw_splits(),
             probe_of(build()),
@@ -60,7 +60,7 @@ def fit(
         )
     finally:
         monitor.close()
-    return best_epoch, backbone, steps, monitor
+    return trained.best_epoch, backbone, steps, monitor
 
 
 def average_by_hand(steps: list[Tensors]) -> Tensors:
@@ -78,7 +78,7 @@ def average_by_hand(steps: list[Tensors]) -> Tensors:
 
 def test_the_average_is_the_formulas_and_whole_numbers_are_the_last() -> None:
     current = {"weight": torch.tensor([1.0, 2.0]), "num_batches": torch.tensor(0)}
-    average = Average(current, 0.9)
+    average = Ema(current, 0.9)
     steps = [copy.deepcopy(current)]
     for step in range(1, 200):
         current["weight"] += step
@@ -96,7 +96,7 @@ def test_the_average_is_the_formulas_and_whole_numbers_are_the_last() -> None:
 
 def test_the_network_is_the_average_only_within() -> None:
     current = {"weight": torch.tensor([1.0])}
-    average = Average(current, 0.5)
+    average = Ema(current, 0.5)
     current["weight"] += 1
     with average.in_place():
         assert current["weight"].item() == 1

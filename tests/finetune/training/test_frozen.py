@@ -15,10 +15,18 @@ import torch
 
 from finetune.resume import STATE_DIR
 from finetune.terminal import Terminated
-from finetune.training.train import train
 from models.backbone.build import Backbone
 from models.engine.openvino_engine import supports_bf16
-from tests.support.tiny import PREPROCESS, SIZE, Recorder, draw_splits, options, probe_of, snapshot
+from tests.support.tiny import (
+    PREPROCESS,
+    SIZE,
+    Recorder,
+    draw_splits,
+    options,
+    probe_of,
+    snapshot,
+    train_tiny,
+)
 from tests.support.tiny import build as build_own
 
 EVERY_OPTION: dict[str, Any] = {
@@ -54,7 +62,7 @@ def fit(folder: Path, backbone: Backbone, stop_after: int | None, changes: dict[
     (folder / STATE_DIR).mkdir(exist_ok=True)
     monitor = Recorder(folder, stop)
     try:
-        return train(
+        return train_tiny(
             backbone,
             draw_splits(),
             probe_of(backbone),
@@ -62,7 +70,7 @@ def fit(folder: Path, backbone: Backbone, stop_after: int | None, changes: dict[
             monitor,
             folder,
             state_dir=folder / STATE_DIR,
-        )
+        ).best_epoch
     finally:
         monitor.close()
 

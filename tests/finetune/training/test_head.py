@@ -15,10 +15,18 @@ from finetune.config import Options, parse_options
 from finetune.probe.solve import Probe, soften
 from finetune.run import run
 from finetune.training.head import start_head
-from finetune.training.train import train
 from models.errors import GraftError
 from tests.support.images import write_noise_folders
-from tests.support.tiny import LABELS, Recorder, build, draw_splits, options, probe_of, snapshot
+from tests.support.tiny import (
+    LABELS,
+    Recorder,
+    build,
+    draw_splits,
+    options,
+    probe_of,
+    snapshot,
+    train_tiny,
+)
 
 FUNCTIONS = """
 import torch
@@ -158,7 +166,7 @@ def test_epochs_begin_from_the_head_that_was_asked_for(tmp_path: Path) -> None:
     curves = []
     for name in ("zeros", "my_heads:small", "my_heads:small"):
         backbone, monitor = build(), Recorder(tmp_path)
-        train(
+        train_tiny(
             backbone,
             draw_splits(),
             probe_of(backbone),

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
+from finetune.candidates import training_settings
 from finetune.config import Options
 from finetune.data.splits import Sample, Splits
 from finetune.data.views import draw_view
@@ -26,12 +27,12 @@ from finetune.probe.solve import Probe
 from finetune.training.activations import Activations, Bf16File
 from finetune.training.boundary import TrainablePart
 from finetune.training.inputs import Crops, Inputs, Normalise, open_inputs
-from finetune.training.train import train
 from models.backbone.build import Backbone, CustomNetwork
 from models.backbone.freezing import freeze
 from models.errors import GraftError
 from models.preprocess import Preprocess
 from models.sources import EncodedImage
+from tests.support.tiny import train_tiny
 
 SIZE = 24
 LABELS = ("red", "green", "blue")
@@ -109,7 +110,7 @@ def open_own(
 ) -> Inputs:
     backbone, chosen = backbone or build(), options(**changes)
     freezing = freeze(backbone.model, chosen.freeze, backbone.classifier, backbone.module_prefix)
-    return open_inputs(backbone, freezing, splits, chosen, scratch, CPU)
+    return open_inputs(backbone, freezing, splits, training_settings(chosen), scratch, CPU)
 
 
 def bf16_file(path: Path, values: np.ndarray) -> Bf16File:
@@ -355,7 +356,7 @@ def test_an_epoch_on_kept_activations_moves_the_weights_as_one_without(
         monitor = Monitor(scratch)
         caplog.clear()
         with caplog.at_level(logging.INFO, "graft.inputs"):
-            best_epoch = train(
+            trained = train_tiny(
                 backbone,
                 SPLITS,
                 probe,
@@ -364,7 +365,7 @@ def test_an_epoch_on_kept_activations_moves_the_weights_as_one_without(
                 scratch,
             )
         monitor.close()
-        assert best_epoch == 1
+        assert trained.best_epoch == 1
         assert ("kept activations at backbone." in caplog.text) == cache
         ends.append(dict(backbone.model.named_parameters()))
     tolerance = 1e-5 if freeze == "until:stem" else 2e-3

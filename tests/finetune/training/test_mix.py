@@ -7,13 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 
-import finetune.training.train
+import finetune.training.loop
 from finetune.config import Options, parse_options
 from finetune.training.loss import image_losses
 from finetune.training.mix import build_mix
-from finetune.training.train import train
 from models.errors import GraftError
-from tests.support.tiny import PREPROCESS, Recorder, build, draw_splits, options, probe_of
+from tests.support.tiny import (
+    PREPROCESS,
+    Recorder,
+    build,
+    draw_splits,
+    options,
+    probe_of,
+    train_tiny,
+)
 
 IMAGES = torch.randint(
     0, 256, (5, 8, 12, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
@@ -109,14 +116,14 @@ def test_epochs_learn_from_what_was_mixed(
         own = build_mix(kind, num_classes)
         return lambda images, labels: batches.append(own(images, labels)) or batches[-1]
 
-    monkeypatch.setattr(finetune.training.train, "build_mix", build_watched)
+    monkeypatch.setattr(finetune.training.loop, "build_mix", build_watched)
     backbone = build()
     backbone.model.backbone.dropout.p = 0.0
     monitor = Recorder(tmp_path)
     given = options(
         mix=mix, freeze=freeze, cache=cache, label_smoothing=0.1, epochs=1, batch_norm="keep"
     )
-    train(backbone, draw_splits(), probe_of(backbone), given, monitor, tmp_path)
+    train_tiny(backbone, draw_splits(), probe_of(backbone), given, monitor, tmp_path)
     monitor.close()
     start = build()
     start.model.eval()
@@ -137,7 +144,7 @@ def test_mixing_is_drawn_from_the_seed(tmp_path: Path) -> None:
     losses = []
     for seed in (1, 1, 2):
         backbone, monitor = build(), Recorder(tmp_path)
-        train(
+        train_tiny(
             backbone,
             draw_splits(),
             probe_of(backbone),

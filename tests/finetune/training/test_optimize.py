@@ -13,11 +13,19 @@ from torch import nn
 
 from finetune.config import Options, parse_options
 from finetune.training.optimize import open_stages
-from finetune.training.train import train
 from models.backbone.build import Backbone, CustomNetwork
 from models.backbone.freezing import depths, freeze, parameter_groups, set_train_mode
 from models.errors import GraftError
-from tests.support.tiny import PREPROCESS, Recorder, build, draw_splits, options, probe_of, snapshot
+from tests.support.tiny import (
+    PREPROCESS,
+    Recorder,
+    build,
+    draw_splits,
+    options,
+    probe_of,
+    snapshot,
+    train_tiny,
+)
 
 RATES = {"head_lr": 0.5, "backbone_lr": 0.25, "weight_decay": 0.125}
 
@@ -147,7 +155,7 @@ def fit(
     folder.mkdir(exist_ok=True)
     monitor = Recorder(folder, lambda num_steps: steps.append(snapshot(backbone)))
     try:
-        train(
+        train_tiny(
             backbone,
             draw_splits(),
             probe_of(backbone),
@@ -209,7 +217,7 @@ def test_what_waits_has_no_state_in_the_optimizer() -> None:
     for epoch, expected in ((1, {"tail", "head"}), (2, {"stem", "tail", "head"})):
         set_train_mode(
             backbone.model,
-            open_stages(backbone, freezing, options(freeze="none", gradual=1), epoch),
+            open_stages(backbone, freezing, 1, epoch),
             update_batch_norm=True,
         )
         assert backbone.model.backbone.stem[1].training == (epoch == 2)
