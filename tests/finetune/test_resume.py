@@ -28,6 +28,7 @@ from finetune.resume import (
     Choices,
     event_sizes,
     find_published,
+    fix_options,
     keep_choices,
     lock,
     read_id,

@@ -154,7 +154,7 @@ def test_a_run_is_bit_by_bit_the_same_without_measuring(
     tensors, curves = fit(tmp_path / "with")
     assert [index for index, _ in curves["inside_activation/tail"]] == [0, 4]  # four steps an epoch
     assert ("inside_activation/stem" in curves) is False
-    monkeypatch.setattr(Inside, "_tell", lambda *_: None)
+    monkeypatch.setattr(LayerStats, "_report", lambda *_: None)
     monkeypatch.setattr("finetune.training.layer_stats._place_hooks", lambda *_: None)
     plain, plain_curves = fit(tmp_path / "without")
     assert not [tag for tag in plain_curves if tag.startswith("inside")]
