@@ -183,7 +183,7 @@ def _train(
     options: Options, splits: Splits, start: Probe, monitor: Monitor, scratch: Path
 ) -> tuple[PreparedBackbone, Head, Trained]:
     """Gradient epochs; the trained backbone is prepared for the engine in `scratch`."""
-    # Imported here: importing torch and timm takes longer than solving a probe, which needs neither.
+    # Imported here: torch and timm take longer to import than a probe, which needs neither, to solve.
     from finetune.training.train import train
     from models.backbone.build import build_backbone
     from models.prepared import write_prepared

@@ -41,8 +41,8 @@ def publish(options: PublishOptions) -> Path:
     repository = options.repository or run_repository
     if options.repository is None and find_published(repository, name, run_id) is None:
         raise GraftError(
-            f"{repository / name}: none of its versions is of {run_dir}, which published to a folder of "
-            "this name; say --repository PATH"
+            f"{repository / name}: none of its versions is of {run_dir}, which published to a "
+            "folder of this name; say --repository PATH"
         )
     published = find_published(repository, name, run_id, which)
     versions = list_versions(repository, name)

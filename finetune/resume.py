@@ -1,9 +1,10 @@
 """What a run keeps so that it can be resumed, and how its options, images and curves are restored.
 
-In the run's folder, `state/run.json` holds what was chosen before the training (which image is in which split, the
-engine's precision), `state/training.safetensors` the gradient epochs (`finetune/training/state.py`), and activations kept
-at the freeze boundary lie beside them. All of it is removed when the run is done. Features and probe are not kept: they are
-in the cache, or are computed again.
+In the run's folder, `state/run.json` holds what was chosen before the training (which image is in
+which split, the engine's precision), `state/training.safetensors` the gradient epochs
+(`finetune/training/state.py`), and activations kept at the freeze boundary lie beside them. All of
+it is removed when the run is done. Features and probe are not kept: they are in the cache, or are
+computed again.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ _KEPT = {
 }
 # Flags that --resume takes: they change how long a run takes and what it needs, not its result.
 _CHANGEABLE_OPTIONS = {"workers", "save_minutes", "cache_gb", "explain"}
-# Options that may differ in a resumed run's config.yaml: no gradient step depends on them. The precision is fixed as it
-# was resolved, the images as they are.
+# Options that may differ in a resumed run's config.yaml: no gradient step depends on them. The
+# precision is fixed as it was resolved, the images as they are.
 _FREE_OPTIONS = _CHANGEABLE_OPTIONS | {
     "data",
     "data_root",
@@ -74,9 +75,11 @@ _FREE_OPTIONS = _CHANGEABLE_OPTIONS | {
 
 @dataclass(frozen=True)
 class Choices:
-    """What a run chose before it trained: its images, those that could be read, and the engine's precision with its reason.
+    """What a run chose before it trained: its images, those that could be read, and the engine's
+    precision with its reason.
 
-    `fixed` are the options that must stay the same, as they were given; `digests` of the images' bytes are by their keys.
+    `fixed` are the options that must stay the same, as they were given; `digests` of the images'
+    bytes are by their keys.
     """
 
     fixed: Mapping[str, Any]
@@ -88,10 +91,12 @@ class Choices:
 
 
 def read_options(given: Options) -> Options:
-    """The options of the run in `given.resume`, with those of `given` that do not change its outcome.
+    """The options of the run in `given.resume`, with those of `given` that do not change its
+    outcome.
 
-    Relative paths mean what they meant then: the process changes to the folder in which the run was started. Raises
-    GraftError where the folder is not a run's, where the run is done, and for every other option that differs.
+    Relative paths mean what they meant then: the process changes to the folder in which the run was
+    started. Raises GraftError where the folder is not a run's, where the run is done, and for every
+    other option that differs.
     """
     assert given.resume is not None
     run_dir = given.resume
@@ -108,8 +113,8 @@ def read_options(given: Options) -> Options:
     its_own = parse_options(Options, ["--config", str(run_dir / "config.yaml")])
     contradictions = [
         f"--{name.replace('_', '-')} {getattr(given, name)}: the run in {run_dir} has "
-        f"{getattr(its_own, name)}, and a resumed run goes on as it began; leave the flag out, or begin "
-        "another run"
+        f"{getattr(its_own, name)}, and a resumed run goes on as it began; leave the flag out, or "
+        "begin another run"
         for name in sorted(given.model_fields_set - {"resume"} - _CHANGEABLE_OPTIONS)
         if getattr(given, name) != getattr(its_own, name)
     ]
@@ -132,7 +137,8 @@ def read_options(given: Options) -> Options:
 
 
 def restore_splits(run_dir: Path, splits: Splits) -> Splits | None:
-    """The run's own splits, of the images in `splits`; None where the run had not come to its training.
+    """The run's own splits, of the images in `splits`; None where the run had not come to its
+    training.
 
     Raises GraftError where an image is gone. Images that are new in the data are left out.
     """
@@ -143,8 +149,8 @@ def restore_splits(run_dir: Path, splits: Splits) -> Splits | None:
     gone = [key for split in kept["splits"].values() for key, *_ in split if key not in images]
     if gone:
         raise GraftError(
-            f"--resume {run_dir}: images of the run are gone: {join_first(gone)}; bring them back, or begin "
-            "another run"
+            f"--resume {run_dir}: images of the run are gone: {join_first(gone)}; bring them "
+            "back, or begin another run"
         )
 
     def restore(split: SplitName) -> tuple[Sample, ...]:
@@ -164,7 +170,8 @@ def restore_splits(run_dir: Path, splits: Splits) -> Splits | None:
 
 
 def keep_choices(run_dir: Path, choices: Choices) -> str:
-    """Keep what a run chose before it trains; gives the reason for its precision, which is the first process's.
+    """Keep what a run chose before it trains; gives the reason for its precision, which is the
+    first process's.
 
     Raises GraftError where a resumed run's images differ from those kept.
     """
@@ -198,15 +205,15 @@ def keep_choices(run_dir: Path, choices: Choices) -> str:
     if kept["unreadable"] != unreadable:
         changed = sorted(set(unreadable) ^ set(kept["unreadable"]))[0]
         raise GraftError(
-            f"--resume {run_dir}: {changed}: whether it can be read has changed since the run began; put it "
-            "back as it was"
+            f"--resume {run_dir}: {changed}: whether it can be read has changed since the run "
+            "began; put it back as it was"
         )
     if changed := sorted(
         key for key, digest in kept["digests"].items() if digests.get(key) != digest
     ):
         raise GraftError(
-            f"--resume {run_dir}: images have changed since the run began: {join_first(changed)}; put them "
-            "back as they were, or begin another run"
+            f"--resume {run_dir}: images have changed since the run began: {join_first(changed)}; "
+            "put them back as they were, or begin another run"
         )
     return str(kept["reason"])
 
@@ -224,7 +231,8 @@ def lock(run_dir: Path) -> Iterator[None]:
         ) from error
     with file:
         try:
-            # A record lock: a `flock` would be held by a killed run's decoding processes, which outlive it by seconds.
+            # A record lock: a `flock` would be held by a killed run's decoding processes, which
+            # outlive it by seconds.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise GraftError(
@@ -252,7 +260,9 @@ def seconds_trained(run_dir: Path) -> float:
 
 
 def _read_saved(run_dir: Path, name: str, default: Any) -> Any:
-    """A part of the training state that is not a tensor; `TrainingState.load` raises where the file cannot be read."""
+    """A part of the training state that is not a tensor; `TrainingState.load` raises where the file
+    cannot be read.
+    """
     path = run_dir / STATE_DIR / TRAINING_FILE
     if path.exists():
         with (
@@ -276,7 +286,9 @@ def event_sizes(run_dir: Path) -> dict[str, int]:
 def find_published(
     repository: Path, model_name: str, run_id: str | None, candidate: str | None = None
 ) -> Path | None:
-    """The newest version of a model that the run with this id published, of this candidate or of any."""
+    """The newest version of a model that the run with this id published, of this candidate or of
+    any.
+    """
     if run_id is None:
         return None
     for version in reversed(list_versions(repository, model_name)):
@@ -297,7 +309,9 @@ def read_id(run_dir: Path) -> str | None:
 
 
 def fix_options(values: Mapping[str, Any]) -> dict[str, Any]:
-    """By their flags, the options that must be the same in all processes of a run, of all options' JSON values by name."""
+    """By their flags, the options that must be the same in all processes of a run, of all options'
+    JSON values by name.
+    """
     return {
         f"--{name.replace('_', '-')}": value
         for name, value in values.items()
@@ -308,12 +322,15 @@ def fix_options(values: Mapping[str, Any]) -> dict[str, Any]:
 def check_fixed(
     run_dir: Path, then: Mapping[str, Any], now: Mapping[str, Any], otherwise: str = ""
 ) -> None:
-    """Raise GraftError for the first value that differs from when the run began; `otherwise` is one more way out."""
+    """Raise GraftError for the first value that differs from when the run began; `otherwise` is one
+    more way out.
+    """
     for name, value in now.items():
         if then.get(name) != value:
             raise GraftError(
-                f"--resume {run_dir}: {name} was {then.get(name)} when the run began, and is {value} now; "
-                f"put it back (an option in {run_dir / 'config.yaml'}), or begin another run{otherwise}"
+                f"--resume {run_dir}: {name} was {then.get(name)} when the run began, and is "
+                f"{value} now; put it back (an option in {run_dir / 'config.yaml'}), or begin "
+                f"another run{otherwise}"
             )
 
 

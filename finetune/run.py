@@ -138,7 +138,8 @@ def _fit(
 ) -> Result:
     """Features → probe → audit → gradient epochs where something is unfrozen → choice.
 
-    `scratch` takes backbones that are not kept; `earlier_seconds` are those that earlier processes of this run trained.
+    `scratch` takes backbones that are not kept; `earlier_seconds` are those that earlier processes
+    of this run trained.
     """
     prepared = prepare(
         options.backbone,
@@ -195,7 +196,9 @@ def _fit(
 
 
 def _publish(result: Result, duplicates: Duplicates, run_dir: Path) -> Path:
-    """The chosen candidate's checkpoint, which an earlier process of this run may have published; the other one is kept."""
+    """The chosen candidate's checkpoint, which an earlier process of this run may have published;
+    the other one is kept.
+    """
     keep_other_candidate(result, duplicates.digests, run_dir)
     options, published = result.options, None
     if options.resume is not None:
@@ -207,7 +210,9 @@ def _publish(result: Result, duplicates: Duplicates, run_dir: Path) -> Path:
 
 @contextlib.contextmanager
 def _kept_or_removed(run_dir: Path, options: Options) -> Iterator[None]:
-    """After an error, say how a run that can go on does so, and remove one that has nothing to go on from."""
+    """After an error, say how a run that can go on does so, and remove one that has nothing to go
+    on from.
+    """
     try:
         yield
     except GraftError as error:
@@ -252,8 +257,8 @@ def _check_task(options: Options, splits: Splits) -> None:
         if splits.is_multi_label and value != type(options).model_fields[name].default:
             flag = f"--{name.replace('_', '-')}"
             raise GraftError(
-                f"{flag} {value}: it is for one label an image, and {options.data} has a column labels; "
-                "leave it out"
+                f"{flag} {value}: it is for one label an image, and {options.data} has a column "
+                "labels; leave it out"
             )
 
 

@@ -8,7 +8,7 @@ from typing import Self
 
 
 class Timer:
-    """Seconds since the block was entered, or that it took, on top of those of earlier processes."""
+    """Seconds that the block took, or takes so far, on top of those of earlier processes."""
 
     def __init__(self, earlier_seconds: float = 0.0) -> None:
         self._before = earlier_seconds

@@ -1,7 +1,9 @@
-"""A run's result → the next version of its model in the repository, and the other candidate kept in the run's folder.
+"""A run's result → the next version of its model in the repository, and the other candidate kept in
+the run's folder.
 
-Where layers were trained, `RUN/candidates/` is a repository of its own: its model `probe` or `tuned`, version 1, is the
-whole checkpoint of the candidate that was not published, which finetune/publish.py publishes later.
+Where layers were trained, `RUN/candidates/` is a repository of its own: its model `probe` or
+`tuned`, version 1, is the whole checkpoint of the candidate that was not published, which
+finetune/publish.py publishes later.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ _NUM_GOLDEN = 4
 
 
 def keep_other_candidate(result: Result, digests: Mapping[str, bytes], run_dir: Path) -> None:
-    """Write the checkpoint of the candidate that was not chosen to `RUN/candidates/<name>/1`, where layers were trained.
+    """Write the checkpoint of the candidate that was not chosen to `RUN/candidates/<name>/1`, where
+    layers were trained.
 
     Replaces what a stopped process wrote there. Raises GraftError as `publish_chosen` does.
     """
@@ -54,7 +57,8 @@ def keep_other_candidate(result: Result, digests: Mapping[str, bytes], run_dir: 
         kept = _publish(other, digests, run_dir, repository=folder, name=candidate.name)
         num_bytes = sum(path.stat().st_size for path in kept.iterdir())
         logger.info(
-            "the %s candidate is kept in %s (%.1f MB); finetune/publish.py %s --which %s publishes it",
+            "the %s candidate is kept in %s (%.1f MB); finetune/publish.py %s --which %s "
+            "publishes it",
             candidate.name,
             kept,
             num_bytes / 1e6,
@@ -66,8 +70,8 @@ def keep_other_candidate(result: Result, digests: Mapping[str, bytes], run_dir: 
 def publish_chosen(result: Result, digests: Mapping[str, bytes], run_dir: Path) -> Path:
     """Publish the chosen candidate as the next version of its model; gives the version's folder.
 
-    `digests` are the images' by their keys when the run began. Raises GraftError where no golden image is what it was then,
-    and where the checkpoint cannot be written.
+    `digests` are the images' by their keys when the run began. Raises GraftError where no golden
+    image is what it was then, and where the checkpoint cannot be written.
     """
     options = result.options
     return _publish(
@@ -76,9 +80,11 @@ def publish_chosen(result: Result, digests: Mapping[str, bytes], run_dir: Path) 
 
 
 def publish_again(source: Path, repository: Path, name: str) -> Path:
-    """Publish a checkpoint's folder as the next version of a model, its card naming the new place; gives the version's folder.
+    """Publish a checkpoint's folder as the next version of a model, its card naming the new place;
+    gives the version's folder.
 
-    Raises GraftError where a file of `source` is not what it was, or where the new version cannot be written.
+    Raises GraftError where a file of `source` is not what it was, or where the new version cannot
+    be written.
     """
     checkpoint = load_checkpoint(source)
     graft = {key: value for key, value in checkpoint.config["graft"].items() if key != "files"}
@@ -97,8 +103,8 @@ def publish_again(source: Path, repository: Path, name: str) -> Path:
 def choose_golden(result: Result, digests: Mapping[str, bytes]) -> Golden:
     """Validation images spread over the classes, with their logits, for the service to replay.
 
-    `digests`, by key, are what the images were when the run began: a file that is another now does not give those logits. Raises
-    GraftError where none is what it was.
+    `digests`, by key, are what the images were when the run began: a file that is another now does
+    not give those logits. Raises GraftError where none is what it was.
     """
     samples = result.splits.val
     chosen = np.unique(np.linspace(0, len(samples) - 1, _NUM_GOLDEN).round().astype(int))
@@ -110,7 +116,8 @@ def choose_golden(result: Result, digests: Mapping[str, bytes]) -> Golden:
     if not images:
         keys = ", ".join(samples[index].key for index in chosen)
         raise GraftError(
-            f"{keys}: gone or changed since the run began; nothing was published: put them back as they were"
+            f"{keys}: gone or changed since the run began; nothing was published: put them back "
+            "as they were"
         )
     return Golden(tuple(images.values()), result.val_logits[list(images)])
 

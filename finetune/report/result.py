@@ -114,7 +114,7 @@ class Result:
 
     @property
     def metric(self) -> str:
-        """The attribute of metrics that the run is judged by; `metric_name` is its name for people."""
+        """The attribute of metrics that runs are judged by; its name for people is `metric_name`."""
         return next(iter(self.probe_metrics.NAMES))
 
     @property

@@ -69,8 +69,9 @@ class Bf16File:
         except OSError as error:
             self._unfinished.unlink(missing_ok=True)
             raise GraftError(
-                f"{path}: the activations take {2 * num_rows * size / 1e6:,.1f} MB and cannot be written: "
-                f"{error.strerror}; make room, name another --output, or say --no-cache, which keeps none"
+                f"{path}: the activations take {2 * num_rows * size / 1e6:,.1f} MB and cannot be "
+                f"written: {error.strerror}; make room, name another --output, or say --no-cache, "
+                "which keeps none"
             ) from error
 
     def _is_whole(self, shape: tuple[int, int]) -> bool:

@@ -63,8 +63,8 @@ def explain(
             f"{backbone.name}: Grad-CAM cannot be computed: {type(error).__name__}: {error}"
         ) from error
     raise GraftError(
-        f"{backbone.name}: Grad-CAM needs a stage with places ([B,C,H,W] or tokens) on the way to the "
-        "answer, and there is none"
+        f"{backbone.name}: Grad-CAM needs a stage with places ([B,C,H,W] or tokens) on the way to "
+        "the answer, and there is none"
     )
 
 

@@ -34,8 +34,8 @@ def start_head(backbone: Backbone, solved: Probe, head_init: str) -> None:
     if head.bias is None or (head.weight.shape, head.bias.shape) != (weight.shape, bias.shape):
         left = None if head.bias is None else list(head.bias.shape)
         raise GraftError(
-            f"--head-init {head_init}: it leaves weight {list(head.weight.shape)} and bias {left}, not "
-            f"{list(weight.shape)} and {list(bias.shape)}"
+            f"--head-init {head_init}: it leaves weight {list(head.weight.shape)} and bias "
+            f"{left}, not {list(weight.shape)} and {list(bias.shape)}"
         )
     if not (head.weight.isfinite().all() and head.bias.isfinite().all()):
         raise GraftError(f"--head-init {head_init}: it leaves NaN or infinite values in the head")
@@ -50,6 +50,6 @@ def _apply(backbone: Backbone, name: str) -> None:
         place = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{place.filename}:{place.lineno}"
         raise GraftError(
-            f"--head-init {name}: it raised {type(error).__name__}: {error} ({where}); it is given an "
-            "nn.Linear"
+            f"--head-init {name}: it raised {type(error).__name__}: {error} ({where}); it is "
+            "given an nn.Linear"
         ) from error

@@ -163,8 +163,8 @@ def _try_channels_last(backbone: Backbone, splits: Splits) -> torch.memory_forma
         memory_format = torch.contiguous_format
         backbone.model.to(memory_format=memory_format)
         logger.info(
-            "the network cannot take images in channels_last, the faster order: it trains in torch's "
-            "own order"
+            "the network cannot take images in channels_last, the faster order: it trains in "
+            "torch's own order"
         )
     return memory_format
 
@@ -176,7 +176,8 @@ def _try_cut(
     rest = cut(backbone.model, freezing, images, memory_format)
     if rest is None:
         logger.warning(
-            "this network cannot be cut at its freeze boundary: the frozen layers run anew in each epoch"
+            "this network cannot be cut at its freeze boundary: the frozen layers run anew in "
+            "each epoch"
         )
     return rest
 

@@ -217,8 +217,9 @@ class LayerStats:
         if broken is not None:
             self._warn(
                 "broken",
-                f"the first stage whose output is NaN or infinite is {broken}, though the loss is finite; "
-                f"lower --backbone-lr (now {self._backbone_lr:.1e}), or say --precision fp32",
+                f"the first stage whose output is NaN or infinite is {broken}, though the loss is "
+                f"finite; lower --backbone-lr (now {self._backbone_lr:.1e}), or say --precision "
+                "fp32",
                 progress,
             )
         self._warn_of_dead(dead, progress)
@@ -230,14 +231,14 @@ class LayerStats:
         worst = max(dead, key=lambda name: dead[name])
         if dead[worst] > _MAX_DEAD_FRACTION:
             remedy = (
-                "they were so before the first step: do the weights belong to this network, and the "
-                "images to these weights?"
+                "they were so before the first step: do the weights belong to this network, and "
+                "the images to these weights?"
                 if progress.step == 0
                 else f"lower --backbone-lr, to a tenth for a start (now {self._backbone_lr:.1e})"
             )
             message = (
-                f"{dead[worst]:.0%} of the units of {worst} are dead: their output is zero for all images "
-                f"of a batch; {remedy}"
+                f"{dead[worst]:.0%} of the units of {worst} are dead: their output is zero for "
+                f"all images of a batch; {remedy}"
             )
             self._warn("dead", message, progress)
 
@@ -259,8 +260,8 @@ class LayerStats:
             self._warn(
                 "spread",
                 f"gradients {'explode' if explode else 'vanish'} in the backward pass: "
-                f"{norms[strongest]:.1e} in {strongest}, {norms[weakest]:.1e} in {weakest}; {remedy}, or "
-                "put norms or skip connections into a network of your own",
+                f"{norms[strongest]:.1e} in {strongest}, {norms[weakest]:.1e} in {weakest}; "
+                f"{remedy}, or put norms or skip connections into a network of your own",
                 progress,
             )
 

@@ -300,8 +300,8 @@ class Training:
         )
         fp32 = ", or say --precision fp32" if self._precision == "bf16" else ""
         return BrokenLossError(
-            f"epoch {progress.epoch}, step {progress.step}: {what} at a rate of {rate:.1e}; lower --lr "
-            f"and --backbone-lr, to a tenth for a start (now {settings.lr:.1e} and "
+            f"epoch {progress.epoch}, step {progress.step}: {what} at a rate of {rate:.1e}; lower "
+            f"--lr and --backbone-lr, to a tenth for a start (now {settings.lr:.1e} and "
             f"{settings.backbone_lr:.1e}){fp32}{stage}; {kept}"
         )
 
@@ -459,8 +459,8 @@ class Training:
                 "train/waiting_for_data": waiting,
             }
             logger.info(
-                "epoch %d: train loss %.3f, val loss %.3f, val %s %.4f; %.0f images/s, %.0f%% of the time "
-                "waiting for data",
+                "epoch %d: train loss %.3f, val loss %.3f, val %s %.4f; %.0f images/s, %.0f%% of "
+                "the time waiting for data",
                 progress.epoch,
                 train_loss,
                 metrics.loss,

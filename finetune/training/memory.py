@@ -68,12 +68,14 @@ def run_in_parts(
             torch.cuda.empty_cache()
         if min(at_once, len(images)) == 1:
             raise GraftError(
-                f"out of memory with a single image ({reason}); try a smaller --image-size or --backbone, "
-                "--freeze until:NAME with a later module, or a machine with more memory"
+                f"out of memory with a single image ({reason}); try a smaller --image-size or "
+                "--backbone, --freeze until:NAME with a later module, or a machine with more "
+                "memory"
             )
         at_once = (min(at_once, len(images)) + 1) // 2
         logger.warning(
-            "out of memory (%s): from here on %d images at once; the result is that of the whole batch",
+            "out of memory (%s): from here on %d images at once; the result is that of the whole "
+            "batch",
             reason,
             at_once,
         )

@@ -98,9 +98,9 @@ def check_learning(
     outcome = f"the loss on one batch went from {first:.4f} to {last:.4f} in {_NUM_STEPS} steps"
     if not (last < first or last < _KNOWN_LOSS):
         raise GraftError(
-            f"--preflight: {outcome}, and should have fallen: a network that cannot overfit one batch "
-            "will not learn the others. Lower --lr and --backbone-lr, to a tenth for a start; if that "
-            "does not help, look for labels or images that are mixed up"
+            f"--preflight: {outcome}, and should have fallen: a network that cannot overfit one "
+            "batch will not learn the others. Lower --lr and --backbone-lr, to a tenth for a "
+            "start; if that does not help, look for labels or images that are mixed up"
         )
     logger.info("preflight: %s", outcome)
     return float(np.median(seconds[1:]))
@@ -137,8 +137,8 @@ def estimate_time(
         else f"{cpu_name()}, {torch.get_num_threads()} threads"
     )
     logger.info(
-        "preflight: training will take about %s on %s: %d epochs of %d steps, %.3f s a step, %.3f s to "
-        "read its images",
+        "preflight: training will take about %s on %s: %d epochs of %d steps, %.3f s a step, "
+        "%.3f s to read its images",
         _format_duration(total),
         name,
         num_epochs,
@@ -155,8 +155,8 @@ def warn_if_starved(waiting_fraction: float) -> None:
     """
     if waiting_fraction > _MAX_WAITING:
         logger.warning(
-            "the training waits for data: more --workers, smaller image files, or --views to decode "
-            "them once would help"
+            "the training waits for data: more --workers, smaller image files, or --views to "
+            "decode them once would help"
         )
 
 

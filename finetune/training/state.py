@@ -193,8 +193,8 @@ class TrainingState:
             ) from error
         if version != _FORMAT_VERSION:
             raise GraftError(
-                f"{path}: the state has format {version}, this Graft reads format {_FORMAT_VERSION}; "
-                "use the Graft of the run"
+                f"{path}: the state has format {version}, this Graft reads format "
+                f"{_FORMAT_VERSION}; use the Graft of the run"
             )
         kinds: dict[str, Tensors] = {
             "model": {},
@@ -228,17 +228,17 @@ class TrainingState:
         ]
         if differing:
             raise GraftError(
-                f"--resume {run_dir}: {len(differing)} of {len(then)} frozen tensors are not what they "
-                f"were when the run began ({', '.join(differing[:4])}); put the backbone's weights and "
-                "code back as they were then, or begin another run"
+                f"--resume {run_dir}: {len(differing)} of {len(then)} frozen tensors are not what "
+                f"they were when the run began ({', '.join(differing[:4])}); put the backbone's "
+                "weights and code back as they were then, or begin another run"
             )
         check_fixed(run_dir, rest["fixed"], fixed, f"; where {path} is another run's, remove it")
         if {name: tensor.shape for name, tensor in tensors.items()} != {
             name: tensor.shape for name, tensor in self._tensors.items()
         }:
             raise GraftError(
-                f"--resume {run_dir}: the backbone's code has changed: other tensors train now than "
-                "when the run began; put it back as it was then, or begin another run"
+                f"--resume {run_dir}: the backbone's code has changed: other tensors train now "
+                "than when the run began; put it back as it was then, or begin another run"
             )
 
     def _load_optimizer(self, groups: list[dict[str, Any]], tensors: Tensors) -> None:
@@ -260,7 +260,7 @@ class TrainingState:
 
 
 class StateFile:
-    """A training's state at `path`, saved every so many minutes; with `path` None nothing is saved."""
+    """A training's state at `path`, saved every so many minutes; nothing where `path` is None."""
 
     def __init__(
         self,
@@ -271,7 +271,7 @@ class StateFile:
         fixed: Mapping[str, Any],
         flush: Callable[[], Mapping[str, int]],
     ) -> None:
-        """`flush` writes the curves to disk and gives the sizes of their files in bytes, by name."""
+        """`flush` writes the curves to disk and gives their files' sizes in bytes, by name."""
         self._path = path
         self._state = state
         self._seconds = 60 * minutes
@@ -318,7 +318,7 @@ def _digest(text: str, tensors: Tensors) -> str:
 
 
 def fix_images(splits: Splits) -> dict[str, str]:
-    """The training and validation images with their labels, as a value that a resumed run compares."""
+    """A digest of the training and validation images with their labels, to be compared."""
     named = [
         (split, [(sample.key, splits.describe(sample)) for sample in samples])
         for split, samples in splits.named()

@@ -1,4 +1,6 @@
-"""Images that vanish, break or change while a run works on them, or before it is resumed, are named; nothing else is published for them."""
+"""Images that vanish, break or change while a run works on them, or before it is resumed, are
+named; nothing else is published for them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Both candidates of a run that trained layers can be published: one by the run, the other later."""
+"""Both candidates of a run that trained layers can be published: one by the run, the other
+later.
+"""
 
 from __future__ import annotations
 

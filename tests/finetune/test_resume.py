@@ -1,4 +1,6 @@
-"""A run that was stopped, or killed, ends bit by bit as one that never was; and what does not fit the run is refused in words."""
+"""A run that was stopped, or killed, ends bit by bit as one that never was; and what does not fit
+the run is refused in words.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +81,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Fitted:
-    """A training from beginning to end in one folder, stopped once after some step and begun again, or not."""
+    """A training from beginning to end in one folder, stopped once after some step and begun again,
+    or not.
+    """
 
     def __init__(
         self,
@@ -234,7 +238,8 @@ def test_a_backbone_whose_frozen_weights_are_others_is_refused(stopped: Path) ->
     backbone.model.get_buffer("backbone.stem.1.running_mean").add_(1e-6)
     with pytest.raises(
         GraftError,
-        match=r"1 of 7 frozen tensors are not what they were when the run began \(backbone\.stem\.1\.running_m",
+        match=r"1 of 7 frozen tensors are not what they were when the run began "
+        r"\(backbone\.stem\.1\.running_m",
     ):
         go_on(stopped, backbone)
 
@@ -247,7 +252,8 @@ def test_a_run_that_would_freeze_something_else_is_refused(stopped: Path) -> Non
 def test_a_run_that_would_read_something_else_is_refused(stopped: Path) -> None:
     with pytest.raises(
         GraftError,
-        match=r"what the epochs read was activations at backbone\.stem when the run began, and is crops now",
+        match=r"what the epochs read was activations at backbone\.stem when the run began, and is "
+        r"crops now",
     ):
         go_on(stopped, cache=False)
 
@@ -284,7 +290,8 @@ def test_the_state_of_a_run_on_other_images_is_refused(stopped: Path) -> None:
     try:
         with pytest.raises(
             GraftError,
-            match=r"its list of images and labels was 24 to train on, 12 .* and is 24 to train on, 12 .* now",
+            match=r"its list of images and labels was 24 to train on, 12 .* and is 24 to train on, "
+            r"12 .* now",
         ):
             train_tiny(
                 build(), others, probe_of(build()), options(), monitor, stopped, state_dir=stopped
@@ -313,7 +320,8 @@ def test_a_damaged_state_is_named_with_the_way_out(
     damage(stopped / TRAINING_FILE)
     with pytest.raises(
         GraftError,
-        match=r"training\.safetensors: the saved state cannot be read: .*; remove it, and --resume begins again",
+        match=r"training\.safetensors: the saved state cannot be read: .*; remove it, and --resume "
+        r"begins again",
     ):
         go_on(stopped)
 
@@ -325,8 +333,8 @@ def test_kept_activations_that_are_not_what_was_kept_are_computed_again(
     flip_a_bit(stopped / "val.npy", 400)
     assert go_on(stopped) >= 0
     assert (
-        "val.npy: the kept activations cannot be used (they are damaged, or of something else): they are computed again"
-        in caplog.text
+        "val.npy: the kept activations cannot be used (they are damaged, or of something else): "
+        "they are computed again" in caplog.text
     )
     assert (stopped / "val.npy").read_bytes() == was
 
@@ -360,16 +368,20 @@ def test_nothing_that_was_saved_is_a_pickle(stopped: Path) -> None:
     assert header == b"{"
 
 
-# ---------------------------------------------------------------------------------------------------------------------------- whole runs
+# ----------------------------------------------------------------------------------------------------------------------------
+# whole runs
 
 
 @pytest.fixture
 def arguments(tmp_path: Path, cache_dir: Path) -> list[str]:
     data = write_noise_folders(tmp_path / "data", 16)
     (data / "red" / "broken.png").write_text("an image that cannot be read")
-    given = f"--data {data} --backbone tests.support.tiny:build_trunk --freeze until:stem --epochs 3 --batch-size 6 --workers 1 --precision fp32"
-    folders = f"--output {tmp_path / 'runs'} --repository {tmp_path / 'checkpoints'} --cache-dir {cache_dir} --name tiny"
-    return f"{given} {folders} --augment light --lr 0.05 --backbone-lr 0.02 --save-minutes 0 --device cpu --no-cache --seed 2".split()
+    return (
+        f"--data {data} --backbone tests.support.tiny:build_trunk --freeze until:stem --epochs 3 "
+        "--batch-size 6 --workers 1 --precision fp32 --augment light --lr 0.05 --backbone-lr 0.02 "
+        "--save-minutes 0 --device cpu --no-cache --seed 2 --name tiny --cache-dir "
+        f"{cache_dir} --output {tmp_path / 'runs'} --repository {tmp_path / 'checkpoints'}"
+    ).split()
 
 
 def only_run(tmp_path: Path) -> Path:
@@ -404,12 +416,16 @@ def read_outcome(run_dir: Path, repository: Path, version: int) -> dict[str, Any
 def test_a_run_killed_again_and_again_ends_as_one_that_never_was(
     tmp_path: Path, arguments: list[str], run_forked: RunForked
 ) -> None:
-    """With every option, and without the cache, so that processes decode images, and outlive the killed one.
+    """With every option, and without the cache, so that processes decode images, and outlive the
+    killed one.
 
     Three times; GRAFT_KILLS=20 asks for more.
     """
     num_kills = int(os.environ.get("GRAFT_KILLS", "3"))
-    every_option = "--balance sampler --label-smoothing 0.1 --mix mixup --ema 0.6 --gradual 1 --layer-decay 0.5"
+    every_option = (
+        "--balance sampler --label-smoothing 0.1 --mix mixup --ema 0.6 --gradual 1 "
+        "--layer-decay 0.5"
+    )
     arguments = f"{' '.join(arguments)} {every_option}".replace(
         "--epochs 3 ", f"--epochs {max(3, num_kills)} "
     ).split()
@@ -508,7 +524,8 @@ def test_a_run_whose_options_cannot_be_written_leaves_no_folder(
     assert list((tmp_path / "runs").iterdir()) == []
 
 
-# --------------------------------------------------------------------------------------------------------------- what a run folder says
+# ---------------------------------------------------------------------------------------------------------------
+# what a run folder says
 
 
 @pytest.fixture
@@ -529,7 +546,8 @@ def left(tmp_path: Path) -> Path:
     [
         (
             ["--lr", "0.5"],
-            "--lr 0.5: the run in {} has 0.25, and a resumed run goes on as it began; leave the flag out",
+            "--lr 0.5: the run in {} has 0.25, and a resumed run goes on as it began; leave the "
+            "flag out",
         ),
         (["--freeze", "none"], "--freeze none: the run in {} has until:stem"),
         (["--no-pretrained"], "--pretrained False: the run in {} has True"),
@@ -568,8 +586,8 @@ def test_an_option_edited_before_anything_was_trained_is_refused(
     config.write_text(config.read_text().replace("until:stem", "backbone"))
     assert main(["--resume", str(left)]) == 2
     assert (
-        f"--resume {left}: --freeze was until:stem when the run began, and is backbone now; put it back"
-        in capsys.readouterr().err
+        f"--resume {left}: --freeze was until:stem when the run began, and is backbone now; put "
+        "it back" in capsys.readouterr().err
     )
 
 
@@ -584,8 +602,8 @@ def test_a_folder_that_is_no_run_or_is_done_is_refused(
     (left / "metrics.json").write_text("{}")
     assert main(["--resume", str(left)]) == 2
     assert (
-        f"--resume {left}: that run is done, its metrics.json says how; --config {left}/config.yaml repeats it"
-        in capsys.readouterr().err
+        f"--resume {left}: that run is done, its metrics.json says how; --config "
+        f"{left}/config.yaml repeats it" in capsys.readouterr().err
     )
 
 
@@ -654,7 +672,8 @@ def test_images_that_are_gone_are_named(left: Path) -> None:
         restore_splits(left, Splits(splits.label_names, splits.train[1:], splits.val))
     with pytest.raises(
         GraftError,
-        match="train 0 0: whether it can be read has changed since the run began; put it back as it was",
+        match="train 0 0: whether it can be read has changed since the run began; put it back as "
+        "it was",
     ):
         choose(left, splits, Splits(splits.label_names, splits.train[1:], splits.val))
 

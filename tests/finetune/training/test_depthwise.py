@@ -1,4 +1,6 @@
-"""Depthwise convolutions in bfloat16 get the gradients that float32 gives, and all others are left alone."""
+"""Depthwise convolutions in bfloat16 get the gradients that float32 gives, and all others are left
+alone.
+"""
 
 from __future__ import annotations
 

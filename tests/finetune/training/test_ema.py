@@ -1,4 +1,6 @@
-"""The average of the weights is the formula's, is what is validated and kept, and the training itself does not notice it."""
+"""The average of the weights is the formula's, is what is validated and kept, and the training
+itself does not notice it.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def fit(
     folder: Path, backbone: Backbone | None = None, **changes: Any
 ) -> tuple[int, Backbone, list[Tensors], Recorder]:
-    """Train, and give the best epoch, the network, its own tensors after each step, and the curves."""
+    """Train, and give the best epoch, the network, its own tensors after each step, and the
+    curves.
+    """
     backbone = backbone or build()
     steps = [snapshot(backbone)]
     (folder / STATE_DIR).mkdir(parents=True, exist_ok=True)
@@ -198,6 +202,7 @@ def test_a_stop_while_the_average_is_validated_saves_the_network_itself(tmp_path
 def test_a_decay_that_cannot_be_is_refused(arguments: str) -> None:
     with pytest.raises(
         GraftError,
-        match=r"^--ema \S+: it (must be a number from 0 and below 1$|is for gradient epochs, and --freeze back)",
+        match=r"^--ema \S+: it (must be a number from 0 and below 1$|is for gradient epochs, and "
+        r"--freeze back)",
     ):
         parse_options(Options, arguments.split())

@@ -1,5 +1,5 @@
-"""Whole trainings leave every frozen parameter and buffer as it was, bit by bit: in each policy, for networks of each kind, with every
-option, in bf16, and where they were stopped and resumed.
+"""Whole trainings leave every frozen parameter and buffer as it was, bit by bit: in each policy,
+for networks of each kind, with every option, in bf16, and where they were stopped and resumed.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ def test_what_is_frozen_is_bit_equal_after_a_resumed_training_with_every_option(
     tmp_path: Path, name: str, freeze: str, trained: tuple[str, ...], precision: str
 ) -> None:
     before = snapshot(build(name))
-    # With `resume`, options are not checked against the policy: the command line leaves `--freeze backbone` to the probe.
+    # With `resume`, options are not checked against the policy: the command line leaves `--freeze
+    # backbone` to the probe.
     changes = {"freeze": freeze, "precision": precision, **EVERY_OPTION, "resume": tmp_path}
     with pytest.raises(Terminated):
         fit(tmp_path, build(name), 5, changes)

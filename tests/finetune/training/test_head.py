@@ -1,4 +1,6 @@
-"""What the head begins gradient epochs with: the probe's solution, zeros, or what a function of the user's makes of it."""
+"""What the head begins gradient epochs with: the probe's solution, zeros, or what a function of the
+user's makes of it.
+"""
 
 from __future__ import annotations
 
@@ -99,11 +101,13 @@ def test_zeros_and_functions_set_the_head_and_nothing_else() -> None:
     [
         (
             "fails",
-            r"--head-init my_heads:fails: it raised KeyError: 'no such prior' \(.*my_heads.py:15\); it is given an nn.Linear",
+            r"--head-init my_heads:fails: it raised KeyError: 'no such prior' "
+            r"\(.*my_heads.py:15\); it is given an nn.Linear",
         ),
         (
             "wider",
-            r"--head-init my_heads:wider: it leaves weight \[7, 8\] and bias \[3\], not \[3, 8\] and \[3\]",
+            r"--head-init my_heads:wider: it leaves weight \[7, 8\] and bias \[3\], not \[3, 8\] "
+            r"and \[3\]",
         ),
         ("without_bias", r"it leaves weight \[3, 8\] and bias None, not \[3, 8\] and \[3\]"),
         (
@@ -140,7 +144,8 @@ def test_what_cannot_be_is_refused_with_the_options(flags: list[str], message: s
     [
         (
             "no_heads:small",
-            "--head-init no_heads:small: No module named 'no_heads'; package.module:callable must be importable",
+            "--head-init no_heads:small: No module named 'no_heads'; package.module:callable "
+            "must be importable",
         ),
         ("my_heads:smal", "--head-init my_heads:smal: module 'my_heads' has no attribute 'smal'"),
         ("my_heads:number", "--head-init my_heads:number: it is of type int, and cannot be called"),

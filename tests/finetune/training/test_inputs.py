@@ -1,4 +1,6 @@
-"""What gradient epochs read: kept activations where they can be kept, crops where not, and the same training from both."""
+"""What gradient epochs read: kept activations where they can be kept, crops where not, and the same
+training from both.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ CPU = torch.device("cpu")
 
 
 class Trunk(nn.Module):
-    """A frozen stem that picks pixels, so that what is kept of it is exact, and a tail that trains."""
+    """A frozen stem that picks pixels, so that what is kept of it is exact, and a tail that
+    trains.
+    """
 
     def __init__(self, has_skip: bool = False) -> None:
         super().__init__()
@@ -146,7 +150,9 @@ def test_infinities_stay_and_nan_stays_nan(tmp_path: Path) -> None:
 def test_activations_that_a_full_disk_does_not_take_are_said_to_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without its blocks a mapped file is made all the same, and the first row that the disk cannot take ends the process by SIGBUS."""
+    """Without its blocks a mapped file is made all the same, and the first row that the disk cannot
+    take ends the process by SIGBUS.
+    """
 
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -155,7 +161,8 @@ def test_activations_that_a_full_disk_does_not_take_are_said_to_be(
         patch.setattr(os, "posix_fallocate", refuse)
         with pytest.raises(
             GraftError,
-            match=r"val\.npy: the activations take 0\.8 MB and cannot be written: No space left on device",
+            match=r"val\.npy: the activations take 0\.8 MB and cannot be written: No space left on "
+            r"device",
         ):
             Bf16File(tmp_path / "val.npy", 100, 4000)
     assert list(tmp_path.iterdir()) == []
@@ -340,7 +347,9 @@ def test_crops_are_used_where_activations_cannot_be_kept(
 def test_an_epoch_on_kept_activations_moves_the_weights_as_one_without(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, freeze: str
 ) -> None:
-    """Exactly what bf16 holds is kept at the stem; behind the first layer of the tail it rounds, and so do the weights."""
+    """Exactly what bf16 holds is kept at the stem; behind the first layer of the tail it rounds,
+    and so do the weights.
+    """
     start = build()
     probe = Probe(
         np.zeros((3, 8), np.float32),
@@ -415,6 +424,7 @@ def test_an_image_that_goes_away_before_it_is_kept_ends_the_run_in_words(tmp_pat
     samples = (*SPLITS.train[:3], Sample(str(path), 0, path), *SPLITS.train[3:])
     with pytest.raises(
         GraftError,
-        match=r"3\.png: gone or changed since the run began \(the file cannot be read: No such file",
+        match=r"3\.png: gone or changed since the run began \(the file cannot be read: No such "
+        r"file",
     ):
         open_own(tmp_path, splits=Splits(LABELS, samples, SPLITS.val))

@@ -1,4 +1,6 @@
-"""Statistics of layers equal plain arithmetic, leave the training bit by bit the same, and warn of trouble."""
+"""Statistics of layers equal plain arithmetic, leave the training bit by bit the same, and warn of
+trouble.
+"""
 
 from __future__ import annotations
 
@@ -204,7 +206,9 @@ def test_a_stage_of_dead_units_is_named_with_the_remedy(
 def test_gradients_that_explode_or_vanish_are_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, scales: tuple[float, float], words: str
 ) -> None:
-    """Scaled weights: what a stage is given back goes through the weights of those behind it, and is multiplied by what it was given."""
+    """Scaled weights: what a stage is given back goes through the weights of those behind it, and
+    is multiplied by what it was given.
+    """
     convolutions = (nn.Conv2d(3, 6, 3, bias=False), nn.Conv2d(6, 8, 3, bias=False))
     backbone = own(nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten()), 8)
     with torch.no_grad():
@@ -282,7 +286,8 @@ def test_a_broken_gradient_names_the_stage_that_it_reaches_first(tmp_path: Path)
     backbone = own(Root(), 8)
     with pytest.raises(
         GraftError,
-        match=r"the gradient is nan.*; in the backward pass, gradients are first NaN or infinite in stem; ",
+        match=r"the gradient is nan.*; in the backward pass, gradients are first NaN or infinite "
+        r"in stem; ",
     ):
         train_tiny(
             backbone,

@@ -1,4 +1,6 @@
-"""What MixUp, CutMix and label smoothing make of a batch is what their papers say, and what gradient epochs learn from."""
+"""What MixUp, CutMix and label smoothing make of a batch is what their papers say, and what
+gradient epochs learn from.
+"""
 
 from __future__ import annotations
 
@@ -98,7 +100,8 @@ def test_the_loss_of_each_image_is_the_formulas(
         )
 
 
-# ----------------------------------------------------------------------------------------------------------------------- gradient epochs
+# -----------------------------------------------------------------------------------------------------------------------
+# gradient epochs
 
 
 @pytest.mark.parametrize(
@@ -108,7 +111,9 @@ def test_the_loss_of_each_image_is_the_formulas(
 def test_epochs_learn_from_what_was_mixed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mix: str, freeze: str, cache: bool
 ) -> None:
-    """The first loss is that of the first mixed batch, by the network as it starts, with its labels smoothed."""
+    """The first loss is that of the first mixed batch, by the network as it starts, with its labels
+    smoothed.
+    """
     batches: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def build_watched(kind: str, num_classes: int) -> object:
@@ -162,7 +167,8 @@ def test_mixing_is_drawn_from_the_seed(tmp_path: Path) -> None:
     [
         (
             "--mix cutmix --freeze until:layer3",
-            "--mix cutmix: it pastes pixels, and --freeze until:layer3 learns from .* kept at layer3; say",
+            "--mix cutmix: it pastes pixels, and --freeze until:layer3 learns from .* kept at "
+            "layer3; say",
         ),
         (
             "--mix both --freeze until:layer3",
@@ -170,11 +176,13 @@ def test_mixing_is_drawn_from_the_seed(tmp_path: Path) -> None:
         ),
         (
             "--mix mixup",
-            "--mix mixup: it is for gradient epochs, and --freeze backbone has none; say --freeze until:NAME or none",
+            "--mix mixup: it is for gradient epochs, and --freeze backbone has none; say "
+            "--freeze until:NAME or none",
         ),
         (
             "--label-smoothing 0.1",
-            r"--label-smoothing 0\.1: it is for gradient epochs, and --freeze backbone has none; say",
+            r"--label-smoothing 0\.1: it is for gradient epochs, and --freeze backbone has none; "
+            r"say",
         ),
         (
             "--label-smoothing 1 --freeze none",

@@ -1,4 +1,6 @@
-"""What waits for its turn does not move at all, and each stage has the rate that its depth gives it."""
+"""What waits for its turn does not move at all, and each stage has the rate that its depth gives
+it.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,8 @@ RATES = {"head_lr": 0.5, "backbone_lr": 0.25, "weight_decay": 0.125}
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-# ------------------------------------------------------------------------------------------------------------------------------- depths
+# -------------------------------------------------------------------------------------------------------------------------------
+# depths
 
 
 @pytest.mark.parametrize(
@@ -109,7 +112,8 @@ def test_a_users_own_module_has_depths_too() -> None:
     assert depths(bare, "head", "backbone.") == {"": 1, "backbone": 1, "head": 0}
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------- rates
+# ----------------------------------------------------------------------------------------------------------------------------------
+# rates
 
 
 def test_rates_fall_with_depth_and_every_parameter_has_one() -> None:
@@ -184,7 +188,8 @@ def test_a_run_has_the_rates_of_its_layer_decay(tmp_path: Path) -> None:
     assert peak["rate/head"] == pytest.approx(2.5 * peak["rate/backbone_1"])
 
 
-# -------------------------------------------------------------------------------------------------------------------------------- gradual
+# --------------------------------------------------------------------------------------------------------------------------------
+# gradual
 
 
 @pytest.mark.parametrize("batch_norm", ["keep", "update"])
@@ -249,7 +254,8 @@ def test_what_is_frozen_stays_so_when_its_turn_would_have_come(tmp_path: Path) -
         (
             2,
             logging.WARNING,
-            "--gradual 2: 1 of 2 stages will have trained in the end; --epochs 3 would reach all of them",
+            "--gradual 2: 1 of 2 stages will have trained in the end; --epochs 3 would reach all "
+            "of them",
         ),
     ],
 )
@@ -269,7 +275,8 @@ def test_how_far_it_will_come_is_said(
 def test_without_gradient_epochs_they_are_refused(given: str) -> None:
     with pytest.raises(
         GraftError,
-        match=rf"^{given}: it is for gradient epochs, and --freeze backbone has none; say --freeze until:NAME",
+        match=rf"^{given}: it is for gradient epochs, and --freeze backbone has none; say --freeze "
+        rf"until:NAME",
     ):
         parse_options(Options, given.split())
     with pytest.raises(GraftError, match=r"^--layer-decay 1\.5: it must be a number above 0 to 1$"):

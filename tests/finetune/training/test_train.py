@@ -1,4 +1,6 @@
-"""Gradient epochs keep the best of what they saw, move only what may move, and end in words where they go wrong."""
+"""Gradient epochs keep the best of what they saw, move only what may move, and end in words where
+they go wrong.
+"""
 
 from __future__ import annotations
 
@@ -257,7 +259,8 @@ def test_a_frozen_module_that_changes_its_own_buffer_fails_the_run(
     backbone = build(nn.Sequential(Counting(), Trunk()))
     with pytest.raises(
         FrozenDriftError,
-        match=r"--freeze until:0: 1 of 1 frozen tensors changed during the run: backbone\.0\.num_seen",
+        match=r"--freeze until:0: 1 of 1 frozen tensors changed during the run: "
+        r"backbone\.0\.num_seen",
     ):
         fit(backbone, draw_splits(), tmp_path, freeze="until:0", cache=cache, epochs=1)
 
@@ -268,7 +271,8 @@ def test_a_loss_that_is_no_number_ends_the_run_with_step_and_rate_and_leaves_the
     backbone = build()
     with pytest.raises(
         GraftError,
-        match=r"^epoch 1, step [1-9]\d*: the loss is (nan|inf) at a rate of 1\.0e\+30; lower --lr and",
+        match=r"^epoch 1, step [1-9]\d*: the loss is (nan|inf) at a rate of 1\.0e\+30; lower --lr "
+        r"and",
     ):
         fit(backbone, draw_splits(), tmp_path, epochs=1, lr=1e30, backbone_lr=1e30)
     assert not any("forward" in vars(module) for module in backbone.model.modules())
