@@ -368,8 +368,7 @@ def test_nothing_that_was_saved_is_a_pickle(stopped: Path) -> None:
     assert header == b"{"
 
 
-# ----------------------------------------------------------------------------------------------------------------------------
-# whole runs
+# --------------------------------------------------------------------------------------- whole runs
 
 
 @pytest.fixture
@@ -524,8 +523,7 @@ def test_a_run_whose_options_cannot_be_written_leaves_no_folder(
     assert list((tmp_path / "runs").iterdir()) == []
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# what a run folder says
+# --------------------------------------------------------------------------- what a run folder says
 
 
 @pytest.fixture

@@ -68,8 +68,7 @@ def fit(
     return backbone, monitor
 
 
-# -------------------------------------------------------------------------------------------------------------------------------
-# signals
+# ------------------------------------------------------------------------------------------ signals
 
 
 @pytest.mark.parametrize(
@@ -125,8 +124,7 @@ def test_sigterm_outside_of_the_training_ends_the_program_too(
     assert "nothing was published" in capsys.readouterr().err
 
 
-# -------------------------------------------------------------------------------------------------------------
-# numbers that are no numbers
+# ---------------------------------------------------------------------- numbers that are no numbers
 
 
 class Poisoned(nn.Module):
@@ -187,8 +185,7 @@ def test_a_gradient_that_is_no_number_is_found_before_it_is_in_the_weights(tmp_p
     assert all(tensor.isfinite().all() for tensor in backbone.model.parameters())
 
 
-# --------------------------------------------------------------------------------------------------------------------------------
-# memory
+# ------------------------------------------------------------------------------------------- memory
 
 
 class Greedy(nn.Module):
@@ -347,8 +344,7 @@ def test_memory_for_not_even_one_image_ends_in_words(tmp_path: Path, run_forked:
     assert "GraftError: out of memory with a single image (" in said
 
 
-# -----------------------------------------------------------------------------------------------------------------------------
-# preflight
+# ---------------------------------------------------------------------------------------- preflight
 
 
 @pytest.mark.parametrize(

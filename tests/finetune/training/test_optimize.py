@@ -35,8 +35,7 @@ RATES = {"head_lr": 0.5, "backbone_lr": 0.25, "weight_decay": 0.125}
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-# -------------------------------------------------------------------------------------------------------------------------------
-# depths
+# ------------------------------------------------------------------------------------------- depths
 
 
 @pytest.mark.parametrize(
@@ -112,8 +111,7 @@ def test_a_users_own_module_has_depths_too() -> None:
     assert depths(bare, "head", "backbone.") == {"": 1, "backbone": 1, "head": 0}
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
-# rates
+# -------------------------------------------------------------------------------------------- rates
 
 
 def test_rates_fall_with_depth_and_every_parameter_has_one() -> None:
@@ -188,8 +186,7 @@ def test_a_run_has_the_rates_of_its_layer_decay(tmp_path: Path) -> None:
     assert peak["rate/head"] == pytest.approx(2.5 * peak["rate/backbone_1"])
 
 
-# --------------------------------------------------------------------------------------------------------------------------------
-# gradual
+# ------------------------------------------------------------------------------------------ gradual
 
 
 @pytest.mark.parametrize("batch_norm", ["keep", "update"])
