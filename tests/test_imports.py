@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,7 @@ LAYERS: dict[str, list[set[str]]] = {
         {"evaluation"},
         {"resume", "probe"},
         {"data"},
-        {"config", "monitor", "terminal", "html", "timer"},
+        {"config", "monitor", "terminal", "templates", "timer"},
     ],
     "service": [
         {"app"},
@@ -118,6 +119,13 @@ def test_no_file_imports_itself_through_others() -> None:
     except CycleError as error:
         circle = [str(path.relative_to(ROOT)) for path in error.args[1]]
         raise AssertionError(f"a circle of imports: {' ← '.join(circle)}") from None
+
+
+def test_programs_hide_no_other_module() -> None:
+    """Python searches the folder of a program first, so that finetune/html.py would be `html`."""
+    names = {unit(path) for path in python_files("finetune")}
+    packages = set(packages_distributions())
+    assert not names & (set(sys.stdlib_module_names) | packages)
 
 
 def test_only_backbone_knows_timm() -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from finetune.auditing.findings import WORDING, Audit, Finding, Kind, Wording
 from finetune.data.splits import Sample
-from finetune.html import image_uri, render
+from finetune.templates import image_uri, render
 from models.preprocess import ImageError, Preprocess
 
 # Of each kind; the CSV has all. A page of them all would take a browser minutes.
