@@ -20,7 +20,6 @@ from finetune.evaluation.calibration import (
     calibrate_probe,
     calibrate_trained,
 )
-from finetune.evaluation.candidate import Candidate
 from finetune.evaluation.metrics import AnyMetrics, evaluate
 from finetune.evaluation.thresholds import (
     LabelCalibrated,
@@ -32,6 +31,7 @@ from finetune.evaluation.verdict import Verdict, compare_with_probe
 from finetune.monitor import Monitor
 from finetune.probe.features import extract_splits, open_engine
 from finetune.probe.solve import Head, Probe, soften, solve_on_best_views
+from finetune.report.candidate import Candidate
 from finetune.resume import STATE_DIR, fix_options
 from finetune.timer import Timer
 from finetune.training.settings import TrainingSettings

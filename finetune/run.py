@@ -37,11 +37,11 @@ from finetune.data.balance import say_if_uneven
 from finetune.data.duplicates import Duplicates
 from finetune.data.lasting_split import load_lasting_splits
 from finetune.data.splits import Splits
-from finetune.evaluation.candidate import Candidate
 from finetune.evaluation.learning_curve import LearningCurve, measure_learning_curve
 from finetune.monitor import Monitor
 from finetune.probe.features import prepare, prepare_meanwhile
 from finetune.probe.precision import extract_in_best_precision
+from finetune.report.candidate import Candidate
 from finetune.report.mistakes import explain_mistakes, worst_mistakes
 from finetune.report.next_steps import commands_to_try, say_what_next, write_example
 from finetune.report.page import write_report

@@ -15,7 +15,6 @@ from finetune.evaluation.calibration import (
     describe_calibration,
     describe_unsure,
 )
-from finetune.evaluation.candidate import Candidate
 from finetune.evaluation.learning_curve import LearningCurve
 from finetune.evaluation.metrics import AnyMetrics
 from finetune.evaluation.thresholds import (
@@ -26,6 +25,7 @@ from finetune.evaluation.thresholds import (
 )
 from finetune.evaluation.verdict import Verdict
 from finetune.probe.solve import Head
+from finetune.report.candidate import Candidate
 from models.engine.engine import EngineInfo, Features
 from models.prepared import PreparedBackbone
 from models.scores import Floats

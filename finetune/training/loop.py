@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from finetune.data.balance import class_weights
 from finetune.data.splits import Splits
-from finetune.evaluation.candidate import EpochMetrics
+from finetune.evaluation.epoch import EpochMetrics
 from finetune.evaluation.metrics import AnyMetrics, Metrics, evaluate
 from finetune.monitor import Monitor
 from finetune.resume import event_sizes

@@ -29,7 +29,7 @@ from torch import nn
 
 from finetune.data.balance import draw_balanced
 from finetune.data.splits import Splits
-from finetune.evaluation.candidate import EpochMetrics
+from finetune.evaluation.epoch import EpochMetrics
 from finetune.resume import METADATA_KEY, check_fixed
 from finetune.training.ema import Ema
 from finetune.training.tensors import Tensors, changing_tensors, copy_tensors

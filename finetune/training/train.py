@@ -12,7 +12,7 @@ from typing import Any
 from lightning_fabric import Fabric
 
 from finetune.data.splits import Splits
-from finetune.evaluation.candidate import EpochMetrics
+from finetune.evaluation.epoch import EpochMetrics
 from finetune.monitor import Monitor
 from finetune.probe.solve import Probe
 from finetune.resume import TRAINING_FILE

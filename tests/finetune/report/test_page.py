@@ -15,11 +15,12 @@ from finetune.auditing.findings import Audit, Finding
 from finetune.config import Options
 from finetune.data.splits import Sample, Splits
 from finetune.evaluation.calibration import calibrate_probe
-from finetune.evaluation.candidate import Candidate, EpochMetrics
+from finetune.evaluation.epoch import EpochMetrics
 from finetune.evaluation.learning_curve import measure_learning_curve
 from finetune.evaluation.metrics import Interval, evaluate
 from finetune.evaluation.verdict import compare_with_probe
 from finetune.probe.solve import Head, solve_probe
+from finetune.report.candidate import Candidate
 from finetune.report.card import write_card
 from finetune.report.page import write_report
 from finetune.report.plots import Mistake

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from finetune.evaluation.calibration import Calibrated, Calibration
+from finetune.evaluation.epoch import EpochMetrics
 from finetune.evaluation.metrics import AnyMetrics
 from finetune.evaluation.thresholds import LabelCalibrated, LabelCalibration
 from finetune.probe.solve import Head, Probe
@@ -18,18 +19,6 @@ from models.scores import Floats
 from models.sources import SplitName
 
 CandidateName = Literal["probe", "tuned"]
-
-
-@dataclass(frozen=True)
-class EpochMetrics:
-    """Losses and the task's first metric of one epoch; epoch 0 is the head that training began
-    from, without `train_loss`.
-    """
-
-    epoch: int
-    train_loss: float | None
-    val_loss: float
-    val_score: float
 
 
 @dataclass(frozen=True)
