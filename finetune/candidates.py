@@ -148,9 +148,7 @@ def fine_tune(
 
 
 def compare(options: Options, splits: Splits, probe: Candidate, tuned: Candidate) -> Verdict:
-    """Whether the tuned candidate is better than the probe by more than chance, on the validation
-    images.
-    """
+    """Whether the tuned candidate is better by more than chance, on the validation images."""
     labels = splits.labels(splits.val)
     verdict = compare_with_probe(
         probe.logits["val"],
@@ -183,7 +181,7 @@ def _train(
     options: Options, splits: Splits, start: Probe, monitor: Monitor, scratch: Path
 ) -> tuple[PreparedBackbone, Head, Trained]:
     """Gradient epochs; the trained backbone is prepared for the engine in `scratch`."""
-    # Imported here: torch and timm take longer to import than a probe, which needs neither, to solve.
+    # Imported here: a probe needs neither torch nor timm, whose import takes seconds.
     from finetune.training.train import train
     from models.backbone.build import build_backbone
     from models.prepared import write_prepared

@@ -75,8 +75,7 @@ _FREE_OPTIONS = _CHANGEABLE_OPTIONS | {
 
 @dataclass(frozen=True)
 class Choices:
-    """What a run chose before it trained: its images, those that could be read, and the engine's
-    precision with its reason.
+    """What a run chose before it trained: images, readable ones, precision and its reason.
 
     `fixed` are the options that must stay the same, as they were given; `digests` of the images'
     bytes are by their keys.
@@ -91,8 +90,7 @@ class Choices:
 
 
 def read_options(given: Options) -> Options:
-    """The options of the run in `given.resume`, with those of `given` that do not change its
-    outcome.
+    """The options of the run in `given.resume`, with what `given` may change.
 
     Relative paths mean what they meant then: the process changes to the folder in which the run was
     started. Raises GraftError where the folder is not a run's, where the run is done, and for every
@@ -137,8 +135,7 @@ def read_options(given: Options) -> Options:
 
 
 def restore_splits(run_dir: Path, splits: Splits) -> Splits | None:
-    """The run's own splits, of the images in `splits`; None where the run had not come to its
-    training.
+    """The run's own splits, of the images in `splits`; None where it had not kept them.
 
     Raises GraftError where an image is gone. Images that are new in the data are left out.
     """
@@ -170,8 +167,7 @@ def restore_splits(run_dir: Path, splits: Splits) -> Splits | None:
 
 
 def keep_choices(run_dir: Path, choices: Choices) -> str:
-    """Keep what a run chose before it trains; gives the reason for its precision, which is the
-    first process's.
+    """Keep what a run chose before it trains; gives the first process's reason for the precision.
 
     Raises GraftError where a resumed run's images differ from those kept.
     """
@@ -260,9 +256,7 @@ def seconds_trained(run_dir: Path) -> float:
 
 
 def _read_saved(run_dir: Path, name: str, default: Any) -> Any:
-    """A part of the training state that is not a tensor; `TrainingState.load` raises where the file
-    cannot be read.
-    """
+    """A part of the training state that is not a tensor; `default` where it cannot be read."""
     path = run_dir / STATE_DIR / TRAINING_FILE
     if path.exists():
         with (
@@ -286,9 +280,7 @@ def event_sizes(run_dir: Path) -> dict[str, int]:
 def find_published(
     repository: Path, model_name: str, run_id: str | None, candidate: str | None = None
 ) -> Path | None:
-    """The newest version of a model that the run with this id published, of this candidate or of
-    any.
-    """
+    """The newest version that the run with this id published, of one candidate or any."""
     if run_id is None:
         return None
     for version in reversed(list_versions(repository, model_name)):
@@ -309,9 +301,7 @@ def read_id(run_dir: Path) -> str | None:
 
 
 def fix_options(values: Mapping[str, Any]) -> dict[str, Any]:
-    """By their flags, the options that must be the same in all processes of a run, of all options'
-    JSON values by name.
-    """
+    """Of all options as JSON values, those that a resumed run must not change, by their flags."""
     return {
         f"--{name.replace('_', '-')}": value
         for name, value in values.items()
@@ -322,9 +312,7 @@ def fix_options(values: Mapping[str, Any]) -> dict[str, Any]:
 def check_fixed(
     run_dir: Path, then: Mapping[str, Any], now: Mapping[str, Any], otherwise: str = ""
 ) -> None:
-    """Raise GraftError for the first value that differs from when the run began; `otherwise` is one
-    more way out.
-    """
+    """Raise GraftError for the first value that is not what it was; `otherwise` adds a way out."""
     for name, value in now.items():
         if then.get(name) != value:
             raise GraftError(

@@ -196,9 +196,7 @@ def _fit(
 
 
 def _publish(result: Result, duplicates: Duplicates, run_dir: Path) -> Path:
-    """The chosen candidate's checkpoint, which an earlier process of this run may have published;
-    the other one is kept.
-    """
+    """Keep the other candidate, and publish the chosen one, unless an earlier process has."""
     keep_other_candidate(result, duplicates.digests, run_dir)
     options, published = result.options, None
     if options.resume is not None:
@@ -210,9 +208,7 @@ def _publish(result: Result, duplicates: Duplicates, run_dir: Path) -> Path:
 
 @contextlib.contextmanager
 def _kept_or_removed(run_dir: Path, options: Options) -> Iterator[None]:
-    """After an error, say how a run that can go on does so, and remove one that has nothing to go
-    on from.
-    """
+    """After an error, keep the folder of a run that can go on, and say how; remove others."""
     try:
         yield
     except GraftError as error:

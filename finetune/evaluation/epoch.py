@@ -7,9 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class EpochMetrics:
-    """Losses and the task's first metric of one epoch; epoch 0 is the head that training began
-    from, without `train_loss`.
-    """
+    """Losses and score of one epoch; epoch 0 is the first head, which has no `train_loss`."""
 
     epoch: int
     train_loss: float | None

@@ -1,6 +1,4 @@
-"""A model that a run may publish: the probe on the backbone as it came, or the one whose layers
-were trained.
-"""
+"""A model that a run may publish: the probe, or the network whose layers were trained."""
 
 from __future__ import annotations
 

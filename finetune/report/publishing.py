@@ -1,5 +1,4 @@
-"""A run's result → the next version of its model in the repository, and the other candidate kept in
-the run's folder.
+"""A run's result → the next version of its model; the other candidate is kept in the run's folder.
 
 Where layers were trained, `RUN/candidates/` is a repository of its own: its model `probe` or
 `tuned`, version 1, is the whole checkpoint of the candidate that was not published, which
@@ -43,8 +42,7 @@ _NUM_GOLDEN = 4
 
 
 def keep_other_candidate(result: Result, digests: Mapping[str, bytes], run_dir: Path) -> None:
-    """Write the checkpoint of the candidate that was not chosen to `RUN/candidates/<name>/1`, where
-    layers were trained.
+    """Write the checkpoint of the candidate that was not chosen to `RUN/candidates/<name>/1`.
 
     Replaces what a stopped process wrote there. Raises GraftError as `publish_chosen` does.
     """
@@ -80,8 +78,7 @@ def publish_chosen(result: Result, digests: Mapping[str, bytes], run_dir: Path) 
 
 
 def publish_again(source: Path, repository: Path, name: str) -> Path:
-    """Publish a checkpoint's folder as the next version of a model, its card naming the new place;
-    gives the version's folder.
+    """Publish a checkpoint's folder as the next version of a model; gives the version's folder.
 
     Raises GraftError where a file of `source` is not what it was, or where the new version cannot
     be written.

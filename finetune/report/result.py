@@ -41,8 +41,7 @@ _EPOCH_OPTIONS = (
 
 @dataclass(frozen=True)
 class Result:
-    """All candidates of a run, the one that is `chosen` to be published, and what they have in
-    common.
+    """A run's candidates, the one `chosen` to be published, and what they have in common.
 
     `candidates` are the probe and, where layers were trained, the tuned one, which `verdict`
     compares. `replace(result, chosen=other)` describes the other one. `why_precision` is the reason
@@ -114,7 +113,7 @@ class Result:
 
     @property
     def metric(self) -> str:
-        """The attribute of metrics that runs are judged by; its name for people is `metric_name`."""
+        """The attribute of metrics that runs are judged by; people read `metric_name`."""
         return next(iter(self.probe_metrics.NAMES))
 
     @property
@@ -148,9 +147,7 @@ class Result:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """As metrics.json holds it: the chosen candidate's metrics, and all candidates' where there
-        are two.
-        """
+        """As metrics.json has it: metrics of the chosen candidate, and of both if there are two."""
         names = self.splits.label_names
         return {
             **self.chosen.metrics_to_dict(names),

@@ -27,9 +27,7 @@ Batch = tuple[torch.Tensor, Target]
 
 
 class Activations(Dataset[Batch]):
-    """Activations `bfloat16 [D]` on disk, with their targets; with several views, each epoch reads
-    the next one.
-    """
+    """Activations `bfloat16 [D]` on disk, with targets; each epoch reads the next view."""
 
     def __init__(self, views: Sequence[Bf16File], targets: Sequence[Target]) -> None:
         self._views = views
@@ -44,14 +42,10 @@ class Activations(Dataset[Batch]):
 
 
 class Bf16File:
-    """An array `[N,D]` of bfloat16, which numpy has no type for, in a memory-mapped file; rows are
-    assigned as float32.
-    """
+    """A memory-mapped array `[N,D]` of bfloat16, which numpy lacks; assigned as float32."""
 
     def __init__(self, path: Path, num_rows: int, size: int, what: str = "") -> None:
-        """The array that `keep` put at `path` earlier, or a new one; `what` distinguishes arrays of
-        the same shape.
-        """
+        """The array that `keep` put at `path`, or a new one; `what` identifies its content."""
         self._path = path
         self._what = what
         self.is_kept = path.exists() and self._is_whole((num_rows, size))

@@ -1,5 +1,4 @@
-"""Cut a network at its freeze boundary: the frozen part runs once per image, the rest on its
-activations.
+"""Cut a network at its freeze boundary: the frozen part runs once per image.
 
 The rest runs the network's own forward, in which frozen modules return placeholders: the last one
 the kept activation, the earlier ones NaN of the right shape, which nothing may read. So no
@@ -43,9 +42,7 @@ class FrozenPart(nn.Module):
 
 
 class TrainablePart(nn.Module):
-    """Activations `[B,D]` → logits `[B,C]`; while it is open, the network's frozen modules return
-    placeholders.
-    """
+    """Activations `[B,D]` → logits `[B,C]`; while open, frozen modules return placeholders."""
 
     def __init__(
         self,
@@ -110,8 +107,7 @@ def cut(
     images: torch.Tensor,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> TrainablePart | None:
-    """The trainable part of a network, not yet open; None where nothing is frozen, or where it
-    cannot be cut.
+    """The trainable part of a network, not yet open; None where nothing can be cut off.
 
     The cut is tried on `images` `[B,3,H,W]`; the trainable part works in `memory_format`. The
     network is left in eval.

@@ -1,6 +1,4 @@
-"""A batch whose loss is NaN or infinite, kept for a person to inspect: its images, their labels and
-losses.
-"""
+"""The batch of a broken loss, kept for a person to inspect: images, labels, losses."""
 
 from __future__ import annotations
 
@@ -31,9 +29,7 @@ def keep_broken_batch(
     losses: Sequence[float],
     preprocess: Preprocess,
 ) -> str:
-    """Write each image's plain crop as a PNG, and `batch.csv`; gives a sentence about where they
-    are.
-    """
+    """Write each image's plain crop as a PNG, and `batch.csv`; gives a sentence that says where."""
     folder = run_dir / FOLDER
     try:
         shutil.rmtree(folder, ignore_errors=True)

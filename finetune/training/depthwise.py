@@ -21,8 +21,7 @@ _SLOW_FROM = 4
 
 
 class DepthwiseGradientsInFloat32(TorchFunctionMode):
-    """While it is entered, slow depthwise convolutions in bfloat16 on the CPU have a backward pass
-    in float32.
+    """Within, slow bfloat16 depthwise convolutions on the CPU get their gradients in float32.
 
     `torch.conv2d` is intercepted, whichever module calls it, also under autocast.
     """

@@ -1,6 +1,4 @@
-"""The exponential moving average of the weights (`--ema`), mostly a better network than the weights
-after the last step.
-"""
+"""The exponential moving average of the weights (`--ema`)."""
 
 from __future__ import annotations
 

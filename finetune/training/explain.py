@@ -1,6 +1,4 @@
-"""Heat maps of where a network looked for its answers: Grad-CAM (Selvaraju et al., arXiv
-1610.02391), by captum.
-"""
+"""Heat maps of where a network looked: Grad-CAM (arXiv 1610.02391), by captum."""
 
 from __future__ import annotations
 
@@ -29,8 +27,7 @@ logger = logging.getLogger("graft.explain")
 def explain(
     backbone: PreparedBackbone, head: Head, crops: Sequence[Pixels], answers: Sequence[int]
 ) -> list[Floats]:
-    """For each crop `uint8 [H,W,3]` how much each place speaks for the answer, `float32 [H,W]` from
-    0 to 1.
+    """How much each place of a crop `uint8 [H,W,3]` speaks for the answer: `float32 [H,W]`, 0 to 1.
 
     Measured at the last stage with places that the answer depends on, one image at a time: memory
     may be short here. Raises GraftError where there is no such stage, or where no backward pass is
@@ -97,9 +94,7 @@ def _stages_with_places(
 def _gradients_times_activations(
     model: nn.Module, stage: str, images: torch.Tensor, answer: int
 ) -> torch.Tensor:
-    """Grad-CAM at a stage, signed, `[1,1,h,w]`. captum needs maps `[B,C,h,w]`: an identity behind
-    the stage provides them.
-    """
+    """Grad-CAM at a stage, signed, `[1,1,h,w]`; captum reads maps behind an identity."""
     maps = nn.Identity()
     handle = model.get_submodule(stage).register_forward_hook(
         lambda _, __, output: _from_maps(maps(_to_maps(output)), output)
@@ -112,9 +107,7 @@ def _gradients_times_activations(
 
 
 def _to_maps(output: torch.Tensor) -> torch.Tensor:
-    """`[B,C,h,w]` from that, `[B,h,w,C]`, or tokens `[B,N,C]`, of which the last that fill a square
-    are the image's.
-    """
+    """`[B,C,h,w]` from maps in either layout, or from the last tokens that fill a square."""
     if output.ndim == 4:
         return output.movedim(channel_dim(output), 1)
     side = math.isqrt(output.shape[1])

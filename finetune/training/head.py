@@ -1,6 +1,4 @@
-"""The head that gradient epochs start from: as it was solved, zeros, or as the user's function
-leaves it.
-"""
+"""The head that gradient epochs start from."""
 
 from __future__ import annotations
 
@@ -15,8 +13,7 @@ from models.named import import_named
 
 
 def start_head(backbone: Backbone, solved: Probe, head_init: str) -> None:
-    """Set the head's weight `[C,F]` and bias `[C]`: to `solved`, to zeros, or by `nn.Module.apply`
-    of the function named by `head_init`.
+    """Set the head's weight `[C,F]` and bias `[C]` as `--head-init` says.
 
     Raises GraftError where the function fails, or leaves another shape, NaN or infinite values.
     """

@@ -1,6 +1,4 @@
-"""The inputs of gradient epochs: crops decoded anew in every epoch, or activations at the freeze
-boundary, computed once.
-"""
+"""What gradient epochs read: crops, or activations kept at the freeze boundary."""
 
 from __future__ import annotations
 
@@ -77,9 +75,7 @@ class Crops(Dataset[Batch]):
 
 @dataclass(frozen=True)
 class Inputs:
-    """Data sets for training and validation, the network that reads them, and `prepare`, which
-    turns a batch into its input.
-    """
+    """Data sets, the network that reads them, and `prepare`, which turns a batch into its input."""
 
     train: Crops | Activations
     val: Crops | Activations
@@ -101,8 +97,7 @@ def open_inputs(
     scratch: Path,
     device: torch.device,
 ) -> Inputs:
-    """Activations at the freeze boundary where they can be kept, else crops; which and why is
-    logged.
+    """Activations at the freeze boundary where they can be kept, else crops; logs which, and why.
 
     `scratch` is the run's own: whole files of activations in it are not computed again. Raises
     ImageGoneError where an image can no longer be read.
@@ -131,9 +126,7 @@ def open_inputs(
 
 
 class Normalise:
-    """`uint8 [B,H,W,3]` → `float32 [B,3,H,W]` with the backbone's mean and std, on the device and
-    in its memory format.
-    """
+    """`uint8 [B,H,W,3]` → `float32 [B,3,H,W]`, normalised, on the device, in the memory format."""
 
     def __init__(
         self, preprocess: Preprocess, device: torch.device, memory_format: torch.memory_format
@@ -151,9 +144,7 @@ class Normalise:
 
 
 def _try_channels_last(backbone: Backbone, splits: Splits) -> torch.memory_format:
-    """Convert the network to channels_last, unless one of its modules cannot take that (`view` on a
-    convolution's output, say).
-    """
+    """Lay the network out in channels_last, unless a module of its own cannot run in it."""
     memory_format: torch.memory_format = torch.channels_last
     backbone.model.eval().to(memory_format=memory_format)
     try:
@@ -252,9 +243,7 @@ def _keep_activations(
 
 
 class _ActivationKeeper:
-    """Computes activations at the boundary and writes them to `scratch`; the engine is opened when
-    a file is missing.
-    """
+    """Writes activations at the boundary to `scratch`; opens the engine if a file is missing."""
 
     def __init__(
         self,
@@ -274,9 +263,7 @@ class _ActivationKeeper:
         self._engine: Engine | None = None
 
     def keep(self, samples: Sequence[Sample], name: str, view: int) -> Bf16File:
-        """The activations of the `view`-th views of samples, 0 the plain crop, in a file of that
-        name.
-        """
+        """Activations of the samples' `view`-th views, 0 the plain crop, in a file of that name."""
         settings, preprocess = self._settings, self._backbone.preprocess
         augment: Augment = settings.augment if view else "none"
         drawn = (augment, view, settings.seed) if view else ()

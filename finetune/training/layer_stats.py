@@ -1,5 +1,4 @@
-"""Statistics of a network's stages while it trains: activations, dead units, gradients, and how far
-each step moves the weights.
+"""Statistics of a network's stages in training: activations, dead units, gradients, step lengths.
 
 Hooks measure the first batch of an epoch and every fiftieth; on all other batches there are none.
 Nothing is changed and no random number is drawn, so that a run is bit by bit the same without them.
@@ -74,9 +73,7 @@ class _Range:
 
 @dataclass
 class _BatchStats:
-    """Measured on one batch; `totals` are sums of |activation| with the number of values, by stage
-    in the order of the forward pass.
-    """
+    """Of one batch; `totals` are sums of |activation| and numbers of values, in forward order."""
 
     totals: dict[str, tuple[torch.Tensor, int]] = field(default_factory=dict)
     ranges: dict[str, dict[tuple[nn.Module, int], _Range]] = field(default_factory=dict)
@@ -114,9 +111,7 @@ class _BatchStats:
         )
 
     def dead_fraction(self, stage: Stage) -> float | None:
-        """The share of units at or below zero throughout; without ReLU-like modules, of those that
-        never change.
-        """
+        """The share of units never above zero or, without ReLU-like modules, constant."""
         num_dead = num_units = 0
         for units in self.ranges.get(stage.name, {}).values():
             if units.num_values >= _MIN_VALUES:
@@ -128,9 +123,7 @@ class _BatchStats:
 
 
 class LayerStats:
-    """Writes the stages' statistics to TensorBoard, and warns once of each kind of trouble, with
-    the remedy.
-    """
+    """Writes the stages' statistics to TensorBoard; warns once of each kind of trouble."""
 
     def __init__(
         self, backbone: Backbone, freezing: Freezing, backbone_lr: float, monitor: Monitor
@@ -142,9 +135,7 @@ class LayerStats:
 
     @contextlib.contextmanager
     def watch(self, progress: Progress) -> Iterator[Callable[[], None]]:
-        """Around a gradient step; gives a function to call between the backward pass and the
-        optimizer.
-        """
+        """Around a gradient step; gives a function to call before the optimizer steps."""
         if progress.batch and progress.step % _EVERY:
             yield lambda: None
             return
@@ -170,9 +161,7 @@ class LayerStats:
         self._report(watched, stats, progress)
 
     def find_first_nonfinite(self, compute_gradients: Callable[[], object]) -> str:
-        """`; …` with the first stage whose output is NaN or infinite, else the last whose gradient
-        is.
-        """
+        """`; …` with the first stage of NaN or infinite output, else of such gradients."""
         stats = _BatchStats()
         watched = [stage for stage in self._stages if stage.trainable]
         with contextlib.ExitStack() as hooks:
@@ -277,9 +266,7 @@ class LayerStats:
 
 
 def channel_dim(output: torch.Tensor) -> int:
-    """The dimension of an output's units: of `[B,C]`, `[B,C,H,W]`, `[B,N,C]`, and `[B,H,W,C]` where
-    H = W ≠ C.
-    """
+    """The units' dimension of `[B,C]`, `[B,C,H,W]`, `[B,N,C]`, or `[B,H,W,C]` with H = W ≠ C."""
     is_last = output.ndim == 3 or (
         output.ndim == 4 and output.shape[1] == output.shape[2] != output.shape[3]
     )

@@ -1,6 +1,4 @@
-"""Gradient epochs: steps on batches, validation, and the state from which a stopped training goes
-on.
-"""
+"""The loop of gradient epochs: steps, validation, saved states."""
 
 from __future__ import annotations
 
@@ -58,8 +56,7 @@ _MAX_GRADIENT_NORM = 1.0
 
 
 class Training:
-    """One training of a network in place, from its first head, or from a saved state, to its last
-    epoch.
+    """Trains a network in place, from its first head or a saved state to the last epoch.
 
     `precision` is the network's in training, `fixed` what must be equal where a state is loaded
     from `state_path`, by its name for people; without that path there is no state on disk.
@@ -231,8 +228,7 @@ class Training:
         return loss
 
     def _compute_gradients(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Leave the gradients of a batch's mean loss, and give each image's loss `[B]`; in parts
-        where memory runs out.
+        """Leave the gradients of a batch's mean loss; gives each image's loss `[B]`.
 
         `targets` are labels `[B]`, shares of classes `[B,C]`, or in multi-label data rows of labels
         `[B,C]`.
@@ -306,9 +302,7 @@ class Training:
         )
 
     def _validate(self) -> AnyMetrics:
-        """Metrics on the validation images of the network, or of its moving average where there is
-        one.
-        """
+        """Metrics on the validation images of the network, or of its moving average."""
         self._network.eval()
         all_logits, all_labels = [], []
 
@@ -485,9 +479,7 @@ def _describe_inputs(inputs: Inputs) -> str:
 
 @contextlib.contextmanager
 def _reading(loader: DataLoader[Batch]) -> Iterator[Iterator[tuple[torch.Tensor, torch.Tensor]]]:
-    """Its batches. The processes that read them end with it: left to the garbage collector after an
-    error, they take 5 s to.
-    """
+    """Its batches. Without `close`, their processes take 5 s to end after an error."""
     batches: Any = iter(loader)  # a generator, as Fabric's loader gives it
     try:
         yield batches

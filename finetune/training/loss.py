@@ -13,8 +13,7 @@ def image_losses(
     class_weights: torch.Tensor | None = None,
     label_smoothing: float = 0.0,
 ) -> torch.Tensor:
-    """Cross-entropy `[B]` of logits `[B,C]` against labels `int64 [B]`, or shares of classes `float
-    [B,C]`.
+    """Cross-entropy `[B]` of logits `[B,C]` against labels `[B]` or class shares `[B,C]`.
 
     `class_weights` `[C]` multiply each class's term; `label_smoothing` is the part of every target
     that is spread over all classes (Szegedy et al. 2016, arXiv 1512.00567).
@@ -25,9 +24,7 @@ def image_losses(
 
 
 def label_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Mean binary cross-entropy `[B]` over the labels, of logits `[B,C]` against targets of 0 and 1
-    `[B,C]`.
-    """
+    """Binary cross-entropy `[B]`, the mean over labels, of logits against 0 and 1 `[B,C]`."""
     return nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(
         dim=1
     )

@@ -28,9 +28,7 @@ _WORDS = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of Python, torch or its libraries means that memory ran out, on the CPU or
-    on a GPU.
-    """
+    """Whether an error means that memory ran out, on the CPU or on a GPU."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _WORDS)
@@ -43,8 +41,7 @@ def run_in_parts(
     work: Callable[[torch.Tensor, torch.Tensor], _Done],
     undo: Callable[[], None] = lambda: None,
 ) -> tuple[list[_Done], int]:
-    """The results of `work` on parts of `at_once` images, and that number, halved each time memory
-    runs out.
+    """Results of `work` on parts of `at_once` images; and that number, halved where memory ran out.
 
     `undo` reverts what `work` did before the batch starts again. Raises GraftError where a single
     image is too much.

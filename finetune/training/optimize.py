@@ -41,8 +41,7 @@ def rate_share(step: int, num_steps: int) -> float:
 
 
 def open_stages(backbone: Backbone, freezing: Freezing, gradual: int, epoch: int) -> Freezing:
-    """Set which stages train in an epoch, from 1 up, with `--gradual K`, and give what is frozen
-    then.
+    """Set which stages `--gradual K` trains in an epoch, from 1 up; gives what is frozen then.
 
     The head, which is solved already, and the last stage train from the first epoch; every K epochs
     the stage before them joins (gradual unfreezing, ULMFiT, arXiv 1801.06146). With 0 everything

@@ -1,6 +1,4 @@
-"""Checks before a training starts: whether it learns, where it runs, how much it writes, how long
-it will take.
-"""
+"""Checks before a training: does it learn, on what device, with disk enough, in what time."""
 
 from __future__ import annotations
 
@@ -37,9 +35,7 @@ _VALIDATION_COST = 2 / 3
 def check_disk(
     run_dir: Path, repository: Path, changing: Tensors, model_bytes: int, *, has_ema: bool
 ) -> None:
-    """Raise GraftError where a run's folder or the repository has no room for what the run will
-    write.
-    """
+    """Raise GraftError where the run's folder or the repository has too little room."""
     # The state has the tensors, their best and perhaps their moving average, and the optimizer's
     # two moments, and is written beside the one before. A checkpoint has the network as tensors and
     # as the engine's backbone; so has the candidate that is not published.
@@ -72,8 +68,7 @@ def check_disk(
 def check_learning(
     learn: Callable[[], float], optimizer: torch.optim.Optimizer, changing: Tensors
 ) -> float:
-    """Take `_NUM_STEPS` on one batch, whose loss must fall, and undo them; gives the seconds of a
-    step.
+    """Take `_NUM_STEPS` on one batch, whose loss must fall, and undo them; gives seconds per step.
 
     `learn` leaves gradients and gives the loss; the optimizer has the peak rates. Raises GraftError
     where the loss does not fall.
@@ -150,9 +145,7 @@ def estimate_time(
 
 
 def warn_if_starved(waiting_fraction: float) -> None:
-    """Warn, with remedies, where a training spends more than `_MAX_WAITING` of its time waiting for
-    data.
-    """
+    """Warn, with remedies, where training waits for data more than `_MAX_WAITING` of its time."""
     if waiting_fraction > _MAX_WAITING:
         logger.warning(
             "the training waits for data: more --workers, smaller image files, or --views to "

@@ -1,5 +1,4 @@
-"""The state of gradient epochs on disk, from which a stopped or killed run goes on, bit by bit as
-if it had not ended.
+"""The state of gradient epochs on disk, from which a stopped run goes on bit by bit.
 
 One safetensors file: the tensors, and in its metadata the rest as JSON. Two files could not be
 replaced at once. It holds the tensors that training changes; frozen ones are built anew, and must
@@ -46,8 +45,7 @@ _DIGEST_KEY = "digest"
 
 @dataclass
 class Progress:
-    """How far training is: `batch` batches of `epoch` are done (epoch 0 validates the first head),
-    `step` of all epochs.
+    """Where training is: `batch` batches of `epoch` are done, `step` of all epochs.
 
     `losses`, `num_images` and the seconds are those of the epoch so far, `epochs` the metrics of
     the finished ones, and `seconds_trained` the seconds of all processes when the state was saved.
@@ -93,8 +91,7 @@ class Progress:
 
 
 class TrainingState:
-    """Everything that training changes: the network's tensors, optimizer, schedule, progress, and
-    the best tensors so far.
+    """Everything that training changes, and the best tensors so far.
 
     With an `ema`, the best tensors are the moving average's, which is what is validated.
     """
@@ -333,8 +330,7 @@ def fix_images(splits: Splits) -> dict[str, str]:
 def draw_batches(
     num_images: int, batch_size: int, seed: int, epoch: int, weights: Floats | None = None
 ) -> list[list[int]]:
-    """The images of each gradient step of an epoch, by index, from seed and epoch alone: a resumed
-    epoch starts anywhere.
+    """The images of each gradient step of an epoch, by index, from seed and epoch alone.
 
     With `weights` `[num_images]`, 1 on average, an image comes as often as its weight says. A last
     batch that is not full is left out: one of a single image would break BatchNorm in training.

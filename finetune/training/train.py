@@ -32,9 +32,7 @@ logger = logging.getLogger("graft.train")
 
 @dataclass(frozen=True)
 class Trained:
-    """The epoch that the network was left at, 0 where none was better than the first head, and all
-    epochs' metrics.
-    """
+    """The epoch whose weights were kept, 0 for the first head's, and the metrics of all epochs."""
 
     best_epoch: int
     epochs: tuple[EpochMetrics, ...]
@@ -103,9 +101,7 @@ def train(
 
 
 def _training_precision(asked: str, device: str) -> str:
-    """bf16 where asked for, or by itself where the hardware has it: twice as fast on such a CPU.
-    Weights stay in fp32.
-    """
+    """With auto, bf16 where the hardware has it: twice as fast on such a CPU."""
     if asked in ("fp32", "bf16"):
         return asked
     return "bf16" if device == "cuda" or supports_bf16() else "fp32"

@@ -1,6 +1,4 @@
-"""Images that vanish, break or change while a run works on them, or before it is resumed, are
-named; nothing else is published for them.
-"""
+"""Images that vanish, break or change during a run or before its resumption are named."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Both candidates of a run that trained layers can be published: one by the run, the other
-later.
-"""
+"""Both candidates of a run can be published: one by the run, the other later."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""A run that was stopped, or killed, ends bit by bit as one that never was; and what does not fit
-the run is refused in words.
-"""
+"""A resumed run ends bit by bit as one that was never stopped; what does not fit is refused."""
 
 from __future__ import annotations
 
@@ -81,9 +79,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Fitted:
-    """A training from beginning to end in one folder, stopped once after some step and begun again,
-    or not.
-    """
+    """A training in one folder, stopped once after some step and resumed, or not."""
 
     def __init__(
         self,
@@ -416,8 +412,7 @@ def read_outcome(run_dir: Path, repository: Path, version: int) -> dict[str, Any
 def test_a_run_killed_again_and_again_ends_as_one_that_never_was(
     tmp_path: Path, arguments: list[str], run_forked: RunForked
 ) -> None:
-    """With every option, and without the cache, so that processes decode images, and outlive the
-    killed one.
+    """With every option and no cache, so that processes decode images and outlive the killed one.
 
     Three times; GRAFT_KILLS=20 asks for more.
     """

@@ -1,6 +1,4 @@
-"""`python finetune/run.py` as a person types it: what it leaves behind, and what it says when
-something is wrong.
-"""
+"""`python finetune/run.py` as it is typed: what it leaves behind, and how it fails."""
 
 from __future__ import annotations
 
@@ -163,9 +161,7 @@ def test_second_run_publishes_the_next_version(
 
 
 def test_where_training_wins_it_is_published(finetune: Finetune, tmp_path: Path) -> None:
-    """Random convolutions get 94 % of the digits right; training all but the first gets more, and
-    that one stays as it was.
-    """
+    """Random convolutions get 94 % of the digits right; training all but the first gets more."""
     (tmp_path / "small_net.py").write_text(
         "from torch import nn\ndef build():\n    pooled = (nn.AvgPool2d(8), nn.Conv2d(3, 16, 3, "
         "2), nn.ReLU())\n    return nn.Sequential(*pooled, nn.Conv2d(16, 16, 3, 2), nn.ReLU(), "

@@ -1,6 +1,4 @@
-"""What goes wrong on the way is met, or ends the run in words: stops, memory, numbers that are
-none, batches that cannot be learnt.
-"""
+"""Stops, memory, NaN and batches that cannot be learnt are handled, or end the run in words."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""The average of the weights is the formula's, is what is validated and kept, and the training
-itself does not notice it.
-"""
+"""The moving average is the formula's, is validated and kept, and does not change training."""
 
 from __future__ import annotations
 
@@ -44,9 +42,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def fit(
     folder: Path, backbone: Backbone | None = None, **changes: Any
 ) -> tuple[int, Backbone, list[Tensors], Recorder]:
-    """Train, and give the best epoch, the network, its own tensors after each step, and the
-    curves.
-    """
+    """The best epoch, the network, its own tensors after each step, and the monitor."""
     backbone = backbone or build()
     steps = [snapshot(backbone)]
     (folder / STATE_DIR).mkdir(parents=True, exist_ok=True)

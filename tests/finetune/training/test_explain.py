@@ -1,6 +1,4 @@
-"""Where a network looked: the maps are hot where the answer was made, whatever the network is made
-of.
-"""
+"""Heat maps are hot where the answer was made, whatever the network is made of."""
 
 from __future__ import annotations
 
@@ -32,9 +30,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Brightness(nn.Module):
-    """Its two features are how red and how green an image is, told from 8x8 places; `layout` is
-    what its stage gives.
-    """
+    """Features are how red and how green an image is, from 8x8 places; `layout` is its stage's."""
 
     def __init__(self, layout: str = "maps") -> None:
         super().__init__()
@@ -148,9 +144,7 @@ def test_maps_are_put_back_as_they_were(shape: tuple[int, ...]) -> None:
 def test_a_transformer_is_explained_where_its_places_still_count(
     tmp_path: Path, policy: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that reads its class token alone passes nothing back to the others behind its last
-    attention.
-    """
+    """With the class token alone, other tokens have no gradient behind the last attention."""
     create = timm.create_model
     monkeypatch.setattr(
         timm, "create_model", lambda name, **given: create(name, **{**given, "global_pool": policy})

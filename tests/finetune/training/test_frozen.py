@@ -1,6 +1,4 @@
-"""Whole trainings leave every frozen parameter and buffer as it was, bit by bit: in each policy,
-for networks of each kind, with every option, in bf16, and where they were stopped and resumed.
-"""
+"""Frozen parameters and buffers stay bit-equal, whatever the policy, network and options."""
 
 from __future__ import annotations
 

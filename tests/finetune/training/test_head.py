@@ -1,6 +1,4 @@
-"""What the head begins gradient epochs with: the probe's solution, zeros, or what a function of the
-user's makes of it.
-"""
+"""Gradient epochs start from the probe's head, zeros, or what a user's function makes of it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""What gradient epochs read: kept activations where they can be kept, crops where not, and the same
-training from both.
-"""
+"""Epochs read kept activations where possible, else crops, and train the same on both."""
 
 from __future__ import annotations
 
@@ -50,9 +48,7 @@ CPU = torch.device("cpu")
 
 
 class Trunk(nn.Module):
-    """A frozen stem that picks pixels, so that what is kept of it is exact, and a tail that
-    trains.
-    """
+    """A frozen stem that picks pixels, so its activations are exact, and a tail that trains."""
 
     def __init__(self, has_skip: bool = False) -> None:
         super().__init__()
@@ -150,9 +146,7 @@ def test_infinities_stay_and_nan_stays_nan(tmp_path: Path) -> None:
 def test_activations_that_a_full_disk_does_not_take_are_said_to_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without its blocks a mapped file is made all the same, and the first row that the disk cannot
-    take ends the process by SIGBUS.
-    """
+    """A full disk would otherwise end the process by SIGBUS at the first row written."""
 
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -347,9 +341,7 @@ def test_crops_are_used_where_activations_cannot_be_kept(
 def test_an_epoch_on_kept_activations_moves_the_weights_as_one_without(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, freeze: str
 ) -> None:
-    """Exactly what bf16 holds is kept at the stem; behind the first layer of the tail it rounds,
-    and so do the weights.
-    """
+    """At the stem bf16 is exact; behind the first layer of the tail it rounds."""
     start = build()
     probe = Probe(
         np.zeros((3, 8), np.float32),

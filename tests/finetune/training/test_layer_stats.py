@@ -1,6 +1,4 @@
-"""Statistics of layers equal plain arithmetic, leave the training bit by bit the same, and warn of
-trouble.
-"""
+"""Statistics of layers equal plain arithmetic, change nothing, and warn of trouble."""
 
 from __future__ import annotations
 
@@ -206,9 +204,7 @@ def test_a_stage_of_dead_units_is_named_with_the_remedy(
 def test_gradients_that_explode_or_vanish_are_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, scales: tuple[float, float], words: str
 ) -> None:
-    """Scaled weights: what a stage is given back goes through the weights of those behind it, and
-    is multiplied by what it was given.
-    """
+    """Scaled weights: a gradient is the product of the weights behind it and the input."""
     convolutions = (nn.Conv2d(3, 6, 3, bias=False), nn.Conv2d(6, 8, 3, bias=False))
     backbone = own(nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten()), 8)
     with torch.no_grad():

@@ -1,6 +1,4 @@
-"""What MixUp, CutMix and label smoothing make of a batch is what their papers say, and what
-gradient epochs learn from.
-"""
+"""MixUp, CutMix and label smoothing are what their papers say, and what epochs learn from."""
 
 from __future__ import annotations
 
@@ -110,9 +108,7 @@ def test_the_loss_of_each_image_is_the_formulas(
 def test_epochs_learn_from_what_was_mixed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mix: str, freeze: str, cache: bool
 ) -> None:
-    """The first loss is that of the first mixed batch, by the network as it starts, with its labels
-    smoothed.
-    """
+    """The first loss is that of the first mixed batch, with its labels smoothed."""
     batches: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def build_watched(kind: str, num_classes: int) -> object:

@@ -1,6 +1,4 @@
-"""What waits for its turn does not move at all, and each stage has the rate that its depth gives
-it.
-"""
+"""Stages that wait do not move at all, and each has the rate of its depth."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Gradient epochs keep the best of what they saw, move only what may move, and end in words where
-they go wrong.
-"""
+"""Gradient epochs keep the best epoch, move only what may move, and fail in words."""
 
 from __future__ import annotations
 
