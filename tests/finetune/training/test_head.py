@@ -110,7 +110,7 @@ def test_zeros_and_functions_set_the_head_and_nothing_else() -> None:
         ("without_bias", r"it leaves weight \[3, 8\] and bias None, not \[3, 8\] and \[3\]"),
         (
             "infinite",
-            r"--head-init my_heads:infinite: it leaves values in the head that are no numbers",
+            r"--head-init my_heads:infinite: it leaves NaN or infinite values in the head",
         ),
     ],
 )
