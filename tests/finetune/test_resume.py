@@ -596,7 +596,7 @@ def test_a_folder_that_is_no_run_or_is_done_is_refused(
     (left / "metrics.json").write_text("{}")
     assert main(["--resume", str(left)]) == 2
     assert (
-        f"--resume {left}: that run is done, its metrics.json says how; --config "
+        f"--resume {left}: that run is done, its results are in metrics.json; --config "
         f"{left}/config.yaml repeats it" in capsys.readouterr().err
     )
 

@@ -122,7 +122,7 @@ def test_sigterm_outside_of_the_training_ends_the_program_too(
     assert "nothing was published" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------------- numbers that are no numbers
+# -------------------------------------------------------------------------- NaN and infinite values
 
 
 class Poisoned(nn.Module):
