@@ -1,7 +1,7 @@
-"""Faults planted in a copy of real images, for an audit to find: what is wrong and where is known then.
+"""Plant known faults in a copy of real images, for an audit to find.
 
-20 exact duplicates (half of them across the split), 20 near duplicates across it (re-encoded or resized), 5 % flipped labels in train, 10
-broken files, one class missing in val.
+20 exact duplicates (half of them across the split), 20 near duplicates across the split (re-encoded
+or resized), 5 % flipped labels in train, 10 broken files, one class missing in val.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FLIPPED_FRACTION = 0.05
 
 @dataclass(frozen=True)
 class Faults:
-    """What was planted where: copies by path with the path of their original; and `folder`, which has train/ and val/."""
+    """The faults in `folder`, which has train/ and val/; copies are copy → original."""
 
     folder: Path
     exact: dict[Path, Path]
@@ -34,7 +34,7 @@ class Faults:
 
 
 def plant_faults(splits: Splits, folder: Path, *, seed: int = 0) -> Faults:
-    """Write the images of train and val as class folders to `folder`, with faults, each in images of its own."""
+    """Write train and val as class folders to `folder`, with faults in different images."""
     generator = np.random.default_rng(seed)
     names = splits.label_names
     missing = names[-1]

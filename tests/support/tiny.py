@@ -17,7 +17,8 @@ from finetune.monitor import Monitor
 from finetune.probe.solve import Probe
 from finetune.resume import fix_options
 from finetune.training.train import Trained, train
-from models.backbone.build import Backbone, CustomNetwork
+from models.backbone.build import Backbone
+from models.backbone.custom import CustomNetwork
 from models.preprocess import Preprocess
 from models.sources import EncodedImage
 from tests.support.images import LABELS as LABELS

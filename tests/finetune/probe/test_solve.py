@@ -1,4 +1,7 @@
-"""The probe is as good as scikit-learn's best, its out-of-fold logits are honest, and odd features do not break it."""
+"""The probe is as good as scikit-learn's best, also on degenerate features.
+
+Its out-of-fold logits come from heads that did not train on the sample.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ PATH = L2_PATH[1:6]
 
 
 def digits() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Noisy digits, so that the strength of regularisation matters: training and held-out features and labels."""
+    """Training and held-out features and labels of noisy digits: regularisation matters there."""
     features, labels = load_digits(return_X_y=True)
     noisy = (features + np.random.default_rng(0).normal(0, 6, features.shape)).astype(np.float32)
     return noisy[:500], labels[:500], noisy[500:], labels[500:]
@@ -92,12 +95,12 @@ def test_it_is_as_accurate_as_scikit_learns_best_on_the_same_path(data: object) 
 
 
 def test_out_of_fold_logits_of_random_labels_are_at_chance() -> None:
-    """1000 features tell 300 samples apart by heart; only heads that saw a sample can know its random label."""
+    """With 1000 features a head can memorise 300 random labels, but not those it did not see."""
     features, labels = noise(300, 1000, 3)
     probe = solve_probe(features, labels, 3, seed=0)
     out_of_fold = float((probe.out_of_fold_logits.argmax(axis=1) == labels).mean())
     assert 0.2 < out_of_fold < 0.47
-    # With no regularisation to speak of the head does know them by heart, and out of fold is still chance.
+    # With hardly any regularisation the head memorises them; out of fold it is still at chance.
     loose = solve_probe(features, labels, 3, seed=0, l2_path=(1e-4,))
     assert accuracy(loose, features, labels) > 0.99
     assert 0.2 < float((loose.out_of_fold_logits.argmax(axis=1) == labels).mean()) < 0.47
@@ -217,7 +220,7 @@ def test_folds_are_stratified_and_of_one_size(counts: list[int], num_folds: int)
 
 
 def calibrated(count: int = 4000) -> tuple[np.ndarray, np.ndarray]:
-    """Logits, and labels drawn with just the probabilities that they say."""
+    """Logits, and labels drawn with their probabilities."""
     generator = np.random.default_rng(0)
     logits = generator.normal(0, 2, (count, 4)).astype(np.float32)
     labels = np.array(

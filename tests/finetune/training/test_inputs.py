@@ -27,7 +27,8 @@ from finetune.probe.solve import Probe
 from finetune.training.activations import Activations, Bf16File
 from finetune.training.boundary import TrainablePart
 from finetune.training.inputs import Crops, Inputs, Normalise, open_inputs
-from models.backbone.build import Backbone, CustomNetwork
+from models.backbone.build import Backbone
+from models.backbone.custom import CustomNetwork
 from models.backbone.freezing import freeze
 from models.errors import GraftError
 from models.preprocess import Preprocess

@@ -19,7 +19,8 @@ from finetune.data.splits import Sample, Splits
 from finetune.evaluation.metrics import Metrics, evaluate
 from finetune.monitor import Monitor
 from finetune.probe.solve import Probe
-from models.backbone.build import Backbone, CustomNetwork
+from models.backbone.build import Backbone
+from models.backbone.custom import CustomNetwork
 from models.backbone.freezing import FrozenDriftError
 from models.errors import GraftError
 from models.preprocess import Preprocess
