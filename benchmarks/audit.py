@@ -127,7 +127,7 @@ def main() -> int:
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
     for name, found, scored, seconds in rows:
-        whole, clean = found.accuracy["val"]
+        whole, clean = found.scores["val"]
         cells = [
             f"{value:.1%}"
             for value in (

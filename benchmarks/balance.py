@@ -22,10 +22,10 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.calibration import extract
-from finetune.data.balance import class_weights
-from finetune.evaluation.calibration import calibrate_probe
-from finetune.evaluation.metrics import evaluate
+from finetune.evaluation.class_metrics import evaluate_classes
+from finetune.evaluation.conformal import calibrate_probe
 from finetune.probe.solve import solve_probe
+from finetune.tasks.balance import class_weights
 from models.scores import Labels
 
 COLUMNS = (
@@ -60,11 +60,17 @@ def main() -> int:
                 features[train], labels[train], len(names), seed=seed, class_weights=weights
             )
             even, as_trained = (
-                evaluate(probe.logits(features[part]), labels[part]) for part in (held_out, uneven)
+                evaluate_classes(probe.logits(features[part]), labels[part])
+                for part in (held_out, uneven)
             )
             logits = {"val": probe.logits(features[uneven])}
             calibrated = calibrate_probe(
-                probe, labels[train], logits, {"val": labels[uneven]}, 0.95
+                probe.out_of_fold_logits,
+                probe.temperature,
+                labels[train],
+                logits,
+                {"val": labels[uneven]},
+                0.95,
             )[1]["val"]
             recall = float(even.recall[rarest].mean())
             found.append(

@@ -24,7 +24,7 @@ import numpy as np
 
 from finetune.config import Options
 from finetune.data.splits import Splits, load_splits
-from finetune.evaluation.calibration import calibrate_probe
+from finetune.evaluation.conformal import calibrate_probe
 from finetune.probe.features import extract_splits, open_engine, prepare
 from finetune.probe.solve import solve_probe
 from models.scores import Floats, Labels, is_unsure, softmax
@@ -49,7 +49,12 @@ def main() -> int:
         for coverage, found in rows.items():
             logits = {"val": probe.logits(features[held_out])}
             calibration, calibrated = calibrate_probe(
-                probe, labels[train], logits, {"val": labels[held_out]}, coverage
+                probe.out_of_fold_logits,
+                probe.temperature,
+                labels[train],
+                logits,
+                {"val": labels[held_out]},
+                coverage,
             )
             unsure = is_unsure(
                 softmax(probe.logits(others) / calibration.temperature), calibration.threshold
@@ -101,9 +106,7 @@ def extract(data: str) -> tuple[Floats, Labels, int, tuple[str, ...]]:
             cache=options.feature_cache,
         )
         engine.close()
-    labels = np.array(
-        [sample.label for _, samples in splits.named() for sample in samples], np.int64
-    )
+    labels = splits.labels([sample for _, samples in splits.named() for sample in samples])
     return np.concatenate(list(features.values())), labels, len(splits.train), splits.label_names
 
 

@@ -49,7 +49,7 @@ def plant_faults(splits: Splits, folder: Path, *, seed: int = 0) -> Faults:
             *(("val", sample) for sample in splits.val),
         ]
     ):
-        label = names[sample.label]
+        label = splits.describe(sample)
         is_flipped = any(sample is other for other in flipped_samples)
         if side == "val" and label == missing:
             continue
@@ -58,13 +58,17 @@ def plant_faults(splits: Splits, folder: Path, *, seed: int = 0) -> Faults:
         paths[id(sample)] = _write(folder / side / label / f"{number:05d}.png", sample.read())
         if is_flipped:
             flipped.add(paths[id(sample)])
-    sources: Iterator[Sample] = iter(sample for sample in others if names[sample.label] != missing)
+    sources: Iterator[Sample] = iter(
+        sample for sample in others if splits.describe(sample) != missing
+    )
     exact, near, broken = {}, {}, set()
     for number in range(NUM_COPIES):
         sample = next(sources)
         side = "val" if number % 2 else "train"
         exact[
-            _write(folder / side / names[sample.label] / f"copy-{number:02d}.png", sample.read())
+            _write(
+                folder / side / splits.describe(sample) / f"copy-{number:02d}.png", sample.read()
+            )
         ] = paths[id(sample)]
     for number in range(NUM_COPIES):
         sample = next(sources)
@@ -72,15 +76,15 @@ def plant_faults(splits: Splits, folder: Path, *, seed: int = 0) -> Faults:
         changes = _FOR_TINY if min(image.size) < 16 else (*_ENCODED, *_RESIZED)
         change, suffix = changes[number % len(changes)]
         data = change(image)
-        near[_write(folder / "val" / names[sample.label] / f"near-{number:02d}{suffix}", data)] = (
-            paths[id(sample)]
-        )
+        near[
+            _write(folder / "val" / splits.describe(sample) / f"near-{number:02d}{suffix}", data)
+        ] = paths[id(sample)]
     for number in range(NUM_BROKEN):
         sample = next(sources)
         side = "val" if number % 2 else "train"
         broken.add(
             _write(
-                folder / side / names[sample.label] / f"broken-{number}.jpg",
+                folder / side / splits.describe(sample) / f"broken-{number}.jpg",
                 _break(sample.read(), number),
             )
         )

@@ -35,13 +35,13 @@ if __name__ == "__main__":
 
 import numpy as np
 import numpy.typing as npt
+from finetune.data.strata import assign_folds
 from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression
 
 from benchmarks.calibration import extract
 from benchmarks.machine import describe_machine
 from benchmarks.sections import write_section
-from finetune.data.strata import assign_folds
 from finetune.probe import solve
 from finetune.probe.solve import L2_PATH, Objective, Scaling, log_loss, solve_probe
 from models.scores import Floats, Labels

@@ -4,30 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
-
 from finetune.config import Options
-from finetune.data.balance import class_weights
 from finetune.data.splits import Splits
-from finetune.evaluation.calibration import (
-    Calibrated,
-    Calibration,
-    calibrate_probe,
-    calibrate_trained,
-)
-from finetune.evaluation.metrics import AnyMetrics, evaluate
-from finetune.evaluation.thresholds import (
-    LabelCalibrated,
-    LabelCalibration,
-    calibrate_probe_of_labels,
-    calibrate_trained_of_labels,
-)
-from finetune.evaluation.verdict import Verdict, compare_with_probe
+from finetune.evaluation.calibration import CalibrationQuality
+from finetune.evaluation.comparison import Comparison
+from finetune.evaluation.metrics import Metrics
 from finetune.monitor import Monitor
 from finetune.probe.features import extract_splits, open_engine
 from finetune.probe.solve import Head, Probe, soften, solve_on_best_views
@@ -72,7 +57,14 @@ def fit_probe(
         )
     head = Head(solved.weight, solved.bias)
     logits = _compute_logits(head, features)
-    calibration, calibrated = _calibrate(solved, logits, labels, options)
+    calibration, calibrated = splits.task.calibrate_probe(
+        solved.out_of_fold_logits,
+        solved.temperature,
+        labels["train"],
+        logits,
+        labels,
+        options.coverage,
+    )
     probe = Candidate(
         name="probe",
         backbone=backbone,
@@ -81,16 +73,18 @@ def fit_probe(
         head=head,
         logits=logits,
         features=features,
-        metrics=_evaluate(logits, labels, calibrated),
+        metrics=_evaluate(splits, logits, labels, calibrated),
         calibration=calibration,
         calibrated=calibrated,
         seconds=timer.seconds,
         solved=solved,
     )
-    val = probe.metrics["val"]
-    metric = next(iter(val.NAMES.values()))
     logger.info(
-        "probe: val %s %.4f, in %.1f s (L2 %.0e)", metric, val.score, probe.seconds, solved.l2
+        "probe: val %s %.4f, in %.1f s (L2 %.0e)",
+        splits.task.metric_name,
+        probe.metrics["val"].score,
+        probe.seconds,
+        solved.l2,
     )
     return probe
 
@@ -129,7 +123,9 @@ def fine_tune(
         engine.close()
         _check_none_gone(splits, still)
         logits = _compute_logits(head, features)
-    calibration, calibrated = _calibrate(None, logits, labels, options)
+    calibration, calibrated = splits.task.calibrate_trained(
+        logits, labels, options.coverage, options.seed
+    )
     return Candidate(
         name="tuned",
         backbone=backbone,
@@ -138,7 +134,7 @@ def fine_tune(
         head=head,
         logits=logits,
         features=features,
-        metrics=_evaluate(logits, labels, calibrated),
+        metrics=_evaluate(splits, logits, labels, calibrated),
         calibration=calibration,
         calibrated=calibrated,
         seconds=timer.seconds,
@@ -147,22 +143,22 @@ def fine_tune(
     )
 
 
-def compare(options: Options, splits: Splits, probe: Candidate, tuned: Candidate) -> Verdict:
+def compare(options: Options, splits: Splits, probe: Candidate, tuned: Candidate) -> Comparison:
     """Whether the tuned candidate is better by more than chance, on the validation images."""
     labels = splits.labels(splits.val)
-    verdict = compare_with_probe(
-        probe.logits["val"],
-        tuned.logits["val"],
-        labels,
-        class_weights=_class_weights(labels, splits, options),
+    scores = splits.task.compare(
+        probe.logits["val"], tuned.logits["val"], labels, _class_weights(labels, splits, options)
+    )
+    return Comparison(
+        scores,
         probe_seconds=probe.seconds,
         train_seconds=tuned.seconds,
         has_learnt=tuned.best_epoch != 0,
+        asked=options.publish,
     )
-    return replace(verdict, asked=options.publish)
 
 
-def choose(probe: Candidate, tuned: Candidate | None, verdict: Verdict | None) -> Candidate:
+def choose(probe: Candidate, tuned: Candidate | None, verdict: Comparison | None) -> Candidate:
     """The candidate to publish: the verdict's, or the only one."""
     if tuned is None or verdict is None or verdict.publishes == "probe":
         return probe
@@ -229,35 +225,16 @@ def _check_none_gone(splits: Splits, still: Splits) -> None:
         )
 
 
-def _calibrate(
-    solved: Probe | None,
-    logits: Mapping[SplitName, Floats],
-    labels: Mapping[SplitName, Labels],
-    options: Options,
-) -> tuple[Calibration | LabelCalibration, Mapping[SplitName, Calibrated | LabelCalibrated]]:
-    """Of a solved probe, or of a tuned candidate where that is None."""
-    if labels["train"].ndim == 2:
-        if solved is not None:
-            return calibrate_probe_of_labels(solved, labels["train"], logits, labels)
-        return calibrate_trained_of_labels(logits, labels, options.seed)
-    if solved is not None:
-        return calibrate_probe(solved, labels["train"], logits, labels, options.coverage)
-    return calibrate_trained(logits, labels, options.coverage, options.seed)
-
-
 def _evaluate(
+    splits: Splits,
     logits: Mapping[SplitName, Floats],
     labels: Mapping[SplitName, Labels],
-    calibrated: Mapping[SplitName, Calibrated | LabelCalibrated],
-) -> dict[SplitName, AnyMetrics]:
+    calibrated: Mapping[SplitName, CalibrationQuality],
+) -> dict[SplitName, Metrics]:
     return {
-        split: evaluate(logits[split], labels[split], _answers(calibrated[split]))
+        split: splits.task.evaluate(logits[split], labels[split], calibrated[split].answers)
         for split in logits
     }
-
-
-def _answers(calibrated: Calibrated | LabelCalibrated) -> npt.NDArray[np.bool_] | None:
-    return calibrated.answers if isinstance(calibrated, LabelCalibrated) else None
 
 
 def _labels_by_split(splits: Splits) -> dict[SplitName, Labels]:
@@ -267,7 +244,7 @@ def _labels_by_split(splits: Splits) -> dict[SplitName, Labels]:
 def _class_weights(labels: Labels, splits: Splits, options: Options) -> Floats | None:
     if options.balance == "none":
         return None
-    return class_weights(labels, len(splits.label_names))
+    return splits.task.class_weights(labels, len(splits.label_names))
 
 
 def _compute_logits(head: Head, features: Mapping[SplitName, Features]) -> dict[SplitName, Floats]:

@@ -21,8 +21,6 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
     sys.path.append(str(Path.cwd()))
 
-import numpy as np
-
 from finetune.config import CompareOptions, name_of_data, parse_options
 from finetune.data.lasting_split import load_lasting_splits
 from finetune.data.splits import Splits
@@ -57,8 +55,16 @@ def compare(options: CompareOptions) -> Comparison:
 
     Backbones that cannot be had are logged and left out. Raises GraftError if none is left.
     """
-    splits, _ = load_lasting_splits(options)
-    if splits.is_multi_label:
+    splits, _ = load_lasting_splits(
+        options.data,
+        data_root=options.data_root,
+        val_fraction=options.val_fraction,
+        seed=options.seed,
+        runs_dir=None if options.new_split else options.output,
+        cache_dir=options.enabled_cache_dir,
+        num_workers=options.workers,
+    )
+    if splits.task.metric != "accuracy":
         raise GraftError(
             f"--data {options.data}: backbones are compared by the accuracy of single labels, and "
             "its images have several; try them with finetune/run.py --backbone NAME"
@@ -134,7 +140,7 @@ def _measure(name: str, splits: Splits, options: CompareOptions) -> MeasuredBack
             unreadable="error" if options.strict else "warning",
         )
         engine.close()
-    labels = np.array([sample.label for sample in splits.train], np.int64)
+    labels = splits.labels(splits.train)
     probe = solve_probe(features["train"], labels, len(splits.label_names), seed=options.seed)
     num_right = int((probe.out_of_fold_logits.argmax(axis=1) == labels).sum())
     low, high = wilson_interval(num_right, len(labels))

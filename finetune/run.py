@@ -30,16 +30,16 @@ if __name__ == "__main__":
 
 
 from finetune.auditing.findings import Audit
-from finetune.auditing.inspection import inspect, write_audit
+from finetune.auditing.inspection import inspect
+from finetune.auditing.output import write_audit
 from finetune.candidates import choose, compare, fine_tune, fit_probe
 from finetune.config import Options, parse_options
-from finetune.data.balance import say_if_uneven
 from finetune.data.duplicates import Duplicates
 from finetune.data.lasting_split import load_lasting_splits
 from finetune.data.splits import Splits
-from finetune.evaluation.learning_curve import LearningCurve, measure_learning_curve
 from finetune.monitor import Monitor
 from finetune.probe.features import prepare, prepare_meanwhile
+from finetune.probe.learning_curve import LearningCurve, measure_learning_curve
 from finetune.probe.precision import extract_in_best_precision
 from finetune.report.candidate import Candidate
 from finetune.report.mistakes import explain_mistakes, worst_mistakes
@@ -94,7 +94,16 @@ def run(options: Options) -> Path:
         if options.resume is not None:
             restore = functools.partial(restore_splits, options.resume)
         with prepare_meanwhile(options):
-            splits, duplicates = load_lasting_splits(options, restore=restore)
+            splits, duplicates = load_lasting_splits(
+                options.data,
+                data_root=options.data_root,
+                val_fraction=options.val_fraction,
+                seed=options.seed,
+                runs_dir=None if options.new_split else options.output,
+                cache_dir=options.enabled_cache_dir,
+                num_workers=options.workers,
+                restore=restore,
+            )
         _check_task(options, splits)
         _log_splits(options, splits)
         run_dir = options.resume or _make_run_dir(options)
@@ -233,7 +242,13 @@ def _measure_learning_curve(splits: Splits, probe: Candidate, seed: int) -> Lear
     train_labels, val_labels = splits.labels(splits.train), splits.labels(splits.val)
     learnt_from = probe.features["train"][: probe.solution.num_views * len(train_labels)]
     return measure_learning_curve(
-        learnt_from, train_labels, probe.solution, probe.features["val"], val_labels, seed=seed
+        learnt_from,
+        train_labels,
+        probe.solution,
+        probe.features["val"],
+        val_labels,
+        splits.task,
+        seed=seed,
     )
 
 
@@ -248,9 +263,9 @@ def _log_audit(audit: Audit, paths: tuple[Path, Path], is_strict: bool) -> None:
 
 def _check_task(options: Options, splits: Splits) -> None:
     """Raise GraftError for an option that means nothing where images have several labels."""
-    for name in ("balance", "mix", "label_smoothing"):
+    for name in splits.task.unsupported_options:
         value = getattr(options, name)
-        if splits.is_multi_label and value != type(options).model_fields[name].default:
+        if value != type(options).model_fields[name].default:
             flag = f"--{name.replace('_', '-')}"
             raise GraftError(
                 f"{flag} {value}: it is for one label an image, and {options.data} has a column "
@@ -260,10 +275,10 @@ def _check_task(options: Options, splits: Splits) -> None:
 
 def _log_splits(options: Options, splits: Splits) -> None:
     sizes = ", ".join(f"{len(samples):,} {split}" for split, samples in splits.named())
-    classes = "labels, any number an image" if splits.is_multi_label else "classes"
+    classes = splits.task.words.labels_of_images
     logger.info("%s: %d %s, images: %s", options.data, len(splits.label_names), classes, sizes)
-    if options.balance == "none" and not splits.is_multi_label:
-        say_if_uneven(splits.labels(splits.train), splits.label_names)
+    if options.balance == "none":
+        splits.task.warn_if_imbalanced(splits.labels(splits.train), splits.label_names)
 
 
 def _make_run_dir(options: Options) -> Path:

@@ -70,6 +70,12 @@ Labelled = list[tuple[str, str | tuple[str, ...], Path | EncodedImage | Torchvis
 FixedSplits = list[SplitName] | None
 
 
+def identify_source(data: str, data_root: Path) -> str:
+    """The absolute path of `--data`, or what it names with the folder that keeps its files."""
+    path = Path(data).expanduser()
+    return str(path.resolve()) if path.exists() else f"{data} {data_root.resolve()}"
+
+
 def read_source(data: str, data_root: Path) -> tuple[Labelled, FixedSplits]:
     """Read the labels of what `--data` names; the images are read later.
 

@@ -34,9 +34,10 @@ LAYERS: dict[str, list[set[str]]] = {
         {"candidates"},
         {"report"},
         {"auditing", "training"},
-        {"evaluation"},
         {"resume", "probe"},
         {"data"},
+        {"tasks"},
+        {"evaluation"},
         {"config", "monitor", "terminal", "templates", "timer"},
     ],
     "service": [

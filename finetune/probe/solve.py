@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from finetune.data.strata import assign_folds
+from finetune.tasks.strata import NUM_FOLDS, assign_class_folds, stratify_folds
 from models.engine.engine import Features
 from models.scores import Floats, Labels, sigmoid, softmax
 
@@ -25,7 +25,6 @@ logger = logging.getLogger("graft.probe")
 # From strong to weak, on standardised features. The path ends early where two in a row validate
 # worse than the best before them.
 L2_PATH = tuple(10.0 ** (half / 2) for half in range(0, -11, -1))
-NUM_FOLDS = 5
 _MEMORY = 6
 _MAX_STEPS = 100
 _MAX_HALVINGS = 12
@@ -74,7 +73,7 @@ def solve_probe(
     """
     assert len(features) == num_views * len(labels)
     scaling = Scaling.of(features)
-    folds = assign_folds(labels, NUM_FOLDS, seed)
+    folds = _assign_folds(labels, seed)
     num_folds = int(folds.max()) + 1
     all_labels, plain = np.concatenate([labels] * num_views), features[: len(labels)]
     weights = _image_weights(all_labels, class_weights)
@@ -216,6 +215,12 @@ def log_loss(logits: Floats, labels: Labels, class_weights: Floats | None = None
         if class_weights is None
         else np.average(losses, weights=class_weights[labels])
     )
+
+
+def _assign_folds(labels: Labels, seed: int) -> npt.NDArray[np.int64]:
+    if labels.ndim == 2:
+        return stratify_folds(labels, min(NUM_FOLDS, len(labels)), seed)
+    return assign_class_folds(labels, NUM_FOLDS, seed)
 
 
 def _image_weights(labels: Labels, class_weights: Floats | None) -> Floats:

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from finetune.evaluation.calibration import Calibrated, Calibration
+from finetune.evaluation.calibration import Calibration, CalibrationQuality
 from finetune.evaluation.epoch import EpochMetrics
-from finetune.evaluation.metrics import AnyMetrics
-from finetune.evaluation.thresholds import LabelCalibrated, LabelCalibration
+from finetune.evaluation.metrics import Metrics
 from finetune.probe.solve import Head, Probe
 from models.engine.engine import EngineInfo, Features
 from models.prepared import PreparedBackbone
@@ -36,9 +35,9 @@ class Candidate:
     head: Head
     logits: Mapping[SplitName, Floats]
     features: Mapping[SplitName, Features]
-    metrics: Mapping[SplitName, AnyMetrics]
-    calibration: Calibration | LabelCalibration
-    calibrated: Mapping[SplitName, Calibrated | LabelCalibrated]
+    metrics: Mapping[SplitName, Metrics]
+    calibration: Calibration
+    calibrated: Mapping[SplitName, CalibrationQuality]
     seconds: float
     solved: Probe | None = None
     best_epoch: int | None = None

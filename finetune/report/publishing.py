@@ -13,14 +13,12 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file
 
 from finetune.data.cache import digest_image
 from finetune.data.splits import Sample
-from finetune.evaluation.thresholds import LabelCalibration
 from finetune.report.card import place_card, write_card
 from finetune.report.result import Result
 from finetune.resume import read_id
@@ -147,7 +145,7 @@ def _publish(
             "freeze": result.freeze,
             "head": backbone.classifier,
             "temperature": result.calibration.temperature,
-            **_describe_task(result),
+            **result.calibration.to_checkpoint(),
             "preprocess": backbone.preprocess.to_dict(),
             "metrics": {split: report[split] for split in (*result.metrics, "probe")},
             "engine": report["engine"],
@@ -178,11 +176,3 @@ def _publish(
 def _copy_engine(source: Path, path: Path) -> None:
     for suffix in (".xml", ".bin"):
         shutil.copyfile(source.with_suffix(suffix), path.with_suffix(suffix))
-
-
-def _describe_task(result: Result) -> dict[str, Any]:
-    """What tells the service how to answer."""
-    calibration = result.calibration
-    if isinstance(calibration, LabelCalibration):
-        return {"task": "multi-label", "thresholds": calibration.thresholds.tolist()}
-    return {"conformal": {"coverage": calibration.coverage, "threshold": calibration.threshold}}

@@ -9,21 +9,10 @@ from typing import Any
 from finetune.auditing.findings import Audit
 from finetune.config import Options
 from finetune.data.splits import Splits
-from finetune.evaluation.calibration import (
-    Calibrated,
-    Calibration,
-    describe_calibration,
-    describe_unsure,
-)
-from finetune.evaluation.learning_curve import LearningCurve
-from finetune.evaluation.metrics import AnyMetrics
-from finetune.evaluation.thresholds import (
-    LabelCalibrated,
-    LabelCalibration,
-    describe_label_calibration,
-    describe_thresholds,
-)
-from finetune.evaluation.verdict import Verdict
+from finetune.evaluation.calibration import Calibration, CalibrationQuality
+from finetune.evaluation.comparison import Comparison
+from finetune.evaluation.metrics import Metrics
+from finetune.probe.learning_curve import LearningCurve
 from finetune.probe.solve import Head
 from finetune.report.candidate import Candidate
 from models.engine.engine import EngineInfo, Features
@@ -53,7 +42,7 @@ class Result:
     probe: Candidate
     tuned: Candidate | None
     chosen: Candidate
-    verdict: Verdict | None
+    verdict: Comparison | None
     why_precision: str
     learning_curve: LearningCurve
     audit: Audit
@@ -80,15 +69,15 @@ class Result:
         return self.chosen.head
 
     @property
-    def metrics(self) -> Mapping[SplitName, AnyMetrics]:
+    def metrics(self) -> Mapping[SplitName, Metrics]:
         return self.chosen.metrics
 
     @property
-    def calibration(self) -> Calibration | LabelCalibration:
+    def calibration(self) -> Calibration:
         return self.chosen.calibration
 
     @property
-    def calibrated(self) -> Mapping[SplitName, Calibrated | LabelCalibrated]:
+    def calibrated(self) -> Mapping[SplitName, CalibrationQuality]:
         return self.chosen.calibrated
 
     @property
@@ -100,7 +89,7 @@ class Result:
         return self.chosen.features["val"]
 
     @property
-    def probe_metrics(self) -> AnyMetrics:
+    def probe_metrics(self) -> Metrics:
         return self.probe.metrics["val"]
 
     @property
@@ -114,25 +103,19 @@ class Result:
     @property
     def metric(self) -> str:
         """The attribute of metrics that runs are judged by; people read `metric_name`."""
-        return next(iter(self.probe_metrics.NAMES))
+        return self.splits.task.metric
 
     @property
     def metric_name(self) -> str:
-        return self.probe_metrics.NAMES[self.metric]
+        return self.splits.task.metric_name
 
     def describe_calibration(self) -> str:
         """One line for people, on val."""
-        calibrated = self.calibrated["val"]
-        if isinstance(self.calibration, Calibration) and isinstance(calibrated, Calibrated):
-            return describe_calibration(self.calibration, calibrated)
-        assert isinstance(calibrated, LabelCalibrated)
-        return describe_label_calibration(calibrated)
+        return self.calibrated["val"].describe()
 
     def describe_answers(self) -> str:
         """Which answers of the service are unsure, or which labels they name."""
-        if isinstance(self.calibration, LabelCalibration):
-            return describe_thresholds(self.calibration)
-        return describe_unsure(self.calibration)
+        return self.calibration.describe_answers()
 
     @property
     def trained_with(self) -> str:

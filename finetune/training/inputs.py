@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Dataset
@@ -43,7 +42,7 @@ class ImageGoneError(GraftError):
 
 
 class Crops(Dataset[Batch]):
-    """Samples as `uint8 [H,W,3]` crops with their `targets`, by default their labels.
+    """Samples as `uint8 [H,W,3]` crops with their `targets`.
 
     Each epoch draws its own augmented views, the same in every worker.
     """
@@ -53,12 +52,12 @@ class Crops(Dataset[Batch]):
         samples: Sequence[Sample],
         preprocess: Preprocess,
         *,
-        targets: Sequence[Target] | None = None,
+        targets: Sequence[Target],
         augment: Augment = "none",
         seed: int = 0,
     ) -> None:
         self._samples = samples
-        self._targets = [sample.label for sample in samples] if targets is None else targets
+        self._targets = targets
         self._preprocess = preprocess
         self._augment: Augment = augment
         self._seed = seed
@@ -332,9 +331,4 @@ def _describe_gone(key: str, reason: str) -> str:
 
 
 def _targets(splits: Splits, samples: Sequence[Sample]) -> Sequence[Target]:
-    labels = splits.labels(samples)
-    return (
-        list(labels.astype(np.float32))
-        if splits.is_multi_label
-        else [int(label) for label in labels]
-    )
+    return splits.task.training_targets(splits.labels(samples))

@@ -15,10 +15,9 @@ import torch
 from lightning_fabric import Fabric
 from torch.utils.data import DataLoader
 
-from finetune.data.balance import class_weights
 from finetune.data.splits import Splits
 from finetune.evaluation.epoch import EpochMetrics
-from finetune.evaluation.metrics import AnyMetrics, Metrics, evaluate
+from finetune.evaluation.metrics import Metrics
 from finetune.monitor import Monitor
 from finetune.resume import event_sizes
 from finetune.terminal import progress_bar
@@ -29,7 +28,6 @@ from finetune.training.depthwise import DepthwiseGradientsInFloat32
 from finetune.training.ema import Ema
 from finetune.training.inputs import ImageGoneError, Inputs
 from finetune.training.layer_stats import LayerStats
-from finetune.training.loss import image_losses, label_losses
 from finetune.training.memory import is_out_of_memory, run_in_parts
 from finetune.training.mix import build_mix
 from finetune.training.optimize import build_optimizer, log_stages, open_stages, rate_share
@@ -48,7 +46,6 @@ from finetune.training.tensors import changing_tensors
 from models.backbone.build import Backbone
 from models.backbone.freezing import Freezing, set_train_mode
 from models.errors import GraftError
-from models.scores import Floats
 
 logger = logging.getLogger("graft.train")
 
@@ -86,7 +83,9 @@ class Training:
         self._fabric = fabric
         self._precision = precision
         self._stop_asked = stop_asked
-        self._class_weights = _class_weights(splits)
+        self._class_weights = splits.task.class_weights(
+            splits.labels(splits.train), len(splits.label_names)
+        )
         self._mix = build_mix(settings.mix, len(splits.label_names))
         self._layer_stats = LayerStats(backbone, freezing, settings.backbone_lr, monitor)
         adamw = build_optimizer(backbone, settings)
@@ -159,9 +158,7 @@ class Training:
             self._train_epoch()
         metrics = self._validate()
         self._report_epoch(metrics)
-        goal = metrics.score
-        if isinstance(metrics, Metrics) and self._settings.balance != "none":
-            goal = metrics.balanced_accuracy
+        goal = metrics.goal(is_balanced=self._settings.balance != "none")
         score = (goal, -metrics.loss)
         if progress.epoch == 0 or (math.isfinite(metrics.loss) and score > progress.best_score):
             self.state.keep_as_best(score)
@@ -260,17 +257,10 @@ class Training:
 
     def _losses(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Of each image `[B]`."""
-        if self._splits.is_multi_label:
-            return label_losses(logits, targets)
         weights = None
         if self._settings.balance == "weights":
             weights = torch.from_numpy(self._class_weights).to(logits.device)
-        return image_losses(
-            logits,
-            targets,
-            class_weights=weights,
-            label_smoothing=self._settings.label_smoothing,
-        )
+        return self._splits.task.losses(logits, targets, weights, self._settings.label_smoothing)
 
     def _broken_loss(
         self,
@@ -301,7 +291,7 @@ class Training:
             f"{settings.backbone_lr:.1e}){fp32}{stage}; {kept}"
         )
 
-    def _validate(self) -> AnyMetrics:
+    def _validate(self) -> Metrics:
         """Metrics on the validation images of the network, or of its moving average."""
         self._network.eval()
         all_logits, all_labels = [], []
@@ -326,7 +316,9 @@ class Training:
                     break
         # Only now that the network has its own weights again: this saves them.
         self._stop_if_asked()
-        return evaluate(torch.cat(all_logits).numpy(), torch.cat(all_labels).long().numpy())
+        return self._splits.task.evaluate(
+            torch.cat(all_logits).numpy(), torch.cat(all_labels).long().numpy()
+        )
 
     def _stop_if_asked(self) -> None:
         stop = self._stop_asked()
@@ -430,7 +422,7 @@ class Training:
             progress.best_score[0],
         )
 
-    def _report_epoch(self, metrics: AnyMetrics) -> None:
+    def _report_epoch(self, metrics: Metrics) -> None:
         progress = self.progress
         attribute, name = next(iter(metrics.NAMES.items()))
         curves = {"epoch/val_loss": metrics.loss, f"epoch/val_{attribute}": metrics.score}
@@ -485,14 +477,6 @@ def _reading(loader: DataLoader[Batch]) -> Iterator[Iterator[tuple[torch.Tensor,
         yield batches
     finally:
         batches.close()
-
-
-def _class_weights(splits: Splits) -> Floats:
-    """All 1 in multi-label data, where classes are not weighed."""
-    num_classes = len(splits.label_names)
-    if splits.is_multi_label:
-        return np.ones(num_classes, np.float32)
-    return class_weights(splits.labels(splits.train), num_classes)
 
 
 def _num_bytes(tensors: Mapping[str, torch.Tensor]) -> int:

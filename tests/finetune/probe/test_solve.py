@@ -14,7 +14,6 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss as sklearn_log_loss
 from sklearn.preprocessing import StandardScaler
 
-from finetune.data.strata import assign_folds
 from finetune.probe.solve import (
     L2_PATH,
     Probe,
@@ -24,6 +23,7 @@ from finetune.probe.solve import (
     solve_head,
     solve_probe,
 )
+from finetune.tasks.strata import assign_class_folds
 from models.scores import softmax
 
 PATH = L2_PATH[1:6]
@@ -70,7 +70,7 @@ def test_it_is_as_accurate_as_scikit_learns_best_on_the_same_path(data: object) 
     train_x, train_y, test_x, test_y = data()  # type: ignore[operator]
     probe = solve_probe(train_x, train_y, int(train_y.max()) + 1, seed=0)
     scaler = StandardScaler().fit(train_x)
-    folds = assign_folds(train_y, 5, 0)
+    folds = assign_class_folds(train_y, 5, 0)
     losses, scores = [], []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -208,15 +208,15 @@ def test_the_path_ends_early_once_weaker_is_worse() -> None:
 )
 def test_folds_are_stratified_and_of_one_size(counts: list[int], num_folds: int) -> None:
     labels = np.repeat(np.arange(len(counts)), counts)
-    folds = assign_folds(labels, 5, 0)
+    folds = assign_class_folds(labels, 5, 0)
     assert sorted(set(folds.tolist())) == list(range(num_folds))
     for label, count in enumerate(counts):
         sizes = np.bincount(folds[labels == label], minlength=num_folds)
         assert sizes.sum() == count
         assert np.ptp(sizes) <= 1
     assert np.ptp(np.bincount(folds)) <= 1
-    assert np.array_equal(folds, assign_folds(labels, 5, 0))
-    assert len(labels) < 10 or not np.array_equal(folds, assign_folds(labels, 5, 1))
+    assert np.array_equal(folds, assign_class_folds(labels, 5, 0))
+    assert len(labels) < 10 or not np.array_equal(folds, assign_class_folds(labels, 5, 1))
 
 
 def calibrated(count: int = 4000) -> tuple[np.ndarray, np.ndarray]:

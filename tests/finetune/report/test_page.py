@@ -14,17 +14,19 @@ import pytest
 from finetune.auditing.findings import Audit, Finding
 from finetune.config import Options
 from finetune.data.splits import Sample, Splits
-from finetune.evaluation.calibration import calibrate_probe
+from finetune.evaluation.class_metrics import evaluate_classes
+from finetune.evaluation.comparison import Comparison, compare_accuracies
+from finetune.evaluation.conformal import calibrate_probe
 from finetune.evaluation.epoch import EpochMetrics
-from finetune.evaluation.learning_curve import measure_learning_curve
-from finetune.evaluation.metrics import Interval, evaluate
-from finetune.evaluation.verdict import compare_with_probe
+from finetune.evaluation.interval import Interval
+from finetune.probe.learning_curve import measure_learning_curve
 from finetune.probe.solve import Head, solve_probe
 from finetune.report.candidate import Candidate
 from finetune.report.card import write_card
 from finetune.report.page import write_report
 from finetune.report.plots import Mistake
 from finetune.report.result import Result
+from finetune.tasks.single_label import SINGLE_LABEL
 from models.engine.engine import EngineInfo
 from models.preprocess import Preprocess
 from models.sources import EncodedImage
@@ -74,16 +76,22 @@ def make_result(num_classes: int = 3, *, is_trained: bool = False) -> Result:
     (features, labels), (val_features, val_labels) = draw(60 * num_classes), draw(40 * num_classes)
     probe = solve_probe(features, labels, num_classes, seed=0)
     logits = probe.logits(val_features)
-    metrics = evaluate(logits, val_labels)
+    metrics = evaluate_classes(logits, val_labels)
     calibration, calibrated = calibrate_probe(
-        probe, labels, {"val": logits}, {"val": val_labels}, 0.9
+        probe.out_of_fold_logits,
+        probe.temperature,
+        labels,
+        {"val": logits},
+        {"val": val_labels},
+        0.9,
     )
     names = ("<b>cat</b>", "dog & hound", *(f"class {index}" for index in range(2, num_classes)))
     samples = tuple(
         Sample(f"photos/{index}.jpg", int(label), EncodedImage(b""))
         for index, label in enumerate(val_labels)
     )
-    verdict = compare_with_probe(logits, logits, val_labels, probe_seconds=1.5, train_seconds=60)
+    scores = compare_accuracies(logits, logits, val_labels)
+    verdict = Comparison(scores, probe_seconds=1.5, train_seconds=60)
     backbone: Any = SimpleNamespace(
         name="resnet18",
         weights="a package",
@@ -129,7 +137,7 @@ def make_result(num_classes: int = 3, *, is_trained: bool = False) -> Result:
         verdict=verdict if is_trained else None,
         why_precision="int8 would not pay",
         learning_curve=measure_learning_curve(
-            features, labels, probe, val_features, val_labels, seed=0
+            features, labels, probe, val_features, val_labels, SINGLE_LABEL, seed=0
         ),
         audit=Audit((), {"val": (metrics.accuracy, metrics.accuracy)}, 100 * num_classes),
         seconds={"probe": 1.5, "total": 4.6},
