@@ -246,8 +246,8 @@ def test_golden_images_may_not_move_all_labels_at_once(tags: Path) -> None:
     ("changes", "message"),
     [
         ({"thresholds": [0.5, 0.5]}, "there are 2 thresholds, its labels are 3"),
-        ({"thresholds": [0.5, 0.5, 1.5]}, "a threshold is no share"),
-        ({"thresholds": [0.5, 0.5, float("nan")]}, "a threshold is no share"),
+        ({"thresholds": [0.5, 0.5, 1.5]}, "a threshold of 1.5;"),
+        ({"thresholds": [0.5, 0.5, float("nan")]}, "a threshold of nan;"),
         ({"task": "detection"}, "task 'detection'; this Graft knows single-label and multi-label"),
     ],
 )
