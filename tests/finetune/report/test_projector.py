@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
@@ -131,8 +132,8 @@ def test_distances_are_kept_by_as_many_directions_as_are_needed(
     points = np.loadtxt(run_dir / "projector" / "tensors.tsv", delimiter="\t", ndmin=2)
     assert points.shape == shape
 
-    def distances(rows: np.ndarray) -> np.ndarray:
-        return np.linalg.norm(rows[:, None] - rows[None, :3], axis=2)
+    def distances(rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return np.asarray(np.linalg.norm(rows[:, None] - rows[None, :3], axis=2))
 
     found, expected = distances(points), distances(result.val_features)
     assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.95
