@@ -194,7 +194,12 @@ def _fit(
         else splits.task.class_weights(labels["train"], num_classes)
     )
     probe = solve_on_best_views(
-        features["train"], labels["train"], num_classes, seed=options.seed, class_weights=weights
+        features["train"],
+        labels["train"],
+        num_classes,
+        task=splits.task,
+        seed=options.seed,
+        class_weights=weights,
     )
     at.append(time.perf_counter())
     head, best_epoch, verdict = Head(probe.weight, probe.bias), None, None
@@ -224,7 +229,7 @@ def _fit(
     if options.freeze != "backbone":
         plain = features["train"][: len(labels["train"])]
         start = (
-            soften(probe, plain, labels["train"], num_classes)
+            soften(probe, plain, labels["train"], num_classes, splits.task)
             if options.head_init == "soft"
             else probe
         )
