@@ -15,12 +15,6 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-# Run as a file, Python would look for modules in finetune/; the project's root and the user's own folder are what is meant.
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    sys.path.append(str(Path.cwd()))
-
-
 import numpy as np
 
 from finetune.auditing.findings import WORDING, Audit

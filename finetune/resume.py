@@ -124,7 +124,6 @@ def read_options(options: Options) -> Options:
     if home != Path.cwd() and home.is_dir():
         logger.info("relative paths are those of %s, where the run was started", home)
         os.chdir(home)
-        sys.path.append(str(home))  # the user's own modules
     return resumed.model_copy(update={"precision": kept["precision"]})
 
 

@@ -19,12 +19,6 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
-# Run as a file, Python would look for modules in finetune/; the project's root and the user's own folder are what is meant.
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    sys.path.append(str(Path.cwd()))
-
-
 from finetune.auditing.findings import Audit
 from finetune.auditing.inspection import inspect
 from finetune.auditing.output import write_audit

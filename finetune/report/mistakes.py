@@ -66,6 +66,6 @@ def explain_mistakes(result: Result, mistakes: Sequence[Mistake]) -> list[Mistak
         logger.warning("no pictures of where the network looked: %s", error)
         return list(mistakes)
     return [
-        replace(mistake, looked_at=draw_heat(mistake.crop, heat))
+        replace(mistake, heat_map=draw_heat(mistake.crop, heat))
         for mistake, heat in zip(mistakes, heats, strict=True)
     ]

@@ -244,7 +244,7 @@ def _mistakes(mistakes: Sequence[Mistake]) -> str:
         for mistake in mistakes
     )
     words = "The wrong answers of highest score on val, as the model sees the images."
-    if any(mistake.looked_at is not None for mistake in mistakes):
+    if any(mistake.heat_map is not None for mistake in mistakes):
         words += " Below each, where it looked: the redder a place, the more it spoke for the wrong answer (Grad-CAM)."
     return f"<p class='faint'>{words}</p><div class='pictures'>{''.join(drawn)}</div>"
 
@@ -255,7 +255,7 @@ def _shorten(key: str) -> str:
 
 
 def _pictures(mistake: Mistake) -> str:
-    crops = (crop for crop in (mistake.crop, mistake.looked_at) if crop is not None)
+    crops = (crop for crop in (mistake.crop, mistake.heat_map) if crop is not None)
     return "".join(
         f"<img alt='' title='{escape(mistake.key)}' src='{_to_uri(crop)}'>" for crop in crops
     )

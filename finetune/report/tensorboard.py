@@ -8,6 +8,7 @@ from dataclasses import replace
 from finetune.evaluation.calibration import CalibrationQuality
 from finetune.evaluation.metrics import Metrics, tabulate
 from finetune.monitor import Monitor
+from finetune.report.markdown import tabulate_markdown
 from finetune.report.plots import Mistake, draw_confusion, draw_mistakes
 from finetune.report.projector import write_projector
 from finetune.report.result import Result
@@ -31,9 +32,9 @@ def show_in_tensorboard(monitor: Monitor, result: Result, mistakes: Sequence[Mis
         monitor.image("val/confusion", draw_confusion(val.confusion, label_names))
     monitor.image("val/worst_mistakes", draw_mistakes(mistakes))
     if explained := [
-        replace(mistake, crop=mistake.looked_at)
+        replace(mistake, crop=mistake.heat_map)
         for mistake in mistakes
-        if mistake.looked_at is not None
+        if mistake.heat_map is not None
     ]:
         monitor.image("val/worst_mistakes_looked_at", draw_mistakes(explained))
     write_projector(monitor.run_dir, result, with_thumbnails=result.options.explains)
@@ -48,7 +49,7 @@ def show_metrics(
     split: str,
     metrics: Metrics,
     label_names: tuple[str, ...],
-    label_word: str = "class",
+    label_word: str,
     step: int = 0,
 ) -> None:
     """Averages, their intervals and each class's precision and recall as curves; a table of all."""
@@ -62,12 +63,7 @@ def show_metrics(
             monitor.scalar(f"{split}_precision/{name}", float(metrics.precision[label]), step)
             monitor.scalar(f"{split}_recall/{name}", float(metrics.recall[label]), step)
     head, *rows = tabulate(metrics, label_names, label_word)
-    lines = (
-        f"| {' | '.join(head)} |",
-        "|---" * len(head) + "|",
-        *(f"| {' | '.join(row)} |" for row in rows),
-    )
-    monitor.text(f"{split} per class", "\n".join(lines))
+    monitor.text(f"{split} per class", tabulate_markdown(head, rows))
 
 
 def show_calibration(monitor: Monitor, split: str, quality: CalibrationQuality) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from starlette.requests import Request
 
 from service.errors import RequestError
-from service.inference.memory_budget import Hold
+from service.inference.memory_budget import Reservation
 from service.settings import Settings
 
 IMAGES_FIELD = "images"
@@ -48,12 +48,12 @@ class Upload:
     options: dict[str, str] = field(default_factory=dict)
 
 
-async def read_upload(request: Request, settings: Settings, hold: Hold) -> Upload:
+async def read_upload(request: Request, settings: Settings, reservation: Reservation) -> Upload:
     """Read a multipart or a raw image body. Raises RequestError with what to do, and ClientDisconnect where the client left."""
     content_type, parameters = parse_parameters(
         request.headers.get("content-type", "").encode("latin-1")
     )
-    chunks = _read_chunks(request, settings, hold)
+    chunks = _read_chunks(request, settings, reservation)
     try:
         async with asyncio.timeout(settings.body_seconds):
             if content_type == b"multipart/form-data":
@@ -76,11 +76,11 @@ async def read_upload(request: Request, settings: Settings, hold: Hold) -> Uploa
     return upload
 
 
-async def read_body(request: Request, settings: Settings, hold: Hold) -> bytes:
+async def read_body(request: Request, settings: Settings, reservation: Reservation) -> bytes:
     """The whole body of a protocol that has its images in JSON. Raises RequestError where it is too large or does not come."""
     try:
         async with asyncio.timeout(settings.body_seconds):
-            return await _join(_read_chunks(request, settings, hold))
+            return await _join(_read_chunks(request, settings, reservation))
     except TimeoutError:
         raise _body_timeout(settings) from None
 
@@ -98,7 +98,9 @@ def _body_timeout(settings: Settings) -> RequestError:
     )
 
 
-async def _read_chunks(request: Request, settings: Settings, hold: Hold) -> AsyncIterator[bytes]:
+async def _read_chunks(
+    request: Request, settings: Settings, reservation: Reservation
+) -> AsyncIterator[bytes]:
     """The body piece by piece: refused by its Content-Length before a byte is read, by its true size where there is none."""
     announced = request.headers.get("content-length", "")
     num_bytes = int(announced) if announced.isascii() and announced.isdigit() else 0
@@ -109,7 +111,7 @@ async def _read_chunks(request: Request, settings: Settings, hold: Hold) -> Asyn
         received += len(chunk)
         if received > settings.max_body_bytes:
             raise _body_too_large(settings)
-        hold.add(len(chunk))
+        reservation.add(len(chunk))
         yield chunk
 
 
