@@ -31,6 +31,7 @@ LAYERS: dict[str, list[set[str]]] = {
     ],
     "finetune": [
         {"run", "compare", "audit", "publish"},
+        {"candidates"},
         {"report"},
         {"auditing", "training"},
         {"resume", "probe"},

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 from finetune.evaluation.metrics import most_confused, tabulate
 from finetune.report.result import Result
 
@@ -78,6 +81,18 @@ import timm
 model = timm.create_model("local-dir:{options.repository}/{options.model_name}/{version}", pretrained=True)
 ```
 """
+
+
+def place_card(card: str, repository: Path, name: str, version: int) -> str:
+    """A card that says where the checkpoint is, and how it is called there, whatever it said before."""
+    for pattern, placed in (
+        (r"^# .*, version \d+$", f"# {name}, version {version}"),
+        (r"/predict\?model=[^'&]*'", f"/predict?model={name}'"),
+        (r'"local-dir:[^"]*"', f'"local-dir:{repository}/{name}/{version}"'),
+    ):
+        literal = placed.replace("\\", r"\\")
+        card = re.sub(pattern, literal, card, count=1, flags=re.MULTILINE)
+    return card
 
 
 def _confused(result: Result) -> str:

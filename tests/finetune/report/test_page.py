@@ -17,9 +17,11 @@ from finetune.data.splits import Sample, Splits
 from finetune.evaluation.class_metrics import evaluate_classes
 from finetune.evaluation.comparison import Comparison, compare_accuracies
 from finetune.evaluation.conformal import calibrate_probe
+from finetune.evaluation.epoch import EpochMetrics
 from finetune.evaluation.interval import Interval
 from finetune.probe.learning_curve import measure_learning_curve
 from finetune.probe.solve import Head, solve_probe
+from finetune.report.candidate import Candidate
 from finetune.report.card import write_card
 from finetune.report.page import write_report
 from finetune.report.plots import Mistake
@@ -97,6 +99,30 @@ def make_result(num_classes: int = 3, *, is_trained: bool = False) -> Result:
         is_pretrained=True,
         preprocess=Preprocess(height=224, width=224),
     )
+    candidate = Candidate(
+        name="probe",
+        backbone=backbone,
+        engine=EngineInfo("OpenVINO", "cpu", "bf16", 8, 2, 300.0),
+        freeze="backbone",
+        head=Head(probe.weight, probe.bias),
+        logits={"val": logits},
+        features={"val": val_features},
+        metrics={"val": metrics},
+        calibration=calibration,
+        calibrated=dict(calibrated),
+        seconds=1.5,
+        solved=probe,
+    )
+    epochs = tuple(EpochMetrics(epoch, 1 / (1 + epoch), 0.5, 0.8) for epoch in range(4))
+    tuned = replace(
+        candidate,
+        name="tuned",
+        freeze="until:layer3",
+        seconds=60.0,
+        solved=None,
+        best_epoch=3,
+        epochs=epochs,
+    )
     return Result(
         options=Options(
             data="photos/",
@@ -105,23 +131,15 @@ def make_result(num_classes: int = 3, *, is_trained: bool = False) -> Result:
             coverage=0.9,
         ),
         splits=Splits(names, samples, samples),
-        backbone=backbone,
-        engine=EngineInfo("OpenVINO", "cpu", "bf16", 8, 2, 300.0),
+        probe=candidate,
+        tuned=tuned if is_trained else None,
+        chosen=candidate,
+        verdict=verdict if is_trained else None,
         why_precision="int8 would not pay",
-        head=Head(probe.weight, probe.bias),
-        metrics={"val": metrics},
-        calibration=calibration,
-        calibrated=dict(calibrated),
-        probe_metrics=metrics,
-        l2=probe.l2,
         learning_curve=measure_learning_curve(
             features, labels, probe, val_features, val_labels, SINGLE_LABEL, seed=0
         ),
-        val_logits=logits,
-        val_features=val_features,
         audit=Audit((), {"val": (metrics.accuracy, metrics.accuracy)}, 100 * num_classes),
-        best_epoch=3 if is_trained else None,
-        verdict=verdict if is_trained else None,
         seconds={"probe": 1.5, "total": 4.6},
     )
 
@@ -208,8 +226,10 @@ def test_what_shaped_the_published_model_is_told_and_nothing_else(result: Result
     tied = replace(make_result(is_trained=True), options=options)
     assert tied.trained_with == "--balance weights"
     assert tied.verdict is not None
-    scores = replace(tied.verdict.scores, interval=Interval(0.1, 0.2))
-    won = replace(tied, verdict=replace(tied.verdict, scores=scores))
+    assert tied.tuned is not None
+    won = replace(
+        tied, chosen=tied.tuned, verdict=replace(tied.verdict, interval=Interval(0.1, 0.2))
+    )
     assert won.trained_with == "--balance weights --label-smoothing 0.1 --ema 0.99"
     assert won.trained_with in write_card(won, 7)
     assert won.trained_with in read(won)[1]
@@ -256,5 +276,4 @@ def test_the_card_shares_it(result: Result) -> None:
         str(result.learning_curve),
     ):
         assert part in card
-    shown = replace(result, probe_metrics=result.metrics["val"])
-    assert "Most confused on val" in write_card(shown, 7)
+    assert "Most confused on val" in card

@@ -40,13 +40,16 @@ def make(num_images: int, num_features: int = 20) -> Result:
     samples[0] = replace(samples[0], key="photos/a\tb\n\udcff.png")
     answers = [1, *labels[1:]]
     centres = 5 * generator.standard_normal((len(LABELS), num_features))
+    logits = 8 * np.eye(len(LABELS), dtype=np.float32)[answers]
+    features = centres[labels] + generator.standard_normal((num_images, num_features))
     return replace(
         result,
         splits=Splits(LABELS, (), tuple(samples)),
-        val_logits=8 * np.eye(len(LABELS), dtype=np.float32)[answers],
-        val_features=(
-            centres[labels] + generator.standard_normal((num_images, num_features))
-        ).astype(np.float32),
+        chosen=replace(
+            result.chosen,
+            logits={"val": logits},
+            features={"val": features.astype(np.float32)},
+        ),
     )
 
 

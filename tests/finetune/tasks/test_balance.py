@@ -26,9 +26,17 @@ from finetune.tasks.balance import class_weights, draw_balanced, warn_if_imbalan
 from finetune.tasks.single_label import SINGLE_LABEL
 from finetune.tasks.strata import assign_class_folds
 from finetune.training.state import draw_batches
-from finetune.training.train import train
 from models.errors import GraftError
-from tests.support.tiny import LABELS, PREPROCESS, Recorder, build, draw_samples, options, probe_of
+from tests.support.tiny import (
+    LABELS,
+    PREPROCESS,
+    Recorder,
+    build,
+    draw_samples,
+    options,
+    probe_of,
+    train_tiny,
+)
 
 COUNTS = [200, 60, 12]
 
@@ -205,7 +213,7 @@ def fit(folder: Path, **changes: object) -> list[float]:
         **{"epochs": 1, "augment": "none", "freeze": "none", "batch_norm": "keep", **changes}
     )
     try:
-        train(backbone, SPLITS, probe_of(backbone), given, monitor, folder)
+        train_tiny(backbone, SPLITS, probe_of(backbone), given, monitor, folder)
     finally:
         monitor.close()
     return [loss for _, loss in monitor.curves["train/loss"]]
