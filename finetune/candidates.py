@@ -18,6 +18,7 @@ from finetune.probe.features import extract_splits, open_engine
 from finetune.probe.solve import Head, Probe, soften, solve_on_best_views
 from finetune.report.candidate import Candidate
 from finetune.resume import STATE_DIR, fix_options
+from finetune.tasks.task import Task
 from finetune.timer import Timer
 from finetune.training.settings import TrainingSettings
 from models.engine.engine import Engine, EngineInfo, Features
@@ -50,6 +51,7 @@ def fit_probe(
             features["train"],
             labels["train"],
             len(splits.label_names),
+            task=splits.task,
             seed=options.seed,
             # With --balance sampler, too: drawing by weight is weighting, on average.
             class_weights=_class_weights(labels["train"], splits, options.balance),
@@ -121,7 +123,7 @@ def fine_tune(
         trained = train(
             network,
             splits,
-            _first_head(probe, labels["train"], options.head_init),
+            _first_head(probe, labels["train"], splits.task, options.head_init),
             training_settings(options),
             monitor,
             scratch,
@@ -181,12 +183,12 @@ def choose(probe: Candidate, tuned: Candidate | None, verdict: Comparison | None
     return tuned
 
 
-def _first_head(probe: Candidate, train_labels: Labels, head_init: str) -> Probe:
+def _first_head(probe: Candidate, train_labels: Labels, task: Task, head_init: str) -> Probe:
     """The solved head that training begins from, unless `--head-init` names another."""
     if head_init != "soft":
         return probe.solution
     plain = probe.features["train"][: len(train_labels)]
-    return soften(probe.solution, plain, train_labels, len(probe.head.bias))
+    return soften(probe.solution, plain, train_labels, len(probe.head.bias), task)
 
 
 def _copy_head(network: Backbone) -> Head:
