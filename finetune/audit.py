@@ -82,7 +82,13 @@ def audit(options: AuditOptions) -> Audit:
         raise GraftError(
             f"--data {options.data}: fewer than two classes have images to train on that can be read"
         )
-    probe = solve_probe(features["train"], labels, len(splits.label_names), seed=options.seed)
+    probe = solve_probe(
+        features["train"],
+        labels,
+        len(splits.label_names),
+        task=splits.task,
+        seed=options.seed,
+    )
     found = inspect(
         loaded,
         splits,

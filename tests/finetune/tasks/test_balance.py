@@ -18,9 +18,10 @@ from sklearn.utils.class_weight import compute_class_weight, compute_sample_weig
 
 from finetune.config import Options, parse_options
 from finetune.data.splits import Splits
-from finetune.evaluation.class_metrics import evaluate_classes
+from finetune.evaluation.class_metrics import class_log_loss, evaluate_classes
+from finetune.evaluation.conformal import fit_temperature
 from finetune.probe.learning_curve import measure_learning_curve
-from finetune.probe.solve import L2_PATH, fit_temperature, log_loss, solve_head, solve_probe
+from finetune.probe.solve import L2_PATH, solve_head, solve_probe
 from finetune.tasks.balance import class_weights, draw_balanced, warn_if_imbalanced
 from finetune.tasks.single_label import SINGLE_LABEL
 from finetune.tasks.strata import assign_class_folds
@@ -138,7 +139,7 @@ def test_the_weighted_probe_is_scikit_learns_balanced_one() -> None:
             )
     best = int(np.argmin(losses))
     assert probe.l2 == path[best]
-    assert log_loss(probe.out_of_fold_logits, labels, weights) == pytest.approx(
+    assert class_log_loss(probe.out_of_fold_logits, labels, weights) == pytest.approx(
         losses[best], rel=0.01
     )
     assert probe.temperature == fit_temperature(probe.out_of_fold_logits, labels)
