@@ -42,8 +42,9 @@ from sklearn.linear_model import LogisticRegression
 from benchmarks.calibration import extract
 from benchmarks.machine import describe_machine
 from benchmarks.sections import write_section
+from finetune.evaluation.class_metrics import class_log_loss
 from finetune.probe import solve
-from finetune.probe.solve import L2_PATH, Objective, Scaling, log_loss, solve_probe
+from finetune.probe.solve import L2_PATH, Objective, Scaling, solve_probe
 from finetune.tasks.strata import NUM_FOLDS, assign_class_folds
 from models.scores import Floats, Labels
 
@@ -174,7 +175,7 @@ def measure(
         seconds,
         l2,
         regularised_loss(features, labels, weight, bias, l2),
-        log_loss(out_of_fold, labels),
+        class_log_loss(out_of_fold, labels),
         float((predicted == test_labels).mean()),
     )
 
@@ -186,7 +187,9 @@ def regularised_loss(
     scale = Scaling.of(features).scale.astype(np.float64)
     standardised = np.where(np.isinf(scale), 0, scale) * weight
     logits = features.astype(np.float64) @ weight.T + bias
-    return log_loss(cast(Floats, logits), labels) + 0.5 * l2 * float(np.square(standardised).sum())
+    return class_log_loss(cast(Floats, logits), labels) + 0.5 * l2 * float(
+        np.square(standardised).sum()
+    )
 
 
 def solve_graft(
@@ -260,7 +263,7 @@ def solve_sklearn(
             rows = folds != fold
             fit(model, standardised[rows], labels[rows], l2)
             logits[~rows] = model.decision_function(standardised[~rows])
-        loss = log_loss(logits, labels)
+        loss = class_log_loss(logits, labels)
         if loss < best_loss:
             best_loss, best_l2, best_logits, num_worse = loss, l2, logits, 0
         else:

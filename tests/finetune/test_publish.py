@@ -34,6 +34,8 @@ def run_tiny(folder: Path, **changes: Any) -> Path:
                 "data": str(data),
                 "backbone": "tests.support.tiny:build_trunk",
                 "epochs": 2,
+                # Any epoch is better than these, so that the candidates differ.
+                "head_init": "zeros",
                 "batch_norm": "keep",
                 "explain": "no",
                 "name": "tiny",
@@ -215,7 +217,7 @@ def test_what_cannot_be_published_is_refused(
 def test_a_run_that_trained_no_layers_has_one_candidate(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_dir = run_tiny(tmp_path, freeze="backbone")
+    run_dir = run_tiny(tmp_path, freeze="backbone", head_init="soft")
     assert not (run_dir / "candidates").exists()
     metrics = json.loads((run_dir / "metrics.json").read_text())
     assert (metrics["published"], metrics["candidates"]) == ("probe", None)
@@ -235,12 +237,13 @@ def test_a_run_stopped_after_it_kept_a_candidate_keeps_the_same(
             run_tiny(tmp_path, publish="probe")
     (run_dir,) = (tmp_path / "runs").iterdir()
     kept = run_dir / "candidates" / "tuned" / "1"
-    before = {name: (kept / name).read_bytes() for name in (*FILES, "README.md")}
+    # In one process, OpenVINO gives each graph another name, which is in the XML.
+    same = [name for name in FILES if name != "backbone.xml"]
+    before = {name: (kept / name).read_bytes() for name in same}
     assert list_versions(tmp_path / "checkpoints", "tiny") == []
     assert run_main(["--resume", str(run_dir)]) == 0
     assert list_versions(run_dir / "candidates", "tuned") == [1]
-    for name in FILES:
-        assert (kept / name).read_bytes() == before[name]
+    assert {name: (kept / name).read_bytes() for name in same} == before
     assert list_versions(tmp_path / "checkpoints", "tiny") == [1]
 
 

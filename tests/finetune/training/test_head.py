@@ -128,7 +128,7 @@ def test_what_a_function_gets_wrong_is_said(name: str, message: str) -> None:
         ),
         (
             ["--head-init", "zeros", "--freeze", "backbone"],
-            "--head-init zeros: --freeze backbone solves the head, from no beginning; say",
+            "--head-init zeros: --freeze backbone solves the head and starts from none; say",
         ),
     ],
 )

@@ -162,7 +162,7 @@ def test_mixing_is_drawn_from_the_seed(tmp_path: Path) -> None:
     [
         (
             "--mix cutmix --freeze until:layer3",
-            "--mix cutmix: it pastes pixels, and --freeze until:layer3 learns from .* kept at "
+            "--mix cutmix: it pastes pixels, and --freeze until:layer3 trains on .* kept at "
             "layer3; say",
         ),
         (
