@@ -59,7 +59,7 @@ class Trunk(nn.Module):
         self.has_skip = has_skip
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        features = self.tail(self.stem(images) / 255).mean(dim=(2, 3))
+        features: torch.Tensor = self.tail(self.stem(images) / 255).mean(dim=(2, 3))
         return features + images.mean(dim=(1, 2, 3))[:, None] / 255 if self.has_skip else features
 
 
@@ -392,7 +392,8 @@ class Viewing(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         maps = self.tail(self.stem(images))
-        return maps.view(len(maps), -1)
+        features: torch.Tensor = maps.view(len(maps), -1)
+        return features
 
 
 @pytest.mark.parametrize("cache", [True, False])
@@ -405,7 +406,9 @@ def test_channels_last_is_taken_where_the_network_can(
     backbone = Backbone("own:trunk", model, "head", WHOLE_NUMBERS, "none", None, "backbone.")
     inputs = open_own(tmp_path, backbone, cache=cache)
     seen: list[torch.Tensor] = []
-    model.backbone.tail.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    model.get_submodule("backbone.tail").register_forward_pre_hook(
+        lambda _, arguments: seen.append(arguments[0])
+    )
     batch, _ = next(iter(DataLoader(inputs.train, 4)))
     inputs.network(inputs.prepare(batch)).sum().backward()
     assert isinstance(inputs.network, TrainablePart) == cache

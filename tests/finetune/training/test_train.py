@@ -40,7 +40,8 @@ class Trunk(nn.Module):
         self.tail = nn.Sequential(nn.Conv2d(6, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU())
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.tail(self.stem(images)).mean(dim=(2, 3))
+        features: torch.Tensor = self.tail(self.stem(images)).mean(dim=(2, 3))
+        return features
 
 
 class Counting(nn.Module):
@@ -48,6 +49,7 @@ class Counting(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.num_seen: torch.Tensor
         self.register_buffer("num_seen", torch.zeros(1))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
