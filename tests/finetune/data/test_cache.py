@@ -25,11 +25,11 @@ from finetune.data import cache as cache_module
 from finetune.data.cache import MAX_SEGMENTS, FeatureCache, digest_image, merge_segments, trim
 from finetune.data.splits import Sample
 from finetune.probe.features import extract_features
-from models.engine.engine import EngineInfo, Features
+from models.engine.engine import Crops, EngineInfo, Features
 from models.engine.openvino_engine import OpenVINOEngine
 from models.errors import GraftError
 from models.prepared import PreparedBackbone
-from models.preprocess import Pixels, View
+from models.preprocess import View
 from models.sources import EncodedImage
 from tests.support.images import draw_shape
 
@@ -56,9 +56,9 @@ def read(cache: FeatureCache, digest: bytes) -> Features | None:
     return out if cache.read(digest, out) else None
 
 
-def fill(cache_dir: Path, indices: range, **options: str) -> Path:
+def fill(cache_dir: Path, indices: range, fingerprint: str = "a network") -> Path:
     """Write some rows as a run does, and give the folder they are in."""
-    with open_cache(cache_dir, **options) as cache:
+    with open_cache(cache_dir, fingerprint) as cache:
         cache.write([DIGESTS[index] for index in indices], FEATURES[indices.start : indices.stop])
     return cache.folder
 
@@ -99,9 +99,12 @@ class Counted:
         )
         self.num_images = 0
 
-    def submit(self, images: Pixels) -> Future[Features]:
-        self.num_images += len(images)
-        return self._engine.submit(images)
+    def submit(self, crops: Crops) -> Future[Features]:
+        self.num_images += len(crops)
+        return self._engine.submit(crops)
+
+    def run_here(self, crops: Crops, *, is_alone: bool = True) -> Features:
+        raise AssertionError("images are computed by submit")
 
     def close(self) -> None:
         raise AssertionError("the engine is the caller's to close")
@@ -430,9 +433,10 @@ def test_a_run_that_reads_goes_on_while_another_merges(tmp_path: Path) -> None:
     merge_segments(folder, RECORD_SIZE)
     assert len(list(folder.glob("*.keys"))) == 1
     with reading:
-        assert all(
-            np.array_equal(read(reading, digest), FEATURES[at]) for at, digest in enumerate(DIGESTS)
-        )  # type: ignore[arg-type]
+        for row, digest in enumerate(DIGESTS):
+            found = read(reading, digest)
+            assert found is not None
+            assert np.array_equal(found, FEATURES[row])
 
 
 def test_what_is_merged_while_a_run_looks_for_it_is_found(

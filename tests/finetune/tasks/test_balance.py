@@ -207,7 +207,9 @@ TRAIN_LABELS = np.array([sample.label for sample in SPLITS.train])
 def fit(folder: Path, **changes: object) -> list[float]:
     """Training losses of one epoch without augmentation, dropout being off."""
     backbone = build()
-    backbone.model.backbone.dropout.p = 0.0
+    dropout = backbone.model.get_submodule("backbone.dropout")
+    assert isinstance(dropout, torch.nn.Dropout)
+    dropout.p = 0.0
     monitor = Recorder(folder)
     given = options(
         **{"epochs": 1, "augment": "none", "freeze": "none", "batch_norm": "keep", **changes}
