@@ -99,12 +99,12 @@ class Counted:
         )
         self.num_images = 0
 
-    def submit(self, crops: Crops) -> Future[Features]:
-        self.num_images += len(crops)
-        return self._engine.submit(crops)
+    def submit(self, images: Crops) -> Future[Features]:
+        self.num_images += len(images)
+        return self._engine.submit(images)
 
-    def run_here(self, crops: Crops, *, is_alone: bool = True) -> Features:
-        raise AssertionError("images are computed by submit")
+    def run_here(self, images: Crops, *, is_alone: bool = True) -> Features:
+        raise AssertionError("a run submits its images")
 
     def close(self) -> None:
         raise AssertionError("the engine is the caller's to close")
@@ -345,7 +345,8 @@ def test_trim_takes_nothing_from_a_run_that_reads(tmp_path: Path) -> None:
     fill(tmp_path, range(3))
     with open_cache(tmp_path) as cache:
         trim(tmp_path, 0)
-        assert np.array_equal(read(cache, DIGESTS[1]), FEATURES[1])  # type: ignore[arg-type]
+        assert (found := read(cache, DIGESTS[1])) is not None
+        assert np.array_equal(found, FEATURES[1])
 
 
 def test_a_folder_that_another_run_trims_meanwhile_is_no_error(tmp_path: Path) -> None:
