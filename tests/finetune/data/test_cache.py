@@ -1,4 +1,4 @@
-"""Features are computed once, whatever happens to the files they are kept in: what is read back is what was written, or nothing."""
+"""Features are computed once. After any damage, what is read is what was written, or nothing."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ Extract = Callable[[list[Sample]], tuple[Features, int]]
 
 @pytest.fixture
 def extract(prepared: PreparedBackbone, engine: OpenVINOEngine, tmp_path: Path) -> Extract:
-    """One run on some samples: their features, and how many images the engine was given for them."""
+    """One run on some samples: their features, and how many images the engine was given."""
 
     def run(samples: list[Sample]) -> tuple[Features, int]:
         counted = Counted(engine)
@@ -499,7 +499,7 @@ def test_a_merge_killed_at_any_moment_loses_nothing(tmp_path: Path) -> None:
 
 
 def _merge_and_die(folder: Path, moment: int) -> NoReturn:
-    """End this process, a fork, at the so-manieth call that a merge makes, or with 0 when it is done."""
+    """End this process, a fork, at a numbered call of a merge, or with 0 when it is done."""
     num_calls = 0
 
     def counted(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -522,8 +522,9 @@ def _merge_and_die(folder: Path, moment: int) -> NoReturn:
         os._exit(1)
 
 
-# One run over drawn images in a process of its own. It may end itself with SIGKILL after it wrote so many bytes to the cache, and says
-# what came out: how many features were in the cache, and the digest of them all.
+# One run over drawn images in a process of its own, which may end itself with SIGKILL after writing
+# a number of bytes to the cache. It prints how many features came from the cache, and a digest of
+# them all.
 RUN = """
 import hashlib, logging, os, signal, sys
 from pathlib import Path
@@ -535,11 +536,22 @@ from models.engine.openvino_engine import OpenVINOEngine
 from models.prepared import read_prepared
 from tests.support.images import draw_shape
 
-folder, cache_dir, num_images, last_byte = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+folder, cache_dir = Path(sys.argv[1]), Path(sys.argv[2])
+num_images, last_byte = int(sys.argv[3]), int(sys.argv[4])
 logging.basicConfig(level=logging.WARNING)
 prepared = read_prepared(folder)
-engine = OpenVINOEngine(prepared.openvino_path, prepared.preprocess, precision="fp32", batch_size=4, num_streams=2, images_per_second=1.0)
-samples = [Sample(str(index), 0, EncodedImage(draw_shape("circle", index, size=(64, 48)))) for index in range(num_images)]
+engine = OpenVINOEngine(
+    prepared.openvino_path,
+    prepared.preprocess,
+    precision="fp32",
+    batch_size=4,
+    num_streams=2,
+    images_per_second=1.0,
+)
+samples = [
+    Sample(str(index), 0, EncodedImage(draw_shape("circle", index, size=(64, 48))))
+    for index in range(num_images)
+]
 write, num_written = os.write, 0
 
 def write_and_die(descriptor, data):
@@ -554,8 +566,11 @@ with FeatureCache(cache_dir, prepared.fingerprint, engine.info, engine.num_featu
     print("started", flush=True)
     if last_byte >= 0:
         os.write = write_and_die
-    extracted = extract_features(samples, prepared.preprocess, engine, num_workers=2, description="test", cache=cache)
-print(cache.num_hits, hashlib.sha256(extracted.features.tobytes()).hexdigest(), "torch" in sys.modules)
+    extracted = extract_features(
+        samples, prepared.preprocess, engine, num_workers=2, description="test", cache=cache
+    )
+digest = hashlib.sha256(extracted.features.tobytes()).hexdigest()
+print(cache.num_hits, digest, "torch" in sys.modules)
 """
 
 

@@ -1,4 +1,4 @@
-"""A CSV of images with any number of labels: how it is read, split and kept, and what is said of it."""
+"""A CSV of images with any number of labels: how it is read, split and kept; its errors."""
 
 from __future__ import annotations
 
