@@ -25,11 +25,11 @@ from finetune.data import cache as cache_module
 from finetune.data.cache import MAX_SEGMENTS, FeatureCache, digest_image, merge_segments, trim
 from finetune.data.splits import Sample
 from finetune.probe.features import extract_features
-from models.engine.engine import EngineInfo, Features
+from models.engine.engine import Crops, EngineInfo, Features
 from models.engine.openvino_engine import OpenVINOEngine
 from models.errors import GraftError
 from models.prepared import PreparedBackbone
-from models.preprocess import Pixels, View
+from models.preprocess import View
 from models.sources import EncodedImage
 from tests.support.images import draw_shape
 
@@ -56,7 +56,7 @@ def read(cache: FeatureCache, digest: bytes) -> Features | None:
     return out if cache.read(digest, out) else None
 
 
-def fill(cache_dir: Path, indices: range, **options: str) -> Path:
+def fill(cache_dir: Path, indices: range, **options: Any) -> Path:
     """Write some rows as a run does, and give the folder they are in."""
     with open_cache(cache_dir, **options) as cache:
         cache.write([DIGESTS[index] for index in indices], FEATURES[indices.start : indices.stop])
@@ -99,9 +99,12 @@ class Counted:
         )
         self.num_images = 0
 
-    def submit(self, images: Pixels) -> Future[Features]:
+    def submit(self, images: Crops) -> Future[Features]:
         self.num_images += len(images)
         return self._engine.submit(images)
+
+    def run_here(self, images: Crops, *, is_alone: bool = True) -> Features:
+        raise AssertionError("a run submits its images")
 
     def close(self) -> None:
         raise AssertionError("the engine is the caller's to close")
@@ -342,7 +345,8 @@ def test_trim_takes_nothing_from_a_run_that_reads(tmp_path: Path) -> None:
     fill(tmp_path, range(3))
     with open_cache(tmp_path) as cache:
         trim(tmp_path, 0)
-        assert np.array_equal(read(cache, DIGESTS[1]), FEATURES[1])  # type: ignore[arg-type]
+        assert (found := read(cache, DIGESTS[1])) is not None
+        assert np.array_equal(found, FEATURES[1])
 
 
 def test_a_folder_that_another_run_trims_meanwhile_is_no_error(tmp_path: Path) -> None:
@@ -431,8 +435,9 @@ def test_a_run_that_reads_goes_on_while_another_merges(tmp_path: Path) -> None:
     assert len(list(folder.glob("*.keys"))) == 1
     with reading:
         assert all(
-            np.array_equal(read(reading, digest), FEATURES[at]) for at, digest in enumerate(DIGESTS)
-        )  # type: ignore[arg-type]
+            (found := read(reading, digest)) is not None and np.array_equal(found, FEATURES[at])
+            for at, digest in enumerate(DIGESTS)
+        )
 
 
 def test_what_is_merged_while_a_run_looks_for_it_is_found(
