@@ -299,9 +299,7 @@ def test_own_module_whose_code_changed_gets_features_of_its_own(
     assert "0 from the cache" in done.stderr
 
 
-def test_features_that_are_no_numbers_stop_the_run(
-    finetune: Finetune, tmp_path: Path, shapes: Path
-) -> None:
+def test_nan_features_stop_the_run(finetune: Finetune, tmp_path: Path, shapes: Path) -> None:
     (tmp_path / "nan_net.py").write_text(
         "from torch import nn\nclass Net(nn.Module):\n    def forward(self, images):\n"
         "        return images.mean((2, 3)) * float('nan')\nbuild = Net\n"
@@ -340,9 +338,7 @@ def test_weights_file_written_by_timm(finetune: Finetune, tmp_path: Path, shapes
     assert "No pretrained weights" not in card
 
 
-def test_no_pretrained_says_so_in_log_and_card(
-    finetune: Finetune, tmp_path: Path, shapes: Path
-) -> None:
+def test_no_pretrained_is_in_log_and_card(finetune: Finetune, tmp_path: Path, shapes: Path) -> None:
     done = finetune("--data", shapes, "--backbone", "resnet18", "--no-pretrained")
     assert done.returncode == 0, done.stderr
     assert "RANDOM weights" in done.stderr

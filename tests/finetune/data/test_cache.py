@@ -56,9 +56,9 @@ def read(cache: FeatureCache, digest: bytes) -> Features | None:
     return out if cache.read(digest, out) else None
 
 
-def fill(cache_dir: Path, indices: range, **options: Any) -> Path:
+def fill(cache_dir: Path, indices: range, fingerprint: str = "a network") -> Path:
     """Write some rows as a run does, and give the folder they are in."""
-    with open_cache(cache_dir, **options) as cache:
+    with open_cache(cache_dir, fingerprint) as cache:
         cache.write([DIGESTS[index] for index in indices], FEATURES[indices.start : indices.stop])
     return cache.folder
 
@@ -434,10 +434,10 @@ def test_a_run_that_reads_goes_on_while_another_merges(tmp_path: Path) -> None:
     merge_segments(folder, RECORD_SIZE)
     assert len(list(folder.glob("*.keys"))) == 1
     with reading:
-        assert all(
-            (found := read(reading, digest)) is not None and np.array_equal(found, FEATURES[at])
-            for at, digest in enumerate(DIGESTS)
-        )
+        for row, digest in enumerate(DIGESTS):
+            found = read(reading, digest)
+            assert found is not None
+            assert np.array_equal(found, FEATURES[row])
 
 
 def test_what_is_merged_while_a_run_looks_for_it_is_found(
