@@ -18,16 +18,17 @@ from finetune.probe.features import extract_splits, open_engine
 from finetune.probe.solve import Head, Probe, soften, solve_on_best_views
 from finetune.report.candidate import Candidate
 from finetune.resume import STATE_DIR, fix_options
+from finetune.tasks.task import Task
 from finetune.timer import Timer
 from finetune.training.settings import TrainingSettings
-from models.engine.engine import EngineInfo, Features
+from models.engine.engine import Engine, EngineInfo, Features
 from models.errors import GraftError, join_first
 from models.prepared import PreparedBackbone
 from models.scores import Floats, Labels
 from models.sources import SplitName
 
 if TYPE_CHECKING:
-    from finetune.training.train import Trained
+    from models.backbone.build import Backbone
 
 logger = logging.getLogger("graft.run")
 
@@ -50,10 +51,10 @@ def fit_probe(
             features["train"],
             labels["train"],
             len(splits.label_names),
+            task=splits.task,
             seed=options.seed,
-            # With balanced drawing, too: its expected loss is the weighted one, and a solve on all
-            # images needs no luck.
-            class_weights=_class_weights(labels["train"], splits, options),
+            # With --balance sampler, too: drawing by weight is weighting, on average.
+            class_weights=_class_weights(labels["train"], splits, options.balance),
         )
     head = Head(solved.weight, solved.bias)
     logits = _compute_logits(head, features)
@@ -101,27 +102,41 @@ def fine_tune(
     """The network after gradient epochs that start from the probe, measured where the probe was.
 
     `digests` of the images' bytes are by their keys. `scratch` takes the trained backbone,
-    converted for the engine. `earlier_seconds` of training were another process's, of which this
-    one is the resumption. Raises GraftError where an image is no longer what it was, and as `train`
-    does.
+    converted for the engine. `earlier_seconds` are those that earlier processes of this run
+    trained. Raises GraftError where an image is no longer what it was, and as `train` does.
     """
+    # Imported here: a probe needs neither torch nor timm, whose import takes seconds.
+    from finetune.training.train import train
+    from models.backbone.build import build_backbone
+    from models.prepared import write_prepared
+
     labels = _labels_by_split(splits)
     with Timer(earlier_seconds) as timer:
-        start = _first_head(probe, labels["train"], options)
-        backbone, head, trained = _train(options, splits, start, monitor, scratch)
-        engine = open_engine(backbone, options.device, options.precision)
-        still, features = extract_splits(
-            splits,
-            backbone,
-            engine,
-            num_workers=options.workers,
-            cache=None,
-            only=("val", "test"),
-            unreadable="ignored",
-            digests=digests,
+        network = build_backbone(
+            options.backbone,
+            num_classes=len(splits.label_names),
+            weights=options.weights,
+            pretrained=options.pretrained,
+            image_size=options.image_size,
+            seed=options.seed,
         )
+        trained = train(
+            network,
+            splits,
+            _first_head(probe, labels["train"], splits.task, options.head_init),
+            training_settings(options),
+            monitor,
+            scratch,
+            state_dir=monitor.run_dir / STATE_DIR,
+            fixed=fix_options(options.model_dump(mode="json")),
+        )
+        logger.info("converting what was trained for the engine …")
+        network.model.cpu()
+        head = _copy_head(network)
+        backbone = write_prepared(network, scratch / "trained")
+        engine = open_engine(backbone, options.device, options.precision)
+        features = _extract_again(splits, backbone, engine, options.workers, digests)
         engine.close()
-        _check_none_gone(splits, still)
         logits = _compute_logits(head, features)
     calibration, calibrated = splits.task.calibrate_trained(
         logits, labels, options.coverage, options.seed
@@ -147,7 +162,10 @@ def compare(options: Options, splits: Splits, probe: Candidate, tuned: Candidate
     """Whether the tuned candidate is better by more than chance, on the validation images."""
     labels = splits.labels(splits.val)
     scores = splits.task.compare(
-        probe.logits["val"], tuned.logits["val"], labels, _class_weights(labels, splits, options)
+        probe.logits["val"],
+        tuned.logits["val"],
+        labels,
+        _class_weights(labels, splits, options.balance),
     )
     return Comparison(
         scores,
@@ -165,64 +183,52 @@ def choose(probe: Candidate, tuned: Candidate | None, verdict: Comparison | None
     return tuned
 
 
-def _first_head(probe: Candidate, train_labels: Labels, options: Options) -> Probe:
-    """What training begins from, unless `--head-init` says otherwise."""
-    if options.head_init != "soft":
+def _first_head(probe: Candidate, train_labels: Labels, task: Task, head_init: str) -> Probe:
+    """The solved head that training begins from, unless `--head-init` names another."""
+    if head_init != "soft":
         return probe.solution
     plain = probe.features["train"][: len(train_labels)]
-    return soften(probe.solution, plain, train_labels, len(probe.head.bias))
+    return soften(probe.solution, plain, train_labels, len(probe.head.bias), task)
 
 
-def _train(
-    options: Options, splits: Splits, start: Probe, monitor: Monitor, scratch: Path
-) -> tuple[PreparedBackbone, Head, Trained]:
-    """Gradient epochs; the trained backbone is prepared for the engine in `scratch`."""
-    # Imported here: a probe needs neither torch nor timm, whose import takes seconds.
-    from finetune.training.train import train
-    from models.backbone.build import build_backbone
-    from models.prepared import write_prepared
-
-    backbone = build_backbone(
-        options.backbone,
-        num_classes=len(splits.label_names),
-        weights=options.weights,
-        pretrained=options.pretrained,
-        image_size=options.image_size,
-        seed=options.seed,
-    )
-    trained = train(
-        backbone,
-        splits,
-        start,
-        training_settings(options),
-        monitor,
-        scratch,
-        state_dir=monitor.run_dir / STATE_DIR,
-        fixed=fix_options(options.model_dump(mode="json")),
-    )
-    logger.info("converting what was trained for the engine …")
-    backbone.model.cpu()
+def _copy_head(network: Backbone) -> Head:
     weight, bias = (
-        tensor.detach().numpy().copy() for tensor in (backbone.head.weight, backbone.head.bias)
+        tensor.detach().numpy().copy() for tensor in (network.head.weight, network.head.bias)
     )
-    return write_prepared(backbone, scratch / "trained"), Head(weight, bias), trained
+    return Head(weight, bias)
+
+
+def _extract_again(
+    splits: Splits,
+    backbone: PreparedBackbone,
+    engine: Engine,
+    num_workers: int,
+    digests: Mapping[str, bytes],
+) -> dict[SplitName, Features]:
+    """Features of "val" and "test". Raises GraftError where an image is not what the probe saw."""
+    still, features = extract_splits(
+        splits,
+        backbone,
+        engine,
+        num_workers=num_workers,
+        cache=None,
+        only=("val", "test"),
+        unreadable="ignored",
+        digests=digests,
+    )
+    left = {sample.key for _, samples in still.named() for sample in samples}
+    every = [sample.key for _, samples in splits.named() for sample in samples]
+    if gone := [key for key in every if key not in left]:
+        raise GraftError(
+            f"{join_first(gone)}: gone or changed since the run began; put back what was there"
+        )
+    return features
 
 
 def training_settings(options: Options) -> TrainingSettings:
     """The options that gradient epochs use."""
     names = (field.name for field in fields(TrainingSettings))
     return TrainingSettings(**{name: getattr(options, name) for name in names})
-
-
-def _check_none_gone(splits: Splits, still: Splits) -> None:
-    """Raise GraftError where images that the probe was measured on are no longer there."""
-    left = {sample.key for _, samples in still.named() for sample in samples}
-    if gone := [
-        sample.key for _, samples in splits.named() for sample in samples if sample.key not in left
-    ]:
-        raise GraftError(
-            f"{join_first(gone)}: gone or changed since the run began; put back what was there"
-        )
 
 
 def _evaluate(
@@ -241,8 +247,8 @@ def _labels_by_split(splits: Splits) -> dict[SplitName, Labels]:
     return {split: splits.labels(samples) for split, samples in splits.named()}
 
 
-def _class_weights(labels: Labels, splits: Splits, options: Options) -> Floats | None:
-    if options.balance == "none":
+def _class_weights(labels: Labels, splits: Splits, balance: str) -> Floats | None:
+    if balance == "none":
         return None
     return splits.task.class_weights(labels, len(splits.label_names))
 

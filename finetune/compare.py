@@ -135,7 +135,13 @@ def _measure(name: str, splits: Splits, options: CompareOptions) -> MeasuredBack
         )
         engine.close()
     labels = splits.labels(splits.train)
-    probe = solve_probe(features["train"], labels, len(splits.label_names), seed=options.seed)
+    probe = solve_probe(
+        features["train"],
+        labels,
+        len(splits.label_names),
+        task=splits.task,
+        seed=options.seed,
+    )
     num_right = int((probe.out_of_fold_logits.argmax(axis=1) == labels).sum())
     low, high = wilson_interval(num_right, len(labels))
     return MeasuredBackbone(

@@ -36,7 +36,7 @@ from finetune.probe.learning_curve import LearningCurve, measure_learning_curve
 from finetune.probe.precision import extract_in_best_precision
 from finetune.report.candidate import Candidate
 from finetune.report.mistakes import explain_mistakes, worst_mistakes
-from finetune.report.next_steps import commands_to_try, say_what_next, write_example
+from finetune.report.next_steps import commands_to_try, print_next_steps, write_example
 from finetune.report.page import write_report
 from finetune.report.publishing import keep_other_candidate, publish_chosen
 from finetune.report.result import Result
@@ -113,19 +113,21 @@ def _run_in(
     with tempfile.TemporaryDirectory(prefix="graft-") as scratch:
         result = _fit(options, splits, duplicates, monitor, run_dir, Path(scratch), earlier_seconds)
         checkpoint = _publish(result, duplicates, run_dir)
-        mistakes = worst_mistakes(result)
+        mistakes = worst_mistakes(result.splits, result.chosen)
         if mistakes and options.explains:
-            mistakes = explain_mistakes(result, mistakes)
+            mistakes = explain_mistakes(result.chosen, mistakes)
         show_in_tensorboard(monitor, result, mistakes)
     result = replace(result, seconds={**result.seconds, "total": earlier_seconds + total.seconds})
     result.splits.write_csv(run_dir / "splits.csv")
-    commands = commands_to_try(options, write_example(run_dir, result.splits))
-    report = write_report(result, mistakes, version=int(checkpoint.name), commands=commands)
+    example = write_example(run_dir, result.splits.val[0])
+    commands = commands_to_try(options.repository, options.model_name, example)
+    version = int(checkpoint.name)
+    report = write_report(result, mistakes, version=version, commands=commands, run_dir=run_dir)
     _write(run_dir / "report.html", report)
     # The last file: with it, the run is done.
     _write(run_dir / "metrics.json", json.dumps(result.to_dict(), indent=2) + "\n")
     remove_state(run_dir)
-    say_what_next(result, run_dir, checkpoint, commands)
+    print_next_steps(result, run_dir, checkpoint, commands)
     return checkpoint
 
 

@@ -169,7 +169,9 @@ def _publish(
         config=config,
         golden=golden,
         write_engine=lambda path: _copy_engine(backbone.openvino_path, path),
-        card=lambda version: place_card(write_card(result, version), repository, name, version),
+        card=lambda version: place_card(
+            write_card(result, version, run_dir), repository, name, version
+        ),
     )
 
 

@@ -36,8 +36,9 @@ def build_mix(kind: str, num_classes: int) -> Mix:
 
     def mix(batch: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # torchvision wants [B,3,H,W].
-        images = batch.float()[:, :, None, None] if batch.ndim == 2 else batch.float().movedim(3, 1)
+        are_activations = batch.dim() == 2
+        images = batch.float()[:, :, None, None] if are_activations else batch.float().movedim(3, 1)
         mixed, shares = transforms[kind](images, labels)
-        return (mixed.flatten(1) if batch.ndim == 2 else mixed.movedim(1, 3)), shares
+        return (mixed.flatten(1) if are_activations else mixed.movedim(1, 3)), shares
 
     return (lambda batch, labels: (batch, labels)) if kind == "none" else mix

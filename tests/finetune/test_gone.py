@@ -127,7 +127,7 @@ def test_pictures_of_mistakes_go_without_images_that_are_gone(
 
 @pytest.mark.parametrize("spoil", [remove_all, break_all])
 @pytest.mark.parametrize(
-    ("name", "flags"), [("_train", []), ("_train_epoch", ["--no-cache"]), ("_train_epoch", [])]
+    ("name", "flags"), [("_first_head", []), ("_train_epoch", ["--no-cache"]), ("_train_epoch", [])]
 )
 def test_an_image_that_cannot_be_read_again_is_named(
     tmp_path: Path,
@@ -153,7 +153,7 @@ def test_an_image_that_cannot_be_read_again_is_named(
     assert ("--resume" in printed) == (name == "_train_epoch")
 
 
-def test_what_was_trained_is_not_measured_on_other_images_than_the_probe(
+def test_the_tuned_candidate_is_not_measured_on_other_images_than_the_probe(
     tmp_path: Path,
     arguments: list[str],
     monkeypatch: pytest.MonkeyPatch,

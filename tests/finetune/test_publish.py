@@ -34,6 +34,8 @@ def run_tiny(folder: Path, **changes: Any) -> Path:
                 "data": str(data),
                 "backbone": "tests.support.tiny:build_trunk",
                 "epochs": 2,
+                # Any epoch is better than these, so that the candidates differ.
+                "head_init": "zeros",
                 "batch_norm": "keep",
                 "explain": "no",
                 "name": "tiny",
@@ -110,7 +112,7 @@ def test_a_run_publishes_the_candidate_asked_for_and_keeps_the_other(
         assert_serves_as_saved(folder)
 
 
-def test_by_itself_a_run_publishes_what_its_verdict_says(tmp_path: Path) -> None:
+def test_a_run_publishes_its_verdict_by_default(tmp_path: Path) -> None:
     run_dir = run_tiny(tmp_path)
     metrics = json.loads((run_dir / "metrics.json").read_text())
     names = {"probe": "probe", "fine-tuned": "tuned"}
@@ -152,7 +154,7 @@ def test_the_other_candidate_is_published_later_as_the_next_version(
     assert_serves_as_saved(version)
 
 
-def test_what_is_the_newest_version_already_is_not_published_again(
+def test_the_newest_version_is_not_published_again(
     finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     repository = repository_of(finished)
@@ -190,7 +192,7 @@ def refuse(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return capsys.readouterr().err
 
 
-def test_what_cannot_be_published_is_refused(
+def test_impossible_publications_are_refused(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "no config.yaml in it" in refuse(capsys, tmp_path, "--which", "probe")
@@ -215,7 +217,7 @@ def test_what_cannot_be_published_is_refused(
 def test_a_run_that_trained_no_layers_has_one_candidate(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_dir = run_tiny(tmp_path, freeze="backbone")
+    run_dir = run_tiny(tmp_path, freeze="backbone", head_init="soft")
     assert not (run_dir / "candidates").exists()
     metrics = json.loads((run_dir / "metrics.json").read_text())
     assert (metrics["published"], metrics["candidates"]) == ("probe", None)
@@ -235,12 +237,13 @@ def test_a_run_stopped_after_it_kept_a_candidate_keeps_the_same(
             run_tiny(tmp_path, publish="probe")
     (run_dir,) = (tmp_path / "runs").iterdir()
     kept = run_dir / "candidates" / "tuned" / "1"
-    before = {name: (kept / name).read_bytes() for name in (*FILES, "README.md")}
+    # In one process, OpenVINO gives each graph another name, which is in the XML.
+    same = [name for name in FILES if name != "backbone.xml"]
+    before = {name: (kept / name).read_bytes() for name in same}
     assert list_versions(tmp_path / "checkpoints", "tiny") == []
     assert run_main(["--resume", str(run_dir)]) == 0
     assert list_versions(run_dir / "candidates", "tuned") == [1]
-    for name in FILES:
-        assert (kept / name).read_bytes() == before[name]
+    assert {name: (kept / name).read_bytes() for name in same} == before
     assert list_versions(tmp_path / "checkpoints", "tiny") == [1]
 
 
