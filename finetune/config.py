@@ -218,6 +218,10 @@ class Options(BackboneOptions):
     repository: Path = Path("checkpoints")
     """folder in which the checkpoint is published, as <name>/<version>"""
 
+    new_labels: bool = False
+    """publish although the newest version of this model has other labels, which a server would swap
+    to under its clients"""
+
     publish: Literal["auto", "probe", "tuned"] = "auto"
     """candidate to publish where layers are trained. auto: the tuned one if it is better beyond
     chance on the validation images, else the probe. The other one is kept in the run's folder, and
@@ -366,6 +370,9 @@ class PublishOptions(ProgramOptions):
 
     repository: Path | None = None
     """folder in which the version is published; the run's own if not given"""
+
+    new_labels: bool = False
+    """publish although the newest version of this model has other labels"""
 
 
 def flag_of(name: str) -> str:

@@ -38,7 +38,7 @@ from finetune.report.candidate import Candidate
 from finetune.report.mistakes import explain_mistakes, worst_mistakes
 from finetune.report.next_steps import commands_to_try, print_next_steps, write_example
 from finetune.report.page import write_report
-from finetune.report.publishing import keep_other_candidate, publish_chosen
+from finetune.report.publishing import check_labels, keep_other_candidate, publish_chosen
 from finetune.report.result import Result
 from finetune.report.tensorboard import show_in_tensorboard
 from finetune.resume import (
@@ -96,9 +96,8 @@ def run(options: Options) -> Path:
                 cache_dir=options.enabled_cache_dir,
                 num_workers=options.workers,
                 restore=restore,
+                refuse=functools.partial(_refuse, options),
             )
-        _check_task(options, splits)
-        _log_splits(options, splits)
         run_dir = options.resume or _make_run_dir(options)
         with _kept_or_removed(run_dir, options), lock(run_dir):
             return _run_in(run_dir, options, splits, duplicates, total)
@@ -268,10 +267,10 @@ def _check_task(options: Options, splits: Splits) -> None:
             )
 
 
-def _log_splits(options: Options, splits: Splits) -> None:
-    sizes = ", ".join(f"{len(samples):,} {split}" for split, samples in splits.named())
-    classes = splits.task.words.labels_of_images
-    logger.info("%s: %d %s, images: %s", options.data, len(splits.label_names), classes, sizes)
+def _refuse(options: Options, splits: Splits) -> None:
+    """Raise GraftError for what is known to be wrong once the labels are read."""
+    _check_task(options, splits)
+    check_labels(options.repository, options.model_name, splits.label_names, options.new_labels)
     if options.balance == "none":
         splits.task.warn_if_imbalanced(splits.labels(splits.train), splits.label_names)
 

@@ -91,6 +91,12 @@ QUEUE_IMAGES = Gauge(
 CACHED_FEATURES = Counter(
     "graft_cached_features", "Images looked up in the feature cache.", ("found",), registry=REGISTRY
 )
+LABEL_CHANGES = Counter(
+    "graft_label_changes",
+    "Swaps to a version with other labels than the one before.",
+    ("model",),
+    registry=REGISTRY,
+)
 LOADED = Gauge(
     "graft_model_loaded",
     "1 for every version that is served.",

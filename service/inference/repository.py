@@ -24,7 +24,7 @@ from models import checkpoint as checkpoints
 from models.checkpoint import Checkpoint, Golden
 from models.engine.engine import EngineInfo, Precision
 from models.engine.processor import cpu_name
-from models.errors import GraftError
+from models.errors import GraftError, join_first
 from models.prepared import resolve_device
 from models.preprocess import Preprocess
 from service import metrics
@@ -175,6 +175,7 @@ class Repository:
             for backbone in after.backbones:
                 backbone.engine.attach()
             self.current = after
+            _note_label_changes(before, after)
             self._close_unused(before, after)
             return after
 
@@ -236,6 +237,23 @@ class Repository:
         for name, version in before.versions - after.versions:
             logger.info("unloaded %s version %d", name, version)
             metrics.forget(name, version)
+
+
+def _note_label_changes(before: Snapshot, after: Snapshot) -> None:
+    """Log and count the models whose default version now answers with other labels."""
+    for name in before.models.keys() & after.models.keys():
+        old, new = (snapshot.models[name].default.checkpoint for snapshot in (before, after))
+        if old.label_names == new.label_names:
+            continue
+        logger.warning(
+            "the labels of %s changed: version %d answers with %s, version %d before it with %s",
+            name,
+            new.version,
+            join_first(new.label_names, 10),
+            old.version,
+            join_first(old.label_names, 10),
+        )
+        metrics.LABEL_CHANGES.labels(name).inc()
 
 
 def load_snapshot(
