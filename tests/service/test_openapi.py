@@ -64,7 +64,7 @@ def test_errors_have_the_shape_of_their_protocol(spec: dict[str, Any]) -> None:
         name = operation["responses"]["default"]["content"]["application/json"]["schema"][
             "$ref"
         ].rpartition("/")[2]
-        is_ours = operation["tags"][0] in ("app", "predict", "health", "admin")
+        is_ours = operation["tags"][0] in ("app", "graft", "health", "admin")
         assert name == ("ErrorResponse" if is_ours else "ProtocolError"), path
 
 
