@@ -28,6 +28,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from models.files import move_whole, temporary_folder
+
 _FASHION_DIR = Path("/usr/share/datasets/fashion-mnist")
 _FASHION_CLASSES = (
     "t-shirt",
@@ -164,10 +166,9 @@ def _encode_photo(path: Path, mirror: bool) -> bytes:
 def _make(folder: Path, write: Callable[[Path], None]) -> Path:
     """`folder`, written by `write` unless it is there; whole or not at all."""
     if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            write(Path(scratch) / "made")
-            (Path(scratch) / "made").rename(folder)
+        with temporary_folder(folder.parent) as temporary:
+            write(temporary)
+            move_whole(temporary, folder)
     return folder
 
 

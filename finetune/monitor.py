@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,14 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import (
 from tensorboard.plugins.text.metadata import create_summary_metadata
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from finetune.evaluation.calibration import Calibrated
-from finetune.evaluation.metrics import AnyMetrics, tabulate
-from finetune.evaluation.thresholds import LabelCalibrated
-from finetune.report.plots import Picture
 
-# One curve a class is of use up to here; beyond, the table in the text tab remains.
-_MAX_CLASS_CURVES = 50
+@dataclass(frozen=True)
+class Picture:
+    """An encoded PNG and its size in pixels."""
+
+    png: bytes
+    height: int
+    width: int
 
 
 class Monitor:
@@ -69,32 +71,6 @@ class Monitor:
         )
         metadata = create_summary_metadata(display_name=tag, description="")
         self._write(Summary.Value(tag=f"{tag}/text_summary", metadata=metadata, tensor=tensor), 0)
-
-    def metrics(
-        self, split: str, metrics: AnyMetrics, label_names: tuple[str, ...], step: int = 0
-    ) -> None:
-        """The averages as curves, each class's precision, recall and support as curves (where not too many) and as a table."""
-        for name in (*metrics.NAMES, "loss"):
-            self.scalar(f"{split}/{name}", getattr(metrics, name), step)
-        for name, interval in metrics.intervals.items():
-            self.scalar(f"{split}_interval/{name}_low", interval.low, step)
-            self.scalar(f"{split}_interval/{name}_high", interval.high, step)
-        if len(label_names) <= _MAX_CLASS_CURVES:
-            for label, name in enumerate(label_names):
-                self.scalar(f"{split}_precision/{name}", float(metrics.precision[label]), step)
-                self.scalar(f"{split}_recall/{name}", float(metrics.recall[label]), step)
-        head, *rows = tabulate(metrics, label_names)
-        lines = (
-            f"| {' | '.join(head)} |",
-            "|---" * len(head) + "|",
-            *(f"| {' | '.join(row)} |" for row in rows),
-        )
-        self.text(f"{split} per class", "\n".join(lines))
-
-    def calibration(self, split: str, calibrated: Calibrated | LabelCalibrated) -> None:
-        for name, value in calibrated.to_dict().items():
-            if value is not None:
-                self.scalar(f"{split}_calibration/{name}", value)
 
     def options(self, options: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """The options as a table, and as HParams beside the run's final metrics, which must be scalars of the same tags."""

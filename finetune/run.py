@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -42,7 +41,7 @@ from finetune.evaluation.calibration import (
     calibrate_trained,
 )
 from finetune.evaluation.learning_curve import measure_learning_curve
-from finetune.evaluation.metrics import Metrics, evaluate
+from finetune.evaluation.metrics import evaluate
 from finetune.evaluation.thresholds import (
     LabelCalibrated,
     LabelCalibration,
@@ -57,10 +56,9 @@ from finetune.probe.solve import Head, Probe, soften, solve_on_best_views
 from finetune.report.mistakes import explain_mistakes, worst_mistakes
 from finetune.report.next_steps import commands_to_try, say_what_next, write_example
 from finetune.report.page import write_report
-from finetune.report.plots import Mistake, draw_confusion, draw_mistakes
-from finetune.report.projector import write_projector
 from finetune.report.publishing import choose_golden, publish_result
 from finetune.report.result import Result
+from finetune.report.tensorboard import show_in_tensorboard
 from finetune.resume import (
     STATE_DIR,
     Choices,
@@ -144,7 +142,7 @@ def _run_in(
         mistakes = worst_mistakes(result)
         if mistakes and options.explains:
             mistakes = explain_mistakes(result, mistakes)
-        _show_in_tensorboard(monitor, result, mistakes)
+        show_in_tensorboard(monitor, result, mistakes)
     result.seconds["total"] = earlier_seconds + time.perf_counter() - started
     result.splits.write_csv(run_dir / "splits.csv")
     commands = commands_to_try(options, write_example(run_dir, result.splits))
@@ -430,32 +428,6 @@ def _train(
         tensor.detach().numpy().copy() for tensor in (backbone.head.weight, backbone.head.bias)
     )
     return write_prepared(backbone, scratch / "trained"), Head(weight, bias), best_epoch
-
-
-def _show_in_tensorboard(monitor: Monitor, result: Result, mistakes: Sequence[Mistake]) -> None:
-    label_names, curve = result.splits.label_names, result.learning_curve
-    for split, metrics in result.metrics.items():
-        monitor.metrics(split, metrics, label_names)
-        monitor.calibration(split, result.calibrated[split])
-    for num_images, accuracy in zip(curve.num_images, curve.accuracies, strict=True):
-        monitor.scalar(f"probe/{result.metric}_by_training_images", accuracy, num_images)
-    if result.verdict is not None:
-        monitor.text("verdict", str(result.verdict))
-    val = result.metrics["val"]
-    if isinstance(val, Metrics):
-        monitor.image("val/confusion", draw_confusion(val, label_names))
-    monitor.image("val/worst_mistakes", draw_mistakes(mistakes))
-    if explained := [
-        replace(mistake, crop=mistake.looked_at)
-        for mistake in mistakes
-        if mistake.looked_at is not None
-    ]:
-        monitor.image("val/worst_mistakes_looked_at", draw_mistakes(explained))
-    write_projector(monitor.run_dir, result, with_thumbnails=result.options.explains)
-    monitor.scalar(f"probe/{result.metric}", result.probe_metrics.score)
-    final = {f"val/{result.metric}": val.score, "val/macro_f1": val.macro_f1, "val/loss": val.loss}
-    monitor.options(result.options.model_dump(mode="json"), final)
-    monitor.close()
 
 
 if __name__ == "__main__":

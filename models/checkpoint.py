@@ -5,18 +5,13 @@ A repository is `<root>/<name>/<version>/` with versions 1, 2, 3 …; a version 
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
 import re
-import shutil
-import time
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from models.errors import GraftError, describe_error
-from models.files import fsync
+from models.files import move_whole, remove_temporary, temporary_folder
 from models.preprocess import Preprocess
 
 FORMAT_VERSION = 1
@@ -33,11 +28,14 @@ CONFIG_FILE = "config.json"
 GOLDEN_FILE = "golden.npz"
 OPENVINO_FILE = "backbone.xml"
 CARD_FILE = "README.md"
+# A write takes seconds: a temporary folder of this age is what a killed one left.
 _ABANDONED_SECONDS = 3600
 _VERSION_PATTERN = re.compile(r"[1-9][0-9]{0,8}")
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}")
 
 Array = np.ndarray[Any, Any]
+# One class per image, or any number of labels per image; as `config.json` names them.
+Task = Literal["single-label", "multi-label"]
 
 
 class CheckpointError(GraftError):
@@ -59,6 +57,7 @@ class Checkpoint:
     path: Path
     name: str
     version: int
+    task: Task
     architecture: str
     label_names: tuple[str, ...]
     preprocess: Preprocess
@@ -66,9 +65,8 @@ class Checkpoint:
     temperature: float
     coverage: float | None  # asked of the conformal sets; None in checkpoints without them
     threshold: float | None  # the least score of a label in the set
-    thresholds: (
-        npt.NDArray[np.float32] | None
-    )  # [C], the least score at which an image has a label; None but for multi-label
+    # [C], the least score at which an image has a label; None for single-label
+    thresholds: npt.NDArray[np.float32] | None
     head_weight: npt.NDArray[np.float32]  # [C,F]
     head_bias: npt.NDArray[np.float32]  # [C]
     golden: Golden
@@ -155,42 +153,29 @@ def publish(
     """
     check_name(name)
     folder = repository / name
-    temporary = folder / f".tmp-{uuid.uuid4().hex}"
     try:
-        temporary.mkdir(parents=True)
-        _remove_abandoned(folder)
-        save_file(dict(state), temporary / WEIGHTS_FILE, metadata={"format": "pt"})
-        _write_golden(temporary / GOLDEN_FILE, golden)
-        write_engine(temporary / OPENVINO_FILE)
-        graft = {
-            **config["graft"],
-            "files": {path.name: hash_file(path) for path in sorted(temporary.iterdir())},
-        }
-        (temporary / CONFIG_FILE).write_text(
-            json.dumps({**config, "graft": graft}, indent=2) + "\n"
-        )
-        version = (list_versions(repository, name) or [0])[-1] + 1
-        while True:
+        with temporary_folder(folder) as temporary:
+            remove_temporary(folder, older_than_seconds=_ABANDONED_SECONDS)
+            save_file(dict(state), temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+            _write_golden(temporary / GOLDEN_FILE, golden)
+            write_engine(temporary / OPENVINO_FILE)
+            hashes = {path.name: hash_file(path) for path in sorted(temporary.iterdir())}
+            whole = {**config, "graft": {**config["graft"], "files": hashes}}
+            (temporary / CONFIG_FILE).write_text(json.dumps(whole, indent=2) + "\n")
+            version = (list_versions(repository, name) or [0])[-1] + 1
             (temporary / CARD_FILE).write_text(card(version))
+            # safetensors writes 0600, and the service may run as another user.
             for path in temporary.iterdir():
-                path.chmod(0o644)  # safetensors writes 0600, and the service may be another user
-                fsync(path)
-            fsync(temporary)
-            try:
-                # Renaming onto a folder with files in it fails, so a version published meanwhile by another run stays whole.
-                temporary.rename(folder / str(version))
-                break
-            except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise
+                path.chmod(0o644)
+            # Another run may have published this version meanwhile.
+            while not move_whole(temporary, folder / str(version)):
                 version += 1
-        fsync(folder)
+                (temporary / CARD_FILE).write_text(card(version))
     except (OSError, RuntimeError, SafetensorError) as error:
         raise GraftError(
-            f"the checkpoint could not be written to {folder}: {describe_error(error)}; nothing was published"
+            f"the checkpoint could not be written to {folder}: {describe_error(error)}; "
+            "nothing was published"
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return folder / str(version)
 
 
@@ -215,10 +200,12 @@ def load_checkpoint(path: Path) -> Checkpoint:
             head_weight = tensors.get_tensor(f"{graft['head']}.weight")
             head_bias = tensors.get_tensor(f"{graft['head']}.bias")
         coverage, threshold = _read_conformal(graft)
+        task = _read_task(graft)
         checkpoint = Checkpoint(
             path=path,
             name=path.parent.name,
             version=int(path.name),
+            task=task,
             architecture=config["architecture"],
             label_names=tuple(config["label_names"]),
             preprocess=Preprocess.from_dict(graft["preprocess"]),
@@ -226,7 +213,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             temperature=float(graft["temperature"]),
             coverage=coverage,
             threshold=threshold,
-            thresholds=_read_thresholds(graft),
+            thresholds=_read_thresholds(graft) if task == "multi-label" else None,
             head_weight=head_weight,
             head_bias=head_bias,
             golden=_read_golden(path / GOLDEN_FILE),
@@ -267,7 +254,7 @@ def check_golden(checkpoint: Checkpoint, computed: npt.NDArray[np.float32]) -> N
     sigmoid does not.
     """
     expected, found = checkpoint.golden.logits, computed
-    if checkpoint.thresholds is None:
+    if checkpoint.task == "single-label":
         expected, found = (
             values - values.mean(axis=1, keepdims=True) for values in (expected, found)
         )
@@ -295,12 +282,15 @@ def _read_conformal(graft: Mapping[str, Any]) -> tuple[float | None, float | Non
     return coverage, threshold
 
 
-def _read_thresholds(graft: Mapping[str, Any]) -> npt.NDArray[np.float32] | None:
-    task = graft.get("task", "single-label")
-    if task == "single-label":
-        return None
-    if task != "multi-label":
-        raise ValueError(f"task {task!r}; this Graft knows single-label and multi-label")
+def _read_task(graft: Mapping[str, Any]) -> Task:
+    # The first checkpoints do not name their task.
+    task: Task = graft.get("task", "single-label")
+    if task not in get_args(Task):
+        raise ValueError(f"task {task!r}; this Graft knows {' and '.join(get_args(Task))}")
+    return task
+
+
+def _read_thresholds(graft: Mapping[str, Any]) -> npt.NDArray[np.float32]:
     thresholds = np.array(graft["thresholds"], np.float32)
     if not ((thresholds >= 0) & (thresholds <= 1)).all():
         raise ValueError("a threshold is no share")
@@ -320,11 +310,3 @@ def _read_golden(path: Path) -> Golden:
     with np.load(path, allow_pickle=False) as stored:
         images = tuple(stored[f"image_{index}"].tobytes() for index in range(len(stored.files) - 1))
         return Golden(images, stored["logits"])
-
-
-def _remove_abandoned(folder: Path) -> None:
-    """What writes that were killed left behind; a write under way takes seconds."""
-    for path in folder.glob(".tmp-*"):
-        with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
-                shutil.rmtree(path, ignore_errors=True)

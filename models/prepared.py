@@ -14,7 +14,6 @@ import importlib.util
 import json
 import logging
 import shutil
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +38,7 @@ from models.engine.openvino_engine import OpenVINOEngine, openvino_name
 from models.engine.processor import cpu_name, num_cpus
 from models.engine.torch_engine import TorchEngine
 from models.errors import GraftError, describe_error
+from models.files import move_whole, temporary_folder, write_whole
 from models.preprocess import Preprocess
 
 if TYPE_CHECKING:
@@ -111,10 +111,8 @@ class PreparedBackbone:
         engine = build_engine(
             self.folder, self.preprocess, self.config, device=device, precision=precision
         )
-        temporary = path.with_name(f".tmp-{uuid.uuid4().hex}")
         with contextlib.suppress(OSError):
-            temporary.write_text(json.dumps({**engine.info.to_dict(), "num_cpus": num_cpus()}))
-            temporary.replace(path)
+            write_whole(path, json.dumps({**engine.info.to_dict(), "num_cpus": num_cpus()}))
         return engine
 
     def read_tensors(self) -> dict[str, Array]:
@@ -190,37 +188,31 @@ def write_prepared(backbone: Backbone, folder: Path) -> PreparedBackbone:
         "module_prefix": backbone.module_prefix,
         "stages": stages(backbone.model, backbone.classifier, backbone.module_prefix),
     }
-    temporary = folder.with_name(f".tmp-{uuid.uuid4().hex}")
     try:
-        temporary.mkdir(parents=True)
-        save_file(tensors, temporary / WEIGHTS_FILE)
-        export_openvino(
-            FeatureExtractor(backbone.model),
-            backbone.name,
-            backbone.preprocess,
-            temporary / OPENVINO_FILE,
-        )
-        # The code of a user's own network shapes it as the tensors do, and shows in what it was converted to.
-        artefact = hash_openvino(temporary) if _is_own(backbone.name) else "float"
-        described["fingerprint"] = fingerprint(
-            config["architecture"], tensors, backbone.preprocess, artefact
-        )
-        described["files"] = _hash_files(temporary)
-        (temporary / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n")
-        try:
-            temporary.rename(folder)
-        except OSError:
-            if not (folder / CONFIG_FILE).is_file():
-                raise
+        with temporary_folder(folder.parent) as temporary:
+            save_file(tensors, temporary / WEIGHTS_FILE)
+            export_openvino(
+                FeatureExtractor(backbone.model),
+                backbone.name,
+                backbone.preprocess,
+                temporary / OPENVINO_FILE,
+            )
+            # A user's own code shapes the network as its tensors do; the converted graph shows both.
+            artefact = hash_openvino(temporary) if _is_own(backbone.name) else "float"
+            described["fingerprint"] = fingerprint(
+                config["architecture"], tensors, backbone.preprocess, artefact
+            )
+            described["files"] = _hash_files(temporary)
+            (temporary / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n")
+            # Where another run was faster, its folder is as good.
+            move_whole(temporary, folder)
+        return read_prepared(folder)
     except (OSError, RuntimeError, SafetensorError) as error:
         if isinstance(error, GraftError):
             raise
         raise GraftError(
             f"the converted backbone could not be written to {folder}: {describe_error(error)}; name another --cache-dir, or say --no-cache"
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return read_prepared(folder)
 
 
 def read_prepared(folder: Path) -> PreparedBackbone:

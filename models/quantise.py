@@ -6,17 +6,16 @@ of its own.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import shutil
-import uuid
 from pathlib import Path
 from typing import Any
 
 from models.checkpoint import CONFIG_FILE, OPENVINO_FILE, WEIGHTS_FILE, fingerprint, hash_file
 from models.engine.openvino_engine import openvino_core
 from models.errors import GraftError, describe_error
+from models.files import move_whole, temporary_folder
 from models.prepared import PreparedBackbone, hash_openvino, read_kept, read_prepared
 from models.preprocess import Pixels
 
@@ -35,30 +34,26 @@ def quantise(backbone: PreparedBackbone, images: Pixels) -> PreparedBackbone:
     Raises GraftError where NNCF cannot quantise the network, or the folder cannot be written.
     """
     folder = _folder(backbone)
-    temporary = folder.with_name(f".tmp-{uuid.uuid4().hex}")
     try:
-        temporary.mkdir(parents=True)
-        _write_quantised(backbone, images, temporary / OPENVINO_FILE)
-        shutil.copyfile(backbone.folder / WEIGHTS_FILE, temporary / WEIGHTS_FILE)
-        stored: dict[str, Any] = json.loads((backbone.folder / CONFIG_FILE).read_text())
-        architecture = stored["config"]["architecture"]
-        stored["fingerprint"] = fingerprint(
-            architecture, backbone.read_tensors(), backbone.preprocess, hash_openvino(temporary)
-        )
-        stored["files"] = {name: hash_file(temporary / name) for name in stored["files"]}
-        (temporary / CONFIG_FILE).write_text(json.dumps(stored, indent=2) + "\n")
-        # Another run may have been faster: its artefact is the one that heads are solved on.
-        with contextlib.suppress(OSError):
-            temporary.rename(folder)
-        if not (folder / CONFIG_FILE).is_file():
-            raise GraftError(f"the quantised backbone could not be written to {folder}")
+        with temporary_folder(folder.parent) as temporary:
+            _write_quantised(backbone, images, temporary / OPENVINO_FILE)
+            shutil.copyfile(backbone.folder / WEIGHTS_FILE, temporary / WEIGHTS_FILE)
+            stored: dict[str, Any] = json.loads((backbone.folder / CONFIG_FILE).read_text())
+            stored["fingerprint"] = fingerprint(
+                stored["config"]["architecture"],
+                backbone.read_tensors(),
+                backbone.preprocess,
+                hash_openvino(temporary),
+            )
+            stored["files"] = {name: hash_file(temporary / name) for name in stored["files"]}
+            (temporary / CONFIG_FILE).write_text(json.dumps(stored, indent=2) + "\n")
+            # Where another run was faster, heads are solved on its folder.
+            move_whole(temporary, folder)
+        return read_prepared(folder)
     except OSError as error:
         raise GraftError(
             f"the quantised backbone could not be written to {folder}: {describe_error(error)}"
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return read_prepared(folder)
 
 
 def _folder(backbone: PreparedBackbone) -> Path:

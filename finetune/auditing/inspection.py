@@ -17,6 +17,7 @@ from finetune.evaluation.metrics import evaluate
 from finetune.probe.solve import Probe
 from models.engine.engine import Features
 from models.errors import GraftError, describe_error
+from models.files import write_whole
 from models.preprocess import ImageError, Preprocess, begins_as
 from models.scores import Floats, sigmoid, softmax
 from models.sources import SplitName
@@ -89,10 +90,8 @@ def write_audit(found: Audit, folder: Path, stem: str, data: str) -> tuple[Path,
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for path, text in zip(paths, (found.to_csv(), write_page(found, data)), strict=True):
-            unfinished = path.with_name(f"{path.name}.unfinished")
             # A path may hold bytes that are no text.
-            unfinished.write_text(text, encoding="utf-8", errors="surrogateescape")
-            unfinished.replace(path)
+            write_whole(path, text.encode("utf-8", "surrogateescape"))
     except OSError as error:
         raise GraftError(
             f"--output {folder}: {describe_error(error)}; make room, or name a folder that you can write to"

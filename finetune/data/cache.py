@@ -28,6 +28,7 @@ import numpy as np
 
 from models.engine.engine import EngineInfo, Features
 from models.errors import GraftError
+from models.files import move_whole
 from models.preprocess import View
 
 logger = logging.getLogger("graft.cache")
@@ -229,7 +230,7 @@ def _write_merged(segments: Sequence[Path], stem: Path, record_size: int) -> Non
                         seen.add(digest)
                         rows.write(record)
                         keys.write(digest)
-    unfinished.rename(stem.with_suffix(".keys"))
+    move_whole(unfinished, stem.with_suffix(".keys"))
 
 
 def _read_keys(keys_path: Path, rows: int, record_size: int) -> list[bytes]:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from finetune.data.strata import stratify_val
 from models.errors import GraftError
+from models.files import write_whole
 from models.sources import (
     SEPARATOR,
     EncodedImage,
@@ -100,15 +101,16 @@ class Splits:
 
     def write_csv(self, path: Path) -> None:
         """`path,label,split` (`labels` in multi-label data), as `--data FILE.csv` reads it; whole or not at all: a later run goes by it."""
-        unfinished = path.with_name(f"{path.name}.unfinished")
+        write_whole(path, self._write_rows)
+
+    def _write_rows(self, path: Path) -> None:
         # A path may hold bytes that are no text.
-        with unfinished.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             rows = csv.writer(file)
             rows.writerow(("path", "labels" if self.is_multi_label else "label", "split"))
             for split, samples in self.named():
                 for sample in samples:
                     rows.writerow((sample.place, self.describe(sample), split))
-        unfinished.replace(path)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ import importlib.util
 import json
 import logging
 import time
-import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from finetune.probe.solve import solve_probe
 from models.engine.engine import Engine, Features
 from models.engine.processor import cpu_name, supports_vnni
 from models.errors import GraftError
+from models.files import write_whole
 from models.prepared import PreparedBackbone, build_engine, resolve_device
 from models.quantise import find_quantised
 from models.scores import Labels
@@ -429,13 +429,10 @@ def _recall(path: Path) -> list[Verdict]:
 
 
 def _remember(path: Path, verdict: Verdict) -> None:
-    temporary = path.with_name(f".tmp-{uuid.uuid4().hex}")
+    verdicts = [asdict(each) for each in (*_recall(path), verdict)]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(
-            json.dumps([asdict(each) for each in (*_recall(path), verdict)], indent=2) + "\n"
-        )
-        temporary.replace(path)
+        write_whole(path, json.dumps(verdicts, indent=2) + "\n")
     except OSError as error:
         raise GraftError(
             f"--cache-dir: {path.parent} cannot be written: {error.strerror}; name another, or say --no-cache"

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from finetune.evaluation.metrics import Metrics
+from finetune.monitor import Picture
 from models.preprocess import Pixels
 from models.scores import Floats
 
@@ -29,15 +30,6 @@ _HEAT = ((50, 70, 200), (40, 190, 200), (240, 215, 60), (205, 25, 25))
 _LONGEST_NAME = 170
 _TILE = 160
 _DPI = 110
-
-
-@dataclass(frozen=True)
-class Picture:
-    """An encoded PNG and its size in pixels."""
-
-    png: bytes
-    height: int
-    width: int
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from models.engine.engine import Features
 from models.errors import GraftError
+from models.files import move_whole
 
 logger = logging.getLogger("graft.train")
 
@@ -96,7 +97,7 @@ class Bf16File:
         self._bits.flush()  # type: ignore[attr-defined]
         with self._unfinished.open("ab") as file:
             file.write(self._digest(self._bits))
-        self._unfinished.rename(self._path)
+        move_whole(self._unfinished, self._path)
         self.is_kept = True
 
     def __setitem__(self, rows: Any, values: Features) -> None:

@@ -8,9 +8,7 @@ Without the file the newest good version answers everything. A version is named 
 from __future__ import annotations
 
 import json
-import os
 import random
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -18,6 +16,7 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from models.errors import GraftError
+from models.files import write_whole
 
 ROLLOUT_FILE = "rollout.json"
 LATEST = "latest"
@@ -130,15 +129,8 @@ def read_rollout(folder: Path) -> Rollout:
 
 def write_rollout(folder: Path, rollout: Rollout) -> None:
     """Write it whole or not at all. Raises OSError where the repository cannot be written."""
-    temporary = folder / f".tmp-{uuid.uuid4().hex}"
-    try:
-        with temporary.open("w") as file:
-            file.write(rollout.model_dump_json(indent=2, exclude_defaults=True) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(folder / ROLLOUT_FILE)
-    finally:
-        temporary.unlink(missing_ok=True)
+    text = rollout.model_dump_json(indent=2, exclude_defaults=True) + "\n"
+    write_whole(folder / ROLLOUT_FILE, text)
 
 
 def _validate(content: Mapping[str, Any], what: str) -> Rollout:

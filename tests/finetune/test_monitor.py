@@ -18,6 +18,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from finetune.evaluation.metrics import Metrics, evaluate
 from finetune.monitor import Monitor
 from finetune.report.plots import Mistake, draw_confusion, draw_mistakes
+from finetune.report.tensorboard import show_metrics
 
 
 def read(run_dir: Path) -> EventAccumulator:
@@ -119,7 +120,7 @@ def test_a_confusion_of_any_number_of_classes_stays_a_picture_of_bounded_size(
 
 
 def test_metrics_are_curves_and_a_table(monitor: Monitor, metrics: Metrics, tmp_path: Path) -> None:
-    monitor.metrics("val", metrics, ("cat", "dog", "emu"), step=4)
+    show_metrics(monitor, "val", metrics, ("cat", "dog", "emu"), step=4)
     monitor.close()
     events = read(tmp_path)
     for name in ("accuracy", "balanced_accuracy", "macro_f1", "loss"):
@@ -140,7 +141,7 @@ def test_metrics_are_curves_and_a_table(monitor: Monitor, metrics: Metrics, tmp_
 
 def test_many_classes_have_a_table_and_no_curves(monitor: Monitor, tmp_path: Path) -> None:
     names = tuple(f"class{label}" for label in range(51))
-    monitor.metrics("val", evaluate(np.eye(51, dtype=np.float32), np.arange(51)), names)
+    show_metrics(monitor, "val", evaluate(np.eye(51, dtype=np.float32), np.arange(51)), names)
     monitor.close()
     events = read(tmp_path)
     assert not [tag for tag in events.Tags()["scalars"] if "/class" in tag]

@@ -459,7 +459,7 @@ def test_a_run_stopped_after_it_published_publishes_nothing_twice(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("finetune.run._show_in_tensorboard", interrupt)
+        patch.setattr("finetune.run.show_in_tensorboard", interrupt)
         assert main([*arguments, "--cache"]) == 130
     run_dir = only_run(tmp_path)
     assert capsys.readouterr().err.endswith(

@@ -513,7 +513,7 @@ def _merge_and_die(folder: Path, moment: int) -> NoReturn:
         return wrapper
 
     try:
-        for name in ("open", "rename", "unlink"):
+        for name in ("open", "replace", "unlink"):
             setattr(Path, name, counted(getattr(Path, name)))
         cache_module._is_whole = counted(cache_module._is_whole)
         merge_segments(folder, RECORD_SIZE)
@@ -531,7 +531,7 @@ from finetune.data.cache import FeatureCache
 from finetune.data.splits import Sample
 from models.sources import EncodedImage
 from finetune.probe.features import extract_features
-from models.engine.engine import OpenVINOEngine
+from models.engine.openvino_engine import OpenVINOEngine
 from models.prepared import read_prepared
 from tests.support.drawn import draw_shape
 

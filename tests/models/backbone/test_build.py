@@ -571,7 +571,7 @@ BUILD = """
 import hashlib, logging, sys, time
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 from models.backbone import build as backbones
-from models.engine.engine import OpenVINOEngine
+from models.engine.openvino_engine import OpenVINOEngine
 from models.errors import GraftError
 started = time.perf_counter()
 try:

@@ -246,7 +246,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from models.engine.engine import OpenVINOEngine
+from models.engine.openvino_engine import OpenVINOEngine
 from models.preprocess import Preprocess
 
 first, second = (OpenVINOEngine(Path(sys.argv[1]), Preprocess(), batch_size=1, num_streams=1, images_per_second=1.0) for _ in range(2))
@@ -264,7 +264,7 @@ from pathlib import Path
 import numpy as np
 import openvino as ov
 from openvino import opset13
-from models.engine.engine import OpenVINOEngine
+from models.engine.openvino_engine import OpenVINOEngine
 from models.preprocess import Preprocess
 
 images = opset13.parameter([-1, 8, 8, 3], np.uint8)
