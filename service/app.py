@@ -105,10 +105,10 @@ SERVER = Server(_SETTINGS)
     # One process per device: it owns the engines, and uses every core by itself.
     workers=1,
     description=DESCRIPTION,
-    # BentoML's own timeout answers in another shape, so it is longer than ours; and it keeps a timer
-    # for each request until it has run, so it is not much longer.
+    # BentoML's own timeout answers in another shape, so it is longer than ours. It keeps a timer
+    # for each request until it has run, so it is only a little longer.
     traffic={"timeout": _SETTINGS.body_seconds + _SETTINGS.deadline_seconds + 10},
-    # With nothing to send spans to, they are 250 of the 300 µs of a request in BentoML's middlewares.
+    # Spans that go nowhere are 250 of the 300 µs that a request spends in BentoML's middlewares.
     tracing={} if _SETTINGS.tracing else {"excluded_urls": ".*"},
     # Our metrics have bounded labels, and our log has each request's model, images and time.
     metrics={"enabled": False},

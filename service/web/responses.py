@@ -21,7 +21,7 @@ def graft_error(error: RequestError) -> dict[str, Any]:
 
 
 def plain_error(error: RequestError) -> dict[str, Any]:
-    """The error body of TF-Serving, the Open Inference Protocol and Hugging Face, `ProtocolError`."""
+    """The error body of all other protocols, `ProtocolError`."""
     return {"error": error.message}
 
 

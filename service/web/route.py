@@ -1,4 +1,4 @@
-"""A route of the service as data: address, handler, who may call it, and the shape of its errors."""
+"""A route of the service as data: address, handler, required token, shape of its errors."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Thousands of broken requests, the same ones every time: never a 5xx, never a crash, and good requests in between answered right.
+"""Thousands of broken requests, the same every time: no 5xx, no crash, no harm to good requests.
 
-GRAFT_FUZZ_REQUESTS=20000 make test ARGS="tests/service/test_fuzz.py"      # more than a test run has time for
+GRAFT_FUZZ_REQUESTS=20000 make test ARGS="tests/service/test_fuzz.py"    # more than by default
 """
 
 from __future__ import annotations
@@ -147,7 +147,8 @@ def damaged_form(draw: random.Random) -> bytes:
     body = multipart(
         [
             (
-                b'Content-Disposition: form-data; name="images"; filename="a.jpg"\r\nContent-Type: image/jpeg',
+                b'Content-Disposition: form-data; name="images"; filename="a.jpg"\r\n'
+                b"Content-Type: image/jpeg",
                 good,
             ),
             (
@@ -254,7 +255,7 @@ KINDS_OF_REQUEST: tuple[Callable[[random.Random], bytes], ...] = (
 
 
 def send(address: tuple[str, int], data: bytes, patience: float = 3) -> bytes:
-    """What comes back until the server closes; nothing where it waits for the rest of what is not whole."""
+    """What comes back until the server closes; nothing where it waits for the rest of a request."""
     received = []
     with socket.create_connection(address, timeout=patience) as connection:
         try:
@@ -343,7 +344,10 @@ def test_one_broken_image_in_a_batch_of_16_harms_nobody(
 
 
 def test_what_the_description_allows_and_what_it_does_not(colors: Path, tmp_path: Path) -> None:
-    """Schemathesis reads /docs.json and tries the bounds of every parameter and body: each answer is one that is described there."""
+    """Schemathesis tries the bounds of every parameter and body that /docs.json describes.
+
+    Each answer must be one that is described there.
+    """
     copy_checkpoint(colors, tmp_path / "checkpoints", "colors", 1)
     env = {
         "CHECKPOINTS": str(tmp_path / "checkpoints"),
@@ -359,7 +363,8 @@ def test_what_the_description_allows_and_what_it_does_not(colors: Path, tmp_path
                 "--header",
                 f"Authorization: Bearer {TOKEN}",
             ),
-            # What it does not say is that only a real image is taken, or that unloading the one model leaves none to ask (503).
+            # The description says neither that only a real image is taken, nor that no model is left
+            # (503) once the only one is unloaded.
             *(
                 "--exclude-checks",
                 "positive_data_acceptance,negative_data_rejection",

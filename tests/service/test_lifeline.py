@@ -53,7 +53,7 @@ def test_a_worker_that_is_half_dead_is_waited_for() -> None:
 
 
 def test_the_private_interfaces_that_the_parent_uses_are_there() -> None:
-    """Of circus, through which BentoML starts its worker; `service.lifeline` reads and replaces them."""
+    """Of circus, which starts BentoML's worker; `service.lifeline` reads and replaces them."""
     inspect = """
 import json, signal
 from tornado.ioloop import IOLoop, PeriodicCallback
@@ -170,7 +170,7 @@ def worker_of(server: RunningServer, *, other_than: psutil.Process | None = None
 
 
 def is_gone(process: psutil.Process) -> bool:
-    """Whether it has ended; also where nobody asks for its exit code, as for an orphan in a container without an init."""
+    """Whether it has ended, also where nobody reaps it: an orphan in a container without init."""
     with suppress(psutil.NoSuchProcess):
         return process.status() == psutil.STATUS_ZOMBIE
     return True

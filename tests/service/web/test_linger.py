@@ -1,4 +1,4 @@
-"""Who sends without end is let go at the limit, however his messages fall together with it."""
+"""A client that sends without end is cut off at the limit, whenever its messages arrive."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ async def linger(seconds: float) -> tuple[list[Message], float]:
 
 
 def test_messages_that_never_pause_do_not_outlast_the_limit() -> None:
-    """Ten times: with a timeout around `wait_for`, Python 3.11 loses the one that comes together with a message."""
+    """Ten times: in a timeout, the `wait_for` of Python 3.11 can lose the one that a message meets."""
     for _ in range(10):
         sent, seconds = asyncio.run(linger(0.02))
         assert [message.get("body") for message in sent] == [b"no", None]

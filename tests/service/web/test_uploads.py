@@ -1,4 +1,4 @@
-"""Forms as clients write them: taken apart at the right places, and refused where they are broken."""
+"""Forms as clients write them are split at the right places, and refused where broken."""
 
 from __future__ import annotations
 
