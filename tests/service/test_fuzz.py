@@ -363,8 +363,8 @@ def test_what_the_description_allows_and_what_it_does_not(colors: Path, tmp_path
                 "--header",
                 f"Authorization: Bearer {TOKEN}",
             ),
-            # The description says neither that only a real image is taken, nor that no model is left
-            # (503) once the only one is unloaded.
+            # The description does not say that only a real image is taken, nor that no model is
+            # left (503) once the only one is unloaded.
             *(
                 "--exclude-checks",
                 "positive_data_acceptance,negative_data_rejection",

@@ -36,7 +36,7 @@ async def linger(seconds: float) -> tuple[list[Message], float]:
 
 
 def test_messages_that_never_pause_do_not_outlast_the_limit() -> None:
-    """Ten times: in a timeout, the `wait_for` of Python 3.11 can lose the one that a message meets."""
+    """Ten times: in a timeout, Python 3.11's `wait_for` loses one that comes with a message."""
     for _ in range(10):
         sent, seconds = asyncio.run(linger(0.02))
         assert [message.get("body") for message in sent] == [b"no", None]
