@@ -87,11 +87,15 @@ def extract(data: str) -> tuple[Floats, Labels, int, tuple[str, ...]]:
         data, data_root=options.data_root, val_fraction=options.val_fraction, seed=0
     )
     with tempfile.TemporaryDirectory() as scratch:
-        backbone = prepare(
-            options.backbone, splits.train, options, Path(scratch), weights=None, pretrained=True
+        backbone = prepare(options.backbone, splits.train, options, Path(scratch))
+        engine = open_engine(backbone, options.device, options.precision)
+        splits, features = extract_splits(
+            splits,
+            backbone,
+            engine,
+            num_workers=options.workers,
+            cache=options.feature_cache,
         )
-        engine = open_engine(backbone, options)
-        splits, features = extract_splits(splits, backbone, engine, options)
         engine.close()
     labels = np.array(
         [sample.label for _, samples in splits.named() for sample in samples], np.int64

@@ -62,8 +62,15 @@ def audit(options: AuditOptions) -> Audit:
             weights=options.weights,
             pretrained=options.pretrained,
         )
-        engine = open_engine(backbone, options)
-        splits, features = extract_splits(loaded, backbone, engine, options, check=False)
+        engine = open_engine(backbone, options.device, options.precision)
+        splits, features = extract_splits(
+            loaded,
+            backbone,
+            engine,
+            num_workers=options.workers,
+            cache=options.feature_cache,
+            unreadable="ignored",
+        )
         engine.close()
     labels = splits.labels(splits.train)
     if len(count_labels(splits.train)) < (1 if splits.is_multi_label else 2):

@@ -27,7 +27,7 @@ from finetune.data.lasting_split import load_lasting_splits
 from finetune.data.splits import Splits
 from finetune.probe.features import extract_splits, open_engine, prepare
 from finetune.probe.solve import solve_probe
-from finetune.report.plots import Candidate, draw_comparison
+from finetune.report.plots import MeasuredBackbone, draw_backbones
 from finetune.terminal import run_program
 from models.errors import GraftError
 
@@ -45,10 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Candidates in order of accuracy, and the one to take."""
+    """MeasuredBackbones in order of accuracy, and the one to take."""
 
-    candidates: tuple[Candidate, ...]
-    recommended: Candidate
+    candidates: tuple[MeasuredBackbone, ...]
+    recommended: MeasuredBackbone
 
 
 def compare(options: CompareOptions) -> Comparison:
@@ -75,14 +75,14 @@ def compare(options: CompareOptions) -> Comparison:
     path = options.output / f"compare-{name_of_data(options.data)}.png"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(draw_comparison(candidates, comparison.recommended).png)
+        path.write_bytes(draw_backbones(candidates, comparison.recommended).png)
     except OSError as error:
         raise GraftError(f"--output {options.output}: {error.strerror}") from error
     _print(comparison, options, path)
     return comparison
 
 
-def recommend(candidates: Sequence[Candidate]) -> Candidate:
+def recommend(candidates: Sequence[MeasuredBackbone]) -> MeasuredBackbone:
     """The fastest of those whose interval reaches up to the best one's accuracy: more accuracy is not proven, more speed is."""
     best = max(candidates, key=lambda candidate: candidate.accuracy)
     good = [candidate for candidate in candidates if candidate.high >= best.accuracy]
@@ -119,19 +119,25 @@ def _names(options: CompareOptions) -> list[str]:
     return names
 
 
-def _measure(name: str, splits: Splits, options: CompareOptions) -> Candidate:
+def _measure(name: str, splits: Splits, options: CompareOptions) -> MeasuredBackbone:
     with tempfile.TemporaryDirectory(prefix="graft-") as scratch:
-        backbone = prepare(
-            name, splits.train, options, Path(scratch), weights=None, pretrained=True
+        backbone = prepare(name, splits.train, options, Path(scratch))
+        engine = open_engine(backbone, options.device, options.precision)
+        splits, features = extract_splits(
+            splits,
+            backbone,
+            engine,
+            num_workers=options.workers,
+            cache=options.feature_cache,
+            only=("train",),
+            unreadable="error" if options.strict else "warning",
         )
-        engine = open_engine(backbone, options)
-        splits, features = extract_splits(splits, backbone, engine, options, only=("train",))
         engine.close()
     labels = np.array([sample.label for sample in splits.train], np.int64)
     probe = solve_probe(features["train"], labels, len(splits.label_names), seed=options.seed)
     num_right = int((probe.out_of_fold_logits.argmax(axis=1) == labels).sum())
     low, high = wilson_interval(num_right, len(labels))
-    return Candidate(
+    return MeasuredBackbone(
         name,
         num_right / len(labels),
         low,

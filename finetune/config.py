@@ -1,23 +1,23 @@
-"""Every option once: flag, YAML key, default, check and help text."""
+"""Every option once: its flag and YAML key, default, limits and help text.
+
+A field is an option: `batch_size` is `--batch-size` and the key `batch_size` in a YAML file. Its
+type and limits check it, and its docstring is its help.
+"""
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import inspect
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Any, ClassVar, Literal, NoReturn, Self, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
-from pydantic_settings import (
-    BaseSettings,
-    CliApp,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    SettingsError,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 from models.allowed import describe_allowed
 from models.checkpoint import check_name
@@ -25,518 +25,471 @@ from models.engine.engine import Precision
 from models.engine.processor import num_cpus
 from models.errors import GraftError
 
+_GRADIENT_OPTIONS = ("label_smoothing", "mix", "ema", "gradual", "layer_decay")
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """Where features are kept between runs, and how many bytes of them."""
+
+    folder: Path
+    max_bytes: int
+
 
 def _default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "graft"
 
 
-class SharedOptions(BaseSettings):
-    """What every program of this room is told about images, hardware and folders."""
+class SharedOptions(BaseModel):
+    """Options that all programs have: images, hardware and folders."""
 
-    model_config = SettingsConfigDict(
-        extra="forbid",
-        frozen=True,
-        cli_kebab_case=True,
-        cli_implicit_flags=True,
-        cli_hide_none_type=True,
-        cli_avoid_json=True,
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    config: Annotated[
-        Path | None,
-        Field(
-            exclude=True, description="YAML file of options, such as a run's config.yaml; flags win"
-        ),
-    ] = None
-    data: Annotated[
-        str,
-        Field(
-            min_length=1,
-            description="where the images are: a folder with train/ and val/ (and perhaps test/), a folder of class folders, a CSV with "
-            "path,label[,split] (or path,labels[,split], several with | between), torchvision:NAME (such as "
-            "torchvision:OxfordIIITPet), or digits",
-        ),
-    ] = "digits"
-    data_root: Annotated[
-        Path,
-        Field(
-            description="where torchvision:NAME keeps its files, and looks for them without a network"
-        ),
-    ] = Path("data")
-    val_fraction: Annotated[
-        float,
-        Field(
-            gt=0, lt=1, description="share of each class set aside where the data has no val split"
-        ),
-    ] = 0.2
-    new_split: Annotated[
-        bool,
-        Field(
-            exclude=True,
-            description="draw train and val anew where the data has no val split; else images stay where the newest run on this data under "
-            "--output had them, and only new ones are drawn",
-        ),
-    ] = False
-    strict: Annotated[
-        bool,
-        Field(
-            description="stop on an unreadable image, which is else left out, and on one that leaks from one split to another"
-        ),
-    ] = False
-    image_size: Annotated[
-        int | None,
-        Field(
-            ge=32, le=1024, description="side of the input crop in pixels; else the backbone's own"
-        ),
-    ] = None
-    device: Annotated[
-        Literal["auto", "cpu", "cuda"], Field(description="where to train and compute features")
-    ] = "auto"
-    precision: Annotated[
-        Precision,
-        Field(
-            description="of the engine; auto: bf16 where the hardware has it, else fp32. A run takes int8 (CPU) where it saves time and "
-            "cross-validation loses at most 0.3 points by it, and fp32 where bf16 would lose more than 0.5"
-        ),
-    ] = "auto"
-    workers: Annotated[int, Field(ge=1, description="threads that decode images")] = num_cpus()
-    seed: Annotated[
-        int, Field(ge=0, lt=2**32, description="of the split, the head and the order of the images")
-    ] = 0
-    output: Annotated[
-        Path,
-        Field(
-            description="folder of run folders: metrics, TensorBoard logs, config.yaml, splits.csv"
-        ),
-    ] = Path("runs")
-    cache_dir: Annotated[
-        Path, Field(description="converted backbones and features are kept here between runs")
-    ] = _default_cache_dir()
-    cache_gb: Annotated[
-        float,
-        Field(
-            ge=0,
-            allow_inf_nan=False,
-            description="features used longest ago are removed above this many gigabytes",
-        ),
-    ] = 20.0
-    cache: Annotated[bool, Field(description="--no-cache computes everything anew")] = True
+    program: ClassVar[str]
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Flags and the file only: a shell's NAME or DATA must not become an option."""
-        return (init_settings,)
+    config: Path | None = Field(None, exclude=True)
+    """YAML file of options, such as a run's config.yaml; flags override it"""
+
+    data: str = Field("digits", min_length=1)
+    """where the images are: a folder with train/ and val/ (and optionally test/), a folder of class
+    folders, a CSV with path,label[,split] (or path,labels[,split], several separated by |),
+    torchvision:NAME (such as torchvision:OxfordIIITPet), or digits"""
+
+    data_root: Path = Path("data")
+    """folder of the files of torchvision:NAME; what is there is not downloaded"""
+
+    val_fraction: float = Field(0.2, gt=0, lt=1)
+    """part of each class used for validation where the data has no val split"""
+
+    new_split: bool = Field(False, exclude=True)
+    """draw train and val anew where the data has no val split; otherwise images stay where the
+    newest run on this data under --output had them, and only new images are drawn"""
+
+    strict: bool = False
+    """stop at an unreadable image, which is otherwise left out, and at an image that leaks from one
+    split to another"""
+
+    image_size: int | None = Field(None, ge=32, le=1024)
+    """side of the input crop in pixels; the backbone's own if not given"""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where to train and compute features"""
+
+    precision: Precision = "auto"
+    """precision of the engine. auto: bf16 where the hardware has it, else fp32. A run also tries
+    int8 (on CPUs with VNNI, --freeze backbone) where the features that are not in the cache take a
+    minute or more to compute, and takes it where it loses at most 0.3 points of cross-validated
+    accuracy; it takes fp32 where bf16 would lose more than 0.5"""
+
+    workers: int = Field(num_cpus(), ge=1)
+    """threads that decode images"""
+
+    seed: int = Field(0, ge=0, lt=2**32)
+    """seed of the split, the head and the order of the images"""
+
+    output: Path = Path("runs")
+    """folder of run folders: metrics, TensorBoard logs, config.yaml, splits.csv"""
+
+    cache_dir: Path = _default_cache_dir()
+    """folder in which converted backbones and features are kept between runs"""
+
+    cache_gb: float = Field(20.0, ge=0, allow_inf_nan=False)
+    """gigabytes of features that are kept; those used longest ago are removed first"""
+
+    cache: bool = True
+    """keep and use converted backbones and features; --no-cache computes everything anew"""
 
     @property
     def source(self) -> str:
-        """What `data` names, wherever it is said from."""
+        """What `data` names, the same from every working folder."""
         return source_of(self.data, self.data_root)
 
+    @property
+    def enabled_cache_dir(self) -> Path | None:
+        """`cache_dir`, or None with `--no-cache`."""
+        return self.cache_dir if self.cache else None
+
+    @property
+    def feature_cache(self) -> CacheSettings | None:
+        """Where features are kept, or None with `--no-cache`."""
+        return CacheSettings(self.cache_dir, int(self.cache_gb * 1e9)) if self.cache else None
+
     def to_yaml(self) -> str:
-        """The options as `--config` reads them back."""
+        """The options as `--config` reads them."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
 class BackboneOptions(SharedOptions):
-    """Those of programs that work with one backbone."""
+    """Options of programs that use one backbone."""
 
-    backbone: Annotated[
-        str,
-        Field(
-            description="a timm name (resnet18), or package.module:callable that returns an nn.Module, images to features"
-        ),
-    ] = "tf_efficientnet_lite0"
-    weights: Annotated[
-        Path | None,
-        Field(
-            description="pretrained state_dict, .safetensors or .pth; else from a package or the Hugging Face hub"
-        ),
-    ] = None
-    pretrained: Annotated[
-        bool, Field(description="--no-pretrained starts from random weights, knowingly")
-    ] = True
+    backbone: str = "tf_efficientnet_lite0"
+    """a timm name (resnet18), or package.module:callable that returns an nn.Module, images to
+    features"""
+
+    weights: Path | None = None
+    """pretrained state_dict, .safetensors or .pth; otherwise from a package or the Hugging Face
+    hub"""
+
+    pretrained: bool = True
+    """start from pretrained weights; --no-pretrained starts from random ones"""
 
 
 class Options(BackboneOptions):
     """Fine-tune a pretrained backbone on labelled images and publish a checkpoint for the service.
 
-    Without options it fits scikit-learn's handwritten digits on an embedded backbone, with no network.
+    Without options it fits scikit-learn's handwritten digits on an embedded backbone, offline.
     """
 
-    model_config = SettingsConfigDict(cli_prog_name="python finetune/run.py")
+    program = "python finetune/run.py"
 
-    freeze: Annotated[
-        str,
-        Field(
-            description="backbone: only the head trains, in seconds. until:NAME: all up to and including module NAME stays. "
-            "none: all of it trains"
-        ),
-    ] = "backbone"
-    epochs: Annotated[
-        int, Field(ge=1, description="gradient epochs, where something besides the head trains")
-    ] = 5
-    batch_size: Annotated[int, Field(ge=1, description="images per gradient step")] = 32
-    lr: Annotated[
-        float, Field(gt=0, allow_inf_nan=False, description="peak learning rate of the head")
-    ] = 1e-3
-    backbone_lr: Annotated[
-        float, Field(gt=0, allow_inf_nan=False, description="peak learning rate of the backbone")
-    ] = 5e-4
-    weight_decay: Annotated[
-        float,
-        Field(
-            ge=0, allow_inf_nan=False, description="AdamW's, on weights but not on biases and norms"
-        ),
-    ] = 0.05
-    batch_norm: Annotated[
-        Literal["keep", "update"],
-        Field(
-            description="statistics of BatchNorm layers that train: keep the pretrained ones, as the solved head expects, or update them "
-            "(for images far from the pretraining's, with large batches)"
-        ),
-    ] = "keep"
-    balance: Annotated[
-        Literal["none", "weights", "sampler"],
-        Field(
-            description="for uneven classes. weights: the loss weighs each class the same, the probe's too. sampler: gradient epochs draw "
-            "them equally often, and the probe is weighted"
-        ),
-    ] = "none"
-    label_smoothing: Annotated[
-        float,
-        Field(
-            ge=0,
-            lt=1,
-            description="part of every label that gradient epochs spread over all classes; 0: off",
-        ),
-    ] = 0.0
-    mix: Annotated[
-        Literal["none", "mixup", "cutmix", "both"],
-        Field(
-            description="gradient epochs learn from blends of two images and of their labels. mixup: one fades into the other (or their "
-            "activations do, where they are kept at the freeze boundary). cutmix: a part of one is pasted into the other. both: by turns"
-        ),
-    ] = "none"
-    ema: Annotated[
-        float,
-        Field(
-            ge=0,
-            lt=1,
-            description="decay of a moving average of the weights over the steps, such as 0.99: the average is validated and published; "
-            "0: off",
-        ),
-    ] = 0.0
-    gradual: Annotated[
-        int,
-        Field(
-            ge=0,
-            description="of what is not frozen, head and last stage train first, and every so many epochs the stage before them joins; 0: "
-            "all of it from the start",
-        ),
-    ] = 0
-    layer_decay: Annotated[
-        float,
-        Field(
-            gt=0,
-            le=1,
-            description="rate of each stage of the backbone over that of the next one, such as 0.7; 1: all have the same",
-        ),
-    ] = 1.0
-    head_init: Annotated[
-        str,
-        Field(
-            description="what the head is when gradient epochs begin. soft: solved as the probe's, but held so short that it leaves the "
-            "layers below something to learn. probe: as the probe solved it. zeros: nothing. package.module:function: as your function "
-            "leaves it, which nn.Module.apply calls with it"
-        ),
-    ] = "soft"
-    augment: Annotated[
-        Literal["none", "light", "flip"],
-        Field(
-            description="light: shifted and scaled crops. flip: mirrored too (not for digits or letters). none: the plain crop"
-        ),
-    ] = "light"
-    views: Annotated[
-        int,
-        Field(
-            ge=1,
-            description="augmented views of each training image that are computed once and learnt from, by the probe too; 1: the plain "
-            "crop (and for training past the probe, as many as there are epochs, four at most)",
-        ),
-    ] = 1
-    coverage: Annotated[
-        float,
-        Field(
-            gt=0,
-            lt=1,
-            description="the service marks an answer unsure where the labels that would hold the true one this often are none or several",
-        ),
-    ] = 0.95
-    name: Annotated[
-        str | None,
-        Field(description="the model's name in the repository; else made from the data's"),
-    ] = None
-    repository: Annotated[
-        Path, Field(description="where the checkpoint is published, as <name>/<version>")
-    ] = Path("checkpoints")
-    save_minutes: Annotated[
-        float,
-        Field(
-            ge=0,
-            allow_inf_nan=False,
-            description="gradient epochs are saved for --resume this often, and after each epoch",
-        ),
-    ] = 10.0
-    explain: Annotated[
-        Literal["auto", "yes", "no"],
-        Field(
-            description="pictures of where the network looked for its worst mistakes (Grad-CAM), and thumbnails in TensorBoard's "
-            "projector. auto: after gradient epochs; a probe would take seconds longer, for it needs no torch"
-        ),
-    ] = "auto"
-    preflight: Annotated[
-        bool,
-        Field(
-            description="before gradient epochs: must one batch be learnt, is there disk enough, on which device, and how long will it take"
-        ),
-    ] = False
-    resume: Annotated[
-        Path | None,
-        Field(
-            exclude=True,
-            description="folder of a run that was stopped or killed: goes on with it under its own options",
-        ),
-    ] = None
+    freeze: str = "backbone"
+    """backbone: only the head is trained, in seconds. until:NAME: everything up to and including
+    module NAME is frozen. none: everything is trained"""
+
+    epochs: int = Field(5, ge=1)
+    """gradient epochs, where more than the head is trained"""
+
+    batch_size: int = Field(32, ge=1)
+    """images per gradient step"""
+
+    lr: float = Field(1e-3, gt=0, allow_inf_nan=False)
+    """peak learning rate of the head"""
+
+    backbone_lr: float = Field(5e-4, gt=0, allow_inf_nan=False)
+    """peak learning rate of the backbone"""
+
+    weight_decay: float = Field(0.05, ge=0, allow_inf_nan=False)
+    """AdamW's weight decay; biases and norm layers have none"""
+
+    batch_norm: Literal["keep", "update"] = "keep"
+    """statistics of BatchNorm layers that are trained. keep: the pretrained ones, as the solved
+    head expects. update: the batches' (for images unlike the pretraining's, with large batches)"""
+
+    balance: Literal["none", "weights", "sampler"] = "none"
+    """for uneven classes. weights: every class weighs the same in the loss, also in the probe's.
+    sampler: gradient epochs draw every class equally often, and the probe is weighted"""
+
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """part of every label that gradient epochs spread over all classes; 0: off"""
+
+    mix: Literal["none", "mixup", "cutmix", "both"] = "none"
+    """gradient epochs train on blends of two images and their labels. mixup: weighted means of
+    pixels (of activations, where those are kept at the freeze boundary). cutmix: a part of one
+    image is pasted into the other. both: alternating"""
+
+    ema: float = Field(0.0, ge=0, lt=1)
+    """decay per step of an exponential moving average of the weights, such as 0.99; the average is
+    validated and published; 0: off"""
+
+    gradual: int = Field(0, ge=0)
+    """of what is not frozen, train the head and the last stage first; the stage before them joins
+    every this many epochs; 0: everything is trained from the start"""
+
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    """learning rate of each stage of the backbone relative to the next one's, such as 0.7; 1: the
+    same for all"""
+
+    head_init: str = "soft"
+    """the head at the start of gradient epochs. soft: the probe's at the strongest regularisation,
+    which leaves the layers below something to learn. probe: the probe's. zeros: all zeros.
+    package.module:function: a function of yours, applied to the head by nn.Module.apply"""
+
+    augment: Literal["none", "light", "flip"] = "light"
+    """light: shifted and scaled crops. flip: also mirrored (not for digits or letters). none: the
+    plain crop"""
+
+    views: int = Field(1, ge=1)
+    """augmented views of each training image that are computed once and trained on, also by the
+    probe; 1: the plain crop (gradient epochs use as many as there are epochs, at most four)"""
+
+    coverage: float = Field(0.95, gt=0, lt=1)
+    """the service marks an answer as unsure where the set of labels that holds the true one this
+    often is empty or has more than one label"""
+
+    name: str | None = None
+    """the model's name in the repository; otherwise made from --data"""
+
+    repository: Path = Path("checkpoints")
+    """folder in which the checkpoint is published, as <name>/<version>"""
+
+    save_minutes: float = Field(10.0, ge=0, allow_inf_nan=False)
+    """minutes between two saves of gradient epochs for --resume; they are also saved after every
+    epoch"""
+
+    explain: Literal["auto", "yes", "no"] = "auto"
+    """show where the network looked in its worst mistakes (Grad-CAM), and thumbnails in
+    TensorBoard's projector. auto: after gradient epochs only; a probe needs no torch, whose import
+    takes seconds"""
+
+    preflight: bool = False
+    """before gradient epochs, check that one batch can be learnt and that the disk has room, and
+    print the device and the expected time"""
+
+    resume: Path | None = Field(None, exclude=True)
+    """folder of a run that was stopped or killed: continue it under its own options"""
 
     @field_validator("name")
     @classmethod
-    def _name_fits_a_folder(cls, name: str | None) -> str | None:
+    def _check_name(cls, name: str | None) -> str | None:
         return None if name is None else check_name(name)
 
     @field_validator("head_init")
     @classmethod
-    def _head_init_is_known(cls, head_init: str) -> str:
-        if head_init not in ("soft", "probe", "zeros") and not re.fullmatch(
-            r"[\w.]+:\w+", head_init
-        ):
+    def _check_head_init(cls, head_init: str) -> str:
+        is_function = re.fullmatch(r"[\w.]+:\w+", head_init)
+        if head_init not in ("soft", "probe", "zeros") and not is_function:
             raise ValueError("it must be soft, probe, zeros or package.module:function")
         return head_init
 
     @model_validator(mode="after")
-    def _head_init_has_epochs_to_begin(self) -> Self:
-        if (
-            self.head_init not in ("soft", "probe")
-            and self.freeze == "backbone"
-            and self.resume is None
-        ):
-            raise ValueError(
-                f"--head-init {self.head_init}: --freeze backbone solves the head, from no beginning; say --freeze until:NAME or none"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _int8_fits_the_policy(self) -> Self:
-        if self.precision == "int8" and self.freeze != "backbone":
-            raise ValueError(
-                "--precision int8: only with --freeze backbone, where the head is solved on the quantised features"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _gradient_epochs_are_there_where_they_are_spoken_of(self) -> Self:
+    def _check_freeze_backbone(self) -> Self:
+        """Options of gradient epochs need gradient epochs; a resumed run has options of its own."""
         if self.freeze != "backbone" or self.resume is not None:
             return self
-        way_out = "--freeze backbone has none; say --freeze until:NAME or none"
+        way_out = "say --freeze until:NAME or none"
+        if self.head_init not in ("soft", "probe"):
+            raise ValueError(
+                f"--head-init {self.head_init}: --freeze backbone solves the head and starts from "
+                f"none; {way_out}"
+            )
+        reason = f"and --freeze backbone has none; {way_out}"
         if self.preflight:
-            raise ValueError(f"--preflight: it tries gradient epochs, and {way_out}")
+            raise ValueError(f"--preflight: it tries gradient epochs, {reason}")
         if self.balance == "sampler":
             raise ValueError(
-                f"--balance sampler: it draws the batches of gradient epochs, and {way_out}, or --balance weights"
+                f"--balance sampler: it draws the batches of gradient epochs, {reason}, "
+                "or --balance weights"
             )
-        for name in ("label_smoothing", "mix", "ema", "gradual", "layer_decay"):
-            if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(
-                    f"{_flag(name)} {getattr(self, name)}: it is for gradient epochs, and {way_out}"
-                )
+        for name in _GRADIENT_OPTIONS:
+            value = getattr(self, name)
+            if value != type(self).model_fields[name].default:
+                raise ValueError(f"{flag_of(name)} {value}: it is for gradient epochs, {reason}")
         return self
 
     @model_validator(mode="after")
-    def _there_is_something_to_mix(self) -> Self:
+    def _check_int8(self) -> Self:
+        if self.precision == "int8" and self.freeze != "backbone":
+            raise ValueError(
+                "--precision int8: only with --freeze backbone, where the head is solved on the "
+                "quantised features"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_mix(self) -> Self:
         if self.mix in ("cutmix", "both") and self.freeze.startswith("until:") and self.cache:
             raise ValueError(
-                f"--mix {self.mix}: it pastes pixels, and --freeze {self.freeze} learns from activations kept at {self.freeze[6:]}; "
-                "say --mix mixup, which blends activations too, or --no-cache, which runs the frozen layers anew in each epoch"
+                f"--mix {self.mix}: it pastes pixels, and --freeze {self.freeze} trains on "
+                f"activations kept at {self.freeze.removeprefix('until:')}; say --mix mixup, which "
+                "blends activations too, or --no-cache, which runs the frozen layers in each epoch"
             )
         if self.mix != "none" and self.batch_size == 1:
             raise ValueError(
-                f"--mix {self.mix}: it blends the images of a batch, and --batch-size 1 has only one; say 2 or more"
+                f"--mix {self.mix}: it blends the images of a batch, and --batch-size 1 has only "
+                "one; say 2 or more"
             )
         return self
 
     @property
     def first_head(self) -> str:
-        """What gradient epochs begin with, in words."""
-        return {"soft": "a soft head", "probe": "the probe's head"}.get(
-            self.head_init, f"the head of --head-init {self.head_init}"
-        )
+        """The head that gradient epochs begin with, as logs and the report call it."""
+        names = {"soft": "a soft head", "probe": "the probe's head"}
+        return names.get(self.head_init, f"the head of --head-init {self.head_init}")
 
     @property
     def explains(self) -> bool:
-        """Whether seconds are spent on pictures of where the network looked, and on thumbnails."""
+        """Whether mistakes are explained by Grad-CAM and the projector gets thumbnails."""
         return self.explain == "yes" or (self.explain == "auto" and self.freeze != "backbone")
 
     @property
     def model_name(self) -> str:
-        """`name`, or one made from the data: its last part in lower case, other characters as `-`."""
+        """`name`, or one made from `data`."""
         return self.name or name_of_data(self.data)
 
 
 class CompareOptions(SharedOptions):
-    """Compare pretrained backbones on your images: cross-validated accuracy of a probe against speed on this machine."""
+    """Compare pretrained backbones on your images: accuracy of a probe against images/s here."""
 
-    model_config = SettingsConfigDict(cli_prog_name="python finetune/compare.py")
+    program = "python finetune/compare.py"
 
-    backbones: Annotated[
-        str,
-        Field(
-            description="comma-separated timm names, or installed: all whose weights a package or the hub's local cache has"
-        ),
-    ] = "installed"
+    backbones: str = "installed"
+    """comma-separated timm names, or installed: all whose weights are in a package or in the hub's
+    local cache"""
 
 
 class AuditOptions(BackboneOptions):
-    """Look for what is wrong with labelled images: broken and misnamed files, duplicates within and across splits, wrong labels, odd ones.
+    """Find broken and misnamed files, duplicates, leaks, wrong labels and outliers among images.
 
-    It trains nothing, changes no image, and leaves a CSV and a page of thumbnails.
+    It trains nothing and changes no image; it writes a CSV and a page of thumbnails.
     """
 
-    model_config = SettingsConfigDict(cli_prog_name="python finetune/audit.py")
+    program = "python finetune/audit.py"
 
-    output: Annotated[
-        Path, Field(description="folder of the CSV and of the page of thumbnails")
-    ] = Path("runs")
-    min_images: Annotated[
-        int, Field(ge=1, description="a class with fewer images than this in train is named")
-    ] = 10
+    output: Path = Path("runs")
+    """folder of the CSV and of the page of thumbnails"""
+
+    min_images: int = Field(10, ge=1)
+    """classes with fewer training images than this are reported"""
+
+
+def flag_of(name: str) -> str:
+    """`batch_size` → `--batch-size`."""
+    return f"--{name.replace('_', '-')}"
 
 
 def source_of(data: str, data_root: Path) -> str:
-    """What `--data` names, by its whole path or, where it is none, together with the folder that keeps its files."""
+    """The absolute path of `--data`, or what it names with the folder that keeps its files."""
     path = Path(data).expanduser()
     return str(path.resolve()) if path.exists() else f"{data} {data_root.resolve()}"
 
 
 def name_of_data(data: str) -> str:
-    """A model's name made from `--data`: its last part in lower case, other characters as `-`."""
+    """A model's name from `--data`: its last part in lower case, other characters as `-`.
+
+    Raises GraftError where nothing is left.
+    """
     last = data.rpartition(":")[2].rstrip("/")
-    stem = Path(last).resolve().stem if last.endswith(".csv") else Path(last).resolve().name
-    made = "".join(
+    path = Path(last).resolve()
+    stem = path.stem if last.endswith(".csv") else path.name
+    name = "".join(
         char if char.isascii() and char.isalnum() else "-" for char in stem.lower()
     ).strip("-")
-    if not made:
+    if not name:
         raise GraftError(f"--data {data}: no name can be made from it with a-z and 0-9; say --name")
-    return check_name(made[:63])
+    return check_name(name[:63])
 
 
 AnyOptions = TypeVar("AnyOptions", bound=SharedOptions)
 
 
 def parse_options(kind: type[AnyOptions], arguments: list[str]) -> AnyOptions:
-    """Options of a kind from flags, over those of `--config FILE` (the config.yaml of a run), over the defaults.
+    """Options from flags, else from the YAML file of `--config`, else their defaults.
 
-    Raises GraftError with every option that is wrong; `--help` prints and exits as usual.
+    Raises GraftError with one line for every wrong option; `--help` prints and exits.
     """
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    finder.add_argument("--config", type=Path)
+    given = _parse_flags(kind, arguments)
+    from_file = _read_config(kind, Path(given["config"])) if "config" in given else {}
     try:
-        config_path = finder.parse_known_args(arguments)[0].config
-        from_file = {} if config_path is None else _read_config(kind, config_path)
-        return CliApp.run(kind, cli_args=arguments, cli_exit_on_error=False, **from_file)
+        return kind.model_validate({**from_file, **given})
     except ValidationError as error:
+        lines = [_describe_problem(kind, problem) for problem in error.errors()]
+        raise GraftError("\n".join(lines)) from None
+
+
+def _parse_flags(kind: type[SharedOptions], arguments: list[str]) -> dict[str, Any]:
+    """The options that are given, by field; values are still text, those of switches bool."""
+    parser = argparse.ArgumentParser(
+        prog=kind.program,
+        description=inspect.getdoc(kind),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    name_of_action = {}
+    for name, field in kind.model_fields.items():
+        action = _add_argument(parser, name, field)
+        name_of_action["/".join(action.option_strings)] = name
+    try:
+        given, unknown = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        _refuse_flag(kind, name_of_action[str(error.argument_name)])
+    if unknown:
+        _refuse_unknown(kind, unknown)
+    return vars(given)
+
+
+def _add_argument(parser: argparse.ArgumentParser, name: str, field: FieldInfo) -> argparse.Action:
+    details = []
+    if field.metadata and not isinstance(field.default, str):
+        details.append(describe_allowed(field))
+    if field.default is not None:
+        on_or_off = {True: "on", False: "off"}
+        is_switch = field.annotation is bool
+        details.append(f"default: {on_or_off[field.default] if is_switch else field.default}")
+    text = " ".join(str(field.description).split())
+    text = f"{text} ({'; '.join(details)})" if details else text
+    if field.annotation is bool:
+        return parser.add_argument(
+            flag_of(name), action=argparse.BooleanOptionalAction, help=text.replace("%", "%%")
+        )
+    return parser.add_argument(flag_of(name), metavar=_metavar(field), help=text.replace("%", "%%"))
+
+
+def _metavar(field: FieldInfo) -> str:
+    """What stands for the value in the help: `{auto,cpu,cuda}`, `N`, `X`, `PATH` or `TEXT`."""
+    if get_origin(field.annotation) is Literal:
+        return f"{{{','.join(get_args(field.annotation))}}}"
+    names = {int: "N", float: "X", Path: "PATH"}
+    kinds = (field.annotation, *get_args(field.annotation))
+    return next((names[kind] for kind in kinds if kind in names), "TEXT")
+
+
+def _refuse_flag(kind: type[SharedOptions], name: str) -> NoReturn:
+    """A known flag without the value that it needs, or with one that it does not take."""
+    field, flag = kind.model_fields[name], flag_of(name)
+    if field.annotation is bool:
+        raise GraftError(f"{flag}: it takes no value; say {flag} or --no-{flag[2:]}")
+    raise GraftError(f"{flag}: it needs a value, {describe_allowed(field)}")
+
+
+def _refuse_unknown(kind: type[SharedOptions], words: list[str]) -> NoReturn:
+    flags = [word.partition("=")[0] for word in words if word.startswith("-")]
+    if not flags:
         raise GraftError(
-            "\n".join(_describe(kind, problem) for problem in error.errors())
-        ) from None
-    except (SettingsError, argparse.ArgumentError) as error:
-        raise GraftError(
-            _describe_flag(kind, str(error).removeprefix("error parsing CLI: "))
-        ) from None
+            f"{words[0]}: it belongs to no option; options are given as --name VALUE, "
+            "--help lists them"
+        )
+    known = [flag_of(name) for name in kind.model_fields]
+    switches = [name for name, field in kind.model_fields.items() if field.annotation is bool]
+    known += [flag_of(f"no_{name}") for name in switches]
+    raise GraftError(
+        "\n".join(
+            f"{flag}: there is no such option; {_did_you_mean(flag, known)}--help lists them"
+            for flag in flags
+        )
+    )
+
+
+def _did_you_mean(flag: str, known: list[str]) -> str:
+    close = [other for other in known if other.startswith(flag)]
+    close = close or difflib.get_close_matches(flag, known, n=1, cutoff=0.7)
+    return f"did you mean {close[0]}? " if close else ""
 
 
 def _read_config(kind: type[SharedOptions], path: Path) -> dict[str, Any]:
+    allowed = "it takes a YAML file, such as the config.yaml of a run"
     try:
         loaded = yaml.safe_load(path.read_text())
     except OSError as error:
-        raise GraftError(
-            f"--config {path}: {error.strerror}; it takes a YAML file, such as the config.yaml of a run"
-        ) from error
+        raise GraftError(f"--config {path}: {error.strerror}; {allowed}") from error
     except UnicodeDecodeError as error:
-        raise GraftError(
-            f"--config {path}: it is not text in UTF-8; it takes a YAML file, such as the config.yaml of a run"
-        ) from error
+        raise GraftError(f"--config {path}: it is not text in UTF-8; {allowed}") from error
     except yaml.YAMLError as error:
-        raise GraftError(f"--config {path}: not YAML that can be read: {error}") from error
+        raise GraftError(f"--config {path}: it is not valid YAML: {error}") from error
     if not isinstance(loaded, dict):
         raise GraftError(
-            f"--config {path}: it must hold one `option: value` a line, as the config.yaml of a run does"
+            f"--config {path}: it must hold one `option: value` a line, as the config.yaml of a "
+            "run does"
         )
     unknown = sorted(str(key) for key in loaded if key not in kind.model_fields)
     if unknown:
         raise GraftError(
-            f"--config {path}: unknown options {', '.join(unknown)}; known are {', '.join(kind.model_fields)}"
+            f"--config {path}: unknown options {', '.join(unknown)}; "
+            f"known are {', '.join(kind.model_fields)}"
         )
     return loaded
 
 
-def _describe(kind: type[SharedOptions], problem: Any) -> str:
-    """A value that does not fit, in the house's words."""
+def _describe_problem(kind: type[SharedOptions], problem: Any) -> str:
+    """One of pydantic's errors with its flag, the value and what is allowed."""
     message = str(problem["msg"]).removeprefix("Value error, ")
     if not problem["loc"]:
         return message
     name = str(problem["loc"][0])
-    flag = _flag(name)
+    flag = flag_of(name)
     if problem["type"] == "value_error":
         return message if message.startswith(flag) else f"{flag} {problem['input']}: {message}"
     if problem["type"] == "string_too_short":
         return f"{flag} {problem['input']!r}: it must not be empty"
     return f"{flag} {problem['input']}: it must be {describe_allowed(kind.model_fields[name])}"
-
-
-def _describe_flag(kind: type[SharedOptions], message: str) -> str:
-    """What argparse says of flags that it cannot take apart, with the way out."""
-    if message.startswith("unrecognized arguments: "):
-        words = message.split()[2:]
-        unknown = [word.partition("=")[0] for word in words if word.startswith("-")]
-        if not unknown:
-            return f"{words[0]}: it belongs to no option; options are given as --name VALUE, --help lists them"
-        switches = [
-            f"no_{name}" for name, field in kind.model_fields.items() if field.annotation is bool
-        ]
-        known = [_flag(name) for name in (*kind.model_fields, *switches)]
-        return "\n".join(
-            f"{flag}: there is no such option; {_guess(flag, known)}--help lists them"
-            for flag in unknown
-        )
-    if found := re.match(r"argument --([\w-]+)(/\S+)?: (.*)", message):
-        name = found[1].replace("-", "_")
-        if found[2]:
-            return f"--{found[1]}: it takes no value; say --{found[1]} or {found[2][1:]}"
-        return f"--{found[1]}: it needs a value, {describe_allowed(kind.model_fields[name])}"
-    return f"{message}; --help lists the options"
-
-
-def _guess(flag: str, known: list[str]) -> str:
-    close = [other for other in known if other.startswith(flag)] or difflib.get_close_matches(
-        flag, known, n=1, cutoff=0.7
-    )
-    return f"did you mean {close[0]}? " if close else ""
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"

@@ -181,7 +181,7 @@ def _fit(
     backbone.check_freeze(options.freeze)
     at = [time.perf_counter()]
     chosen, splits, features, extract_seconds = extract_in_best_precision(
-        backbone, loaded, options, scratch
+        backbone, loaded, options, scratch, digests=duplicates.digests
     )
     backbone, engine = chosen.backbone, chosen.engine
     engine.close()
@@ -226,15 +226,15 @@ def _fit(
             else probe
         )
         trained, trained_head, best_epoch = _train(options, splits, start, monitor, scratch)
-        trained_engine = open_engine(trained, options)
+        trained_engine = open_engine(trained, options.device, options.precision)
         still, trained_features = extract_splits(
             splits,
             trained,
             trained_engine,
-            options,
+            num_workers=options.workers,
+            cache=None,
             only=("val", "test"),
-            keep=False,
-            check=False,
+            unreadable="ignored",
             digests=duplicates.digests,
         )
         trained_engine.close()

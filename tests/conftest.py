@@ -1,4 +1,4 @@
-"""What every test gets: temporary homes, no network beyond the loopback, and parts that take seconds to make, made once."""
+"""What every test gets: a temporary home, no network but the loopback, costly parts made once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,21 @@ from models.engine.openvino_engine import OpenVINOEngine
 from models.prepared import PreparedBackbone, prepare_backbone
 from models.preprocess import Pixels
 from tests.support.servers import RunningServer, publish_colors
+from tests.support.shared import HANG_SECONDS, locked, machine, make_once
 
-# What is started in the background ignores Ctrl-C, and so would every process of a test.
+# A shell's background jobs ignore Ctrl-C, and every process of a test would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-# Set before the tests are imported: the hub's client reads its own variables at import. Subprocesses inherit all of it.
-_HOME = tempfile.TemporaryDirectory(prefix="graft-tests-")
+# pytest-xdist's workers inherit the home of the process that started them, and share what is in it.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _HOME = tempfile.TemporaryDirectory(prefix="graft-tests-")
+    os.environ["HOME"] = _HOME.name
+# Set before the tests are imported, since the hub's client reads its variables at import.
 os.environ.update(
-    HOME=_HOME.name,
-    XDG_CACHE_HOME=f"{_HOME.name}/.cache",
-    XDG_CONFIG_HOME=f"{_HOME.name}/.config",
-    HF_HOME=f"{_HOME.name}/huggingface",
+    XDG_CACHE_HOME=f"{os.environ['HOME']}/.cache",
+    XDG_CONFIG_HOME=f"{os.environ['HOME']}/.config",
+    HF_HOME=f"{os.environ['HOME']}/huggingface",
     HF_HUB_OFFLINE="1",
-    # A proxy that is not there: whatever looks beyond the loopback fails at once.
+    # No proxy listens there: a request beyond the loopback fails at once.
     http_proxy="http://127.0.0.1:9",
     https_proxy="http://127.0.0.1:9",
     HTTP_PROXY="http://127.0.0.1:9",
@@ -61,7 +64,7 @@ for line in sys.stdin:
     for job in json.loads(line):
         pid = os.fork()
         if pid == 0:
-            signal.alarm(60)  # nothing here may take so long; its end is then -14
+            signal.alarm(600)  # ends what hangs, with -14
             os.environ.update(job["env"])
             output = os.open(job["output"], os.O_WRONLY | os.O_CREAT)
             os.dup2(output, 1)
@@ -76,8 +79,16 @@ for line in sys.stdin:
             sys.stderr.flush()
             os._exit(code)
         pids.append(pid)
-    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]), flush=True)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    print(json.dumps(codes), flush=True)
 """
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Let a test that is marked `alone` wait for the other processes' tests, and them for it."""
+    with machine(alone=item.get_closest_marker("alone") is not None):
+        return (yield)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +104,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _loopback_only() -> Iterator[None]:
-    """A test of this process that connects to anything but the loopback fails, in words."""
+    """A test that connects to anything but the loopback fails, with the address."""
     connect = socket.socket.connect
 
     def guarded(self: socket.socket, address: Any) -> None:
@@ -102,7 +113,7 @@ def _loopback_only() -> Iterator[None]:
             "::1",
             "localhost",
         ):
-            raise AssertionError(f"a test looked for the network: {address}")
+            raise AssertionError(f"a test connects to {address}; only the loopback is allowed")
         connect(self, address)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -112,26 +123,27 @@ def _loopback_only() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def cache_dir() -> Path:
-    """The default of `--cache-dir` under the tests' home, so that everything converted is shared."""
+    """The default of `--cache-dir` in the tests' home, so that everything converted is shared."""
     return Path(os.environ["XDG_CACHE_HOME"]) / "graft"
 
 
 @pytest.fixture(scope="session")
 def prepared(cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> PreparedBackbone:
-    """The embedded backbone with its ImageNet weights, converted once a session."""
-    return prepare_backbone(
-        "tf_efficientnet_lite0",
-        weights=None,
-        pretrained=True,
-        image_size=None,
-        cache_dir=cache_dir,
-        scratch_dir=tmp_path_factory.mktemp("scratch"),
-    )
+    """The embedded backbone with its ImageNet weights, converted once."""
+    with locked("embedded backbone"):
+        return prepare_backbone(
+            "tf_efficientnet_lite0",
+            weights=None,
+            pretrained=True,
+            image_size=None,
+            cache_dir=cache_dir,
+            scratch_dir=tmp_path_factory.mktemp("scratch"),
+        )
 
 
 @pytest.fixture(scope="session")
 def engine(prepared: PreparedBackbone) -> Iterator[OpenVINOEngine]:
-    """The embedded backbone in fp32, four images a batch, two streams: so that batches are padded and overtake one another."""
+    """The embedded backbone in fp32; its small batches are padded and overtake one another."""
     engine = OpenVINOEngine(
         prepared.openvino_path, prepared.preprocess, precision="fp32", batch_size=4, num_streams=2
     )
@@ -147,14 +159,15 @@ def crops() -> Pixels:
 
 
 @pytest.fixture(scope="session")
-def colors(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A published checkpoint that tells three colours apart; to be copied into a repository of the test's own: exporting takes seconds."""
-    return publish_colors(tmp_path_factory.mktemp("published") / "checkpoints")
+def colors(prepared: PreparedBackbone) -> Path:
+    """A published checkpoint of three colours, to be copied into a repository of the test's own."""
+    folder = make_once("colors", lambda folder: publish_colors(folder / "checkpoints"))
+    return folder / "checkpoints" / "colors" / "1"
 
 
 @pytest.fixture
 def client(server: RunningServer) -> Iterator[httpx.Client]:
-    """Of the server that the test's own module starts."""
+    """A client of the server that the test's own module starts."""
     with httpx.Client(base_url=server.url, timeout=30) as client:
         yield client
 
@@ -173,7 +186,7 @@ def run_python() -> RunPython:
             env={**os.environ, **env},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=HANG_SECONDS,
         )
 
     return run
@@ -184,9 +197,9 @@ RunForked = Callable[[list[tuple[str, dict[str, str]]]], list[tuple[int, str]]]
 
 @pytest.fixture(scope="session")
 def run_forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunForked]:
-    """Run programs at once, each with its environment, in processes that have torch and nothing more: importing it takes seconds.
+    """Run programs at once, each with its own environment; gives exit codes and outputs.
 
-    Gives each one's exit code and what it printed.
+    They are forked from a process that has imported torch, which takes seconds.
     """
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
     process = subprocess.Popen(
@@ -197,8 +210,9 @@ def run_forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunForked]:
         stdout=subprocess.PIPE,
         text=True,
     )
-    assert process.stdin is not None
-    assert process.stdout is not None
+    requests, answers = process.stdin, process.stdout
+    assert requests is not None
+    assert answers is not None
 
     def run(jobs: list[tuple[str, dict[str, str]]]) -> list[tuple[int, str]]:
         folder = tmp_path_factory.mktemp("forked")
@@ -207,12 +221,12 @@ def run_forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunForked]:
             {"code": code, "env": env, "output": str(output)}
             for (code, env), output in zip(jobs, outputs, strict=True)
         ]
-        process.stdin.write(json.dumps(request) + "\n")
-        process.stdin.flush()
-        codes = json.loads(process.stdout.readline())
+        requests.write(json.dumps(request) + "\n")
+        requests.flush()
+        codes = json.loads(answers.readline())
         return [(code, output.read_text()) for code, output in zip(codes, outputs, strict=True)]
 
     yield run
-    process.stdin.close()
-    process.wait(10)
-    process.stdout.close()
+    requests.close()
+    process.wait(HANG_SECONDS)
+    answers.close()

@@ -1,4 +1,4 @@
-"""Folder → checkpoint → HTTP: the service answers every image with the label and scores that evaluation gave it."""
+"""Folder → checkpoint → HTTP: the service gives every image the scores that evaluation gave it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from models import checkpoint as checkpoints
 from models.engine.engine import run
 from models.prepared import build_engine
 from models.scores import softmax
-from tests.support.drawn import SHAPES, draw_shape, write_class_folders
+from tests.support.images import SHAPES, draw_shape, write_class_folders
 from tests.support.servers import serve
+from tests.support.shared import HANG_SECONDS
 
 ROOT = Path(__file__).parent.parent
 NUM_CLIENTS = 32
@@ -34,7 +35,11 @@ def test_folder_to_prediction(tmp_path: Path) -> None:
     )
     command = [sys.executable, ROOT / "finetune" / "run.py", "--data", data, *folders]
     done = subprocess.run(
-        [str(part) for part in command], cwd=tmp_path, capture_output=True, text=True, timeout=300
+        [str(part) for part in command],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=HANG_SECONDS,
     )
     assert done.returncode == 0, done.stderr
 
@@ -57,23 +62,26 @@ def test_folder_to_prediction(tmp_path: Path) -> None:
     with serve(tmp_path / "serve.log", {"CHECKPOINTS": str(tmp_path / "checkpoints")}) as server:
 
         def ask(number: int) -> tuple[int, requests.Response]:
-            """Every third request is a broken image, the others alternate between multipart and raw."""
+            """Send a broken image every third time, else a form and a raw body in turn."""
             if number % 3 == 2:
                 return -1, requests.post(
                     f"{server.url}/predict",
                     files={"images": ("x.jpg", broken[number % len(broken)])},
-                    timeout=30,
+                    timeout=HANG_SECONDS,
                 )
             index = number % len(good)
             if number % 3:
                 return index, requests.post(
                     f"{server.url}/predict?top_k=3",
                     files={"images": ("x", good[index])},
-                    timeout=30,
+                    timeout=HANG_SECONDS,
                 )
             headers = {"Content-Type": "image/jpeg"}
             return index, requests.post(
-                f"{server.url}/predict?top_k=3", data=good[index], headers=headers, timeout=30
+                f"{server.url}/predict?top_k=3",
+                data=good[index],
+                headers=headers,
+                timeout=HANG_SECONDS,
             )
 
         with ThreadPoolExecutor(NUM_CLIENTS) as clients:

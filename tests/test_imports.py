@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # The rooms that each room may import.
 ROOMS = {"models": set[str](), "finetune": {"models"}, "service": {"models"}}
-# Folders and root files of each room, from the top down. Each imports only from rows below its own, not
-# from its neighbours in the row. A new folder or root file gets a place here and in docs/architecture.md.
+# Folders and root files of each room, from the top down. Each imports only from rows below its
+# own, not from its neighbours in the row. docs/architecture.md shows the same rows.
 LAYERS: dict[str, list[set[str]]] = {
     "models": [
         {"prepare_ahead", "quantise"},
@@ -35,7 +36,7 @@ LAYERS: dict[str, list[set[str]]] = {
         {"evaluation"},
         {"resume", "probe"},
         {"data"},
-        {"config", "monitor", "terminal", "html", "timer"},
+        {"config", "monitor", "terminal", "templates", "timer"},
     ],
     "service": [
         {"app"},
@@ -117,6 +118,13 @@ def test_no_file_imports_itself_through_others() -> None:
     except CycleError as error:
         circle = [str(path.relative_to(ROOT)) for path in error.args[1]]
         raise AssertionError(f"a circle of imports: {' ← '.join(circle)}") from None
+
+
+def test_programs_hide_no_other_module() -> None:
+    """Python searches the folder of a program first, so that finetune/html.py would be `html`."""
+    names = {unit(path) for path in python_files("finetune")}
+    packages = set(packages_distributions())
+    assert not names & (set(sys.stdlib_module_names) | packages)
 
 
 def test_only_backbone_knows_timm() -> None:

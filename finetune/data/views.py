@@ -1,7 +1,10 @@
-"""Augmented views: what a crop may be shifted, scaled and mirrored by, drawn from seed, view and image alone."""
+"""Augmented views: a crop shifted, scaled and mirrored, drawn from seed, view and image index."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -21,3 +24,16 @@ def draw_view(augment: Augment, seed: int, view: int, index: int) -> View | None
     shift_x, shift_y = generator.uniform(-_MAX_SHIFT, _MAX_SHIFT, 2)
     mirror = augment == "flip" and bool(generator.random() < 0.5)
     return View(float(shift_x), float(shift_y), float(generator.uniform(*_SCALES)), mirror)
+
+
+@dataclass(frozen=True)
+class Views:
+    """The views of each training image: the plain crop, then `num - 1` augmented ones."""
+
+    num: int = 1
+    augment: Augment = "none"
+    seed: int = 0
+
+    def drawing(self, view: int) -> Callable[[int], View | None]:
+        """What draws the `view`-th view of the image at an index; None is the plain crop."""
+        return functools.partial(draw_view, self.augment if view else "none", self.seed, view)

@@ -1,12 +1,15 @@
-"""Pictures of a run and of a comparison, for TensorBoard.
+"""Pictures as PNG, drawn with Pillow: what TensorBoard shows of a run, and the plot of backbones.
 
-Those of every run are drawn with Pillow: importing matplotlib and laying out a figure take 1.3 s, a quarter of a run on cached features.
+The report's charts are SVG (charts.py), which follows the page's light or dark colours and which
+TensorBoard does not show. matplotlib would take 1.3 s to import and to lay out a figure, a quarter of
+a run on cached features.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -17,10 +20,11 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from finetune.evaluation.metrics import Metrics
 from finetune.monitor import Picture
+from finetune.report.ticks import nice_ticks
 from models.preprocess import Pixels
 from models.scores import Floats
 
-_INK, _FAINT = "#1f2933", "#9aa5b1"
+_INK, _FAINT, _GRID, _ACCENT = "#1f2933", "#9aa5b1", "#e4e7eb", "#0b69a3"
 _PAD = 12
 _TEXT, _SMALL_TEXT = 14, 11
 # The shades of a cell: no image, half, and all of a true class's.
@@ -29,7 +33,9 @@ _SHADES = ((247, 251, 255), (107, 174, 214), (8, 48, 107))
 _HEAT = ((50, 70, 200), (40, 190, 200), (240, 215, 60), (205, 25, 25))
 _LONGEST_NAME = 170
 _TILE = 160
-_DPI = 110
+
+
+_Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 @dataclass(frozen=True)
@@ -127,8 +133,9 @@ def _shade(values: Floats, shades: Sequence[tuple[int, int, int]]) -> Floats:
 
 
 @cache
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    # DejaVu Sans, by its file in a package that is there anyway, knows more alphabets than the font in Pillow.
+def _font(size: int) -> _Font:
+    # captum depends on matplotlib, which ships DejaVu Sans: it has Greek, Cyrillic, Arabic and more,
+    # where the font in Pillow has Latin letters only.
     spec = importlib.util.find_spec("matplotlib")
     for folder in spec.submodule_search_locations or () if spec else ():
         path = Path(folder) / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
@@ -137,7 +144,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 
-def _shorten(words: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
+def _shorten(words: str, font: _Font, width: float) -> str:
     """`words` on one line, ended by … where they are wider than `width` pixels."""
     words = " ".join(words.split())
     if font.getlength(words) <= width:
@@ -148,17 +155,19 @@ def _shorten(words: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, wid
 
 
 def _draw_upwards(
-    image: Image.Image,
-    words: str,
-    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
-    color: str,
-    middle: int,
-    top: int,
+    image: Image.Image, words: str, font: _Font, color: str, middle: int, top: int
 ) -> None:
     """Text that reads from below, its end at `top`, about the column `middle`."""
-    lying = Image.new("RGB", (round(font.getlength(words)) + 1, _TEXT + 5), "white")
-    ImageDraw.Draw(lying).text((0, lying.height / 2), words, color, font, anchor="lm")
+    lying = _lying_text(words, font, color)
     image.paste(lying.rotate(90, expand=True), (middle - lying.height // 2, top))
+
+
+def _lying_text(words: str, font: _Font, color: str) -> Image.Image:
+    """Text on a white picture of its size, to be turned."""
+    height = round(sum(font.getmetrics())) if isinstance(font, ImageFont.FreeTypeFont) else 20
+    lying = Image.new("RGB", (round(font.getlength(words)) + 1, height), "white")
+    ImageDraw.Draw(lying).text((0, height / 2), words, color, font, anchor="lm")
+    return lying
 
 
 def _to_picture(image: Image.Image) -> Picture:
@@ -168,8 +177,8 @@ def _to_picture(image: Image.Image) -> Picture:
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A backbone on a user's images: cross-validated accuracy with its 95 % interval, and speed here."""
+class MeasuredBackbone:
+    """Cross-validated accuracy with its 95 % interval on a user's images, and speed here."""
 
     name: str
     accuracy: float
@@ -179,34 +188,104 @@ class Candidate:
     precision: str
 
 
-def draw_comparison(candidates: Sequence[Candidate], recommended: Candidate) -> Picture:
-    """Accuracy with its interval against images/s, the recommended one filled."""
-    # Imported here: see above.
-    from matplotlib.figure import Figure
+def draw_backbones(backbones: Sequence[MeasuredBackbone], recommended: MeasuredBackbone) -> Picture:
+    """Accuracy with its interval against images/s (logarithmic); the recommended one is filled."""
+    plot = _ScatterPlot(
+        [backbone.images_per_second for backbone in backbones],
+        [value for backbone in backbones for value in (backbone.low, backbone.high)],
+    )
+    plot.draw_axes("images/s on this machine", "cross-validated accuracy")
+    for backbone in sorted(backbones, key=lambda backbone: backbone is recommended):
+        plot.draw_backbone(backbone, is_recommended=backbone is recommended)
+    for backbone in backbones:
+        plot.write_name(backbone, is_recommended=backbone is recommended)
+    return plot.to_picture()
 
-    figure = Figure(figsize=(7.5, 4.6), layout="constrained")
-    axes = figure.add_subplot()
-    for candidate in candidates:
-        is_chosen = candidate is recommended
-        color = "#0b69a3" if is_chosen else _FAINT
-        below, above = candidate.accuracy - candidate.low, candidate.high - candidate.accuracy
-        face = color if is_chosen else "white"
-        point = (candidate.images_per_second, candidate.accuracy)
-        axes.errorbar(
-            *point, yerr=[[below], [above]], fmt="o", color=color, markerfacecolor=face, capsize=3
+
+class _ScatterPlot:
+    """Drawn at twice its size, then halved: Pillow's lines and circles have no soft edges."""
+
+    _WIDTH, _HEIGHT = 1500, 920
+    _LEFT, _TOP, _RIGHT, _BOTTOM = 130, 30, 40, 110
+    _TEXT = 26
+
+    def __init__(self, speeds: Sequence[float], accuracies: Sequence[float]) -> None:
+        self._image = Image.new("RGB", (2 * self._WIDTH, 2 * self._HEIGHT), "white")
+        self._draw = ImageDraw.Draw(self._image)
+        self._font = _font(2 * self._TEXT)
+        # Speeds by their logarithm; wide enough for the names beside the points.
+        x_low, x_high = math.log10(min(speeds)), math.log10(max(speeds))
+        room = max(0.25 * (x_high - x_low), 0.4)
+        self._x_range = x_low - room, x_high + room
+        y_low, y_high = min(accuracies), max(accuracies)
+        room = max(0.1 * (y_high - y_low), 0.002)
+        self._y_range = y_low - room, y_high + room
+
+    def draw_axes(self, x_name: str, y_name: str) -> None:
+        left, floor = self._LEFT, self._HEIGHT - self._BOTTOM
+        for speed in _round_speeds(*self._x_range):
+            x = self._x(speed)
+            self._line((x, self._TOP), (x, floor), _GRID, 1)
+            self._write(f"{speed:g}", (x, floor + 14), "ma", _INK)
+        for accuracy, words in nice_ticks(*self._y_range, num_steps=7):
+            y = self._y(accuracy)
+            self._line((left, y), (self._WIDTH - self._RIGHT, y), _GRID, 1)
+            self._write(words, (left - 14, y), "rm", _INK)
+        self._line((left, self._TOP), (left, floor), _INK, 2)
+        self._line((left, floor), (self._WIDTH - self._RIGHT, floor), _INK, 2)
+        self._write(x_name, ((left + self._WIDTH) / 2, self._HEIGHT - 44), "ma", _INK)
+        name = _lying_text(y_name, self._font, _INK).rotate(90, expand=True)
+        self._image.paste(name, (20, self._TOP + floor - name.height // 2))
+
+    def draw_backbone(self, backbone: MeasuredBackbone, *, is_recommended: bool) -> None:
+        color = _ACCENT if is_recommended else _FAINT
+        x, y = self._x(backbone.images_per_second), self._y(backbone.accuracy)
+        low, high = self._y(backbone.low), self._y(backbone.high)
+        self._line((x, low), (x, high), color, 3)
+        for end in (low, high):
+            self._line((x - 8, end), (x + 8, end), color, 3)
+        box = tuple(2 * value for value in (x - 10, y - 10, x + 10, y + 10))
+        self._draw.ellipse(box, color if is_recommended else "white", color, 6)
+
+    def write_name(self, backbone: MeasuredBackbone, *, is_recommended: bool) -> None:
+        """On the side of the point where there is more room."""
+        words = f"{backbone.name}, recommended" if is_recommended else backbone.name
+        x, y = self._x(backbone.images_per_second), self._y(backbone.accuracy) - 8
+        left_room, right_room = x - self._LEFT - 18, self._WIDTH - x - 18
+        if right_room > 0.8 * left_room:
+            self._write(_shorten(words, self._font, 2 * right_room), (x + 18, y), "ls", _INK)
+        else:
+            self._write(_shorten(words, self._font, 2 * left_room), (x - 18, y), "rs", _INK)
+
+    def to_picture(self) -> Picture:
+        return _to_picture(self._image.reduce(2))
+
+    def _x(self, speed: float) -> float:
+        low, high = self._x_range
+        width = self._WIDTH - self._RIGHT - self._LEFT
+        return self._LEFT + width * (math.log10(speed) - low) / (high - low)
+
+    def _y(self, accuracy: float) -> float:
+        low, high = self._y_range
+        height = self._HEIGHT - self._BOTTOM - self._TOP
+        return self._TOP + height * (high - accuracy) / (high - low)
+
+    def _line(
+        self, start: tuple[float, float], end: tuple[float, float], color: str, width: int
+    ) -> None:
+        self._draw.line([(2 * x, 2 * y) for x, y in (start, end)], color, 2 * width)
+
+    def _write(self, words: str, place: tuple[float, float], anchor: str, color: str) -> None:
+        at = (2 * place[0], 2 * place[1])
+        # White around the letters keeps them readable on a line.
+        self._draw.text(
+            at, words, color, self._font, anchor=anchor, stroke_width=8, stroke_fill="white"
         )
-        axes.annotate(
-            candidate.name, point, xytext=(8, 4), textcoords="offset points", fontsize=8, color=_INK
-        )
-    axes.set_xscale("log")
-    axes.set_xlabel("images/s on this machine", color=_INK)
-    axes.set_ylabel("cross-validated accuracy", color=_INK)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(x=0.25, y=0.15)
-    figure.set_dpi(_DPI)
-    buffer = io.BytesIO()
-    # Said again: by itself savefig takes the resolution that the figure was made with, and then the size below is another.
-    figure.savefig(buffer, format="png", dpi=_DPI)
-    width, height = figure.canvas.get_width_height()
-    return Picture(buffer.getvalue(), height, width)
+
+
+def _round_speeds(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten, between two logarithms; only 1 where those are too many."""
+    powers = range(math.floor(low), math.ceil(high) + 1)
+    factors = (1, 2, 5) if high - low < 3 else (1,)
+    speeds = [factor * 10.0**power for power in powers for factor in factors]
+    return [speed for speed in speeds if low <= math.log10(speed) <= high]

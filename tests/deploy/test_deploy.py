@@ -320,7 +320,7 @@ def test_every_variable_in_manifests_and_docs_is_a_setting() -> None:
 
 
 def test_every_variable_in_docs_is_tried_on_the_image() -> None:
-    tried = (PROJECT_DIR / "tests" / "test_image.py").read_text()
+    tried = (PROJECT_DIR / "tests" / "deploy" / "test_image.py").read_text()
     documented = {
         name
         for path in PROJECT_DIR.glob("docs/*.md")

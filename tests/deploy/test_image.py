@@ -29,7 +29,8 @@ from models import checkpoint as checkpoints
 from models.engine.engine import run
 from models.prepared import build_engine
 from models.scores import softmax
-from tests.support.servers import PROJECT_DIR, draw_image
+from tests.support.images import draw_image
+from tests.support.servers import PROJECT_DIR
 
 pytestmark = pytest.mark.image
 

@@ -13,10 +13,10 @@ from PIL import Image
 
 from finetune.compare import Comparison, compare, main, recommend, wilson_interval
 from finetune.config import CompareOptions
-from finetune.report.plots import Candidate, draw_comparison
+from finetune.report.plots import MeasuredBackbone, draw_backbones
 from models.errors import GraftError
 from models.prepared import PreparedBackbone
-from tests.support.drawn import SHAPES, write_class_folders
+from tests.support.images import SHAPES, write_class_folders
 
 NUM_PER_CLASS = 10
 NETWORK = """
@@ -31,8 +31,8 @@ def build():
 
 def candidate(
     name: str, accuracy: float, low: float, high: float, images_per_second: float
-) -> Candidate:
-    return Candidate(name, accuracy, low, high, images_per_second, "fp32")
+) -> MeasuredBackbone:
+    return MeasuredBackbone(name, accuracy, low, high, images_per_second, "fp32")
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def test_the_plot_is_a_png_that_says_where_it_is(compared: Compared) -> None:
 
 def test_the_recommended_one_stands_out_in_the_plot() -> None:
     candidates = [candidate("one", 0.9, 0.8, 0.95, 100), candidate("two", 0.8, 0.7, 0.9, 50)]
-    pictures = [draw_comparison(candidates, recommended) for recommended in candidates]
+    pictures = [draw_backbones(candidates, recommended) for recommended in candidates]
     assert pictures[0].png != pictures[1].png
     with Image.open(io.BytesIO(pictures[0].png)) as image:
         assert image.size == (pictures[0].width, pictures[0].height)

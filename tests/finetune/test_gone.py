@@ -13,7 +13,7 @@ import finetune.run
 import finetune.training.train
 from finetune.resume import STATE_DIR, TRAINING_FILE
 from models.checkpoint import load_checkpoint
-from tests.support.tiny import draw_noise, write_images
+from tests.support.images import draw_noise, write_noise_folders
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -22,7 +22,7 @@ TRAINED = ["--freeze", "until:stem", "--epochs", "2", "--batch-size", "8"]
 
 @pytest.fixture
 def arguments(tmp_path: Path, cache_dir: Path) -> list[str]:
-    write_images(tmp_path / "photos", 8)
+    write_noise_folders(tmp_path / "photos", 8)
     folders = [
         "--output",
         str(tmp_path / "runs"),

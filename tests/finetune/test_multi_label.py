@@ -27,7 +27,7 @@ from models.checkpoint import load_checkpoint
 from models.errors import GraftError
 from models.sources import EncodedImage
 from tests.support import tiny
-from tests.support.drawn import SHAPES, draw_shape
+from tests.support.images import SHAPES, draw_shape
 from tests.support.servers import serve
 
 NUM_TRAIN, NUM_VAL = 90, 30

@@ -43,15 +43,8 @@ from finetune.training.train import train
 from models.backbone.build import Backbone
 from models.checkpoint import list_versions
 from models.errors import GraftError
-from tests.support.tiny import (
-    Recorder,
-    build,
-    draw_splits,
-    options,
-    probe_of,
-    snapshot,
-    write_images,
-)
+from tests.support.images import write_noise_folders
+from tests.support.tiny import Recorder, build, draw_splits, options, probe_of, snapshot
 
 PROJECT_DIR = Path(__file__).parents[2]
 # What depends on the clock.
@@ -372,7 +365,7 @@ def test_nothing_that_was_saved_is_a_pickle(stopped: Path) -> None:
 
 @pytest.fixture
 def arguments(tmp_path: Path, cache_dir: Path) -> list[str]:
-    data = write_images(tmp_path / "data", 16)
+    data = write_noise_folders(tmp_path / "data", 16)
     (data / "red" / "broken.png").write_text("an image that cannot be read")
     given = f"--data {data} --backbone tests.support.tiny:build_trunk --freeze until:stem --epochs 3 --batch-size 6 --workers 1 --precision fp32"
     folders = f"--output {tmp_path / 'runs'} --repository {tmp_path / 'checkpoints'} --cache-dir {cache_dir} --name tiny"
@@ -523,7 +516,7 @@ def left(tmp_path: Path) -> Path:
     """The folder of a run that ended before its training."""
     run_dir = tmp_path / "runs" / "tiny-1"
     run_dir.mkdir(parents=True)
-    data = write_images(tmp_path / "data", 4)
+    data = write_noise_folders(tmp_path / "data", 4)
     (run_dir / "config.yaml").write_text(
         Options(data=str(data), lr=0.25, freeze="until:stem", name="tiny").to_yaml()
     )

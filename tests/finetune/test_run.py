@@ -23,7 +23,7 @@ from models.checkpoint import check_golden, list_versions, load_checkpoint, logi
 from models.engine.engine import run
 from models.engine.processor import supports_vnni
 from models.prepared import build_engine
-from tests.support.drawn import draw_shape, write_class_folders
+from tests.support.images import draw_shape, write_class_folders
 
 ROOT = Path(__file__).parents[2]
 Finetune = Callable[..., subprocess.CompletedProcess[str]]

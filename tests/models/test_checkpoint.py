@@ -34,7 +34,7 @@ from models.engine.openvino_engine import OpenVINOEngine
 from models.errors import GraftError
 from models.prepared import PreparedBackbone
 from models.preprocess import Preprocess
-from tests.support.drawn import SHAPES, draw_shape
+from tests.support.images import SHAPES, draw_shape
 
 PROJECT_DIR = Path(__file__).resolve().parents[2]
 LABELS = ["circle", "cross", "square"]

@@ -24,13 +24,13 @@ import httpx
 import pytest
 
 from models.checkpoint import WEIGHTS_FILE
+from tests.support.images import draw_image
 from tests.support.servers import (
     LABELS,
     PROJECT_DIR,
     RunningServer,
     change_file,
     copy_checkpoint,
-    draw_image,
     serve,
 )
 

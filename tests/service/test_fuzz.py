@@ -23,7 +23,8 @@ import httpx
 import psutil
 import pytest
 
-from tests.support.servers import LABELS, RunningServer, copy_checkpoint, draw_image, serve
+from tests.support.images import draw_image
+from tests.support.servers import LABELS, RunningServer, copy_checkpoint, serve
 
 NUM_REQUESTS = int(os.environ.get("GRAFT_FUZZ_REQUESTS", "600"))
 # Most of them wait for what does not come.

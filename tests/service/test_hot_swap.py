@@ -16,13 +16,13 @@ import pytest
 
 from models.checkpoint import WEIGHTS_FILE
 from service.inference.rollout import ROLLOUT_FILE
+from tests.support.images import draw_image
 from tests.support.servers import (
     LABELS,
     RunningServer,
     change_config,
     change_file,
     copy_checkpoint,
-    draw_image,
     serve,
 )
 

@@ -18,14 +18,8 @@ from models.checkpoint import CheckpointError, check_golden, load_checkpoint, lo
 from models.engine.engine import run
 from models.prepared import build_engine
 from models.scores import sigmoid
-from tests.support.servers import (
-    LABELS,
-    RunningServer,
-    change_config,
-    copy_checkpoint,
-    draw_image,
-    serve,
-)
+from tests.support.images import draw_image
+from tests.support.servers import LABELS, RunningServer, change_config, copy_checkpoint, serve
 
 THRESHOLDS = [0.9, 0.02, 0.5]
 IMAGES = [draw_image(label, seed=11) for label in ("green", "blue")]

@@ -1,8 +1,7 @@
-"""What the tests of the service share: checkpoints made in seconds, drawn images, and a real server on a free port."""
+"""What the tests of the service share: small checkpoints and a real server on a free port."""
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
@@ -19,31 +18,20 @@ from typing import Any
 
 import httpx
 import numpy as np
-from PIL import Image
 
 from models import checkpoint as checkpoints
 from models.checkpoint import Golden
 from models.engine.engine import run
 from models.prepared import prepare_backbone
+from tests.support.images import COLORS, draw_image
+from tests.support.shared import HANG_SECONDS
 
 PROJECT_DIR = Path(__file__).resolve().parents[2]
-LABELS = ["red", "green", "blue"]
-COLORS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220)}
-
-
-def draw_image(
-    label: str, seed: int = 0, size: tuple[int, int] = (320, 240), kind: str = "JPEG"
-) -> bytes:
-    """An image of one colour in an 8x8 pattern of its own, the same at every size, encoded."""
-    noise = np.random.default_rng(seed).integers(-25, 26, (8, 8, 3))
-    pixels = np.clip(np.array(COLORS[label]) + noise, 0, 255).astype(np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST).save(buffer, kind)
-    return buffer.getvalue()
+LABELS = list(COLORS)
 
 
 def publish_colors(repository: Path, name: str = "colors") -> Path:
-    """A checkpoint of the embedded backbone whose head tells the three colours apart, solved on its engine's features."""
+    """Publish the embedded backbone with a head that tells the three colours apart."""
     cache_dir = Path(os.environ["XDG_CACHE_HOME"]) / "graft"
     backbone = prepare_backbone(
         "tf_efficientnet_lite0",
@@ -58,7 +46,7 @@ def publish_colors(repository: Path, name: str = "colors") -> Path:
     features = run(engine, np.stack([backbone.preprocess(image) for image in images]))
     engine.close()
     means = features.reshape(4, len(LABELS), -1).mean(axis=0)
-    # Nearest mean as a linear layer. What all classes share falls out of a softmax, and only makes rounding show.
+    # Nearest mean as a linear layer, without what all classes share: softmax ignores that part.
     squares = (means**2).sum(axis=1)
     weight = (2 * (means - means.mean(axis=0)) / 100).astype(np.float32)
     bias = (-(squares - squares.mean()) / 100).astype(np.float32)
@@ -95,7 +83,7 @@ def publish_colors(repository: Path, name: str = "colors") -> Path:
 
 
 def change_file(path: Path, change: Callable[[bytes], bytes], *, rehash: bool) -> None:
-    """Change a file of a checkpoint; with `rehash`, as someone would who also mends its recorded hash."""
+    """Change a file of a checkpoint and, with `rehash`, its hash in config.json."""
     path.write_bytes(change(path.read_bytes()))
     if rehash:
         change_config(
@@ -138,7 +126,7 @@ def serve(
     target: str = ".",
     until: str = "/readyz",
 ) -> Iterator[RunningServer]:
-    """`bentoml serve` on a free port of the loopback; its whole process group is ended afterwards."""
+    """`bentoml serve` on a free port of the loopback; its process group is killed afterwards."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -162,8 +150,8 @@ def serve(
         stop(server)
 
 
-def stop(server: RunningServer, seconds: float = 15) -> int:
-    """SIGTERM to the process as an orchestrator sends it, then SIGKILL to whatever of its group is left; the exit code."""
+def stop(server: RunningServer, seconds: float = HANG_SECONDS) -> int:
+    """Send SIGTERM to the process, then SIGKILL to the rest of its group; give the exit code."""
     server.process.terminate()
     with suppress(subprocess.TimeoutExpired):
         server.process.wait(seconds)
@@ -172,7 +160,7 @@ def stop(server: RunningServer, seconds: float = 15) -> int:
     return server.process.wait(seconds)
 
 
-def _wait_until(server: RunningServer, path: str, seconds: float = 40) -> None:
+def _wait_until(server: RunningServer, path: str, seconds: float = HANG_SECONDS) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if server.process.poll() is not None:

@@ -1,15 +1,13 @@
-"""A network, images and a run small enough to be trained dozens of times in a test."""
+"""A network, samples and options small enough to train dozens of times in a test."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 
 from finetune.config import Options
@@ -19,15 +17,16 @@ from finetune.probe.solve import Probe
 from models.backbone.build import Backbone, CustomNetwork
 from models.preprocess import Preprocess
 from models.sources import EncodedImage
+from tests.support.images import LABELS as LABELS
+from tests.support.images import NOISE_SIZE, draw_noise
 
-SIZE = 32
-LABELS = ("red", "green", "blue")
+SIZE = NOISE_SIZE
 PREPROCESS = Preprocess(height=SIZE, width=SIZE)
 NUM_FEATURES = 8
 
 
 class Trunk(nn.Module):
-    """With statistics that BatchNorm may update, and randomness of dropout's."""
+    """Two convolutions, with BatchNorm whose statistics may move, and dropout."""
 
     def __init__(self, dropout: float = 0.2) -> None:
         super().__init__()
@@ -39,7 +38,8 @@ class Trunk(nn.Module):
         self.pretrained_cfg = {"input_size": (3, SIZE, SIZE)}
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.dropout(self.tail(self.stem(images)).mean(dim=(2, 3)))
+        features: torch.Tensor = self.dropout(self.tail(self.stem(images)).mean(dim=(2, 3)))
+        return features
 
 
 def build_trunk() -> nn.Module:
@@ -54,16 +54,6 @@ def build(build_own: Callable[[], nn.Module] = build_trunk) -> Backbone:
     return Backbone("own:trunk", model, "head", PREPROCESS, "none", None, "backbone.")
 
 
-def draw_noise(label: int, seed: int, brighter: int = 30) -> bytes:
-    """Noise in which one colour, the label's, is a little brighter."""
-    generator = np.random.default_rng((label, seed))
-    pixels = generator.integers(0, 200, (SIZE, SIZE, 3))
-    pixels[..., label] += brighter
-    buffer = io.BytesIO()
-    Image.fromarray(pixels.astype(np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def draw_samples(split: str, count: int, first_seed: int) -> tuple[Sample, ...]:
     return tuple(
         Sample(f"{split} {label} {seed}", label, EncodedImage(draw_noise(label, seed)))
@@ -76,17 +66,8 @@ def draw_splits(num_train: int = 8) -> Splits:
     return Splits(LABELS, draw_samples("train", num_train, 0), draw_samples("val", 4, 100))
 
 
-def write_images(root: Path, count: int) -> Path:
-    """`root/<label>/<n>.png`, too much alike for a probe to tell all of them apart."""
-    for label, name in enumerate(LABELS):
-        (root / name).mkdir(parents=True, exist_ok=True)
-        for seed in range(count):
-            (root / name / f"{seed}.png").write_bytes(draw_noise(label, seed, brighter=6))
-    return root
-
-
 def probe_of(backbone: Backbone) -> Probe:
-    """The network's own head, as if a probe had been solved to it."""
+    """A probe with the weights of the network's own head."""
     weight, bias = (
         tensor.detach().numpy().copy() for tensor in (backbone.head.weight, backbone.head.bias)
     )
@@ -111,7 +92,7 @@ def snapshot(backbone: Backbone) -> dict[str, torch.Tensor]:
 
 
 class Recorder(Monitor):
-    """It keeps the curves, and calls `after` with the number of gradient steps whose loss it was told."""
+    """Keeps the curves; calls `after` with the number of losses so far, one per gradient step."""
 
     def __init__(self, run_dir: Path, after: Any = None) -> None:
         super().__init__(run_dir)

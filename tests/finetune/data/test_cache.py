@@ -31,7 +31,7 @@ from models.errors import GraftError
 from models.prepared import PreparedBackbone
 from models.preprocess import Pixels, View
 from models.sources import EncodedImage
-from tests.support.drawn import draw_shape
+from tests.support.images import draw_shape
 
 PROJECT_DIR = Path(__file__).parents[3]
 INFO = EngineInfo("openvino 1", "a processor", "fp32", 4, 2, 100.0)
@@ -533,7 +533,7 @@ from models.sources import EncodedImage
 from finetune.probe.features import extract_features
 from models.engine.openvino_engine import OpenVINOEngine
 from models.prepared import read_prepared
-from tests.support.drawn import draw_shape
+from tests.support.images import draw_shape
 
 folder, cache_dir, num_images, last_byte = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 logging.basicConfig(level=logging.WARNING)

@@ -14,7 +14,7 @@ from finetune.data import duplicates
 from finetune.data.duplicates import Duplicates, Look, find_duplicates, open_grids
 from finetune.data.splits import Sample, Splits
 from models.sources import EncodedImage
-from tests.support.drawn import draw_shape
+from tests.support.images import draw_shape
 
 
 def splits_of(images: list[bytes], num_val: int = 0) -> Splits:

@@ -16,7 +16,7 @@ from models.engine.openvino_engine import OpenVINOEngine
 from models.prepared import PreparedBackbone
 from models.preprocess import Pixels
 from models.sources import EncodedImage
-from tests.support.drawn import draw_shape
+from tests.support.images import draw_shape
 
 
 def sample(index: int, data: bytes | None = None) -> Sample:

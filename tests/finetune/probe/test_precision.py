@@ -1,4 +1,7 @@
-"""`--precision auto` is as fast as it can be without costing a probe accuracy, says why, and stays with what it once chose."""
+"""`--precision auto` takes the fastest precision that costs a probe no accuracy, and logs why.
+
+What it chose for a source of images it chooses again.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,11 @@ import numpy as np
 import pytest
 
 from finetune.config import Options
+from finetune.data.cache import digest_image
 from finetune.data.splits import Splits, load_splits
 from finetune.probe import precision
 from finetune.probe.features import extract_features, extract_splits
-from finetune.probe.precision import Chosen, choose_engine, compare_with_fp32
+from finetune.probe.precision import Chosen, PrecisionCheck, PrecisionSearch
 from finetune.run import run
 from models.checkpoint import load_checkpoint
 from models.engine.engine import Features
@@ -24,7 +28,7 @@ from models.engine.processor import supports_vnni
 from models.prepared import PreparedBackbone, read_prepared
 from models.quantise import find_quantised
 from models.sources import SplitName
-from tests.support.drawn import draw_shape, write_class_folders
+from tests.support.images import draw_shape, write_class_folders
 
 FLOAT = "bf16" if supports_bf16() else "fp32"
 NUM_PER_CLASS = 140
@@ -35,7 +39,10 @@ needs_bf16 = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def own_cache(prepared: PreparedBackbone, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache with the converted backbone, for these tests alone: whoever quantises first decides what it is calibrated on."""
+    """A cache with the converted backbone for these tests alone.
+
+    Whoever quantises first decides which images it is calibrated on.
+    """
     own = tmp_path_factory.mktemp("cache")
     shutil.copytree(prepared.folder, own / "backbones" / prepared.folder.name)
     return own
@@ -58,16 +65,16 @@ def _any_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def int8_pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However few the images and however slow the machine is at this moment."""
-    monkeypatch.setattr(precision, "_QUANTISE_SECONDS", -1e6)
-    monkeypatch.setattr(precision, "_COMPARE_SECONDS", -1e6)
+def int8_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On few images, and on a machine where it is slower."""
+    monkeypatch.setattr(precision, "INT8_MIN_SECONDS", 0.0)
     monkeypatch.setattr(precision, "_MAX_COMPARED_FRACTION", 0.7)
+    monkeypatch.setattr(precision, "_is_faster", lambda engine, other: True)
 
 
 @pytest.fixture
 def forget(own_cache: Path) -> None:
-    """Verdicts and features of the tests before; the quantised backbone stays."""
+    """Checks and features of the tests before; the quantised backbone stays."""
     for name in ("precision", "features"):
         shutil.rmtree(own_cache / name, ignore_errors=True)
 
@@ -85,10 +92,32 @@ def splits_of(options: Options) -> Splits:
     )
 
 
-def choose(backbone: PreparedBackbone, options: Options, scratch: Path) -> Chosen:
-    chosen = choose_engine(backbone, splits_of(options), options, scratch, num_views=1)
+def digests_of(splits: Splits) -> dict[str, bytes]:
+    return {
+        sample.key: digest_image(sample.read())
+        for _, samples in splits.named()
+        for sample in samples
+    }
+
+
+def search(backbone: PreparedBackbone, options: Options, scratch: Path) -> PrecisionSearch:
+    return PrecisionSearch.of(backbone, options, splits_of(options).label_names, scratch)
+
+
+def choose(
+    backbone: PreparedBackbone, options: Options, scratch: Path, num_views: int = 1
+) -> Chosen:
+    splits = splits_of(options)
+    chosen = search(backbone, options, scratch).choose_engine(splits, digests_of(splits), num_views)
     chosen.engine.close()
     return chosen
+
+
+def check_against_fp32(
+    backbone: PreparedBackbone, options: Options, scratch: Path, chosen: Chosen, features: Features
+) -> PrecisionCheck | None:
+    found = search(backbone, options, scratch)
+    return found.check_against_fp32(chosen, splits_of(options), features)
 
 
 def forbid_comparing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +127,7 @@ def forbid_comparing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "extract_features", compare)
 
 
-@pytest.mark.usefixtures("int8_pays", "forget")
+@pytest.mark.usefixtures("int8_is_tried", "forget")
 def test_int8_is_refused_where_it_costs_accuracy_and_not_tried_again(
     backbone: PreparedBackbone,
     own_cache: Path,
@@ -106,7 +135,8 @@ def test_int8_is_refused_where_it_costs_accuracy_and_not_tried_again(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    # Beyond reach, for what int8 costs here depends on the processor: one without VNNI rounds otherwise, and lost nothing.
+    # No probe reaches it: what int8 costs here depends on the processor, and one without VNNI lost
+    # nothing.
     monkeypatch.setattr(precision, "_INT8_TOLERANCE", -1.0)
     options = options_of("digits", own_cache)
     with caplog.at_level("INFO", "graft"):
@@ -120,7 +150,7 @@ def test_int8_is_refused_where_it_costs_accuracy_and_not_tried_again(
     assert (again.engine.info.precision, again.reason) == (FLOAT, first.reason)
 
 
-@pytest.mark.usefixtures("int8_pays", "forget")
+@pytest.mark.usefixtures("int8_is_tried", "forget")
 def test_int8_is_taken_where_it_keeps_accuracy_and_stays_as_the_folder_grows(
     backbone: PreparedBackbone,
     own_cache: Path,
@@ -153,9 +183,8 @@ def test_int8_is_taken_where_it_keeps_accuracy_and_stays_as_the_folder_grows(
 
 
 @pytest.mark.usefixtures("forget")
-def test_few_images_are_not_worth_quantising(
+def test_few_images_are_not_quantised(
     backbone: PreparedBackbone,
-    own_cache: Path,
     shapes: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -164,38 +193,74 @@ def test_few_images_are_not_worth_quantising(
     forbid_comparing(monkeypatch)
     chosen = choose(read_prepared(alone), options_of(shapes, tmp_path / "cache"), tmp_path)
     assert chosen.engine.info.precision == FLOAT
-    assert chosen.reason == f"int8 would not pay for {3 * NUM_PER_CLASS} images"
+    seconds = 3 * NUM_PER_CLASS / chosen.engine.info.images_per_second
+    assert chosen.reason == (
+        f"int8 is tried where computing features takes 60 s or more; {3 * NUM_PER_CLASS} images "
+        f"that are not in the cache take about {seconds:.0f} s"
+    )
     assert [path.name for path in alone.parent.iterdir()] == ["alone"]
     assert not (tmp_path / "cache" / "precision").exists()
 
 
-@pytest.mark.usefixtures("forget")
-def test_images_in_the_cache_speak_for_the_precision_they_are_in(
+@pytest.mark.usefixtures("int8_is_tried", "forget")
+def test_images_in_the_cache_do_not_count(
     backbone: PreparedBackbone,
     own_cache: Path,
     shapes: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(precision, "_QUANTISE_SECONDS", 0.0)
-    monkeypatch.setattr(precision, "_COMPARE_SECONDS", 0.0)
-    monkeypatch.setattr(precision, "_MAX_IMAGES", 100)
-    monkeypatch.setattr(precision, "_MAX_COMPARED_FRACTION", 0.7)
-    monkeypatch.setattr(precision, "_EXPECTED_SPEED_UP", 100.0)
     options = options_of(shapes, own_cache)
     engine = backbone.open_engine("cpu", "auto")
-    extract_splits(splits_of(options), backbone, engine, options)
+    splits = splits_of(options)
+    extract_splits(
+        splits, backbone, engine, num_workers=2, cache=options.feature_cache, only=("train",)
+    )
     engine.close()
     forbid_comparing(monkeypatch)
+    seconds = len(splits.val) / engine.info.images_per_second
+    monkeypatch.setattr(precision, "INT8_MIN_SECONDS", 1.01 * seconds)
     chosen = choose(backbone, options, tmp_path)
     assert chosen.engine.info.precision == FLOAT
-    assert (
-        chosen.reason
-        == f"int8 would not pay for {3 * NUM_PER_CLASS} images, about {3 * NUM_PER_CLASS} of them in the cache"
-    )
+    assert f"; {len(splits.val)} images that are not in the cache take" in chosen.reason
+    monkeypatch.setattr(precision, "INT8_MIN_SECONDS", 0.99 * seconds)
+    with pytest.raises(AssertionError, match="computed for a comparison"):
+        choose(backbone, options, tmp_path)
 
 
-@pytest.mark.usefixtures("int8_pays", "forget")
+@pytest.mark.usefixtures("int8_is_tried", "forget")
+def test_each_view_of_a_training_image_counts(
+    backbone: PreparedBackbone,
+    own_cache: Path,
+    shapes: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    forbid_comparing(monkeypatch)
+    options = options_of(shapes, own_cache)
+    splits = splits_of(options)
+    num_images = 3 * len(splits.train) + len(splits.val)
+    monkeypatch.setattr(precision, "INT8_MIN_SECONDS", 1e6)
+    reason = choose(backbone, options, tmp_path, num_views=3).reason
+    assert f"; {num_images:,} images that are not in the cache" in reason
+
+
+@pytest.mark.usefixtures("int8_is_tried", "forget")
+def test_int8_is_not_taken_where_it_is_not_faster(
+    backbone: PreparedBackbone,
+    own_cache: Path,
+    shapes: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    forbid_comparing(monkeypatch)
+    monkeypatch.setattr(precision, "_is_faster", lambda engine, other: False)
+    chosen = choose(backbone, options_of(shapes, own_cache), tmp_path)
+    assert chosen.engine.info.precision == FLOAT
+    assert chosen.reason.startswith("int8 is not faster here (int8 ")
+
+
+@pytest.mark.usefixtures("int8_is_tried", "forget")
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -216,7 +281,7 @@ def test_where_int8_cannot_be_it_is_said(
     assert chosen.reason.startswith(reason)
 
 
-@pytest.mark.usefixtures("int8_pays", "forget")
+@pytest.mark.usefixtures("int8_is_tried", "forget")
 def test_a_cpu_without_vnni_does_not_try_int8(
     backbone: PreparedBackbone,
     own_cache: Path,
@@ -263,12 +328,8 @@ def test_what_is_asked_for_is_not_questioned(
     options = options_of(shapes, own_cache, precision="fp32")
     chosen = choose(backbone, options, tmp_path)
     assert (chosen.engine.info.precision, chosen.reason) == ("fp32", "--precision fp32")
-    assert (
-        compare_with_fp32(
-            chosen, backbone, splits_of(options), np.zeros((0, 1280), np.float32), options, tmp_path
-        )
-        is None
-    )
+    features = np.zeros((0, 1280), np.float32)
+    assert check_against_fp32(backbone, options, tmp_path, chosen, features) is None
 
 
 @needs_bf16
@@ -312,7 +373,7 @@ def test_bf16_that_costs_accuracy_gives_way_to_fp32_and_stays_away(
 
 @needs_bf16
 @pytest.mark.usefixtures("forget")
-def test_without_the_cache_a_verdict_holds_for_one_run(
+def test_without_the_cache_a_check_holds_for_one_run(
     backbone: PreparedBackbone,
     own_cache: Path,
     shapes: Path,
@@ -320,7 +381,7 @@ def test_without_the_cache_a_verdict_holds_for_one_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(precision, "_CHECK_SECONDS", 30.0)
-    monkeypatch.setattr(precision, "_MAX_IMAGES", 100)
+    monkeypatch.setattr(precision, "_MAX_COMPARED", 100)
     options = options_of(shapes, own_cache, cache=False)
     chosen, splits = choose(backbone, options, tmp_path), splits_of(options)
     noise = (
@@ -328,9 +389,9 @@ def test_without_the_cache_a_verdict_holds_for_one_run(
         .normal(size=(len(splits.train), chosen.engine.num_features))
         .astype(np.float32)
     )
-    verdict = compare_with_fp32(chosen, backbone, splits, noise, options, tmp_path)
-    assert verdict is not None
-    assert not verdict.holds
+    check = check_against_fp32(backbone, options, tmp_path, chosen, noise)
+    assert check is not None
+    assert not check.holds
     assert choose(backbone, options, tmp_path).engine.info.precision == "fp32"
     assert choose(backbone, options, tmp_path / "another run").engine.info.precision == "bf16"
     assert not (own_cache / "precision").exists()
@@ -348,26 +409,26 @@ def test_what_a_few_images_speak_against_is_decided_by_many(
     options = options_of(shapes, own_cache, cache=False)
     chosen, splits = choose(backbone, options, tmp_path), splits_of(options)
     compared: list[int] = []
-    judge = precision._judge
+    compare = precision._compare
 
-    def judge_worse_at_first(*arguments: Any, **options: Any) -> precision.Verdict:
-        verdict = judge(*arguments, **options)
-        compared.append(len(arguments[3]))
-        return replace(verdict, holds=False) if len(compared) == 1 else verdict
+    def compare_worse_at_first(*arguments: Any, **options: Any) -> PrecisionCheck:
+        check = compare(*arguments, **options)
+        compared.append(len(arguments[2]))
+        return replace(check, holds=False) if len(compared) == 1 else check
 
-    monkeypatch.setattr(precision, "_judge", judge_worse_at_first)
+    monkeypatch.setattr(precision, "_compare", compare_worse_at_first)
     monkeypatch.setattr(
         precision, "_CHECK_SECONDS", 120 / (chosen.engine.info.images_per_second / 2)
     )
     features = extract_features(
         splits.train, backbone.preprocess, chosen.engine, num_workers=2, description=""
     ).features
-    verdict = compare_with_fp32(chosen, backbone, splits, features, options, tmp_path)
-    assert verdict is not None
-    assert verdict.holds
+    check = check_against_fp32(backbone, options, tmp_path, chosen, features)
+    assert check is not None
+    assert check.holds
     assert compared[0] in (119, 120)
     assert compared[1:] == [len(splits.train)]
-    assert f"on {len(splits.train)} training images" in verdict.reason
+    assert f"on {len(splits.train)} training images" in check.reason
 
 
 @needs_bf16
@@ -409,21 +470,12 @@ def test_too_few_images_say_nothing_of_bf16(
     data = write_class_folders(tmp_path / "few", 10)
     options = options_of(data, own_cache)
     chosen, splits = choose(backbone, options, tmp_path), splits_of(options)
-    assert (
-        compare_with_fp32(
-            chosen,
-            backbone,
-            splits,
-            np.zeros((len(splits.train), 1280), np.float32),
-            options,
-            tmp_path,
-        )
-        is None
-    )
+    features = np.zeros((len(splits.train), 1280), np.float32)
+    assert check_against_fp32(backbone, options, tmp_path, chosen, features) is None
 
 
-@pytest.mark.usefixtures("int8_pays", "forget")
-def test_damaged_verdicts_are_reached_again(
+@pytest.mark.usefixtures("int8_is_tried", "forget")
+def test_damaged_checks_are_made_again(
     backbone: PreparedBackbone, own_cache: Path, shapes: Path, tmp_path: Path
 ) -> None:
     options = options_of(shapes, own_cache)

@@ -24,7 +24,8 @@ from finetune.report.result import Result
 from models.errors import GraftError
 from models.sources import EncodedImage
 from tests.finetune.report.test_page import make_result
-from tests.support.tiny import LABELS, draw_noise
+from tests.support.images import draw_noise
+from tests.support.tiny import LABELS
 
 
 def make(num_images: int, num_features: int = 20) -> Result:

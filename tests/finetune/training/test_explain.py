@@ -20,7 +20,8 @@ from models.backbone.build import build_backbone
 from models.errors import GraftError
 from models.prepared import PreparedBackbone, write_prepared
 from models.preprocess import Pixels
-from tests.support.tiny import options, write_images
+from tests.support.images import write_noise_folders
+from tests.support.tiny import options
 
 SIZE = 32
 
@@ -209,7 +210,7 @@ def test_a_run_explains_its_mistakes_by_itself_where_it_trained(
         "repository": tmp_path / "checkpoints",
         "cache_dir": tmp_path / "cache",
     }
-    data = write_images(tmp_path / "noise", 12)
+    data = write_noise_folders(tmp_path / "noise", 12)
     run(
         options(
             data=str(data),
@@ -233,7 +234,7 @@ def test_a_run_explains_its_mistakes_by_itself_where_it_trained(
 def test_a_run_ends_well_without_pictures_that_cannot_be_had(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    data = write_images(tmp_path / "noise", 12)
+    data = write_noise_folders(tmp_path / "noise", 12)
     folders = {
         "output": tmp_path / "runs",
         "repository": tmp_path / "checkpoints",

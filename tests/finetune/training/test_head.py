@@ -17,16 +17,8 @@ from finetune.run import run
 from finetune.training.head import start_head
 from finetune.training.train import train
 from models.errors import GraftError
-from tests.support.tiny import (
-    LABELS,
-    Recorder,
-    build,
-    draw_splits,
-    options,
-    probe_of,
-    snapshot,
-    write_images,
-)
+from tests.support.images import write_noise_folders
+from tests.support.tiny import LABELS, Recorder, build, draw_splits, options, probe_of, snapshot
 
 FUNCTIONS = """
 import torch
@@ -205,7 +197,7 @@ def test_a_whole_run_says_what_it_began_with(
         return softened[-1]
 
     monkeypatch.setattr("finetune.run.soften", note)
-    data = write_images(tmp_path / "noise", 8)
+    data = write_noise_folders(tmp_path / "noise", 8)
     folders = {
         "output": tmp_path / "runs",
         "repository": tmp_path / "checkpoints",

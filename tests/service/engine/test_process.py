@@ -21,7 +21,8 @@ from models.prepared import build_engine
 from models.preprocess import ImageError, ImageTooLargeError, Pixels
 from service.engine.process import EngineProcess
 from service.engine.wire import Image, Outcome
-from tests.support.servers import LABELS, draw_image
+from tests.support.images import draw_image
+from tests.support.servers import LABELS
 
 MAX_PIXELS = 500_000
 

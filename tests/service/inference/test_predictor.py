@@ -20,7 +20,8 @@ from service.inference.predictor import Predictor, Scores
 from service.inference.repository import Model, load_snapshot
 from service.protocols.predictions import top_prediction
 from service.settings import Settings
-from tests.support.servers import LABELS, change_config, copy_checkpoint, draw_image
+from tests.support.images import draw_image
+from tests.support.servers import LABELS, change_config, copy_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ import httpx
 import pytest
 
 from tests.conftest import RunPython
-from tests.support.servers import RunningServer, copy_checkpoint, draw_image, serve
+from tests.support.images import draw_image
+from tests.support.servers import RunningServer, copy_checkpoint, serve
 
 MAX_BODY_BYTES = 500_000
 CLIENT = """

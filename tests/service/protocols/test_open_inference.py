@@ -18,7 +18,8 @@ from tritonclient.utils import InferenceServerException
 
 from models.checkpoint import CONFIG_FILE
 from models.preprocess import Preprocess
-from tests.support.servers import LABELS, RunningServer, copy_checkpoint, draw_image, serve
+from tests.support.images import draw_image
+from tests.support.servers import LABELS, RunningServer, copy_checkpoint, serve
 
 MAX_IMAGES = 8
 MAX_BODY_BYTES = 8_000_000

@@ -12,14 +12,8 @@ import httpx
 import pytest
 
 from models.checkpoint import WEIGHTS_FILE
-from tests.support.servers import (
-    LABELS,
-    RunningServer,
-    change_file,
-    copy_checkpoint,
-    draw_image,
-    serve,
-)
+from tests.support.images import draw_image
+from tests.support.servers import LABELS, RunningServer, change_file, copy_checkpoint, serve
 
 MAX_IMAGES = 4
 MAX_BODY_BYTES = 500_000
