@@ -23,8 +23,14 @@ from tests.support.servers import PROJECT_DIR
 DEPLOY_DIR = PROJECT_DIR / "deploy"
 KUBERNETES_DIR = DEPLOY_DIR / "kubernetes"
 DASHBOARD_PATH = DEPLOY_DIR / "grafana" / "dashboards" / "graft.json"
-# Not the settings of the service: the builder's, the tests' own, and where it writes itself.
-OTHER_VARIABLES = {"GRAFT_IMAGE", "GRAFT_IMAGE_DIR", "GRAFT_KILLS", "GRAFT_PARENT_PID"}
+# Not settings of the service: the builder's, the tests' own, what it sets itself, and one of 0.1.0.
+OTHER_VARIABLES = {
+    "GRAFT_IMAGE",
+    "GRAFT_IMAGE_DIR",
+    "GRAFT_KILLS",
+    "GRAFT_PARENT_PID",
+    "GRAFT_KEEP_ALIVE_SECONDS",
+}
 # Of the scrape itself, and of the adapter's rule.
 OTHER_METRICS = {"up", "graft_queue_seconds_mean"}
 
