@@ -356,34 +356,15 @@ def test_what_the_description_allows_and_what_it_does_not(colors: Path, tmp_path
         "GRAFT_ADMIN_TOKEN": TOKEN,
     }
     with serve(tmp_path / "log", env) as server:
-        command = [
-            *(
-                Path(sys.executable).with_name("schemathesis"),
-                "run",
-                f"{server.url}/docs.json",
-                "--header",
-                f"Authorization: Bearer {TOKEN}",
-            ),
-            # The description does not say that only a real image is taken, nor that no model is
-            # left (503) once the only one is unloaded.
-            *(
-                "--exclude-checks",
-                "positive_data_acceptance,negative_data_rejection",
-                "--exclude-path-regex",
-                ":unload$",
-            ),
-            *(
-                "--phases",
-                "coverage,fuzzing",
-                "--max-examples",
-                str(max(5, NUM_REQUESTS // 60)),
-                "--seed",
-                "1",
-                "--generation-database",
-                "none",
-            ),
-            *("--continue-on-failure", "--no-color"),
-        ]
+        command = [str(Path(sys.executable).with_name("schemathesis")), "run"]
+        command += [f"{server.url}/docs.json", "--header", f"Authorization: Bearer {TOKEN}"]
+        # The description does not say that only a real image is taken, nor that no model is left
+        # (503) once the only one is unloaded.
+        command += ["--exclude-checks", "positive_data_acceptance,negative_data_rejection"]
+        command += ["--exclude-path-regex", ":unload$"]
+        command += ["--phases", "coverage,fuzzing", "--seed", "1", "--generation-database", "none"]
+        command += ["--max-examples", str(max(5, NUM_REQUESTS // 60))]
+        command += ["--continue-on-failure", "--no-color"]
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 0, done.stdout[-5000:]
         assert "Traceback" not in server.log()
