@@ -21,11 +21,13 @@ if __name__ == "__main__":
     sys.path.append(str(Path.cwd()))
 
 
+import numpy as np
+
 from finetune.auditing.findings import WORDING, Audit
-from finetune.auditing.inspection import inspect, write_audit
+from finetune.auditing.inspection import inspect
+from finetune.auditing.output import write_audit
 from finetune.config import AuditOptions, name_of_data, parse_options
 from finetune.data.lasting_split import load_lasting_splits
-from finetune.data.splits import count_labels
 from finetune.probe.features import extract_splits, open_engine, prepare, prepare_meanwhile
 from finetune.probe.solve import solve_probe
 from finetune.terminal import run_program
@@ -52,7 +54,16 @@ def audit(options: AuditOptions) -> Audit:
     Raises GraftError under `--strict` where an image leaks from one split to another or cannot be read, after all is written.
     """
     with prepare_meanwhile(options):
-        loaded, duplicates = load_lasting_splits(options, check=False)
+        loaded, duplicates = load_lasting_splits(
+            options.data,
+            data_root=options.data_root,
+            val_fraction=options.val_fraction,
+            seed=options.seed,
+            runs_dir=None if options.new_split else options.output,
+            cache_dir=options.enabled_cache_dir,
+            num_workers=options.workers,
+            check=False,
+        )
     with tempfile.TemporaryDirectory(prefix="graft-") as scratch:
         backbone = prepare(
             options.backbone,
@@ -73,7 +84,7 @@ def audit(options: AuditOptions) -> Audit:
         )
         engine.close()
     labels = splits.labels(splits.train)
-    if len(count_labels(splits.train)) < (1 if splits.is_multi_label else 2):
+    if np.count_nonzero(splits.count_labels(splits.train)) < splits.task.min_labels:
         raise GraftError(
             f"--data {options.data}: fewer than two classes have images to train on that can be read"
         )

@@ -24,6 +24,7 @@ from models.checkpoint import check_name
 from models.engine.engine import Precision
 from models.engine.processor import num_cpus
 from models.errors import GraftError
+from models.sources import identify_source
 
 _GRADIENT_OPTIONS = ("label_smoothing", "mix", "ema", "gradual", "layer_decay")
 
@@ -102,7 +103,7 @@ class SharedOptions(BaseModel):
     @property
     def source(self) -> str:
         """What `data` names, the same from every working folder."""
-        return source_of(self.data, self.data_root)
+        return identify_source(self.data, self.data_root)
 
     @property
     def enabled_cache_dir(self) -> Path | None:
@@ -335,12 +336,6 @@ class AuditOptions(BackboneOptions):
 def flag_of(name: str) -> str:
     """`batch_size` → `--batch-size`."""
     return f"--{name.replace('_', '-')}"
-
-
-def source_of(data: str, data_root: Path) -> str:
-    """The absolute path of `--data`, or what it names with the folder that keeps its files."""
-    path = Path(data).expanduser()
-    return str(path.resolve()) if path.exists() else f"{data} {data_root.resolve()}"
 
 
 def name_of_data(data: str) -> str:

@@ -145,8 +145,8 @@ def restore_splits(run_dir: Path, splits: Splits) -> Splits | None:
 
     def restore(split: SplitName) -> tuple[Sample, ...]:
         return tuple(
-            Sample(key, label, images[key], tuple(labels))
-            for key, label, *labels in kept["splits"][split]
+            Sample(key, splits.task.restore(label), images[key])
+            for key, label in kept["splits"][split]
         )
 
     label_names = tuple(kept["label_names"])
@@ -180,10 +180,7 @@ def keep_choices(run_dir: Path, choices: Choices) -> str:
             "reason": choices.reason,
             "label_names": choices.loaded.label_names,
             "splits": {
-                name: [
-                    [sample.key, sample.label, *sample.labels]
-                    for sample in getattr(choices.loaded, name)
-                ]
+                name: [[sample.key, sample.label] for sample in getattr(choices.loaded, name)]
                 for name in names
             },
             "unreadable": unreadable,

@@ -24,33 +24,19 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
     sys.path.append(str(Path.cwd()))
 
-import numpy as np
-import numpy.typing as npt
 
 from finetune.auditing.findings import Audit
-from finetune.auditing.inspection import inspect, write_audit
+from finetune.auditing.inspection import inspect
+from finetune.auditing.output import write_audit
 from finetune.config import Options, parse_options
-from finetune.data.balance import class_weights, say_if_uneven
 from finetune.data.duplicates import Duplicates
 from finetune.data.lasting_split import load_lasting_splits
 from finetune.data.splits import Splits
-from finetune.evaluation.calibration import (
-    Calibrated,
-    Calibration,
-    calibrate_probe,
-    calibrate_trained,
-)
-from finetune.evaluation.learning_curve import measure_learning_curve
-from finetune.evaluation.metrics import evaluate
-from finetune.evaluation.thresholds import (
-    LabelCalibrated,
-    LabelCalibration,
-    calibrate_probe_of_labels,
-    calibrate_trained_of_labels,
-)
-from finetune.evaluation.verdict import compare_with_probe
+from finetune.evaluation.calibration import Calibration, CalibrationQuality
+from finetune.evaluation.comparison import Comparison
 from finetune.monitor import Monitor
 from finetune.probe.features import extract_splits, open_engine, prepare, prepare_meanwhile
+from finetune.probe.learning_curve import measure_learning_curve
 from finetune.probe.precision import extract_in_best_precision
 from finetune.probe.solve import Head, Probe, soften, solve_on_best_views
 from finetune.report.mistakes import explain_mistakes, worst_mistakes
@@ -73,6 +59,7 @@ from finetune.resume import (
     seconds_trained,
     trim_events,
 )
+from finetune.tasks.task import Task
 from finetune.terminal import run_program
 from finetune.training.broken_batch import FOLDER as BROKEN_BATCH_DIR
 from models.engine.engine import Features
@@ -103,7 +90,14 @@ def run(options: Options) -> Path:
     run_dir = options.resume
     with prepare_meanwhile(options):
         splits, duplicates = load_lasting_splits(
-            options, restore=None if run_dir is None else functools.partial(restore_splits, run_dir)
+            options.data,
+            data_root=options.data_root,
+            val_fraction=options.val_fraction,
+            seed=options.seed,
+            runs_dir=None if options.new_split else options.output,
+            cache_dir=options.enabled_cache_dir,
+            num_workers=options.workers,
+            restore=None if run_dir is None else functools.partial(restore_splits, run_dir),
         )
     _check_task(options, splits)
     _log_splits(options, splits)
@@ -194,18 +188,21 @@ def _fit(
     labels = {split: splits.labels(samples) for split, samples in splits.named()}
     num_classes = len(splits.label_names)
     # Balanced drawing comes to the same, and full batches need no luck.
-    weights = None if options.balance == "none" else class_weights(labels["train"], num_classes)
+    weights = (
+        None
+        if options.balance == "none"
+        else splits.task.class_weights(labels["train"], num_classes)
+    )
     probe = solve_on_best_views(
         features["train"], labels["train"], num_classes, seed=options.seed, class_weights=weights
     )
     at.append(time.perf_counter())
     head, best_epoch, verdict = Head(probe.weight, probe.bias), None, None
     logits = _compute_logits(head, features)
-    probe_metrics = evaluate(logits["val"], labels["val"])
-    metric = next(iter(probe_metrics.NAMES.values()))
+    probe_metrics = splits.task.evaluate(logits["val"], labels["val"])
     logger.info(
         "probe: val %s %.4f, in %.1f s (L2 %.0e)",
-        metric,
+        splits.task.metric_name,
         probe_metrics.score,
         at[2] - at[1],
         probe.l2,
@@ -215,7 +212,13 @@ def _fit(
     at.append(time.perf_counter())
     learnt_from = features["train"][: probe.num_views * len(labels["train"])]
     learning_curve = measure_learning_curve(
-        learnt_from, labels["train"], probe, features["val"], labels["val"], seed=options.seed
+        learnt_from,
+        labels["train"],
+        probe,
+        features["val"],
+        labels["val"],
+        splits.task,
+        seed=options.seed,
     )
     at.append(time.perf_counter())
     if options.freeze != "backbone":
@@ -244,15 +247,13 @@ def _fit(
             "probe_seconds": at[2] - at[1],
             "train_seconds": earlier_seconds + time.perf_counter() - at[4],
         }
-        weights = None if options.balance == "none" else class_weights(labels["val"], num_classes)
-        verdict = compare_with_probe(
-            logits["val"],
-            trained_logits["val"],
-            labels["val"],
-            class_weights=weights,
-            has_learnt=best_epoch > 0,
-            **seconds,
+        weights = (
+            None
+            if options.balance == "none"
+            else splits.task.class_weights(labels["val"], num_classes)
         )
+        scores = splits.task.compare(logits["val"], trained_logits["val"], labels["val"], weights)
+        verdict = Comparison(scores, has_learnt=best_epoch > 0, **seconds)
         if verdict.publishes == "fine-tuned":
             backbone, engine, head, logits, features = (
                 trained,
@@ -263,7 +264,7 @@ def _fit(
             )
     at.append(time.perf_counter())
     calibration, calibrated = _calibrate(
-        probe if backbone is chosen.backbone else None, logits, labels, options
+        splits.task, probe if backbone is chosen.backbone else None, logits, labels, options
     )
     return Result(
         options=options,
@@ -273,7 +274,7 @@ def _fit(
         why_precision=why_precision,
         head=head,
         metrics={
-            split: evaluate(logits[split], labels[split], _answers(calibrated[split]))
+            split: splits.task.evaluate(logits[split], labels[split], calibrated[split].answers)
             for split in logits
         },
         calibration=calibration,
@@ -309,23 +310,23 @@ def _check_none_gone(splits: Splits, still: Splits) -> None:
 
 
 def _calibrate(
+    task: Task,
     probe: Probe | None,
     logits: Mapping[SplitName, Floats],
     labels: Mapping[SplitName, Labels],
     options: Options,
-) -> tuple[Calibration | LabelCalibration, Mapping[SplitName, Calibrated | LabelCalibrated]]:
+) -> tuple[Calibration, Mapping[SplitName, CalibrationQuality]]:
     """Of the probe where it is published; None where it is not."""
-    if labels["train"].ndim == 2:
-        if probe is not None:
-            return calibrate_probe_of_labels(probe, labels["train"], logits, labels)
-        return calibrate_trained_of_labels(logits, labels, options.seed)
-    if probe is not None:
-        return calibrate_probe(probe, labels["train"], logits, labels, options.coverage)
-    return calibrate_trained(logits, labels, options.coverage, options.seed)
-
-
-def _answers(calibrated: Calibrated | LabelCalibrated) -> npt.NDArray[np.bool_] | None:
-    return calibrated.answers if isinstance(calibrated, LabelCalibrated) else None
+    if probe is None:
+        return task.calibrate_trained(logits, labels, options.coverage, options.seed)
+    return task.calibrate_probe(
+        probe.out_of_fold_logits,
+        probe.temperature,
+        labels["train"],
+        logits,
+        labels,
+        options.coverage,
+    )
 
 
 def _compute_logits(head: Head, features: Mapping[SplitName, Features]) -> dict[SplitName, Floats]:
@@ -346,21 +347,22 @@ def _say_audit(audit: Audit, paths: tuple[Path, Path], options: Options) -> None
 
 def _check_task(options: Options, splits: Splits) -> None:
     """Raise GraftError for an option that means nothing where images have several labels."""
-    for name in ("balance", "mix", "label_smoothing"):
+    for name in splits.task.unsupported_options:
         value = getattr(options, name)
-        if splits.is_multi_label and value != type(options).model_fields[name].default:
+        if value != type(options).model_fields[name].default:
             flag = f"--{name.replace('_', '-')}"
             raise GraftError(
-                f"{flag} {value}: it is for one label an image, and {options.data} has a column labels; leave it out"
+                f"{flag} {value}: it is for one label an image, and {options.data} has a column "
+                f"{splits.task.label_column}; leave it out"
             )
 
 
 def _log_splits(options: Options, splits: Splits) -> None:
     sizes = ", ".join(f"{len(samples):,} {split}" for split, samples in splits.named())
-    classes = "labels, any number an image" if splits.is_multi_label else "classes"
+    classes = splits.task.words.labels_of_images
     logger.info("%s: %d %s, images: %s", options.data, len(splits.label_names), classes, sizes)
-    if options.balance == "none" and not splits.is_multi_label:
-        say_if_uneven(splits.labels(splits.train), splits.label_names)
+    if options.balance == "none":
+        splits.task.warn_if_imbalanced(splits.labels(splits.train), splits.label_names)
 
 
 def _make_run_dir(options: Options) -> Path:

@@ -1,7 +1,7 @@
 """Encoded image bytes → the `uint8 [H,W,3]` crop that a backbone sees.
 
-One implementation for training, evaluation and serving, so that none can disagree with another. It must not import torch:
-the service runs without it. JPEG goes through simplejpeg (libjpeg-turbo, scaled decoding), all else through Pillow.
+The same code in training, evaluation and serving, and without torch, because the service runs
+without it. JPEG is decoded by simplejpeg (libjpeg-turbo, scaled decoding), the rest by Pillow.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from models.errors import GraftError
 
 Pixels = npt.NDArray[np.uint8]
 
-# What an image is, decided by content and never by name. Pillow knows 40 more formats, none of them worth its parser's risk here.
+# Found by content, never by name. Pillow knows 40 more formats; their parsers are only a risk here.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-# How their files begin, and where the beginning is.
+# How their files begin: (bytes, offset).
 _MAGIC = {
     (b"\xff\xd8\xff", 0): "JPEG",
     (b"\x89PNG", 0): "PNG",
@@ -33,9 +33,10 @@ _MAGIC = {
     (b"II*\x00", 0): "TIFF",
     (b"MM\x00*", 0): "TIFF",
 }
-# Checked on the header, before a pixel is decoded: Pillow's own limit, about 256 MiB of RGB.
+# Checked in the header, before a pixel is decoded: Pillow's own limit, about 256 MiB of RGB.
 MAX_PIXELS = 89_478_485
-# Scaled decoding (and Pillow's reducing gap) keeps at least this factor above the target, so the antialiased resize still decides.
+# Scaled decoding, and Pillow's reducing gap, stay this factor above the target size, so that the
+# antialiased resize does the rest.
 REDUCING_GAP = 2.0
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
@@ -46,7 +47,8 @@ _RESAMPLING = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 _EXIF_ORIENTATION_TAG = 0x0112
-# How raw pixels become upright, by EXIF orientation (CIPA DC-008, 4.6.5.1.6); 5 to 8 swap height and width.
+# What makes raw pixels upright, by EXIF orientation (CIPA DC-008, 4.6.5.1.6); 5 to 8 swap height
+# and width.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -57,12 +59,12 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# Our own limit is checked right after the header is read, with an error that names it.
+# Our own limit is checked right after the header is read.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class ImageError(GraftError):
-    """The bytes are not an image that can be decoded; the message says why."""
+    """The bytes cannot be decoded as an image; the message says why."""
 
 
 class ImageTooLargeError(ImageError):
@@ -71,7 +73,10 @@ class ImageTooLargeError(ImageError):
 
 @dataclass(frozen=True)
 class View:
-    """A crop for augmentation: centre and size as fractions of the plain evaluation crop's side, and a mirror flag."""
+    """A crop for augmentation, relative to the evaluation crop.
+
+    `center_x` and `center_y` are offsets and `scale` a size, as fractions of that crop's side.
+    """
 
     center_x: float = 0.0
     center_y: float = 0.0
@@ -81,10 +86,10 @@ class View:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Everything between a file's bytes and the network's first layer; part of a backbone's fingerprint.
+    """All that happens between a file and the network's first layer; part of the fingerprint.
 
-    `mean` and `std` are fractions of 255, per channel, and are applied inside the engine. `crop_mode` "center" keeps the
-    aspect ratio and crops; "squash" does not.
+    `mean` and `std` are fractions of 255, per channel, applied inside the engine. `crop_mode`
+    "center" keeps the aspect ratio and crops; "squash" does not.
     """
 
     height: int = 224
@@ -100,7 +105,7 @@ class Preprocess:
     ) -> Pixels:
         """Decode `data` to the upright crop, `uint8 [H,W,3]`, deterministically.
 
-        Raises ImageError where `data` is no readable image of one of FORMATS, or has more than `max_pixels`.
+        Raises ImageError where `data` is no image in one of FORMATS, or has over `max_pixels`.
         """
         if not data:
             raise ImageError("the file is empty")
@@ -109,7 +114,7 @@ class Preprocess:
             return self._crop(image, size, orientation, view)
         except ImageError:
             raise
-        # Pillow's plugins meet hostile bytes with nearly any exception (struct.error, KeyError, OverflowError, MemoryError …).
+        # On hostile bytes Pillow's plugins raise nearly anything (struct.error, MemoryError …).
         except Exception as error:
             raise ImageError(f"the image cannot be decoded: {error}") from error
 
@@ -121,7 +126,7 @@ class Preprocess:
         return cls(**{**fields, "mean": tuple(fields["mean"]), "std": tuple(fields["std"])})
 
     def _decode(self, data: bytes, max_pixels: int) -> tuple[Image.Image, tuple[float, float], int]:
-        """The raw picture, its exact width and height in its own pixels, and its EXIF orientation."""
+        """The raw image, its exact width and height in its pixels, and its EXIF orientation."""
         if data[:3] == b"\xff\xd8\xff":
             decoded = self._decode_jpeg(data, max_pixels)
             if decoded is not None:
@@ -137,21 +142,21 @@ class Preprocess:
                 f"not an image (it starts with {data[:12]!r}); readable are {', '.join(FORMATS)}"
             ) from None
         except Image.DecompressionBombError:
-            # Pillow's own check, at twice its limit and before ours.
+            # Pillow's own check comes before ours, at twice its limit.
             raise ImageError(
                 f"the image is too large: it claims over {2 * MAX_PIXELS / 1e6:.0f} megapixels, "
                 f"the limit is {max_pixels / 1e6:.1f}; make it smaller first"
             ) from None
         _check_pixels(image.width, image.height, max_pixels)
         image.load()
-        # Asked after load(): Pillow's TIFF reader turns the pixels itself, and then drops the tag.
+        # After load(): Pillow's TIFF reader turns the pixels itself and then drops the tag.
         orientation = image.getexif().get(_EXIF_ORIENTATION_TAG, 1)
         return _to_rgb(image), image.size, orientation if orientation in _UPRIGHT else 1
 
     def _decode_jpeg(
         self, data: bytes, max_pixels: int
     ) -> tuple[Image.Image, tuple[float, float], int] | None:
-        """The fast path; None where Pillow must decide (CMYK, or a file that libjpeg only reads with warnings)."""
+        """The fast path; None for CMYK and for files that libjpeg reads only with warnings."""
         try:
             height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
         except ValueError:
@@ -164,13 +169,14 @@ class Preprocess:
         target_width, target_height = self._target_size(orientation)
         gap = REDUCING_GAP * max(target_width / crop_width, target_height / crop_height)
         try:
-            # min_factor 2: the odd eighths that libjpeg offers between 1 and 1/2 are slower than decoding it all.
+            # min_factor 2: libjpeg's scales between 1 and 1/2 are slower than decoding it all.
             pixels = simplejpeg.decode_jpeg(
                 data, "RGB", min_height=int(height * gap), min_width=int(width * gap), min_factor=2
             )
         except ValueError:
             return None
-        # libjpeg scales by eighths and rounds up: at a quarter, 1201 columns become 301, the last of which shows one of four.
+        # libjpeg scales by eighths and rounds up: at a quarter, 1201 columns become 301, of which
+        # the last shows one column instead of four.
         scale = round(8 * max(pixels.shape[:2]) / max(height, width)) / 8
         return Image.fromarray(pixels), (width * scale, height * scale), orientation
 
@@ -178,7 +184,7 @@ class Preprocess:
         return (self.height, self.width) if orientation >= 5 else (self.width, self.height)
 
     def _crop_size(self, width: float, height: float, orientation: int) -> tuple[float, float]:
-        """Width and height of the evaluation crop in raw (not yet upright) pixels."""
+        """Width and height of the evaluation crop in raw pixels, before they are made upright."""
         if self.crop_mode == "squash":
             return width * self.crop_fraction, height * self.crop_fraction
         target_width, target_height = self._target_size(orientation)
@@ -200,7 +206,7 @@ class Preprocess:
             center_y = min(max(center_y, crop_height / 2), height - crop_height / 2)
         left, top = max(center_x - crop_width / 2, 0.0), max(center_y - crop_height / 2, 0.0)
         box = (left, top, min(left + crop_width, width), min(top + crop_height, height))
-        # Resizing straight from the crop box leaves out the pixels that a crop after the resize would throw away.
+        # Resized from the box: a resize before the crop would compute pixels for nothing.
         crop = image.resize(
             self._target_size(orientation),
             _RESAMPLING[self.interpolation],
@@ -215,9 +221,9 @@ class Preprocess:
 
 
 def begins_as(data: bytes) -> str | None:
-    """The format that the first 12 bytes of a file are of."""
-    for (start, at), name in _MAGIC.items():
-        if data.startswith(start, at):
+    """The format whose files begin as `data` does, by at most its first 12 bytes."""
+    for (start, offset), name in _MAGIC.items():
+        if data.startswith(start, offset):
             return name
     return None
 
@@ -231,32 +237,33 @@ def _check_pixels(width: int, height: int, max_pixels: int) -> None:
 
 
 def _jpeg_orientation(data: bytes) -> int:
-    """The EXIF orientation, 1 where there is none: Pillow parses the header only where an EXIF block exists."""
+    """The EXIF orientation, 1 where there is none; without EXIF, Pillow is spared the header."""
     if not _has_exif(data):
         return 1
     try:
         orientation = (
             Image.open(io.BytesIO(data), formats=("JPEG",)).getexif().get(_EXIF_ORIENTATION_TAG, 1)
         )
-    # A broken EXIF block says nothing about the pixels, and raises as freely as a broken image does.
+    # A broken EXIF block says nothing about the pixels; it raises as a broken image does.
     except Exception:
         return 1
     return orientation if orientation in _UPRIGHT else 1
 
 
 def _has_exif(data: bytes) -> bool:
-    """Whether a segment before the scan is EXIF (CIPA DC-008, 4.5.4), or the segments are not as JPEG's should be."""
-    at = 2
-    while data[at : at + 1] == b"\xff" and (marker := data[at + 1 : at + 2]) != b"\xda":
-        if marker == b"\xe1" and data[at + 4 : at + 10] == b"Exif\x00\x00":
+    """Whether a segment before the scan is EXIF (CIPA DC-008, 4.5.4), or segments are malformed."""
+    start = 2
+    while data[start : start + 1] == b"\xff" and (marker := data[start + 1 : start + 2]) != b"\xda":
+        if marker == b"\xe1" and data[start + 4 : start + 10] == b"Exif\x00\x00":
             return True
-        # Any number of them may fill the space before a marker.
-        at += 1 if marker == b"\xff" else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return data[at : at + 1] != b"\xff"
+        # Any number of FF bytes may fill the space before a marker.
+        size = int.from_bytes(data[start + 2 : start + 4], "big")
+        start += 1 if marker == b"\xff" else 2 + size
+    return data[start : start + 1] != b"\xff"
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Any of Pillow's modes to RGB: transparency over white, 16 bits to the upper 8."""
+    """Any of Pillow's modes to RGB: transparency over white, of 16 bits the upper 8."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I;16"):

@@ -1,4 +1,7 @@
-"""Where labelled images come from: a folder, a CSV, a torchvision data set, or the embedded digits."""
+"""Sources of labelled images: a folder, a CSV, a torchvision data set, or the embedded digits.
+
+In `models`, because runs and scoring without a server read the same sources.
+"""
 
 from __future__ import annotations
 
@@ -31,15 +34,15 @@ _SPLIT_FOLDERS: dict[str, SplitName] = {
     "test": "test",
     "testing": "test",
 }
-# Between the names of an image's labels in the column `labels` of a CSV.
+# Stands between the names in the column `labels` of a CSV.
 SEPARATOR = "|"
-# What operating systems leave in folders; nobody means them as images.
-_LITTER = {"Thumbs.db", "desktop.ini"}
+# Files that operating systems leave in folders.
+_SYSTEM_FILES = {"Thumbs.db", "desktop.ini"}
 
 
 @dataclass(frozen=True)
 class TorchvisionImage:
-    """One image of a torchvision data set, encoded without loss when it is read."""
+    """One image of a torchvision data set, encoded as PNG when it is read."""
 
     dataset: Any
     index: int
@@ -61,13 +64,23 @@ class EncodedImage:
         return self.data
 
 
-# A source gives (key, label name, image) and, where it has splits of its own, the split of each. Multi-label data has tuples of names.
+# (key, label name, image) of each image; with any number of labels, a tuple of names.
 Labelled = list[tuple[str, str | tuple[str, ...], Path | EncodedImage | TorchvisionImage]]
+# The split of each image, where the source has splits.
 FixedSplits = list[SplitName] | None
 
 
+def identify_source(data: str, data_root: Path) -> str:
+    """The absolute path of `--data`, or what it names with the folder that keeps its files."""
+    path = Path(data).expanduser()
+    return str(path.resolve()) if path.exists() else f"{data} {data_root.resolve()}"
+
+
 def read_source(data: str, data_root: Path) -> tuple[Labelled, FixedSplits]:
-    """What `--data` names. Raises GraftError where it is not there, or is nothing that can be read."""
+    """Read the labels of what `--data` names; the images are read later.
+
+    Raises GraftError where it is not there or cannot be read.
+    """
     if data == "digits":
         return _load_digits(), None
     if data.startswith("torchvision:"):
@@ -76,7 +89,8 @@ def read_source(data: str, data_root: Path) -> tuple[Labelled, FixedSplits]:
     try:
         if not path.exists():
             raise GraftError(
-                f"--data {data}: there is no such file or folder; or say digits, or torchvision:NAME"
+                f"--data {data}: there is no such file or folder; "
+                "or say digits, or torchvision:NAME"
             )
         return _load_csv(path) if path.is_file() else _load_folder(path)
     except OSError as error:
@@ -87,13 +101,14 @@ def read_source(data: str, data_root: Path) -> tuple[Labelled, FixedSplits]:
 
 
 def _load_digits() -> Labelled:
-    # scikit-learn ships the images as a CSV; importing it to read one costs a second or two.
+    # scikit-learn ships the images as a CSV. It is not imported, which takes a second or two.
     spec = importlib.util.find_spec("sklearn")
     if spec is None or spec.origin is None:
         raise GraftError("--data digits: scikit-learn, which ships the images, is not installed")
     with gzip.open(Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz", "rt") as file:
         rows = np.loadtxt(file, delimiter=",", dtype=np.uint8)
-    # A frame of one pixel keeps the strokes, which touch the border of the 8x8, inside the centre crop: 0.974 instead of 0.946.
+    # Strokes touch the border of the 8x8; with a frame of one pixel they stay inside the centre
+    # crop: accuracy 0.974 instead of 0.946.
     images = (Image.fromarray(np.pad(row[:64].reshape(8, 8) * 15, 1)) for row in rows)
     return [
         (f"digits/{index:04d}.png", str(row[64]), EncodedImage(_encode(image)))
@@ -129,15 +144,17 @@ def _load_folder(root: Path) -> tuple[Labelled, FixedSplits]:
 def _load_class_folders(root: Path, folders: list[Path]) -> Labelled:
     if not folders:
         raise GraftError(
-            f"--data {root}: no class folders in it; put the images of each class in a folder named after the class "
-            "(photos/cat/1.jpg, photos/dog/2.jpg), or in train/ and val/ with class folders each"
+            f"--data {root}: no class folders in it; put the images of each class in a folder "
+            "named after the class (photos/cat/1.jpg, photos/dog/2.jpg), or in train/ and val/ "
+            "with class folders each"
         )
     for folder in folders:
         if not folder.name.isprintable() or any(
             "\ud800" <= char <= "\udfff" for char in folder.name
         ):
             raise GraftError(
-                f"--data {root}: the class folder {folder.name!r} has a name that is no printable text; rename it"
+                f"--data {root}: the class folder {folder.name!r} has a name that is no printable "
+                "text; rename it"
             )
     images = {folder: _image_files(folder) for folder in folders}
     if empty := [folder.name for folder, paths in images.items() if not paths]:
@@ -150,72 +167,86 @@ def _load_class_folders(root: Path, folders: list[Path]) -> Labelled:
 
 
 def _image_files(folder: Path) -> list[Path]:
-    """Every file below a class folder: what is an image is decided by its content when it is read, not by its name."""
+    """Every file below a class folder: its content decides later whether it is an image."""
     return sorted(
         path
         for path in folder.rglob("*")
         if path.is_file()
-        and path.name not in _LITTER
+        and path.name not in _SYSTEM_FILES
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
 
 
 def _load_csv(path: Path) -> tuple[Labelled, FixedSplits]:
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            # Blank lines are skipped and quoted ones may be broken, so a row's line is the reader's to say.
-            rows = [(reader.line_num, row) for row in reader]
-            columns = reader.fieldnames or ()
-    except csv.Error as error:
-        raise GraftError(f"--data {path}: not a CSV that can be read: {error}") from error
-    except UnicodeDecodeError as error:
-        encoding = (
-            "text in UTF-16"
-            if path.read_bytes()[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-            else "not text in UTF-8"
-        )
-        raise GraftError(
-            f"--data {path}: it is {encoding}; save it as CSV in UTF-8, separated by commas"
-        ) from error
-    is_multi_label = "labels" in columns
-    if is_multi_label and "label" in columns:
-        raise GraftError(
-            f"--data {path}: it has both label and labels; keep label for one an image, or labels for any number of them"
-        )
-    if "path" not in columns or not (is_multi_label or "label" in columns):
-        raise GraftError(
-            f"--data {path}: it needs the columns path,label and perhaps split; it has {_describe_columns(columns)} (where images have "
-            f"several labels, path,labels, with {SEPARATOR} between their names)"
-        )
-    if twice := sorted({name for name in columns if name and columns.count(name) > 1}):
-        raise GraftError(f"--data {path}: it has the column {twice[0]} more than once; keep one")
+    columns, rows = _read_rows(path)
+    _check_columns(path, columns)
     labelled: Labelled = []
     splits: list[SplitName] = []
     for number, row in rows:
-        if any(row.get(None) or ()):
-            raise GraftError(
-                f"--data {path}: line {number} has {len(columns) + len(row[None])} cells, the first line {len(columns)}; put a path "
-                'or label with a comma in it into "quotes"'
-            )
-        if "\0" in (row["path"] or ""):
-            raise GraftError(
-                f"--data {path}: line {number} has a path with a NUL in it, which no file has"
-            )
-        if not row["path"] or not (is_multi_label or (row["label"] or "").strip()):
-            raise GraftError(
-                f"--data {path}: line {number} has no {'path' if not row['path'] else 'label'}"
-            )
-        label = _split_names(row["labels"] or "") if is_multi_label else row["label"].strip()
+        _check_row(path, number, row, columns)
+        label = _split_names(row["labels"] or "") if "labels" in columns else row["label"].strip()
         labelled.append((row["path"], label, path.parent / row["path"]))
         if "split" in columns:
-            split = _SPLIT_FOLDERS.get((row["split"] or "").lower())
-            if split is None:
-                raise GraftError(
-                    f"--data {path}: line {number} has the split {row['split']!r}; allowed are train, val and test"
-                )
-            splits.append(split)
+            splits.append(_read_split(path, number, row["split"]))
     return labelled, splits if "split" in columns else None
+
+
+def _read_rows(path: Path) -> tuple[Sequence[str], list[tuple[int, dict[Any, Any]]]]:
+    """The columns, and the rows with their line numbers."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            # The reader counts blank lines, and line breaks in quotes.
+            rows = [(reader.line_num, row) for row in reader]
+            return reader.fieldnames or (), rows
+    except csv.Error as error:
+        raise GraftError(f"--data {path}: not a CSV that can be read: {error}") from error
+    except UnicodeDecodeError as error:
+        is_utf16 = path.read_bytes()[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        encoding = "text in UTF-16" if is_utf16 else "not text in UTF-8"
+        raise GraftError(
+            f"--data {path}: it is {encoding}; save it as CSV in UTF-8, separated by commas"
+        ) from error
+
+
+def _check_columns(path: Path, columns: Sequence[str]) -> None:
+    if {"label", "labels"} <= set(columns):
+        raise GraftError(
+            f"--data {path}: it has both label and labels; keep label for one an image, "
+            "or labels for any number of them"
+        )
+    if "path" not in columns or not {"label", "labels"} & set(columns):
+        raise GraftError(
+            f"--data {path}: it needs the columns path,label and perhaps split; "
+            f"it has {_describe_columns(columns)} (where images have several labels, path,labels, "
+            f"with {SEPARATOR} between their names)"
+        )
+    if twice := sorted({name for name in columns if name and columns.count(name) > 1}):
+        raise GraftError(f"--data {path}: it has the column {twice[0]} more than once; keep one")
+
+
+def _check_row(path: Path, number: int, row: dict[Any, Any], columns: Sequence[str]) -> None:
+    line = f"--data {path}: line {number} has"
+    if any(row.get(None) or ()):
+        raise GraftError(
+            f"{line} {len(columns) + len(row[None])} cells, the first line {len(columns)}; "
+            'put a path or label with a comma in it into "quotes"'
+        )
+    if "\0" in (row["path"] or ""):
+        raise GraftError(f"{line} a path with a NUL in it, which no file has")
+    if not row["path"]:
+        raise GraftError(f"{line} no path")
+    if "label" in columns and not (row["label"] or "").strip():
+        raise GraftError(f"{line} no label")
+
+
+def _read_split(path: Path, number: int, name: str | None) -> SplitName:
+    split = _SPLIT_FOLDERS.get((name or "").lower())
+    if split is None:
+        raise GraftError(
+            f"--data {path}: line {number} has the split {name!r}; allowed are train, val and test"
+        )
+    return split
 
 
 def _split_names(text: str) -> tuple[str, ...]:
@@ -224,59 +255,57 @@ def _split_names(text: str) -> tuple[str, ...]:
 
 
 def _describe_columns(columns: Sequence[str]) -> str:
-    """What a CSV has in place of path,label and why they were not found, where that can be seen."""
+    """The columns of a CSV that lacks some, with the way out where the cause can be seen."""
     if len(columns) == 1:
         for separator, name in ((";", "semicolons"), ("\t", "tabs")):
             if separator in columns[0]:
                 return f"{columns[0]!r}, separated by {name}; save it separated by commas"
     lowered = {column.strip().lower() for column in columns}
     if "path" in lowered and lowered & {"label", "labels"}:
-        return f"{', '.join(map(repr, columns))}; write them in small letters, without spaces around them"
+        names = ", ".join(map(repr, columns))
+        return f"{names}; write them in small letters, without spaces around them"
     return ", ".join(columns) or "none"
 
 
 def _load_torchvision(name: str, root: Path) -> tuple[Labelled, FixedSplits]:
-    # Imported here: it brings torch along, which the other sources need not wait for.
+    # Imported here: it imports torch, which other sources do not need.
     import torchvision
 
     factory = getattr(torchvision.datasets, name, None)
     if not inspect.isclass(factory) or not issubclass(factory, torchvision.datasets.VisionDataset):
         raise GraftError(
-            f"--data torchvision:{name}: torchvision has no such data set; for example FashionMNIST, OxfordIIITPet, Flowers102, Food101"
+            f"--data torchvision:{name}: torchvision has no such data set; "
+            "for example FashionMNIST, OxfordIIITPet, Flowers102, Food101"
         )
-    parameters = inspect.signature(factory).parameters
-    wanted: list[tuple[SplitName, dict[str, Any]]] = [("train", {})]
-    if "train" in parameters:
-        wanted = [("train", {"train": True}), ("test", {"train": False})]
-    elif "split" in parameters:
-        official = "trainval" if parameters["split"].default == "trainval" else "train"
-        wanted = [
-            ("train", {"split": official}),
-            ("val", {"split": "val"}),
-            ("test", {"split": "test"}),
-        ]
     labelled: Labelled = []
     splits: list[SplitName] = []
-    for split, arguments in wanted:
+    arguments_of = _torchvision_splits(factory)
+    for split, arguments in arguments_of.items():
         dataset = _open_torchvision(factory, name, root, arguments)
         if dataset is None:
             continue
         names = getattr(dataset, "classes", None)
         for index, label in enumerate(_torchvision_labels(dataset)):
             label_name = str(names[label]) if names is not None else str(label)
-            labelled.append(
-                (
-                    f"torchvision:{name}/{split}/{index}",
-                    label_name,
-                    TorchvisionImage(dataset, index),
-                )
-            )
+            key = f"torchvision:{name}/{split}/{index}"
+            labelled.append((key, label_name, TorchvisionImage(dataset, index)))
             splits.append(split)
-    return labelled, splits if len(wanted) > 1 else None
+    return labelled, splits if len(arguments_of) > 1 else None
+
+
+def _torchvision_splits(factory: Any) -> dict[SplitName, dict[str, Any]]:
+    """The arguments that give each split of a data set."""
+    parameters = inspect.signature(factory).parameters
+    if "train" in parameters:
+        return {"train": {"train": True}, "test": {"train": False}}
+    if "split" in parameters:
+        train = "trainval" if parameters["split"].default == "trainval" else "train"
+        return {"train": {"split": train}, "val": {"split": "val"}, "test": {"split": "test"}}
+    return {"train": {}}
 
 
 def _open_torchvision(factory: Any, name: str, root: Path, arguments: dict[str, Any]) -> Any | None:
-    """The data set from disk, else downloaded; None where it has no split of that name."""
+    """The data set from disk, else downloaded; None where it has no such split."""
     try:
         return factory(root=str(root), download=False, **arguments)
     except ValueError:
@@ -288,8 +317,9 @@ def _open_torchvision(factory: Any, name: str, root: Path, arguments: dict[str, 
     except (OSError, RuntimeError) as error:
         reason = " ".join(describe_error(error).split())
         raise GraftError(
-            f"--data torchvision:{name}: it is not under --data-root {root} and could not be downloaded ({reason}); "
-            f"run it once where there is a network, and copy that folder here"
+            f"--data torchvision:{name}: it is not under --data-root {root} and could not be "
+            f"downloaded ({reason}); run it once where there is a network, "
+            "and copy that folder here"
         ) from error
 
 

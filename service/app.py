@@ -26,11 +26,12 @@ from service.inference.server import Server
 from service.openapi import DESCRIPTION, describe
 from service.protocols import open_inference, tf_serving
 from service.protocols.admin import load_version, patch_rollout, unload_version
-from service.protocols.graft import DEFAULT_TOP_K, list_models, predict
+from service.protocols.graft import list_models, predict
 from service.protocols.health import livez, prometheus, readyz, status
 from service.protocols.hugging_face import classify_image
 from service.protocols.schemas import PredictResponse
 from service.settings import load_settings
+from service.tasks.task import DEFAULT_TOP_K
 from service.web.responses import plain_error
 from service.web.route import Handler, Route
 from service.web.routes import Routes

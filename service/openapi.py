@@ -21,13 +21,13 @@ from service.protocols import admin, graft, health, hugging_face, open_inference
 from service.protocols.schemas import (
     AllResponse,
     ErrorResponse,
-    LabelScore,
     ModelsResponse,
     PredictResponse,
     ProtocolError,
     RolloutResponse,
     StatusResponse,
 )
+from service.tasks.task import LabelScore
 from service.web.responses import plain_error
 from service.web.route import Handler, Route
 

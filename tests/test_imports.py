@@ -33,9 +33,10 @@ LAYERS: dict[str, list[set[str]]] = {
         {"run", "compare", "audit", "publish"},
         {"report"},
         {"auditing", "training"},
-        {"evaluation"},
         {"resume", "probe"},
         {"data"},
+        {"tasks"},
+        {"evaluation"},
         {"config", "monitor", "terminal", "templates", "timer"},
     ],
     "service": [

@@ -55,7 +55,7 @@ def write_page(audit: Audit, data: str) -> str:
         metric=audit.metric,
         scores=[
             _Score(split, whole, clean, split in leaking)
-            for split, (whole, clean) in audit.accuracy.items()
+            for split, (whole, clean) in audit.scores.items()
         ],
         sections=[
             _Section(kind, WORDING[kind], audit.of_kind(kind))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from finetune.evaluation.metrics import Metrics, tabulate
+from finetune.evaluation.metrics import most_confused, tabulate
 from finetune.report.result import Result
 
 _RANDOM_WARNING = "> **No pretrained weights.** This backbone started from random values (`--no-pretrained`); do not expect it to be good.\n\n"
@@ -17,9 +17,11 @@ def write_card(result: Result, version: int) -> str:
         f"| {metrics.num_images:,} |"
         for split, metrics in result.metrics.items()
     )
-    head, *rows = tabulate(result.metrics.get("test", result.metrics["val"]), splits.label_names)
+    words = splits.task.words
+    head, *rows = tabulate(
+        result.metrics.get("test", result.metrics["val"]), splits.label_names, words.label
+    )
     per_class = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    kind, classes = ("A multi-label", "labels") if splits.is_multi_label else ("An", "classes")
     verdict = "" if result.verdict is None else f"\n{result.verdict}.\n"
     leaks = "".join(f"\n**Images leak:** {line}.\n" for line in result.audit.describe_leaks())
     sizes = ", ".join(f"{len(samples):,} {split}" for split, samples in splits.named())
@@ -30,7 +32,7 @@ pipeline_tag: image-classification
 {license_line}---
 # {options.model_name}, version {version}
 
-{"" if backbone.is_pretrained else _RANDOM_WARNING}{kind} image classifier of {len(rows)} {classes}, made by Graft.
+{"" if backbone.is_pretrained else _RANDOM_WARNING}{words.classifier} of {len(rows)} {words.labels}, made by Graft.
 
 | | |
 |---|---|
@@ -79,11 +81,11 @@ model = timm.create_model("local-dir:{options.repository}/{options.model_name}/{
 
 
 def _confused(result: Result) -> str:
-    val, names = result.metrics["val"], result.splits.label_names
-    if not isinstance(val, Metrics):
+    confusion, names = result.metrics["val"].confusion, result.splits.label_names
+    if confusion is None:
         return ""
     pairs = (
         f"{names[true]} taken for {names[predicted]} ({count:,})"
-        for true, predicted, count in val.most_confused(5)
+        for true, predicted, count in most_confused(confusion, 5)
     )
     return f"\nMost confused on val: {'; '.join(pairs) or 'none'}.\n"

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from finetune.evaluation.calibration import NUM_BINS, Reliability
-from finetune.evaluation.learning_curve import LearningCurve
+from finetune.probe.learning_curve import LearningCurve
+from finetune.tasks.task import Words
 
 _LEFT, _TOP, _RIGHT, _BOTTOM = 58, 12, 14, 40
 _Ticks = Iterable[tuple[float, str]]
 
 
-def chart_reliability(
-    before: Reliability, after: Reliability, *, is_multi_label: bool = False
-) -> str:
-    """Accuracy against score, by bin: bars after temperature, rings before; on the diagonal, scores are what they say."""
-    counted, right = ("decisions", "have the label") if is_multi_label else ("images", "right")
+def chart_reliability(before: Reliability, after: Reliability, words: Words) -> str:
+    """Accuracy against score, by bin: bars after temperature, rings before.
+
+    On the diagonal, scores are what they say.
+    """
+    counted, right = words.decisions, words.right
     width, height = 340, 320
     across, up = width - _LEFT - _RIGHT, height - _TOP - _BOTTOM
     ticks = [(value / 4, f"{value / 4:g}") for value in range(5)]
@@ -36,8 +38,7 @@ def chart_reliability(
             parts.append(
                 f'<circle class="ring" cx="{x:.1f}" cy="{y:.1f}" r="4"><title>{said}</title></circle>'
             )
-    name = "share that has the label" if is_multi_label else "share of right answers"
-    return _frame(width, height, ticks, ticks, "score", name, parts)
+    return _frame(width, height, ticks, ticks, "score", words.fraction_right, parts)
 
 
 def chart_learning_curve(curve: LearningCurve) -> str:

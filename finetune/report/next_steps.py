@@ -8,7 +8,6 @@ from pathlib import Path
 
 from finetune.config import Options
 from finetune.data.splits import Splits
-from finetune.evaluation.metrics import Metrics
 from finetune.report.result import Result
 
 
@@ -45,13 +44,9 @@ def say_what_next(result: Result, run_dir: Path, checkpoint: Path, commands: str
         if "test" in result.metrics
         else ""
     )
-    if isinstance(val, Metrics):
-        averages = f"balanced {val.balanced_accuracy:.4f}, macro F1 {val.macro_f1:.4f}"
-    else:
-        averages = f"macro F1 {val.macro_f1:.4f}, exact match {val.exact_match:.4f}"
     print(
         f"""
-val {result.metric_name} {val.with_interval(result.metric)}{test}, {averages}; {result.seconds["total"]:.1f} s
+val {result.metric_name} {val.with_interval(result.metric)}{test}, {val.summary}; {result.seconds["total"]:.1f} s
 {verdict}{result.describe_calibration()}
 {result.learning_curve}
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
-from finetune.evaluation.calibration import Calibrated, Calibration
-from finetune.evaluation.metrics import AnyMetrics, Metrics, tabulate
-from finetune.evaluation.thresholds import LabelCalibrated
+from finetune.evaluation.metrics import most_confused, tabulate
 from finetune.report.charts import chart_learning_curve, chart_reliability
 from finetune.report.plots import Mistake
 from finetune.report.result import Result
@@ -92,8 +91,8 @@ def write_report(
         ),
         *_confusion_section(result),
         _section(
-            "Labels" if result.splits.is_multi_label else "Classes",
-            _classes(result.metrics, result.splits.label_names),
+            result.splits.task.words.labels.capitalize(),
+            _classes(result),
         ),
         _section("Worst mistakes", _mistakes(mistakes)),
         _section(
@@ -120,7 +119,7 @@ def write_report(
 def _head(result: Result, title: str) -> str:
     splits, options = result.splits, result.options
     sizes = ", ".join(f"{len(samples):,} {split}" for split, samples in splits.named())
-    classes = "labels, any number an image," if splits.is_multi_label else "classes"
+    classes = splits.task.words.labels_of_images
     about = f"{len(splits.label_names)} {classes} of {options.data} ({sizes} images) on {result.backbone.name}, --freeze {options.freeze}"
     warning = (
         ""
@@ -148,14 +147,7 @@ def _tiles(result: Result) -> str:
             f"{calibrated.before.error:.3f} before temperature",
         )
     )
-    if isinstance(calibrated, Calibrated) and isinstance(result.calibration, Calibration):
-        tiles.append(
-            (
-                f"{calibrated.unsure:.1%}",
-                "unsure answers",
-                f"at {100 * result.calibration.coverage:.4g}% coverage",
-            )
-        )
+    tiles += calibrated.figures
     tiles += [
         (
             f"{result.seconds['total']:.1f} s",
@@ -191,39 +183,29 @@ def _results(result: Result) -> str:
 
 
 def _calibration(result: Result) -> str:
-    calibrated, is_multi_label = result.calibrated["val"], result.splits.is_multi_label
+    val = result.calibrated["val"]
     rows = [
-        (split, f"{one.before.error:.3f}", f"{one.after.error:.3f}", *_coverage(one))
+        (split, f"{one.before.error:.3f}", f"{one.after.error:.3f}", *one.columns.values())
         for split, one in result.calibrated.items()
     ]
-    of_sets = () if is_multi_label else ("covered", "unsure", "right where sure")
-    head = ("split", "error before temperature", "error", *of_sets)
+    head = ("split", "error before temperature", "error", *val.columns)
     legend = "<p class='faint'>On val: bars are after temperature, rings before; on the dashed line, scores are what they say.</p>"
     summary = escape(f"{_sentence(result.describe_calibration())} {result.describe_answers()}")
-    chart = chart_reliability(calibrated.before, calibrated.after, is_multi_label=is_multi_label)
+    chart = chart_reliability(val.before, val.after, result.splits.task.words)
     return f"<p>{summary}</p>{_table(head, rows)}{chart}{legend}"
 
 
-def _coverage(one: Calibrated | LabelCalibrated) -> tuple[str, ...]:
-    if isinstance(one, LabelCalibrated):
-        return ()
-    sure = "none" if one.sure_accuracy != one.sure_accuracy else f"{one.sure_accuracy:.1%}"
-    return f"{one.covered:.1%}", f"{one.unsure:.1%}", sure
-
-
 def _confusion_section(result: Result) -> list[str]:
-    val = result.metrics["val"]
-    return (
-        [_section("Confusion", _confusion(val, result.splits.label_names))]
-        if isinstance(val, Metrics)
-        else []
-    )
+    confusion = result.metrics["val"].confusion
+    if confusion is None:
+        return []
+    return [_section("Confusion", _confusion(confusion, result.splits.label_names))]
 
 
-def _confusion(metrics: Metrics, label_names: Sequence[str]) -> str:
+def _confusion(confusion: npt.NDArray[np.int64], label_names: Sequence[str]) -> str:
     pairs = [
         (label_names[true], label_names[predicted], f"{count:,}")
-        for true, predicted, count in metrics.most_confused(_MAX_PAIRS)
+        for true, predicted, count in most_confused(confusion, _MAX_PAIRS)
     ]
     listed = _table(("true", "answered", "images"), pairs) if pairs else "<p>No mistake on val.</p>"
     if len(label_names) > _MAX_MATRIX:
@@ -231,8 +213,8 @@ def _confusion(metrics: Metrics, label_names: Sequence[str]) -> str:
     heads = "".join(f"<th>{escape(name)}</th>" for name in label_names)
     rows = []
     for true, name in enumerate(label_names):
-        total = max(int(metrics.support[true]), 1)
-        cells = (_cell(int(count), int(count) / total) for count in metrics.confusion[true])
+        total = max(int(confusion[true].sum()), 1)
+        cells = (_cell(int(count), int(count) / total) for count in confusion[true])
         rows.append(f"<tr><th>{escape(name)}</th>{''.join(cells)}</tr>")
     kind = "matrix tall" if max(map(len, label_names)) > 3 else "matrix"
     matrix = f"<div class='wide'><table class='{kind}'><thead><tr><td></td>{heads}</tr></thead>{''.join(rows)}</table></div>"
@@ -245,10 +227,10 @@ def _cell(count: int, share: float) -> str:
     )
 
 
-def _classes(metrics: Mapping[SplitName, AnyMetrics], label_names: Sequence[str]) -> str:
-    split: SplitName = "test" if "test" in metrics else "val"
-    shown = metrics[split]
-    head, *rows = tabulate(shown, label_names)
+def _classes(result: Result) -> str:
+    split: SplitName = "test" if "test" in result.metrics else "val"
+    shown, word = result.metrics[split], result.splits.task.words.label
+    head, *rows = tabulate(shown, result.splits.label_names, word)
     table = _table(head, (rows[label] for label in np.argsort(shown.f1, kind="stable")))
     return f"<p class='faint'>On {split}, the hardest first.</p>{table}"
 

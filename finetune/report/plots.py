@@ -16,9 +16,9 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from finetune.evaluation.metrics import Metrics
 from finetune.monitor import Picture
 from finetune.report.ticks import nice_ticks
 from models.preprocess import Pixels
@@ -55,8 +55,8 @@ class Mistake:
     label: int = 0
 
 
-def draw_confusion(metrics: Metrics, label_names: tuple[str, ...]) -> Picture:
-    """Rows are true labels, shaded by their share; counts stand in the cells where there is room for them."""
+def draw_confusion(confusion: npt.NDArray[np.int64], label_names: tuple[str, ...]) -> Picture:
+    """`confusion` `[C,C]`: rows are true labels, shaded by their share; with counts if there is room."""
     num_classes = len(label_names)
     cell = 38 if num_classes <= 30 else 18 if num_classes <= 60 else max(1, 1000 // num_classes)
     side, font = max(cell * num_classes, 260), _font(_TEXT if num_classes <= 30 else _SMALL_TEXT)
@@ -70,24 +70,24 @@ def draw_confusion(metrics: Metrics, label_names: tuple[str, ...]) -> Picture:
     bottom = top + side + (0 if not names else widest if are_upright else _TEXT) + _PAD
     image = Image.new("RGB", (left + side + _PAD, bottom + _TEXT + 2 * _PAD), "white")
     draw = ImageDraw.Draw(image)
-    shares = metrics.confusion / metrics.confusion.sum(axis=1, keepdims=True).clip(min=1)
+    shares = confusion / confusion.sum(axis=1, keepdims=True).clip(min=1)
     cells = Image.fromarray(_shade(shares, _SHADES).round().astype(np.uint8)).resize(
         (cell * num_classes,) * 2, Image.Resampling.NEAREST
     )
     image.paste(cells, (left, top))
     centre = [cell * label + cell // 2 for label in range(num_classes)]
     if num_classes <= 30:
-        for true, predicted in zip(*np.nonzero(metrics.confusion), strict=True):
+        for true, predicted in zip(*np.nonzero(confusion), strict=True):
             color = "white" if shares[true, predicted] > 0.55 else _INK
             at = (left + centre[predicted], top + centre[true])
-            draw.text(at, str(metrics.confusion[true, predicted]), color, _font(13), anchor="mm")
+            draw.text(at, str(confusion[true, predicted]), color, _font(13), anchor="mm")
     for name, middle in zip(names, centre, strict=False):
         draw.text((left - 6, top + middle), name, _INK, font, anchor="rm")
         if are_upright:
             _draw_upwards(image, name, font, _INK, left + middle, top + side + 6)
         else:
             draw.text((left + middle, top + side + 6), name, _INK, font, anchor="ma")
-    title = f"accuracy {metrics.accuracy:.1%} of {metrics.confusion.sum():,} images"
+    title = f"accuracy {confusion.trace() / confusion.sum():.1%} of {confusion.sum():,} images"
     draw.text((left + side / 2, _PAD), title, _INK, _font(_TEXT), anchor="ma")
     draw.text((left + side / 2, bottom + _PAD), "predicted", _FAINT, _font(_TEXT), anchor="ma")
     _draw_upwards(image, "true", _font(_TEXT), _FAINT, _PAD + _TEXT // 2, top + side // 2 - 14)

@@ -13,12 +13,11 @@ import numpy.typing as npt
 from PIL import Image
 
 from finetune.data.splits import Sample
-from finetune.evaluation.label_metrics import LabelMetrics
 from finetune.report.result import Result
 from models.errors import GraftError
 from models.files import write_whole
 from models.preprocess import ImageError, Pixels, Preprocess
-from models.scores import Floats, softmax
+from models.scores import Floats
 
 # Beyond, a browser turns slowly.
 _MAX_POINTS = 2000
@@ -71,33 +70,17 @@ def _principal_components(features: Floats) -> Floats:
 
 
 def _describe(result: Result, shown: npt.NDArray[np.int_]) -> list[str]:
-    val = result.metrics["val"]
-    if isinstance(val, LabelMetrics):
-        return _describe_labels(result, val, shown)
-    names, scores = (
-        result.splits.label_names,
-        softmax(result.val_logits[shown] / result.calibration.temperature),
+    """A heading, then a row for each image."""
+    splits, answers = result.splits, result.calibrated["val"].answers
+    samples = [splits.val[index] for index in shown]
+    columns = splits.task.answer_columns(
+        result.calibration.scores(result.val_logits[shown]),
+        None if answers is None else answers[shown],
+        splits.labels(samples),
+        splits.label_names,
     )
-    rows = [("label", "answer", "is it right", "score", "file")]
-    for index, row in zip(shown, scores, strict=True):
-        sample, answer = result.splits.val[index], int(row.argmax())
-        is_right = "right" if answer == sample.label else "wrong"
-        rows.append(
-            (names[sample.label], names[answer], is_right, f"{row[answer]:.3f}", sample.key)
-        )
-    return ["\t".join(" ".join(cell.split()) for cell in row) for row in rows]
-
-
-def _describe_labels(result: Result, val: LabelMetrics, shown: npt.NDArray[np.int_]) -> list[str]:
-    """In multi-label data all labels of an image, and all that its answer names."""
-    rows = [("labels", "answer", "is it right", "file")]
-    for index in shown:
-        sample, answer = (
-            result.splits.val[index],
-            tuple(map(int, np.flatnonzero(val.answers[index]))),
-        )
-        names = (result.splits.describe(sample) or "none", result.splits.join(answer) or "none")
-        rows.append((*names, "right" if answer == sample.labels else "wrong", sample.key))
+    columns["file"] = [sample.key for sample in samples]
+    rows = [tuple(columns), *zip(*columns.values(), strict=True)]
     return ["\t".join(" ".join(cell.split()) for cell in row) for row in rows]
 
 

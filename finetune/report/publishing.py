@@ -6,13 +6,11 @@ import importlib.metadata
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from finetune.data.cache import digest_image
 from finetune.data.splits import Sample
-from finetune.evaluation.thresholds import LabelCalibration
 from finetune.report.card import write_card
 from finetune.report.result import Result
 from finetune.resume import read_id
@@ -67,7 +65,7 @@ def publish_result(result: Result, golden: Golden, run_dir: Path) -> Path:
             "freeze": result.freeze,
             "head": backbone.classifier,
             "temperature": result.calibration.temperature,
-            **_describe_task(result),
+            **result.calibration.to_checkpoint(),
             "preprocess": backbone.preprocess.to_dict(),
             "metrics": {name: report[name] for name in (*result.metrics, "probe")},
             "engine": report["engine"],
@@ -98,11 +96,3 @@ def publish_result(result: Result, golden: Golden, run_dir: Path) -> Path:
         write_engine=copy_engine,
         card=lambda version: write_card(result, version),
     )
-
-
-def _describe_task(result: Result) -> dict[str, Any]:
-    """What tells the service how to answer."""
-    calibration = result.calibration
-    if isinstance(calibration, LabelCalibration):
-        return {"task": "multi-label", "thresholds": calibration.thresholds.tolist()}
-    return {"conformal": {"coverage": calibration.coverage, "threshold": calibration.threshold}}

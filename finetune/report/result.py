@@ -9,21 +9,10 @@ from typing import Any
 from finetune.auditing.findings import Audit
 from finetune.config import Options
 from finetune.data.splits import Splits
-from finetune.evaluation.calibration import (
-    Calibrated,
-    Calibration,
-    describe_calibration,
-    describe_unsure,
-)
-from finetune.evaluation.learning_curve import LearningCurve
-from finetune.evaluation.metrics import AnyMetrics
-from finetune.evaluation.thresholds import (
-    LabelCalibrated,
-    LabelCalibration,
-    describe_label_calibration,
-    describe_thresholds,
-)
-from finetune.evaluation.verdict import Verdict
+from finetune.evaluation.calibration import Calibration, CalibrationQuality
+from finetune.evaluation.comparison import Comparison
+from finetune.evaluation.metrics import Metrics
+from finetune.probe.learning_curve import LearningCurve
 from finetune.probe.solve import Head
 from models.engine.engine import EngineInfo
 from models.prepared import PreparedBackbone
@@ -52,17 +41,17 @@ class Result:
     engine: EngineInfo
     why_precision: str
     head: Head
-    metrics: dict[SplitName, AnyMetrics]
-    calibration: Calibration | LabelCalibration
-    calibrated: Mapping[SplitName, Calibrated | LabelCalibrated]
-    probe_metrics: AnyMetrics
+    metrics: dict[SplitName, Metrics]
+    calibration: Calibration
+    calibrated: Mapping[SplitName, CalibrationQuality]
+    probe_metrics: Metrics
     l2: float
     learning_curve: LearningCurve
     val_logits: Floats
     val_features: Floats
     audit: Audit
     best_epoch: int | None
-    verdict: Verdict | None
+    verdict: Comparison | None
     seconds: dict[str, float]
 
     @property
@@ -77,25 +66,19 @@ class Result:
     @property
     def metric(self) -> str:
         """The attribute of metrics that the run is judged by; `metric_name` in words."""
-        return next(iter(self.probe_metrics.NAMES))
+        return self.splits.task.metric
 
     @property
     def metric_name(self) -> str:
-        return self.probe_metrics.NAMES[self.metric]
+        return self.splits.task.metric_name
 
     def describe_calibration(self) -> str:
         """One line for people, on val."""
-        calibrated = self.calibrated["val"]
-        if isinstance(self.calibration, Calibration) and isinstance(calibrated, Calibrated):
-            return describe_calibration(self.calibration, calibrated)
-        assert isinstance(calibrated, LabelCalibrated)
-        return describe_label_calibration(calibrated)
+        return self.calibrated["val"].describe()
 
     def describe_answers(self) -> str:
         """What the service's answers mean: which are unsure, or which labels they name."""
-        if isinstance(self.calibration, LabelCalibration):
-            return describe_thresholds(self.calibration)
-        return describe_unsure(self.calibration)
+        return self.calibration.describe_answers()
 
     @property
     def trained_with(self) -> str:

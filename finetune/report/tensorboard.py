@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from finetune.evaluation.calibration import Calibrated
-from finetune.evaluation.metrics import AnyMetrics, Metrics, tabulate
-from finetune.evaluation.thresholds import LabelCalibrated
+from finetune.evaluation.calibration import CalibrationQuality
+from finetune.evaluation.metrics import Metrics, tabulate
 from finetune.monitor import Monitor
 from finetune.report.plots import Mistake, draw_confusion, draw_mistakes
 from finetune.report.projector import write_projector
@@ -21,15 +20,15 @@ def show_in_tensorboard(monitor: Monitor, result: Result, mistakes: Sequence[Mis
     """Write everything that is known at the end of a run, and close the monitor."""
     label_names, curve = result.splits.label_names, result.learning_curve
     for split, metrics in result.metrics.items():
-        show_metrics(monitor, split, metrics, label_names)
+        show_metrics(monitor, split, metrics, label_names, result.splits.task.words.label)
         show_calibration(monitor, split, result.calibrated[split])
     for num_images, accuracy in zip(curve.num_images, curve.accuracies, strict=True):
         monitor.scalar(f"probe/{result.metric}_by_training_images", accuracy, num_images)
     if result.verdict is not None:
         monitor.text("verdict", str(result.verdict))
     val = result.metrics["val"]
-    if isinstance(val, Metrics):
-        monitor.image("val/confusion", draw_confusion(val, label_names))
+    if val.confusion is not None:
+        monitor.image("val/confusion", draw_confusion(val.confusion, label_names))
     monitor.image("val/worst_mistakes", draw_mistakes(mistakes))
     if explained := [
         replace(mistake, crop=mistake.looked_at)
@@ -45,7 +44,12 @@ def show_in_tensorboard(monitor: Monitor, result: Result, mistakes: Sequence[Mis
 
 
 def show_metrics(
-    monitor: Monitor, split: str, metrics: AnyMetrics, label_names: tuple[str, ...], step: int = 0
+    monitor: Monitor,
+    split: str,
+    metrics: Metrics,
+    label_names: tuple[str, ...],
+    label_word: str = "class",
+    step: int = 0,
 ) -> None:
     """Averages, their intervals and each class's precision and recall as curves; a table of all."""
     for name in (*metrics.NAMES, "loss"):
@@ -57,7 +61,7 @@ def show_metrics(
         for label, name in enumerate(label_names):
             monitor.scalar(f"{split}_precision/{name}", float(metrics.precision[label]), step)
             monitor.scalar(f"{split}_recall/{name}", float(metrics.recall[label]), step)
-    head, *rows = tabulate(metrics, label_names)
+    head, *rows = tabulate(metrics, label_names, label_word)
     lines = (
         f"| {' | '.join(head)} |",
         "|---" * len(head) + "|",
@@ -66,9 +70,7 @@ def show_metrics(
     monitor.text(f"{split} per class", "\n".join(lines))
 
 
-def show_calibration(
-    monitor: Monitor, split: str, calibrated: Calibrated | LabelCalibrated
-) -> None:
-    for name, value in calibrated.to_dict().items():
+def show_calibration(monitor: Monitor, split: str, quality: CalibrationQuality) -> None:
+    for name, value in quality.to_dict().items():
         if value is not None:
             monitor.scalar(f"{split}_calibration/{name}", value)

@@ -101,9 +101,8 @@ class Bf16File:
         self.is_kept = True
 
     def __setitem__(self, rows: Any, values: Features) -> None:
-        bits = values.view(np.uint32)
-        # Round to nearest even, as the hardware does.
-        self._bits[rows] = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+        rounded = torch.from_numpy(values).to(torch.bfloat16)
+        self._bits[rows] = rounded.view(torch.uint16).numpy()
 
     def read(self, row: int) -> torch.Tensor:
         return torch.from_numpy(self._bits[row].view(np.int16).copy()).view(torch.bfloat16)

@@ -43,8 +43,9 @@ class ImageGoneError(GraftError):
 
 
 class Crops(Dataset[Batch]):
-    """Samples as `uint8 [H,W,3]` crops with their `targets`, by default their labels; each epoch draws views of its own, the same in
-    every worker.
+    """Samples as `uint8 [H,W,3]` crops with their `targets`.
+
+    Each epoch draws views of its own, the same in every worker.
     """
 
     def __init__(
@@ -52,12 +53,12 @@ class Crops(Dataset[Batch]):
         samples: Sequence[Sample],
         preprocess: Preprocess,
         *,
-        targets: Sequence[Target] | None = None,
+        targets: Sequence[Target],
         augment: Augment = "none",
         seed: int = 0,
     ) -> None:
         self._samples = samples
-        self._targets = [sample.label for sample in samples] if targets is None else targets
+        self._targets = targets
         self._preprocess = preprocess
         self._augment: Augment = augment
         self._seed = seed
@@ -280,12 +281,7 @@ def _say_gone(key: str, reason: str) -> str:
 
 
 def _targets(splits: Splits, samples: Sequence[Sample]) -> Sequence[Target]:
-    labels = splits.labels(samples)
-    return (
-        list(labels.astype(np.float32))
-        if splits.is_multi_label
-        else [int(label) for label in labels]
-    )
+    return splits.task.training_targets(splits.labels(samples))
 
 
 def _frozen_engine(

@@ -24,9 +24,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from finetune.data.balance import draw_balanced
 from finetune.data.splits import Splits
 from finetune.resume import METADATA_KEY, check_fixed
+from finetune.tasks.balance import draw_balanced
 from finetune.training.ema import Average
 from finetune.training.tensors import Tensors, changing_tensors, copy_tensors
 from models.backbone.freezing import Freezing, digest_tensor

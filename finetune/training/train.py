@@ -18,9 +18,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from finetune.config import Options
-from finetune.data.balance import class_weights
 from finetune.data.splits import Splits
-from finetune.evaluation.metrics import AnyMetrics, Metrics, evaluate
+from finetune.evaluation.metrics import Metrics
 from finetune.monitor import Monitor
 from finetune.probe.solve import Probe
 from finetune.resume import TRAINING_FILE, event_sizes, fix_options
@@ -33,7 +32,6 @@ from finetune.training.ema import Average
 from finetune.training.head import start_head
 from finetune.training.inputs import ImageGoneError, Inputs, open_inputs
 from finetune.training.layer_stats import Inside
-from finetune.training.loss import image_losses, label_losses
 from finetune.training.memory import is_out_of_memory, run_in_parts
 from finetune.training.mix import Mix, build_mix
 from finetune.training.optimize import build_groups, open_stages, rate_share, say_stages
@@ -229,7 +227,9 @@ def _run_epochs(
         monitor=monitor,
         fabric=fabric,
         precision=precision,
-        class_weights=_class_weights(splits),
+        class_weights=splits.task.class_weights(
+            splits.labels(splits.train), len(splits.label_names)
+        ),
         mix=build_mix(options.mix, len(splits.label_names)),
         network=network,
         optimizer=optimizer,
@@ -282,11 +282,7 @@ def _run_epoch(training: _Training) -> None:
         _train_epoch(training)
     metrics = _validate(training)
     _report_epoch(training, metrics)
-    goal = (
-        metrics.balanced_accuracy
-        if isinstance(metrics, Metrics) and training.options.balance != "none"
-        else metrics.score
-    )
+    goal = metrics.goal(is_balanced=training.options.balance != "none")
     score = (goal, -metrics.loss)
     if at.epoch == 0 or (math.isfinite(metrics.loss) and score > at.best_score):
         training.state.keep_as_best(score)
@@ -366,11 +362,7 @@ def _learn(training: _Training, images: torch.Tensor, targets: torch.Tensor) -> 
 
     `targets` are labels `[B]`, shares of classes `[B,C]`, or in multi-label data rows of labels `[B,C]`.
     """
-    states, options, is_multi_label = (
-        random_states(),
-        training.options,
-        training.splits.is_multi_label,
-    )
+    states, options, task = random_states(), training.options, training.splits.task
     weights = (
         torch.from_numpy(training.class_weights).to(images.device)
         if options.balance == "weights"
@@ -383,12 +375,7 @@ def _learn(training: _Training, images: torch.Tensor, targets: torch.Tensor) -> 
     def work(part: torch.Tensor, part_targets: torch.Tensor) -> torch.Tensor:
         with on_this_device:
             logits = training.network(training.inputs.prepare(part))
-        if is_multi_label:
-            losses = label_losses(logits, part_targets)
-        else:
-            losses = image_losses(
-                logits, part_targets, class_weights=weights, label_smoothing=options.label_smoothing
-            )
+        losses = task.losses(logits, part_targets, weights, options.label_smoothing)
         loss = losses.sum() / len(targets)
         if torch.isfinite(loss):
             training.fabric.backward(loss)
@@ -435,7 +422,7 @@ def _broken(
     )
 
 
-def _validate(training: _Training) -> AnyMetrics:
+def _validate(training: _Training) -> Metrics:
     """Metrics on the validation images of the network, or of its average where there is one."""
     at, inputs = training.at, training.inputs
     training.network.eval()
@@ -459,7 +446,9 @@ def _validate(training: _Training) -> AnyMetrics:
                 break
     # Not before the network is its own again: this saves it.
     _stop_if_asked(training)
-    return evaluate(torch.cat(all_logits).numpy(), torch.cat(all_labels).long().numpy())
+    return training.splits.task.evaluate(
+        torch.cat(all_logits).numpy(), torch.cat(all_labels).long().numpy()
+    )
 
 
 def _stop_if_asked(training: _Training) -> None:
@@ -533,16 +522,6 @@ def _reading(loader: DataLoader[Batch]) -> Iterator[Iterator[tuple[torch.Tensor,
         batches.close()
 
 
-def _class_weights(splits: Splits) -> Floats:
-    """All 1 in multi-label data, where classes are not weighed."""
-    num_classes = len(splits.label_names)
-    return (
-        np.ones(num_classes, np.float32)
-        if splits.is_multi_label
-        else class_weights(splits.labels(splits.train), num_classes)
-    )
-
-
 def _num_batches(inputs: Inputs, options: Options) -> int:
     return len(draw_batches(len(inputs.train), options.batch_size, options.seed, 1))
 
@@ -551,7 +530,7 @@ def _num_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def _report_epoch(training: _Training, metrics: AnyMetrics) -> None:
+def _report_epoch(training: _Training, metrics: Metrics) -> None:
     at = training.at
     attribute, name = next(iter(metrics.NAMES.items()))
     curves = {"epoch/val_loss": metrics.loss, f"epoch/val_{attribute}": metrics.score}

@@ -1,4 +1,4 @@
-"""A backbone written for OpenVINO."""
+"""A network converted to OpenVINO's format."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from models.backbone.build import is_custom
 from models.errors import GraftError
+from models.named import is_custom
 from models.preprocess import Preprocess
 
 
 def export_openvino(module: nn.Module, name: str, preprocess: Preprocess, path: Path) -> None:
-    """Write `module` (`[B,3,H,W]` → `[B,F]`) as OpenVINO IR (`path` .xml, weights beside it as .bin): `u8 [?,H,W,3]` → `f32 [?,F]`.
+    """Write `module`, images `[B,3,H,W]` → features `[B,F]`, as OpenVINO IR (.xml and .bin).
 
-    Mean and std are folded into the graph. Raises GraftError, with `name`, where OpenVINO cannot convert the network.
+    The IR takes `u8 [?,H,W,3]` and gives `f32 [?,F]`; mean and std are part of its graph. Raises
+    GraftError, with `name`, where OpenVINO cannot convert the network.
     """
     import openvino as ov
     from openvino._offline_transformations import apply_moc_transformations
@@ -28,10 +29,10 @@ def export_openvino(module: nn.Module, name: str, preprocess: Preprocess, path: 
     module.eval()
     try:
         with warnings.catch_warnings(), torch.no_grad():
-            # torch.jit.trace is what OpenVINO converts through; its deprecation is OpenVINO's to answer.
+            # OpenVINO converts through torch.jit.trace, which warns that it is deprecated.
             warnings.simplefilter("ignore")
-            # The check runs a network three times more and loads torch.distributed (2 s), to see whether chance has a part in it: a user's
-            # own may have, timm's have not.
+            # Whether the network is deterministic is checked by three more passes and an import of
+            # torch.distributed (2 s). timm's networks are; a user's own may not be.
             options = {"check_trace": is_custom(name)}
             decoder = TorchScriptPythonDecoder(
                 module, example_input=torch.zeros(1, *shape), trace_kwargs=options
@@ -44,7 +45,8 @@ def export_openvino(module: nn.Module, name: str, preprocess: Preprocess, path: 
             loaded.set_element_type(images, ov.Type.f32)
             model = frontend.convert(loaded)
             apply_moc_transformations(model, cf=False, smart_reshape=True)
-    except Exception as error:  # OpenVINO's frontend raises its own kinds, and whatever tracing the user's code raises
+    # OpenVINO's frontend raises errors of its own, and tracing whatever the user's code raises.
+    except Exception as error:
         raise GraftError(
             f"OpenVINO cannot convert {name}: {str(error).strip().splitlines()[0]}"
         ) from error

@@ -1,4 +1,4 @@
-"""Is it up, may it get requests, how is it doing: `/livez`, `/readyz`, `/v1/status`, `/metrics`."""
+"""Liveness, readiness, status and metrics: `/livez`, `/readyz`, `/v1/status`, `/metrics`."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from service.web.responses import json_response
 
 
 async def livez(request: Request, server: Server) -> Response:
-    """`GET /livez`: 200 unless an engine no longer answers: then the process must be replaced."""
+    """`GET /livez`: 200 unless an engine has stopped: then the process must be replaced."""
     server.check_alive()
     return Response("\n", media_type="text/plain")
 
 
 async def readyz(request: Request, server: Server) -> Response:
-    """`GET /readyz`: 200 once a model serves whose golden images passed on this engine, and until SIGTERM."""
+    """`GET /readyz`: 200 from the first model that passed its golden images until SIGTERM."""
     server.check_healthy()
     return Response("\n", media_type="text/plain")
 
@@ -53,20 +53,20 @@ async def status(request: Request, server: Server) -> Response:
     return json_response(
         StatusResponse(
             ready=not reason,
-            alive=not server.is_wedged(),
+            alive=not server.is_stalled(),
             draining=server.is_draining,
             reason=reason,
             uptime_seconds=round(time.time() - server.started, 1),
             num_models=len(current.models),
             num_refused=len(current.refused),
-            buffered_bytes=server.buffered.num_bytes,
+            buffered_bytes=server.memory_budget.num_bytes,
             backbones=backbones,
         )
     )
 
 
 async def prometheus(request: Request, server: Server) -> Response:
-    """`GET /metrics`: what Prometheus reads."""
+    """`GET /metrics`: the metrics in Prometheus' text format."""
     current = server.repository.current
     text = metrics.render(
         ((backbone.batcher.name, backbone.batcher.num_admitted) for backbone in current.backbones),

@@ -16,7 +16,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
 from service.errors import RequestError
-from service.inference.memory_budget import Hold
+from service.inference.memory_budget import Reservation
 from service.settings import Settings
 
 IMAGES_FIELD = "images"
@@ -48,13 +48,13 @@ class Upload:
     options: dict[str, str] = field(default_factory=dict)
 
 
-async def read_upload(request: Request, settings: Settings, hold: Hold) -> Upload:
+async def read_upload(request: Request, settings: Settings, reservation: Reservation) -> Upload:
     """Read a multipart or a raw image body.
 
     Raises RequestError with the way out, and ClientDisconnect where the client left.
     """
     content_type, parameters = parse_options_header(request.headers.get("content-type"))
-    chunks = _read_chunks(request, settings.max_body_bytes, hold)
+    chunks = _read_chunks(request, settings.max_body_bytes, reservation)
     try:
         async with asyncio.timeout(settings.body_seconds):
             if content_type == b"multipart/form-data":
@@ -78,14 +78,14 @@ async def read_upload(request: Request, settings: Settings, hold: Hold) -> Uploa
     return upload
 
 
-async def read_body(request: Request, settings: Settings, hold: Hold) -> bytes:
+async def read_body(request: Request, settings: Settings, reservation: Reservation) -> bytes:
     """The whole body, for protocols that have their images in JSON.
 
     Raises RequestError where it is too large or does not arrive, and ClientDisconnect.
     """
     try:
         async with asyncio.timeout(settings.body_seconds):
-            return await _join(_read_chunks(request, settings.max_body_bytes, hold))
+            return await _join(_read_chunks(request, settings.max_body_bytes, reservation))
     except TimeoutError:
         raise _body_timeout(settings.body_seconds) from None
 
@@ -217,7 +217,7 @@ class _Form:
         self.upload.options[name] = _plain_text(data.decode("utf-8", "replace"))
 
 
-async def _read_chunks(request: Request, max_bytes: int, hold: Hold) -> AsyncIterator[bytes]:
+async def _read_chunks(request: Request, max_bytes: int, reservation: Reservation) -> AsyncIterator[bytes]:
     """The body chunk by chunk.
 
     A body that is too large is refused by its Content-Length before a byte is read, and by its true
@@ -231,7 +231,7 @@ async def _read_chunks(request: Request, max_bytes: int, hold: Hold) -> AsyncIte
         received += len(chunk)
         if received > max_bytes:
             raise _body_too_large(max_bytes)
-        hold.add(len(chunk))
+        reservation.add(len(chunk))
         yield chunk
 
 

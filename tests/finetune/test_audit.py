@@ -93,7 +93,7 @@ def test_copies_across_the_split_are_leaks_and_others_are_not(found: Audit, faul
 
 
 def test_the_score_is_told_with_and_without_leaks(found: Audit) -> None:
-    whole, clean = found.accuracy["val"]
+    whole, clean = found.scores["val"]
     assert clean is not None
     assert clean < whole
     (line,) = (line for line in found.to_lines() if "accuracy" in line)

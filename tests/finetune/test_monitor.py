@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import (
 )
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from finetune.evaluation.metrics import Metrics, evaluate
+from finetune.evaluation.class_metrics import ClassMetrics, evaluate_classes
 from finetune.monitor import Monitor
 from finetune.report.plots import Mistake, draw_confusion, draw_mistakes
 from finetune.report.tensorboard import show_metrics
@@ -40,9 +40,9 @@ def monitor(tmp_path: Path) -> Iterator[Monitor]:
 
 
 @pytest.fixture
-def metrics() -> Metrics:
+def metrics() -> ClassMetrics:
     logits = np.eye(3, dtype=np.float32)[[0, 0, 1, 2, 2, 1]]
-    return evaluate(logits, np.array([0, 1, 1, 2, 2, 2]))
+    return evaluate_classes(logits, np.array([0, 1, 1, 2, 2, 2]))
 
 
 def test_scalars_come_back_with_their_steps(monitor: Monitor, tmp_path: Path) -> None:
@@ -55,11 +55,11 @@ def test_scalars_come_back_with_their_steps(monitor: Monitor, tmp_path: Path) ->
 
 
 def test_pictures_can_be_decoded_and_have_the_size_they_say(
-    monitor: Monitor, metrics: Metrics, tmp_path: Path
+    monitor: Monitor, metrics: ClassMetrics, tmp_path: Path
 ) -> None:
     crop = np.full((32, 32, 3), (200, 30, 60), np.uint8)
     pictures = {
-        "val/confusion": draw_confusion(metrics, ("a", "b", "c")),
+        "val/confusion": draw_confusion(metrics.confusion, ("a", "b", "c")),
         "val/worst_mistakes": draw_mistakes([Mistake(crop, "cat", "dog", 0.87)] * 7),
         "val/none": draw_mistakes([]),
     }
@@ -85,12 +85,14 @@ def test_pictures_can_be_decoded_and_have_the_size_they_say(
     )
 
 
-def test_a_confusion_shades_where_the_images_are(metrics: Metrics) -> None:
+def test_a_confusion_shades_where_the_images_are(metrics: ClassMetrics) -> None:
     diagonal = draw_confusion(
-        evaluate(np.eye(2, dtype=np.float32)[[0, 1]], np.array([0, 1])), ("a", "b")
+        evaluate_classes(np.eye(2, dtype=np.float32)[[0, 1]], np.array([0, 1])).confusion,
+        ("a", "b"),
     )
     flipped = draw_confusion(
-        evaluate(np.eye(2, dtype=np.float32)[[1, 0]], np.array([0, 1])), ("a", "b")
+        evaluate_classes(np.eye(2, dtype=np.float32)[[1, 0]], np.array([0, 1])).confusion,
+        ("a", "b"),
     )
     pixels = np.asarray(Image.open(io.BytesIO(diagonal.png)).convert("L")).astype(int)
     height, width = pixels.shape
@@ -111,7 +113,7 @@ def test_a_confusion_of_any_number_of_classes_stays_a_picture_of_bounded_size(
 ) -> None:
     labels = np.arange(num_classes)
     picture = draw_confusion(
-        evaluate(np.eye(num_classes, dtype=np.float32), labels),
+        evaluate_classes(np.eye(num_classes, dtype=np.float32), labels).confusion,
         tuple(f"class {label}" for label in labels),
     )
     image = Image.open(io.BytesIO(picture.png))
@@ -119,7 +121,9 @@ def test_a_confusion_of_any_number_of_classes_stays_a_picture_of_bounded_size(
     assert 300 < picture.width <= 1600
 
 
-def test_metrics_are_curves_and_a_table(monitor: Monitor, metrics: Metrics, tmp_path: Path) -> None:
+def test_metrics_are_curves_and_a_table(
+    monitor: Monitor, metrics: ClassMetrics, tmp_path: Path
+) -> None:
     show_metrics(monitor, "val", metrics, ("cat", "dog", "emu"), step=4)
     monitor.close()
     events = read(tmp_path)
@@ -141,7 +145,9 @@ def test_metrics_are_curves_and_a_table(monitor: Monitor, metrics: Metrics, tmp_
 
 def test_many_classes_have_a_table_and_no_curves(monitor: Monitor, tmp_path: Path) -> None:
     names = tuple(f"class{label}" for label in range(51))
-    show_metrics(monitor, "val", evaluate(np.eye(51, dtype=np.float32), np.arange(51)), names)
+    show_metrics(
+        monitor, "val", evaluate_classes(np.eye(51, dtype=np.float32), np.arange(51)), names
+    )
     monitor.close()
     events = read(tmp_path)
     assert not [tag for tag in events.Tags()["scalars"] if "/class" in tag]

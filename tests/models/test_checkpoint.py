@@ -1,4 +1,4 @@
-"""Checkpoints are published whole or not at all, never over another, and refused where they are not what was published."""
+"""Checkpoints are published whole, never over another, and refused where files were changed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from tests.support.images import SHAPES, draw_shape
 PROJECT_DIR = Path(__file__).resolve().parents[2]
 LABELS = ["circle", "cross", "square"]
 
-# A program that publishes a small checkpoint, for what must be seen from outside: killing it, racing it, filling its disk.
+# A program that publishes a small checkpoint: to be killed, raced, or left without disk space.
 PUBLISH = """
 import sys, time
 from pathlib import Path
@@ -54,14 +54,25 @@ def write_engine(path):
     during(path)
 
 def run(repository, num_weights=100):
-    graft = {"format_version": 1, "fingerprint": "f", "head": "head", "temperature": 1.0, "metrics": {}, "engine": {},
-             "preprocess": Preprocess().to_dict()}
-    config = {"architecture": "own:net", "num_features": 2, "label_names": ["a", "b"], "graft": graft}
-    state = {"trunk": np.ones(num_weights, np.float32), "head.weight": np.eye(2, dtype=np.float32), "head.bias": np.zeros(2, np.float32)}
+    graft = {
+        "format_version": 1, "fingerprint": "f", "head": "head", "temperature": 1.0,
+        "metrics": {}, "engine": {}, "preprocess": Preprocess().to_dict(),
+    }
+    config = {
+        "architecture": "own:net", "num_features": 2, "label_names": ["a", "b"], "graft": graft
+    }
+    state = {
+        "trunk": np.ones(num_weights, np.float32),
+        "head.weight": np.eye(2, dtype=np.float32),
+        "head.bias": np.zeros(2, np.float32),
+    }
     golden = Golden((b"image",), np.zeros((1, 2), np.float32))
     try:
-        print(publish(Path(repository), "small", state=state, config=config, golden=golden, write_engine=write_engine,
-                      card=lambda version: f"# small {version}\\n").name, flush=True)
+        folder = publish(
+            Path(repository), "small", state=state, config=config, golden=golden,
+            write_engine=write_engine, card=lambda version: f"# small {version}\\n",
+        )
+        print(folder.name, flush=True)
     except GraftError as error:
         print("error", error, flush=True)
         raise SystemExit(2)
@@ -74,7 +85,7 @@ during = lambda path: None
 def published(
     prepared: PreparedBackbone, engine: OpenVINOEngine, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """The embedded backbone with a random head of three labels, published as version 1 by an fp32 engine."""
+    """Version 1 of a model: the embedded backbone in fp32 with a random head of three labels."""
     repository = tmp_path_factory.mktemp("repository")
     generator = np.random.default_rng(3)
     weight = generator.normal(0, 0.1, (3, prepared.num_features)).astype(np.float32)
@@ -182,7 +193,7 @@ def test_nothing_in_it_is_a_pickle(published: Path) -> None:
         assert all(golden[name].dtype != object for name in golden.files)
         arrays = [golden.zip.read(f"{name}.npy") for name in golden.files]
     for content in [*arrays, *(path.read_bytes() for path in published.iterdir())]:
-        # A pickle starts with a protocol and ends with a stop; torch.save writes a zip archive with a data.pkl.
+        # A pickle starts with its protocol and ends with a stop; torch.save writes a data.pkl.
         assert not (content[:1] == b"\x80" and content.rstrip().endswith(b"."))
         assert b"data.pkl" not in content
 
@@ -225,7 +236,8 @@ def test_two_processes_that_publish_at_once_make_two_versions(tmp_path: Path) ->
         "import pathlib, os\n"
         "def during(path):\n"
         f"    pathlib.Path({str(tmp_path)!r}, f'ready-{{os.getpid()}}').touch()\n"
-        f"    while len(list(pathlib.Path({str(tmp_path)!r}).glob('ready-*'))) < 4: time.sleep(0.001)\n"
+        f"    folder = pathlib.Path({str(tmp_path)!r})\n"
+        "    while len(list(folder.glob('ready-*'))) < 4: time.sleep(0.001)\n"
     )
     program = f"{PUBLISH}\n{meet}\nrun({str(tmp_path / 'repository')!r})"
     processes = [
@@ -276,7 +288,8 @@ def test_a_repository_that_cannot_be_made_is_an_error_in_words(tmp_path: Path) -
 
 
 def test_a_killed_run_leaves_no_version(tmp_path: Path) -> None:
-    program = f"{PUBLISH}\ndef during(path):\n    print('writing', flush=True)\n    time.sleep(60)\nrun({str(tmp_path)!r})"
+    during = "def during(path):\n    print('writing', flush=True)\n    time.sleep(60)\n"
+    program = f"{PUBLISH}\n{during}run({str(tmp_path)!r})"
     process = subprocess.Popen(
         [sys.executable, "-c", program], cwd=PROJECT_DIR, stdout=subprocess.PIPE, text=True
     )

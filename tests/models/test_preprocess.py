@@ -1,4 +1,4 @@
-"""Encoded bytes to crops: every format, orientation and mode, and only ImageError for all that is broken or hostile."""
+"""Every format, orientation and mode gives its crop; what is broken or hostile gives ImageError."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 
 
 def picture(width: int = 120, height: int = 80) -> Image.Image:
-    """Smooth, and no two of its eight orientations alike: red grows to the right, green downwards, the upper left corner is blue."""
+    """A smooth image, different in each of its eight orientations.
+
+    Red grows to the right, green downwards, and the upper left corner is blue.
+    """
     x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
     pixels = np.stack([255 * x, 255 * y, 255 * np.exp(-8 * (x**2 + y**2))], axis=2)
     return Image.fromarray(pixels.astype(np.uint8))
@@ -80,7 +83,8 @@ UPRIGHT = {
     3: lambda image: image.transpose(Image.Transpose.ROTATE_180),
     4: lambda image: image.transpose(Image.Transpose.FLIP_TOP_BOTTOM),
     5: lambda image: image.transpose(Image.Transpose.TRANSPOSE),
-    # A camera held so that the file must be turned by 90° clockwise stores the picture turned by 90° counter-clockwise, and so on.
+    # Where the viewer must turn the image by 90° clockwise, the camera stored it turned by 90°
+    # counter-clockwise, and so on.
     6: lambda image: image.transpose(Image.Transpose.ROTATE_90),
     7: lambda image: image.transpose(Image.Transpose.TRANSVERSE),
     8: lambda image: image.transpose(Image.Transpose.ROTATE_270),
@@ -307,7 +311,7 @@ def test_views_shift_scale_and_mirror() -> None:
     plain = preprocess(data)
     assert np.array_equal(preprocess(data, view=View()), plain)
     assert np.array_equal(preprocess(data, view=View(mirror=True)), plain[:, ::-1])
-    # Red grows to the right over 200 pixels: a quarter of the crop's 100 to the right is 25 of them.
+    # Red grows to the right over 200 pixels: a quarter of the crop's 100 is 25 of them.
     assert preprocess(data, view=View(center_x=0.25))[..., 0].mean() - plain[
         ..., 0
     ].mean() == pytest.approx(255 * 25 / 200, abs=2)
@@ -348,7 +352,8 @@ def test_the_record_survives_a_round_trip() -> None:
         b"\x00",
         b"hello, I am a text file\n" * 50,
         b"<!DOCTYPE html><html><body>404</body></html>",
-        b'<svg xmlns="http://www.w3.org/2000/svg" width="10" height="10"><rect width="10" height="10"/></svg>',
+        b'<svg xmlns="http://www.w3.org/2000/svg" width="10" height="10">'
+        b'<rect width="10" height="10"/></svg>',
         b"%PDF-1.7\n" + b"\x00" * 100,
         b"\xff\xd8\xff",
         b"\xff\xd8\xff" + b"\x00" * 200,
@@ -517,7 +522,8 @@ def test_decoding_engines_and_checkpoints_need_no_torch(run_python: Any, tmp_pat
         "import sys\n"
         "sys.modules['torch'] = sys.modules['timm'] = None\n"
         "import models.preprocess, models.engine.engine, models.checkpoint, models.prepared\n"
-        "print(models.preprocess.Preprocess(height=8, width=8)(open(sys.argv[1], 'rb').read()).shape)"
+        "preprocess = models.preprocess.Preprocess(height=8, width=8)\n"
+        "print(preprocess(open(sys.argv[1], 'rb').read()).shape)"
     )
     path = tmp_path / "picture.jpg"
     path.write_bytes(encode(picture(), "JPEG"))

@@ -1,4 +1,7 @@
-"""A repository that changes under a running server: new versions, bad ones, none; rollouts over HTTP; and no request lost."""
+"""A repository that changes while it is served: new versions, bad ones, none, rollouts over HTTP.
+
+No request is lost.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ IMAGE = draw_image("red", 11)
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    """It starts with nothing to serve, and looks often."""
+    """It starts with an empty repository, which it reads often."""
     folder = tmp_path_factory.mktemp("server")
     env = {
         "CHECKPOINTS": str(folder / "checkpoints"),
@@ -48,7 +51,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
 def publish(
     colors: Path, server: RunningServer, request: pytest.FixtureRequest
 ) -> Callable[..., Path]:
-    """Put a version of this test's own model into the repository in one step; the temperature tells versions apart by their scores."""
+    """Puts a version of this test's own model into the repository, in one step.
+
+    Each version has its own temperature, so that its scores tell which one answered.
+    """
     name = name_of(request)
     root = server.log_path.parent
 
@@ -154,7 +160,7 @@ def test_new_versions_take_over_under_load_and_no_request_is_lost(
         with httpx.Client(base_url=server.url, timeout=30) as own:
             while not is_over.is_set():
                 body = ask(own, name)
-                # Scores are those of the version that is named, so no answer is a mix of two.
+                # The scores are those of the named version: no answer is a mix of two.
                 for found, wanted in zip(
                     body["predictions"][0]["top"], expected[body["version"]][0]["top"], strict=True
                 ):
@@ -175,7 +181,7 @@ def test_new_versions_take_over_under_load_and_no_request_is_lost(
     assert set(seen) == {1, 2, 3, 4}
 
 
-def test_a_bad_version_is_refused_and_served_once_it_is_mended(
+def test_a_bad_version_is_refused_and_served_once_it_is_repaired(
     client: httpx.Client, publish: Callable[..., Path], name: str
 ) -> None:
     publish(1)
@@ -197,7 +203,7 @@ def test_a_bad_version_is_refused_and_served_once_it_is_mended(
     assert refusals(client, name) == {}
 
 
-def test_a_version_that_is_taken_away_gives_way_to_the_one_before(
+def test_after_a_version_is_removed_the_one_before_answers(
     client: httpx.Client, publish: Callable[..., Path], name: str
 ) -> None:
     publish(1)
@@ -209,7 +215,7 @@ def test_a_version_that_is_taken_away_gives_way_to_the_one_before(
     until(lambda: version_of(client, name) is None)
 
 
-def test_a_version_that_is_made_again_under_its_number_is_noticed(
+def test_a_version_that_is_replaced_under_its_number_is_loaded_again(
     client: httpx.Client, publish: Callable[..., Path], name: str
 ) -> None:
     folder = publish(1)
@@ -259,7 +265,7 @@ def test_labels_default_canary_load_and_unload(
     assert client.post(f"/v1/models/{name}/versions/3:unload", headers=ADMIN).status_code == 200
     assert version_of(client, name) == 2
     assert version_of(client, name, version="3") is None
-    # What is still referred to is not taken away.
+    # A version that the rollout refers to is not unloaded.
     refused = client.post(f"/v1/models/{name}/versions/2:unload", headers=ADMIN)
     assert refused.status_code == 400
     assert "still referred to" in refused.json()["error"]["message"]
@@ -274,7 +280,7 @@ def test_a_rollout_that_cannot_be_served_changes_nothing(
     assert "version 7" in message
     assert version_of(client, name) == 1
     assert not (folder.parent / ROLLOUT_FILE).exists()
-    # The same written by hand is refused, said, and followed as soon as the version is there.
+    # The same by hand is refused with the reason, and followed once the version is there.
     (folder.parent / ROLLOUT_FILE).write_text('{"default": 7}')
     until(lambda: None in refusals(client, name))
     assert "version 7" in refusals(client, name)[None]
@@ -300,7 +306,7 @@ def test_a_shadow_is_compared_and_never_sent(
 @pytest.mark.parametrize(
     "headers", [{}, {"Authorization": "Bearer wrong-token"}, {"Authorization": f"Basic {TOKEN}"}]
 )
-def test_administration_needs_the_token(client: httpx.Client, headers: dict[str, str]) -> None:
+def test_admin_routes_need_the_token(client: httpx.Client, headers: dict[str, str]) -> None:
     response = client.patch("/v1/models/any/rollout", json={}, headers=headers)
     assert (response.status_code, response.json()["error"]["code"]) == (401, "unauthorized")
     assert response.headers["www-authenticate"] == "Bearer"
@@ -321,12 +327,12 @@ def test_a_version_is_a_whole_number(client: httpx.Client, version: str) -> None
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"{", b"\xff", b'"x"', b"[" * 100_000])
-def test_a_rollout_that_is_no_object(client: httpx.Client, body: bytes) -> None:
+def test_a_rollout_that_is_not_an_object_is_refused(client: httpx.Client, body: bytes) -> None:
     response = client.patch("/v1/models/any/rollout", content=body, headers=ADMIN)
     assert (response.status_code, response.json()["error"]["code"]) == (400, "bad_request")
 
 
-def test_every_model_answers_from_one_pass(
+def test_all_models_answer_from_one_pass(
     client: httpx.Client, publish: Callable[..., Path], name: str
 ) -> None:
     publish(1)
@@ -345,7 +351,7 @@ def test_every_model_answers_from_one_pass(
     assert (response.status_code, response.json()["error"]["code"]) == (400, "bad_parameter")
 
 
-def test_status_tells_health_and_load(
+def test_status_has_health_and_load(
     client: httpx.Client, publish: Callable[..., Path], name: str
 ) -> None:
     publish(1)
@@ -406,7 +412,7 @@ def test_every_request_has_an_id_a_log_line_and_bounded_metrics(
     assert 'graft_rejected_total{model="",reason="not_found",version=""}' in text
 
 
-def test_series_of_a_version_that_is_gone_go_too(
+def test_the_series_of_an_unloaded_version_are_dropped(
     client: httpx.Client, publish: Callable[..., Path], name: str
 ) -> None:
     folder = publish(1)
@@ -436,7 +442,7 @@ def test_with_a_token_for_predictions_only_health_is_open(colors: Path, tmp_path
         assert client.post("/predict", content=IMAGE, headers=headers).status_code == 401
         answer = client.post("/predict", content=IMAGE, headers={**headers, **ADMIN})
         assert answer.json()["predictions"][0]["label"] in LABELS
-        # Administration was not switched on, and the token for predictions does not do.
+        # Without GRAFT_ADMIN_TOKEN admin routes are off, and the API token is not enough.
         forbidden = client.patch("/v1/models/colors/rollout", json={}, headers=ADMIN)
         assert (forbidden.status_code, forbidden.json()["error"]["code"]) == (403, "forbidden")
         assert '{"time"' not in server.log()

@@ -14,7 +14,8 @@ from finetune.config import Options
 from finetune.data.splits import Sample, Splits
 from finetune.monitor import Monitor
 from finetune.probe.solve import Probe
-from models.backbone.build import Backbone, CustomNetwork
+from models.backbone.build import Backbone
+from models.backbone.custom import CustomNetwork
 from models.preprocess import Preprocess
 from models.sources import EncodedImage
 from tests.support.images import LABELS as LABELS

@@ -36,7 +36,7 @@ def write_images(root: Path, counts: dict[str, int]) -> Path:
 
 
 def labels_of(splits: Splits, samples: tuple[Sample, ...]) -> Counter[str]:
-    return Counter(splits.label_names[sample.label] for sample in samples)
+    return Counter(splits.describe(sample) for sample in samples)
 
 
 def keys_of(samples: tuple[Sample, ...]) -> list[str]:
@@ -382,7 +382,7 @@ def test_splits_csv_has_names_that_are_no_text(tmp_path: Path) -> None:
     options = Options(data=str(tmp_path / "photos"), output=tmp_path / "runs")
     (run_dir / "config.yaml").write_text(options.to_yaml())
     splits.write_csv(run_dir / "splits.csv")
-    kept = find_kept_split(options)
+    kept = find_kept_split(options.data, options.data_root, options.output)
     assert kept is not None
     assert kept.split_of[odd] == ("train" if odd in keys_of(splits.train) else "val")
 
@@ -459,7 +459,7 @@ def test_a_torchvision_data_set_is_found_under_the_data_root(fashion_root: Path)
     ]
     raw = (fashion_root / "FashionMNIST" / "raw" / "t10k-images-idx3-ubyte").read_bytes()[16:]
     sample = splits.test[3]
-    assert splits.label_names[sample.label] == "Dress"
+    assert splits.describe(sample) == "Dress"
     assert sample.key == "torchvision:FashionMNIST/test/3"
     assert np.asarray(Image.open(io.BytesIO(sample.read()))).tobytes() == raw[3 * 784 : 4 * 784]
 

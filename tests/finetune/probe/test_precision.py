@@ -457,7 +457,7 @@ def test_bf16_that_keeps_accuracy_is_compared_once(
         "bf16 keeps accuracy (cross-validated 1.0000, fp32 1.0000, on 336 training images)"
         in reasons[0]
     )
-    assert reasons[1].endswith(reasons[0].partition("; ")[2])
+    assert reasons[1].endswith(reasons[0].rpartition("; ")[2])
 
 
 @needs_bf16

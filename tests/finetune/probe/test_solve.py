@@ -1,4 +1,7 @@
-"""The probe is as good as scikit-learn's best, its out-of-fold logits are honest, and odd features do not break it."""
+"""The probe is as good as scikit-learn's best, also on degenerate features.
+
+Its out-of-fold logits come from heads that did not train on the sample.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,6 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss as sklearn_log_loss
 from sklearn.preprocessing import StandardScaler
 
-from finetune.data.strata import assign_folds
 from finetune.probe.solve import (
     L2_PATH,
     Probe,
@@ -21,13 +23,14 @@ from finetune.probe.solve import (
     solve_head,
     solve_probe,
 )
+from finetune.tasks.strata import assign_class_folds
 from models.scores import softmax
 
 PATH = L2_PATH[1:6]
 
 
 def digits() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Noisy digits, so that the strength of regularisation matters: training and held-out features and labels."""
+    """Training and held-out features and labels of noisy digits: regularisation matters there."""
     features, labels = load_digits(return_X_y=True)
     noisy = (features + np.random.default_rng(0).normal(0, 6, features.shape)).astype(np.float32)
     return noisy[:500], labels[:500], noisy[500:], labels[500:]
@@ -67,7 +70,7 @@ def test_it_is_as_accurate_as_scikit_learns_best_on_the_same_path(data: object) 
     train_x, train_y, test_x, test_y = data()  # type: ignore[operator]
     probe = solve_probe(train_x, train_y, int(train_y.max()) + 1, seed=0)
     scaler = StandardScaler().fit(train_x)
-    folds = assign_folds(train_y, 5, 0)
+    folds = assign_class_folds(train_y, 5, 0)
     losses, scores = [], []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -92,12 +95,12 @@ def test_it_is_as_accurate_as_scikit_learns_best_on_the_same_path(data: object) 
 
 
 def test_out_of_fold_logits_of_random_labels_are_at_chance() -> None:
-    """1000 features tell 300 samples apart by heart; only heads that saw a sample can know its random label."""
+    """With 1000 features a head can memorise 300 random labels, but not those it did not see."""
     features, labels = noise(300, 1000, 3)
     probe = solve_probe(features, labels, 3, seed=0)
     out_of_fold = float((probe.out_of_fold_logits.argmax(axis=1) == labels).mean())
     assert 0.2 < out_of_fold < 0.47
-    # With no regularisation to speak of the head does know them by heart, and out of fold is still chance.
+    # With hardly any regularisation the head memorises them; out of fold it is still at chance.
     loose = solve_probe(features, labels, 3, seed=0, l2_path=(1e-4,))
     assert accuracy(loose, features, labels) > 0.99
     assert 0.2 < float((loose.out_of_fold_logits.argmax(axis=1) == labels).mean()) < 0.47
@@ -205,19 +208,19 @@ def test_the_path_ends_early_once_weaker_is_worse() -> None:
 )
 def test_folds_are_stratified_and_of_one_size(counts: list[int], num_folds: int) -> None:
     labels = np.repeat(np.arange(len(counts)), counts)
-    folds = assign_folds(labels, 5, 0)
+    folds = assign_class_folds(labels, 5, 0)
     assert sorted(set(folds.tolist())) == list(range(num_folds))
     for label, count in enumerate(counts):
         sizes = np.bincount(folds[labels == label], minlength=num_folds)
         assert sizes.sum() == count
         assert np.ptp(sizes) <= 1
     assert np.ptp(np.bincount(folds)) <= 1
-    assert np.array_equal(folds, assign_folds(labels, 5, 0))
-    assert len(labels) < 10 or not np.array_equal(folds, assign_folds(labels, 5, 1))
+    assert np.array_equal(folds, assign_class_folds(labels, 5, 0))
+    assert len(labels) < 10 or not np.array_equal(folds, assign_class_folds(labels, 5, 1))
 
 
 def calibrated(count: int = 4000) -> tuple[np.ndarray, np.ndarray]:
-    """Logits, and labels drawn with just the probabilities that they say."""
+    """Logits, and labels drawn with their probabilities."""
     generator = np.random.default_rng(0)
     logits = generator.normal(0, 2, (count, 4)).astype(np.float32)
     labels = np.array(

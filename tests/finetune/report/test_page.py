@@ -14,15 +14,17 @@ import pytest
 from finetune.auditing.findings import Audit, Finding
 from finetune.config import Options
 from finetune.data.splits import Sample, Splits
-from finetune.evaluation.calibration import calibrate_probe
-from finetune.evaluation.learning_curve import measure_learning_curve
-from finetune.evaluation.metrics import Interval, evaluate
-from finetune.evaluation.verdict import compare_with_probe
+from finetune.evaluation.class_metrics import evaluate_classes
+from finetune.evaluation.comparison import Comparison, compare_accuracies
+from finetune.evaluation.conformal import calibrate_probe
+from finetune.evaluation.interval import Interval
+from finetune.probe.learning_curve import measure_learning_curve
 from finetune.probe.solve import Head, solve_probe
 from finetune.report.card import write_card
 from finetune.report.page import write_report
 from finetune.report.plots import Mistake
 from finetune.report.result import Result
+from finetune.tasks.single_label import SINGLE_LABEL
 from models.engine.engine import EngineInfo
 from models.preprocess import Preprocess
 from models.sources import EncodedImage
@@ -72,16 +74,22 @@ def make_result(num_classes: int = 3, *, is_trained: bool = False) -> Result:
     (features, labels), (val_features, val_labels) = draw(60 * num_classes), draw(40 * num_classes)
     probe = solve_probe(features, labels, num_classes, seed=0)
     logits = probe.logits(val_features)
-    metrics = evaluate(logits, val_labels)
+    metrics = evaluate_classes(logits, val_labels)
     calibration, calibrated = calibrate_probe(
-        probe, labels, {"val": logits}, {"val": val_labels}, 0.9
+        probe.out_of_fold_logits,
+        probe.temperature,
+        labels,
+        {"val": logits},
+        {"val": val_labels},
+        0.9,
     )
     names = ("<b>cat</b>", "dog & hound", *(f"class {index}" for index in range(2, num_classes)))
     samples = tuple(
         Sample(f"photos/{index}.jpg", int(label), EncodedImage(b""))
         for index, label in enumerate(val_labels)
     )
-    verdict = compare_with_probe(logits, logits, val_labels, probe_seconds=1.5, train_seconds=60)
+    scores = compare_accuracies(logits, logits, val_labels)
+    verdict = Comparison(scores, probe_seconds=1.5, train_seconds=60)
     backbone: Any = SimpleNamespace(
         name="resnet18",
         weights="a package",
@@ -107,7 +115,7 @@ def make_result(num_classes: int = 3, *, is_trained: bool = False) -> Result:
         probe_metrics=metrics,
         l2=probe.l2,
         learning_curve=measure_learning_curve(
-            features, labels, probe, val_features, val_labels, seed=0
+            features, labels, probe, val_features, val_labels, SINGLE_LABEL, seed=0
         ),
         val_logits=logits,
         val_features=val_features,
@@ -200,7 +208,8 @@ def test_what_shaped_the_published_model_is_told_and_nothing_else(result: Result
     tied = replace(make_result(is_trained=True), options=options)
     assert tied.trained_with == "--balance weights"
     assert tied.verdict is not None
-    won = replace(tied, verdict=replace(tied.verdict, interval=Interval(0.1, 0.2)))
+    scores = replace(tied.verdict.scores, interval=Interval(0.1, 0.2))
+    won = replace(tied, verdict=replace(tied.verdict, scores=scores))
     assert won.trained_with == "--balance weights --label-smoothing 0.1 --ema 0.99"
     assert won.trained_with in write_card(won, 7)
     assert won.trained_with in read(won)[1]

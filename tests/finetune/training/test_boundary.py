@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from finetune.training.boundary import FrozenPart, TrainablePart, cut
-from models.backbone.build import CustomNetwork
+from models.backbone.custom import CustomNetwork
 from models.backbone.freezing import (
     Freezing,
     freeze,

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from finetune.config import Options, parse_options
-from finetune.evaluation.metrics import evaluate
+from finetune.evaluation.class_metrics import evaluate_classes
 from finetune.resume import STATE_DIR
 from finetune.terminal import Terminated
 from finetune.training.ema import Average
@@ -121,7 +121,7 @@ def validate(tensors: Tensors) -> float:
     images = (crops / 255 - torch.tensor(PREPROCESS.mean)) / torch.tensor(PREPROCESS.std)
     with torch.no_grad():
         logits = backbone.model(images.permute(0, 3, 1, 2))
-    return evaluate(logits.numpy(), np.array([sample.label for sample in samples])).loss
+    return evaluate_classes(logits.numpy(), np.array([sample.label for sample in samples])).loss
 
 
 def test_the_average_is_validated_and_kept_and_the_steps_are_those_without_it(

@@ -14,7 +14,8 @@ from torch import nn
 from finetune.training.layer_stats import Inside, channel_dim
 from finetune.training.state import Progress
 from finetune.training.train import train
-from models.backbone.build import Backbone, CustomNetwork
+from models.backbone.build import Backbone
+from models.backbone.custom import CustomNetwork
 from models.backbone.freezing import freeze, set_train_mode
 from models.errors import GraftError
 from models.preprocess import Preprocess

@@ -9,7 +9,7 @@ import torch
 
 import finetune.training.train
 from finetune.config import Options, parse_options
-from finetune.training.loss import image_losses
+from finetune.tasks.single_label import SINGLE_LABEL
 from finetune.training.mix import build_mix
 from finetune.training.train import train
 from models.errors import GraftError
@@ -86,7 +86,7 @@ def test_the_loss_of_each_image_is_the_formulas(
         smooth = (1 - smoothing) * shares + smoothing / 3
         expected = -(counted * smooth * logits.log_softmax(dim=1)).sum(dim=1)
         torch.testing.assert_close(
-            image_losses(logits, targets, class_weights=weights, label_smoothing=smoothing),
+            SINGLE_LABEL.losses(logits, targets, weights, smoothing),
             expected,
         )
 

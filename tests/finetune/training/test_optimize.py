@@ -14,7 +14,8 @@ from torch import nn
 from finetune.config import Options, parse_options
 from finetune.training.optimize import open_stages
 from finetune.training.train import train
-from models.backbone.build import Backbone, CustomNetwork
+from models.backbone.build import Backbone
+from models.backbone.custom import CustomNetwork
 from models.backbone.freezing import depths, freeze, parameter_groups, set_train_mode
 from models.errors import GraftError
 from tests.support.tiny import PREPROCESS, Recorder, build, draw_splits, options, probe_of, snapshot

@@ -16,11 +16,12 @@ from torch import nn
 
 from finetune.config import Options
 from finetune.data.splits import Sample, Splits
-from finetune.evaluation.metrics import Metrics, evaluate
+from finetune.evaluation.class_metrics import ClassMetrics, evaluate_classes
 from finetune.monitor import Monitor
 from finetune.probe.solve import Probe
 from finetune.training.train import train
-from models.backbone.build import Backbone, CustomNetwork
+from models.backbone.build import Backbone
+from models.backbone.custom import CustomNetwork
 from models.backbone.freezing import FrozenDriftError
 from models.errors import GraftError
 from models.preprocess import Preprocess
@@ -134,13 +135,13 @@ def fit(
         monitor.close()
 
 
-def validate(backbone: Backbone, samples: tuple[Sample, ...]) -> Metrics:
+def validate(backbone: Backbone, samples: tuple[Sample, ...]) -> ClassMetrics:
     """What the network makes of them, by plain means."""
     crops = torch.from_numpy(np.stack([PREPROCESS(sample.read()) for sample in samples])).float()
     images = (crops / 255 - torch.tensor(PREPROCESS.mean)) / torch.tensor(PREPROCESS.std)
     with torch.inference_mode():
         logits = backbone.model(images.permute(0, 3, 1, 2))
-    return evaluate(logits.numpy(), np.array([sample.label for sample in samples]))
+    return evaluate_classes(logits.numpy(), np.array([sample.label for sample in samples]))
 
 
 def snapshot(backbone: Backbone) -> dict[str, torch.Tensor]:

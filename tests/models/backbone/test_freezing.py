@@ -1,4 +1,4 @@
-"""Freezing holds under real gradient steps, and a frozen tensor that moves is found out and named."""
+"""Freezing holds under real gradient steps, and a frozen tensor that changes is named."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import nn
 
-from models.backbone.build import CustomNetwork
+from models.backbone.custom import CustomNetwork
 from models.backbone.freezing import (
     Freezing,
     FrozenDriftError,

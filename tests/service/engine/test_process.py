@@ -1,4 +1,7 @@
-"""An engine in a process of its own: the same answers, images that fail alone, and an end of either process that the other one notices."""
+"""An engine in a process of its own.
+
+It answers as an engine here would, images fail alone, and each process notices the other's end.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +68,7 @@ def is_running(pid: int) -> bool:
     return False
 
 
-def wait_for_the_end_of(pid: int) -> None:
+def wait_for_end_of(pid: int) -> None:
     end = time.monotonic() + 5
     while is_running(pid):
         assert time.monotonic() < end
@@ -91,7 +94,7 @@ def test_it_answers_what_an_engine_here_would(engine: EngineProcess, colors: Pat
             np.testing.assert_array_equal(np.stack(outcome.results), wanted)
             assert len(outcome.decode_seconds) == 3
             assert 0 < outcome.engine_seconds < 5
-        # As many at once as it has slots, each with an answer of its own.
+        # As many at once as it has slots, each with its own answer.
         many = await asyncio.gather(
             *(ask(engine, images[index % 3]) for index in range(engine.num_slots))
         )
@@ -101,7 +104,7 @@ def test_it_answers_what_an_engine_here_would(engine: EngineProcess, colors: Pat
     asyncio.run(scenario())
 
 
-def test_an_image_fails_alone_and_says_why(engine: EngineProcess) -> None:
+def test_an_unreadable_image_fails_alone_with_the_reason(engine: EngineProcess) -> None:
     async def scenario() -> None:
         images = [
             draw_image("red"),
@@ -150,7 +153,7 @@ def test_a_crop_that_does_not_fit_fails_alone(engine: EngineProcess, colors: Pat
         engine.run(np.zeros((1, 3, 3, 3), np.uint8))
 
 
-def test_what_cannot_be_loaded_is_said(colors: Path, tmp_path: Path) -> None:
+def test_an_engine_that_cannot_be_loaded_raises_the_reason(colors: Path, tmp_path: Path) -> None:
     checkpoint = load_checkpoint(colors)
     with pytest.raises(GraftError, match=r"backbone\.xml"):
         EngineProcess(
@@ -176,7 +179,7 @@ def test_what_cannot_be_loaded_is_said(colors: Path, tmp_path: Path) -> None:
         )
 
 
-def test_its_end_fails_what_is_in_flight_and_is_told(engine: EngineProcess) -> None:
+def test_its_death_fails_the_batches_in_flight_and_is_reported(engine: EngineProcess) -> None:
     deaths: list[float] = []
     engine._on_death = lambda: deaths.append(time.monotonic())
 
@@ -197,10 +200,10 @@ def test_its_end_fails_what_is_in_flight_and_is_told(engine: EngineProcess) -> N
             engine.run(np.zeros((1, 224, 224, 3), np.uint8))
 
     asyncio.run(scenario())
-    wait_for_the_end_of(engine.pid)
+    wait_for_end_of(engine.pid)
 
 
-def test_an_idle_ones_end_is_noticed_too(engine: EngineProcess) -> None:
+def test_the_death_of_an_idle_process_is_noticed(engine: EngineProcess) -> None:
     async def scenario() -> None:
         engine.attach()
         os.kill(engine.pid, signal.SIGKILL)
@@ -211,7 +214,7 @@ def test_an_idle_ones_end_is_noticed_too(engine: EngineProcess) -> None:
     asyncio.run(scenario())
 
 
-def test_it_outlives_signals_to_the_group_but_not_its_other_end(engine: EngineProcess) -> None:
+def test_it_outlives_signals_to_the_group_but_not_the_server(engine: EngineProcess) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         os.kill(engine.pid, number)
 
@@ -221,4 +224,4 @@ def test_it_outlives_signals_to_the_group_but_not_its_other_end(engine: EnginePr
     asyncio.run(scenario())
     engine.close()
     engine.close()
-    wait_for_the_end_of(engine.pid)
+    wait_for_end_of(engine.pid)

@@ -1,4 +1,7 @@
-"""The Open Inference Protocol on the real server: Triton's own client, JSON as the specification writes it, what must be refused."""
+"""The Open Inference Protocol on the real server.
+
+Triton's own client, JSON as the specification writes it, and bad requests.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +69,7 @@ def tritons(endpoint: Endpoint) -> Iterator[triton.InferenceServerClient]:
 
 
 def token() -> dict[str, str]:
-    """A new one each time: Triton's client adds its own headers to what it is given."""
+    """A new dict each time: Triton's client adds its own headers to it."""
     return {"Authorization": f"Bearer {TOKEN}"}
 
 
@@ -95,7 +98,7 @@ def pixels_input(pixels: np.ndarray, binary: bool = True) -> triton.InferInput:
 
 
 def check_error(response: httpx.Response, status: int, *words: str) -> None:
-    """The protocol's shape, and a message that has these words."""
+    """The protocol's error, with these words in its message."""
     assert response.status_code == status, response.text
     assert list(response.json()) == ["error"]
     for word in words:
@@ -166,7 +169,7 @@ def test_pixels_with_tritons_client(
     images = [draw_image("red", seed=6), draw_image("blue", seed=6)]
     pixels = np.stack([endpoint.preprocess(image) for image in images]).astype(dtype)
     if dtype is np.float32:
-        # As a resize leaves them: to be rounded, and clipped at the ends.
+        # As a resize leaves them: they are rounded, and clipped at both ends.
         pixels += np.where(pixels == 255, 20, np.where(pixels == 0, -20, 0.25)).astype(np.float32)
     result = tritons.infer("colors", [pixels_input(pixels, binary)], headers=token())
     assert result.as_numpy("label").tolist() == [b"red", b"blue"]
@@ -175,7 +178,7 @@ def test_pixels_with_tritons_client(
     )
 
 
-def test_only_the_outputs_that_are_wanted_as_they_are_wanted(
+def test_outputs_are_chosen_one_by_one(
     tritons: triton.InferenceServerClient,
 ) -> None:
     outputs = [

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from finetune.evaluation.calibration import (
+from finetune.evaluation.conformal import (
     calibrate_probe,
     calibrate_trained,
     conformal_threshold,
-    describe_calibration,
-    measure_reliability,
+    measure_class_reliability,
 )
 from finetune.probe.solve import solve_probe
+from finetune.tasks.strata import assign_class_folds
 from models.scores import is_unsure, softmax
 
 
@@ -38,7 +38,7 @@ def drawn_from_their_scores(
 
 def test_reliability_is_counted_by_hand() -> None:
     scores = np.array([[0.61, 0.39], [0.65, 0.35], [0.05, 0.95], [0.0, 1.0]], np.float32)
-    found = measure_reliability(scores, np.array([0, 1, 1, 1]))
+    found = measure_class_reliability(scores, np.array([0, 1, 1, 1]))
     # (9/15, 10/15] holds 0.61 and 0.65, one of them right; (14/15, 1] holds 0.95 and 1.0, both right.
     assert np.flatnonzero(found.counts).tolist() == [9, 14]
     assert found.accuracies[[9, 14]].tolist() == [0.5, 1.0]
@@ -48,8 +48,8 @@ def test_reliability_is_counted_by_hand() -> None:
 
 def test_the_error_of_scores_that_are_true_is_small_and_of_bold_ones_is_not() -> None:
     logits, labels = drawn_from_their_scores(20_000)
-    assert measure_reliability(softmax(logits), labels).error < 0.015
-    assert measure_reliability(softmax(4 * logits), labels).error > 0.1
+    assert measure_class_reliability(softmax(logits), labels).error < 0.015
+    assert measure_class_reliability(softmax(4 * logits), labels).error > 0.1
 
 
 def test_the_threshold_is_the_score_that_enough_true_labels_reach() -> None:
@@ -82,18 +82,19 @@ def test_over_20_splits_a_probe_is_calibrated_and_covers_what_was_asked(coverage
         order = np.random.default_rng(seed).permutation(len(labels))
         train, val = order[:-1000], order[-1000:]
         probe = solve_probe(features[train], labels[train], 10, seed=seed)
-        _, calibrated = calibrate_probe(
-            probe,
+        _, quality = calibrate_probe(
+            probe.out_of_fold_logits,
+            probe.temperature,
             labels[train],
             {"val": probe.logits(features[val])},
             {"val": labels[val]},
             coverage,
         )
-        errors.append(calibrated["val"].after.error)
-        covered.append(calibrated["val"].covered)
+        errors.append(quality["val"].after.error)
+        covered.append(quality["val"].covered)
         assert (
-            calibrated["val"].sure_accuracy
-            > 1 - calibrated["val"].before.counts @ (1 - calibrated["val"].before.accuracies) / 1000
+            quality["val"].sure_accuracy
+            > 1 - quality["val"].before.counts @ (1 - quality["val"].before.accuracies) / 1000
         )
     assert np.mean(errors) <= 0.03
     assert np.mean(covered) == pytest.approx(coverage, abs=0.02)
@@ -105,28 +106,38 @@ def test_a_trained_model_is_calibrated_on_validation_and_judged_on_what_its_fit_
     """Ten images of four random labels: their own fit would say it covers all that it was asked to."""
     logits, labels = drawn_from_their_scores(3000, scale=3)
     held_out = drawn_from_their_scores(3000, scale=3, seed=1)
-    calibration, calibrated = calibrate_trained(
-        {"val": logits, "test": held_out[0]}, {"val": labels, "test": held_out[1]}, 0.9, seed=0
+    calibration, quality = calibrate_trained(
+        {"val": logits, "test": held_out[0]},
+        {"val": labels, "test": held_out[1]},
+        0.9,
+        folds=assign_class_folds(labels, 5, 0),
     )
     assert calibration.temperature == pytest.approx(3, rel=0.05)
     assert "validation images" in calibration.basis
     for split in ("val", "test"):
-        assert calibrated[split].before.error > 0.1
-        assert calibrated[split].after.error < 0.03
-        assert calibrated[split].covered == pytest.approx(0.9, abs=0.02)
+        assert quality[split].before.error > 0.1
+        assert quality[split].after.error < 0.03
+        assert quality[split].covered == pytest.approx(0.9, abs=0.02)
     # Each fold is judged by the others: where they have nothing to say, no label reaches a threshold that holds any.
     few, few_labels = np.eye(3, dtype=np.float32)[[0, 1, 2, 0, 1, 2]], np.array([0, 1, 2, 1, 2, 0])
-    assert calibrate_trained({"val": few}, {"val": few_labels}, 0.95, seed=0)[1]["val"].unsure == 1
+    folds = assign_class_folds(few_labels, 5, 0)
+    _, quality = calibrate_trained({"val": few}, {"val": few_labels}, 0.95, folds)
+    assert quality["val"].unsure == 1
 
 
 def test_too_few_images_to_promise_anything_are_said_to_be() -> None:
     features, labels = noisy_digits()
     chosen = np.concatenate([np.flatnonzero(labels == label)[:2] for label in range(5)])
     probe = solve_probe(features[chosen], labels[chosen], 5, seed=0)
-    calibration, calibrated = calibrate_probe(
-        probe, labels[chosen], {"val": probe.logits(features[:50])}, {"val": labels[:50] % 5}, 0.95
+    calibration, quality = calibrate_probe(
+        probe.out_of_fold_logits,
+        probe.temperature,
+        labels[chosen],
+        {"val": probe.logits(features[:50])},
+        {"val": labels[:50] % 5},
+        0.95,
     )
     assert calibration.threshold == 0
-    assert calibrated["val"].unsure == 1
-    assert calibrated["val"].to_dict()["sure_accuracy"] is None
-    assert "too few images" in describe_calibration(calibration, calibrated["val"])
+    assert quality["val"].unsure == 1
+    assert quality["val"].to_dict()["sure_accuracy"] is None
+    assert "too few images" in quality["val"].describe()

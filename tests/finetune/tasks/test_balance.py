@@ -17,12 +17,13 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.class_weight import compute_class_weight, compute_sample_weight
 
 from finetune.config import Options, parse_options
-from finetune.data.balance import class_weights, draw_balanced, say_if_uneven
 from finetune.data.splits import Splits
-from finetune.data.strata import assign_folds
-from finetune.evaluation.learning_curve import measure_learning_curve
-from finetune.evaluation.metrics import evaluate
+from finetune.evaluation.class_metrics import evaluate_classes
+from finetune.probe.learning_curve import measure_learning_curve
 from finetune.probe.solve import L2_PATH, fit_temperature, log_loss, solve_head, solve_probe
+from finetune.tasks.balance import class_weights, draw_balanced, warn_if_imbalanced
+from finetune.tasks.single_label import SINGLE_LABEL
+from finetune.tasks.strata import assign_class_folds
 from finetune.training.state import draw_batches
 from finetune.training.train import train
 from models.errors import GraftError
@@ -107,7 +108,7 @@ def test_the_weighted_probe_is_scikit_learns_balanced_one() -> None:
     weights = class_weights(labels, 3)
     path = L2_PATH[1:7]
     probe = solve_probe(features, labels, 3, seed=0, class_weights=weights)
-    scaled, folds = StandardScaler().fit_transform(features), assign_folds(labels, 5, 0)
+    scaled, folds = StandardScaler().fit_transform(features), assign_class_folds(labels, 5, 0)
     losses, heads = [], []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -146,8 +147,8 @@ def test_weights_bring_balanced_accuracy_where_classes_are_uneven() -> None:
     plain = solve_probe(features, labels, 3, seed=0)
     weighted = solve_probe(features, labels, 3, seed=0, class_weights=class_weights(labels, 3))
     assert (
-        evaluate(weighted.logits(others), true).balanced_accuracy
-        > evaluate(plain.logits(others), true).balanced_accuracy + 0.03
+        evaluate_classes(weighted.logits(others), true).balanced_accuracy
+        > evaluate_classes(plain.logits(others), true).balanced_accuracy + 0.03
     )
 
 
@@ -169,6 +170,7 @@ def test_the_learning_curve_of_a_weighted_probe_is_weighted() -> None:
             solve_probe(features, labels, 3, seed=0, class_weights=weights),
             others,
             true,
+            SINGLE_LABEL,
             seed=0,
         )
         for weights in (None, class_weights(labels, 3))
@@ -244,14 +246,14 @@ def test_the_sampler_draws_the_batches_and_leaves_the_loss_alone(tmp_path: Path)
 # ------------------------------------------------------------------------------------------------------------------------ what is said
 
 
-def test_uneven_classes_are_named_with_the_option(caplog: pytest.LogCaptureFixture) -> None:
+def test_imbalanced_classes_are_named_with_the_option(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "graft"):
-        say_if_uneven(np.repeat([0, 1, 2], [20, 2, 15]), LABELS)
+        warn_if_imbalanced(np.repeat([0, 1, 2], [20, 2, 15]), LABELS)
         assert not caplog.records
-        say_if_uneven(np.repeat([0, 2], [1100, 100]), LABELS)
+        warn_if_imbalanced(np.repeat([0, 2], [1100, 100]), LABELS)
     assert caplog.messages == [
-        "uneven classes: red has 1,100 training images, blue has 100; where rare classes matter as much, --balance weights lets each class "
-        "count the same"
+        "imbalanced classes: red has 1,100 training images, blue has 100; if rare classes matter as "
+        "much, --balance weights lets each class count the same"
     ]
 
 

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from finetune.evaluation.learning_curve import (
+from finetune.probe.learning_curve import (
     LearningCurve,
     _continue_curve,
     measure_learning_curve,
 )
 from finetune.probe.solve import solve_head, solve_probe
+from finetune.tasks.single_label import SINGLE_LABEL
 
 
 def draw(count: int, seed: int, spread: float = 3.5) -> tuple[np.ndarray, np.ndarray]:
@@ -27,12 +28,14 @@ def draw(count: int, seed: int, spread: float = 3.5) -> tuple[np.ndarray, np.nda
 def measure(count: int, num_val: int = 4000, spread: float = 3.5) -> LearningCurve:
     features, labels = draw(count, 1, spread)
     probe = solve_probe(features, labels, 5, seed=0)
-    return measure_learning_curve(features, labels, probe, *draw(num_val, 2, spread), seed=0)
+    return measure_learning_curve(
+        features, labels, probe, *draw(num_val, 2, spread), SINGLE_LABEL, seed=0
+    )
 
 
 def continue_curve(*accuracies: float) -> LearningCurve:
     """Through the accuracies of 20 to 80 images, on so many validation images that chance in those is nothing."""
-    return _continue_curve([20, 40, 60, 80], np.array([accuracies] * 1001), 10_000)
+    return _continue_curve([20, 40, 60, 80], np.array([accuracies] * 1001), 10_000, "accuracy")
 
 
 def test_the_curve_rises_and_tells_what_doubling_brings() -> None:
@@ -63,7 +66,7 @@ def test_each_part_is_solved_as_a_probe_on_it_alone_would_be() -> None:
     train, val = slice(0, 800), slice(800, None)
     probe = solve_probe(features[train], labels[train], 10, seed=0)
     curve = measure_learning_curve(
-        features[train], labels[train], probe, features[val], labels[val], seed=0
+        features[train], labels[train], probe, features[val], labels[val], SINGLE_LABEL, seed=0
     )
     assert curve.accuracies[-1] == pytest.approx(
         float((probe.logits(features[val]).argmax(axis=1) == labels[val]).mean())
@@ -96,6 +99,6 @@ def test_every_class_is_in_every_part_and_views_stay_with_their_image() -> None:
     labels[:] = np.arange(12) % 5
     views = np.concatenate([features, features + 0.01])
     probe = solve_probe(views, labels, 5, seed=0, num_views=2)
-    curve = measure_learning_curve(views, labels, probe, *draw(50, 2), seed=0)
+    curve = measure_learning_curve(views, labels, probe, *draw(50, 2), SINGLE_LABEL, seed=0)
     assert curve.num_images[0] >= 5
     assert list(curve.num_images) == sorted(curve.num_images)

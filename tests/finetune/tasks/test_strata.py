@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from finetune.data.strata import stratify, stratify_folds, stratify_val
+from finetune.tasks.strata import stratify, stratify_folds, stratify_val
 
 
 def draw_rows(num_images: int, shares: list[float], seed: int = 0) -> np.ndarray:
