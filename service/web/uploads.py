@@ -217,7 +217,9 @@ class _Form:
         self.upload.options[name] = _plain_text(data.decode("utf-8", "replace"))
 
 
-async def _read_chunks(request: Request, max_bytes: int, reservation: Reservation) -> AsyncIterator[bytes]:
+async def _read_chunks(
+    request: Request, max_bytes: int, reservation: Reservation
+) -> AsyncIterator[bytes]:
     """The body chunk by chunk.
 
     A body that is too large is refused by its Content-Length before a byte is read, and by its true
