@@ -15,12 +15,6 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-# Run as a file, Python would look for modules in finetune/; the project's root and the user's own folder are what is meant.
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    sys.path.append(str(Path.cwd()))
-
-
 import numpy as np
 
 from finetune.auditing.findings import WORDING, Audit
@@ -88,7 +82,13 @@ def audit(options: AuditOptions) -> Audit:
         raise GraftError(
             f"--data {options.data}: fewer than two classes have images to train on that can be read"
         )
-    probe = solve_probe(features["train"], labels, len(splits.label_names), seed=options.seed)
+    probe = solve_probe(
+        features["train"],
+        labels,
+        len(splits.label_names),
+        task=splits.task,
+        seed=options.seed,
+    )
     found = inspect(
         loaded,
         splits,

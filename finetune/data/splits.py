@@ -64,11 +64,6 @@ class Splits:
     is_drawn: bool = field(default=False, compare=False)
     task: Task = SINGLE_LABEL
 
-    @property
-    def is_multi_label(self) -> bool:
-        """Until all call sites ask `task`."""
-        return self.task.name == "multi-label"
-
     def named(self) -> Iterable[tuple[SplitName, tuple[Sample, ...]]]:
         """Each split that has a name in metrics; "test" only if it has images."""
         yield "train", self.train

@@ -76,7 +76,9 @@ def measure_learning_curve(
         rows = np.concatenate([chosen + view * len(labels) for view in range(num_views)])
         l2 = probe.l2 * len(labels) / len(chosen)
         all_labels = np.concatenate([labels[chosen]] * num_views)
-        start = solve_head(features[rows], all_labels, num_classes, l2, start, probe.class_weights)
+        start = solve_head(
+            features[rows], all_labels, num_classes, l2, start, probe.class_weights, task
+        )
         weight, bias = start
         num_images.append(len(chosen))
         logits.append(val_features @ weight.T + bias)

@@ -22,7 +22,6 @@ from finetune.evaluation.label_metrics import evaluate_labels
 from finetune.resume import Choices, keep_choices, lock, restore_splits
 from finetune.run import run
 from finetune.tasks.multi_label import MULTI_LABEL
-from finetune.training.train import train
 from models.checkpoint import load_checkpoint
 from models.errors import GraftError
 from models.sources import EncodedImage
@@ -191,7 +190,7 @@ def test_a_training_learns_and_can_be_stopped_and_resumed(tmp_path: Path, cache:
         folder.mkdir(exist_ok=True)
         backbone, monitor = tiny.build(), tiny.Recorder(folder, after)
         try:
-            train(
+            tiny.train_tiny(
                 backbone,
                 splits,
                 tiny.probe_of(backbone),
@@ -222,7 +221,7 @@ def test_a_training_learns_and_can_be_stopped_and_resumed(tmp_path: Path, cache:
 def test_a_resumed_run_has_its_own_labels(tmp_path: Path) -> None:
     splits = draw_splits()
     with lock(tmp_path):
-        keep_choices(tmp_path, Choices(Options(), splits, splits, "fp32", "it was asked for"))
+        keep_choices(tmp_path, Choices({}, splits, splits, "fp32", "it was asked for"))
     restored = restore_splits(tmp_path, splits)
     assert restored is not None
     assert [(sample.key, sample.label) for sample in restored.train] == [

@@ -1,4 +1,4 @@
-"""`python finetune/run.py` as a person types it: what it leaves behind, and what it says when something is wrong."""
+"""`python finetune/run.py` as it is typed: what it leaves behind, and how it fails."""
 
 from __future__ import annotations
 
@@ -161,12 +161,11 @@ def test_second_run_publishes_the_next_version(
 
 
 def test_where_training_wins_it_is_published(finetune: Finetune, tmp_path: Path) -> None:
-    """Random convolutions get 94 % of the digits right; training all but the first gets more, and that one stays as it was."""
+    """Random convolutions get 94 % of the digits right; training all but the first gets more."""
     (tmp_path / "small_net.py").write_text(
-        "from torch import nn\n"
-        "def build():\n"
-        "    pooled = (nn.AvgPool2d(8), nn.Conv2d(3, 16, 3, 2), nn.ReLU())\n"
-        "    return nn.Sequential(*pooled, nn.Conv2d(16, 16, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten())\n"
+        "from torch import nn\ndef build():\n    pooled = (nn.AvgPool2d(8), nn.Conv2d(3, 16, 3, "
+        "2), nn.ReLU())\n    return nn.Sequential(*pooled, nn.Conv2d(16, 16, 3, 2), nn.ReLU(), "
+        "nn.AdaptiveAvgPool2d(2), nn.Flatten())\n"
     )
     options = ("--backbone", "small_net:build", "--image-size", 96, "--name", "small")
     done = finetune(
@@ -253,9 +252,8 @@ def test_own_module_by_its_name(finetune: Finetune, tmp_path: Path, shapes: Path
     package.mkdir()
     (package / "__init__.py").touch()
     (package / "net.py").write_text(
-        "from torch import nn\n"
-        "def build():\n"
-        "    return nn.Sequential(nn.Conv2d(3, 8, 9, 8), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten())\n"
+        "from torch import nn\ndef build():\n    return nn.Sequential(nn.Conv2d(3, 8, 9, 8), "
+        "nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten())\n"
     )
     done = finetune(
         "--data",
@@ -286,7 +284,8 @@ def test_own_module_whose_code_changed_gets_features_of_its_own(
 ) -> None:
     for number, expression in enumerate(("images.mean((2, 3))", "images.mean((2, 3)) * 0 + 1")):
         (tmp_path / "changing.py").write_text(
-            f"from torch import nn\nclass Net(nn.Module):\n    def forward(self, images):\n        return {expression}\nbuild = Net\n"
+            "from torch import nn\nclass Net(nn.Module):\n    def forward(self, images):\n       "
+            f" return {expression}\nbuild = Net\n"
         )
         done = finetune(
             "--data", shapes, "--backbone", "changing:build", "--name", f"changing{number}"
@@ -428,7 +427,8 @@ def test_full_disk_publishes_nothing(finetune: Finetune, tmp_path: Path, shapes:
     assert finetune("--data", shapes, "--name", "warm").returncode == 0
 
     def limit_file_size() -> None:
-        # As ENOSPC does, EFBIG stops the write of the checkpoint's weights (14 MB) after a part of them.
+        # As ENOSPC does, EFBIG stops the write of the checkpoint's weights (14 MB) after a part of
+        # them.
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, 4_000_000))
 

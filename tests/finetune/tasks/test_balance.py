@@ -18,16 +18,25 @@ from sklearn.utils.class_weight import compute_class_weight, compute_sample_weig
 
 from finetune.config import Options, parse_options
 from finetune.data.splits import Splits
-from finetune.evaluation.class_metrics import evaluate_classes
+from finetune.evaluation.class_metrics import class_log_loss, evaluate_classes
+from finetune.evaluation.conformal import fit_temperature
 from finetune.probe.learning_curve import measure_learning_curve
-from finetune.probe.solve import L2_PATH, fit_temperature, log_loss, solve_head, solve_probe
+from finetune.probe.solve import L2_PATH, solve_head, solve_probe
 from finetune.tasks.balance import class_weights, draw_balanced, warn_if_imbalanced
 from finetune.tasks.single_label import SINGLE_LABEL
 from finetune.tasks.strata import assign_class_folds
 from finetune.training.state import draw_batches
-from finetune.training.train import train
 from models.errors import GraftError
-from tests.support.tiny import LABELS, PREPROCESS, Recorder, build, draw_samples, options, probe_of
+from tests.support.tiny import (
+    LABELS,
+    PREPROCESS,
+    Recorder,
+    build,
+    draw_samples,
+    options,
+    probe_of,
+    train_tiny,
+)
 
 COUNTS = [200, 60, 12]
 
@@ -130,7 +139,7 @@ def test_the_weighted_probe_is_scikit_learns_balanced_one() -> None:
             )
     best = int(np.argmin(losses))
     assert probe.l2 == path[best]
-    assert log_loss(probe.out_of_fold_logits, labels, weights) == pytest.approx(
+    assert class_log_loss(probe.out_of_fold_logits, labels, weights) == pytest.approx(
         losses[best], rel=0.01
     )
     assert probe.temperature == fit_temperature(probe.out_of_fold_logits, labels)
@@ -204,7 +213,7 @@ def fit(folder: Path, **changes: object) -> list[float]:
         **{"epochs": 1, "augment": "none", "freeze": "none", "batch_norm": "keep", **changes}
     )
     try:
-        train(backbone, SPLITS, probe_of(backbone), given, monitor, folder)
+        train_tiny(backbone, SPLITS, probe_of(backbone), given, monitor, folder)
     finally:
         monitor.close()
     return [loss for _, loss in monitor.curves["train/loss"]]
