@@ -27,6 +27,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 from unittest import mock
 
 # Run as a file, `import finetune` would find benchmarks/finetune.py.
@@ -146,7 +147,9 @@ def draw_features(case: Case, num_images: int) -> tuple[Floats, Labels]:
     scales = 1 / np.sqrt(1 + np.arange(case.num_features, dtype=np.float32))
     means = generator.normal(size=(case.num_classes, case.num_features)) * case.separation
     noise = generator.normal(size=(num_images, case.num_features))
-    features = ((means[labels] + noise).astype(np.float32) * scales) @ basis
+    features: Floats = (((means[labels] + noise).astype(np.float32) * scales) @ basis).astype(
+        np.float32, copy=False
+    )
     return features, labels
 
 
@@ -184,7 +187,9 @@ def regularised_loss(
     scale = Scaling.of(features).scale.astype(np.float64)
     standardised = np.where(np.isinf(scale), 0, scale) * weight
     logits = features.astype(np.float64) @ weight.T + bias
-    return class_log_loss(logits, labels) + 0.5 * l2 * float(np.square(standardised).sum())
+    return class_log_loss(cast(Floats, logits), labels) + 0.5 * l2 * float(
+        np.square(standardised).sum()
+    )
 
 
 def solve_graft(

@@ -32,12 +32,12 @@ class PairedScores:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A fine-tuned model (second of `scores`) beside the probe (first) on validation images, and their cost.
+    """A fine-tuned model (second of `scores`) beside the probe (first), and their cost.
 
     The epoch was chosen on the same images, which flatters the fine-tuned model a little. The probe
     wins a tie, also because models of one frozen backbone are served together for the price of one.
-    Without `has_learnt`, no epoch was better than the head that they began from: what is compared is
-    that head on the original backbone. `asked` is `--publish`, which may overrule the comparison.
+    Without `has_learnt`, no epoch was better than the head that they began from: what is compared
+    is that head on the original backbone.
     """
 
     scores: PairedScores

@@ -20,7 +20,7 @@ _FRACTIONS = (0.25, 0.5, 0.75)
 
 @dataclass(frozen=True)
 class LearningCurve:
-    """Validation scores of probes on 25, 50, 75 and 100 % of the images, and what twice as many add.
+    """Validation scores of probes on 25, 50, 75 and 100 % of the images; what twice as many add.
 
     `metric` names the score. `gain` continues a power law through the four errors (Hestness et al.
     2017, arXiv 1712.00409). Its 95 % `interval` is over the validation images and over how well the

@@ -1,4 +1,4 @@
-"""From a CSV of labels to the service's answer: runs on drawn images that show any number of shapes."""
+"""From a CSV of labels to the service's answer: images that show any number of shapes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ NUM_TRAIN, NUM_VAL = 90, 30
 
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two panels an image, each with a shape or with noise alone; the last training image is labelled wrongly."""
+    """Two panels an image, each a shape or only noise; the last training image's label is wrong."""
     root = tmp_path_factory.mktemp("panels")
     generator = np.random.default_rng(0)
     with (root / "panels.csv").open("w", newline="") as file:
@@ -261,6 +261,7 @@ def test_comparing_backbones_says_why_not(labelled: Path, tmp_path: Path) -> Non
 
     with pytest.raises(
         GraftError,
-        match="backbones are compared by the accuracy of single labels, and its images have several",
+        match="backbones are compared by the accuracy of single labels, and its images have "
+        "several",
     ):
         compare(CompareOptions(data=str(labelled), output=tmp_path, cache_dir=tmp_path / "cache"))

@@ -98,7 +98,7 @@ def test_a_probe_is_calibrated_and_its_thresholds_hold_on_images_it_did_not_see(
 
 
 def test_a_trained_model_is_not_measured_by_its_own_fit() -> None:
-    """Logits that say nothing: thresholds that were fitted to them look good on the same images, and no better than chance on others."""
+    """Thresholds fitted to random logits look good on the same images, and only on those."""
     generator = np.random.default_rng(0)
     logits, labels = (
         generator.normal(0, 1, (60, 2)).astype(np.float32),

@@ -150,7 +150,13 @@ def test_two_classes_are_told_apart() -> None:
     labels = np.arange(100) % 2
     features = (generator.normal(size=(100, 8)) + 4 * labels[:, None]).astype(np.float32)
     probe = solve_probe(features, labels, 2, seed=0)
-    assert (probe.weight.shape, probe.bias.shape, probe.weight.dtype, probe.bias.dtype) == (
+    found: tuple[object, ...] = (
+        probe.weight.shape,
+        probe.bias.shape,
+        probe.weight.dtype,
+        probe.bias.dtype,
+    )
+    assert found == (
         (2, 8),
         (2,),
         np.float32,
@@ -237,7 +243,7 @@ def test_the_temperature_of_calibrated_logits_is_one_and_follows_their_scale() -
     logits, labels = calibrated()
     assert fit_temperature(logits, labels) == pytest.approx(1, abs=0.05)
     for factor in (0.25, 2, 5):
-        assert fit_temperature(factor * logits, labels) == pytest.approx(
+        assert fit_temperature(np.float32(factor) * logits, labels) == pytest.approx(
             factor * fit_temperature(logits, labels), rel=1e-3
         )
 
@@ -245,9 +251,9 @@ def test_the_temperature_of_calibrated_logits_is_one_and_follows_their_scale() -
 def test_the_temperature_has_the_least_loss() -> None:
     logits, labels = calibrated(500)
     best = fit_temperature(3 * logits, labels)
-    loss = class_log_loss(3 * logits / best, labels)
+    loss = class_log_loss(logits * np.float32(3 / best), labels)
     assert all(
-        class_log_loss(3 * logits / (best * factor), labels) > loss
+        class_log_loss(logits * np.float32(3 / (best * factor)), labels) > loss
         for factor in (0.9, 0.97, 1.03, 1.1)
     )
 

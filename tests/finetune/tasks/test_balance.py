@@ -1,4 +1,4 @@
-"""Uneven classes are named, and count the same where that is asked for: in the probe, in the loss, and among the images drawn."""
+"""Imbalanced classes are logged, and with --balance count the same in probe, loss and batches."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections import Counter
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from tests.support.tiny import (
     LABELS,
     PREPROCESS,
     Recorder,
+    Trunk,
     build,
     draw_samples,
     options,
@@ -190,7 +192,7 @@ def test_the_learning_curve_of_a_weighted_probe_is_weighted() -> None:
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------------- gradient epochs
+# Gradient epochs
 
 SPLITS = Splits(
     LABELS,
@@ -207,7 +209,7 @@ TRAIN_LABELS = np.array([sample.label for sample in SPLITS.train])
 def fit(folder: Path, **changes: object) -> list[float]:
     """Training losses of one epoch without augmentation, dropout being off."""
     backbone = build()
-    backbone.model.backbone.dropout.p = 0.0
+    cast(Trunk, backbone.model.backbone).dropout.p = 0.0
     monitor = Recorder(folder)
     given = options(
         **{"epochs": 1, "augment": "none", "freeze": "none", "batch_norm": "keep", **changes}
@@ -252,7 +254,7 @@ def test_the_sampler_draws_the_batches_and_leaves_the_loss_alone(tmp_path: Path)
     )
 
 
-# ------------------------------------------------------------------------------------------------------------------------ what is said
+# Messages
 
 
 def test_imbalanced_classes_are_named_with_the_option(caplog: pytest.LogCaptureFixture) -> None:
@@ -261,15 +263,16 @@ def test_imbalanced_classes_are_named_with_the_option(caplog: pytest.LogCaptureF
         assert not caplog.records
         warn_if_imbalanced(np.repeat([0, 2], [1100, 100]), LABELS)
     assert caplog.messages == [
-        "imbalanced classes: red has 1,100 training images, blue has 100; if rare classes matter as "
-        "much, --balance weights lets each class count the same"
+        "imbalanced classes: red has 1,100 training images, blue has 100; if rare classes matter "
+        "as much, --balance weights lets each class count the same"
     ]
 
 
 def test_balanced_drawing_without_gradient_epochs_is_refused() -> None:
     with pytest.raises(
         GraftError,
-        match=r"^--balance sampler: it draws the batches .*; say --freeze until:NAME or none, or --balance wei",
+        match=r"^--balance sampler: it draws the batches .*; say --freeze until:NAME or none, or "
+        r"--balance wei",
     ):
         parse_options(Options, ["--balance", "sampler"])
     assert parse_options(Options, ["--balance", "sampler", "--freeze", "none"]).balance == "sampler"

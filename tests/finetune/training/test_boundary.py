@@ -319,7 +319,7 @@ def test_a_boundary_inside_a_residual_block_or_a_patch_embedding_cannot_be_cut()
     assert cut(model, freeze(model, "until:patch_embed.proj", "head"), images("test_vit")) is None
 
 
-def test_what_follows_the_boundary_in_place_does_not_change_what_is_kept() -> None:
+def test_in_place_operations_behind_the_boundary_leave_kept_activations_unchanged() -> None:
     torch.manual_seed(0)
     trunk = nn.Sequential(
         nn.Conv2d(3, 4, 3),

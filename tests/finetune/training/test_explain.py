@@ -174,7 +174,7 @@ def test_a_transformer_is_explained_where_its_places_still_count(
         ("Rounded", "Grad-CAM cannot be computed: RuntimeError: "),
     ],
 )
-def test_a_network_that_cannot_be_explained_is_told_of(
+def test_explaining_an_unexplainable_network_raises(
     tmp_path: Path, name: str, message: str
 ) -> None:
     with pytest.raises(
@@ -183,7 +183,7 @@ def test_a_network_that_cannot_be_explained_is_told_of(
         explain(prepare(name, tmp_path), HEAD, [crop_with_corners()], [0])
 
 
-def test_heat_is_coloured_and_what_is_cold_stays_grey() -> None:
+def test_hot_places_are_coloured_and_cold_ones_grey() -> None:
     crop = np.full((4, 4, 3), (10, 20, 30), np.uint8)
     heat = np.zeros((4, 4), np.float32)
     heat[0, 0] = 1

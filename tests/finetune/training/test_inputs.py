@@ -144,9 +144,7 @@ def test_infinities_stay_and_nan_stays_nan(tmp_path: Path) -> None:
     assert torch.signbit(kept[3])
 
 
-def test_activations_that_a_full_disk_does_not_take_are_said_to_be(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_activations_on_a_full_disk_raise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A full disk would otherwise end the process by SIGBUS at the first row written."""
 
     def refuse(*_: object) -> None:
@@ -413,7 +411,7 @@ def test_channels_last_is_taken_where_the_network_can(
     assert seen[0].is_contiguous() == (trunk is Viewing)
 
 
-def test_an_image_that_goes_away_before_it_is_kept_ends_the_run_in_words(tmp_path: Path) -> None:
+def test_an_image_that_vanishes_before_its_activation_is_kept_raises(tmp_path: Path) -> None:
     """Left out in silence, it would give every later image the label of the one before."""
     path = tmp_path / "3.png"
     samples = (*SPLITS.train[:3], Sample(str(path), 0, path), *SPLITS.train[3:])

@@ -105,7 +105,7 @@ def test_the_loss_of_each_image_is_the_formulas(
     ("mix", "freeze", "cache"),
     [("mixup", "until:stem", True), ("both", "until:stem", False), ("both", "none", True)],
 )
-def test_epochs_learn_from_what_was_mixed(
+def test_epochs_train_on_mixed_batches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mix: str, freeze: str, cache: bool
 ) -> None:
     """The first loss is that of the first mixed batch, with its labels smoothed."""
@@ -189,7 +189,7 @@ def test_mixing_is_drawn_from_the_seed(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_cannot_be_mixed_is_refused(arguments: str, message: str) -> None:
+def test_impossible_mixes_are_refused(arguments: str, message: str) -> None:
     with pytest.raises(GraftError, match=f"^{message}"):
         parse_options(Options, arguments.split())
 
@@ -202,5 +202,5 @@ def test_what_cannot_be_mixed_is_refused(arguments: str, message: str) -> None:
         "--resume runs/a",
     ],
 )
-def test_what_can_be_mixed_is_not(arguments: str) -> None:
+def test_possible_mixes_are_accepted(arguments: str) -> None:
     parse_options(Options, arguments.split())

@@ -264,7 +264,7 @@ def test_a_frozen_module_that_changes_its_own_buffer_fails_the_run(
         fit(backbone, draw_splits(), tmp_path, freeze="until:0", cache=cache, epochs=1)
 
 
-def test_a_loss_that_is_no_number_ends_the_run_with_step_and_rate_and_leaves_the_network_whole(
+def test_a_broken_loss_raises_with_step_and_rate_and_leaves_the_network_whole(
     tmp_path: Path,
 ) -> None:
     backbone = build()
