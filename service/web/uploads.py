@@ -94,7 +94,7 @@ async def read_form(chunks: AsyncIterator[bytes], boundary: bytes, max_images: i
     """Read a multipart body (RFC 7578). Raises RequestError at the first part that is wrong.
 
     python-multipart finds the parts. Against a parser of our own for whole bodies, this costs
-    0.04 ms for a photo of 60 KB, 1 % of a request (docs/serve-benchmark.md).
+    0.04 ms for a photo of 60 KB, 0.5 % of a request (docs/serve-benchmark.md).
     """
     if not 1 <= len(boundary) <= _MAX_BOUNDARY_BYTES:
         raise _broken_multipart(
