@@ -32,7 +32,8 @@ logger = logging.getLogger("bentoml.graft")
 
 # What BentoML answers itself. Its start page is not among them: it loads a third party's script.
 _BENTOML_PATHS = ("/healthz", "/schema.json")
-# Below these an unknown path gets its error in the shape of the other protocols.
+# Below these an unknown path gets its error in the shape of the other protocols, but where it ends
+# as one of Graft's own routes does.
 _PROTOCOL_PATHS = ("/v1/models/", "/v2/", "/hf/")
 _UNKNOWN_ROUTE = "other"
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
@@ -56,6 +57,12 @@ class Routes:
         self._body_seconds = server.settings.body_seconds
         self._access_log = AccessLog(is_printed=server.settings.access_log)
         self._error_bodies = {route.path: route.error_body for route in routes}
+        # `/rollout`, `:load` …: what Graft's own routes have after a name.
+        self._own_endings = tuple(
+            route.path.rpartition("}")[2]
+            for route in routes
+            if route.parameters and route.error_body is graft_error
+        )
         self._answer = ExceptionMiddleware(
             build_router(routes, server),
             handlers={
@@ -120,10 +127,12 @@ class Routes:
         return await self._on_request_error(request, internal)
 
     def _error_body(self, scope: Scope) -> ErrorBody:
+        """The shape of the route that was found, else the shape of the routes that look like it."""
         if (path := _route_path(scope)) in self._error_bodies:
             return self._error_bodies[path]
-        is_protocols = f"{scope['path']}/".startswith(_PROTOCOL_PATHS)
-        return plain_error if is_protocols else graft_error
+        path = scope["path"]
+        is_protocols = f"{path}/".startswith(_PROTOCOL_PATHS)
+        return plain_error if is_protocols and not path.endswith(self._own_endings) else graft_error
 
 
 def build_router(routes: Sequence[Route], server: Server) -> routing.Router:
