@@ -146,8 +146,8 @@ def draw_features(case: Case, num_images: int) -> tuple[Floats, Labels]:
     scales = 1 / np.sqrt(1 + np.arange(case.num_features, dtype=np.float32))
     means = generator.normal(size=(case.num_classes, case.num_features)) * case.separation
     noise = generator.normal(size=(num_images, case.num_features))
-    features: Floats = ((means[labels] + noise).astype(np.float32) * scales) @ basis
-    return features, labels.astype(np.int64)
+    features = ((means[labels] + noise).astype(np.float32) * scales) @ basis
+    return np.asarray(features, np.float32), labels.astype(np.int64)
 
 
 Solver = Callable[[Floats, Labels, int], tuple[Floats, Floats, float, Floats]]

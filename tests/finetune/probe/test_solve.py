@@ -244,7 +244,7 @@ def test_the_temperature_has_the_least_loss() -> None:
     best = fit_temperature(3 * logits, labels)
 
     def loss_at(temperature: float) -> float:
-        return class_log_loss(3 * logits / np.float32(temperature), labels)
+        return class_log_loss(np.asarray(3 * logits / temperature, np.float32), labels)
 
     assert all(loss_at(best * factor) > loss_at(best) for factor in (0.9, 0.97, 1.03, 1.1))
 
