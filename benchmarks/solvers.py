@@ -27,6 +27,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 from unittest import mock
 
 # Run as a file, `import finetune` would find benchmarks/finetune.py.
@@ -35,7 +36,7 @@ if __name__ == "__main__":
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import minimize  # type: ignore[import-untyped]
+from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression
 
 from benchmarks.calibration import extract
@@ -68,7 +69,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Solved:
-    """`loss` is the objective's on the training images at `l2`."""
+    """`loss` is the objective's on the training images at `l2`, in float64."""
 
     case: str
     solver: str
@@ -146,8 +147,10 @@ def draw_features(case: Case, num_images: int) -> tuple[Floats, Labels]:
     scales = 1 / np.sqrt(1 + np.arange(case.num_features, dtype=np.float32))
     means = generator.normal(size=(case.num_classes, case.num_features)) * case.separation
     noise = generator.normal(size=(num_images, case.num_features))
-    features = ((means[labels] + noise).astype(np.float32) * scales) @ basis
-    return np.asarray(features, np.float32), labels.astype(np.int64)
+    features: Floats = (((means[labels] + noise).astype(np.float32) * scales) @ basis).astype(
+        np.float32, copy=False
+    )
+    return features, labels
 
 
 Solver = Callable[[Floats, Labels, int], tuple[Floats, Floats, float, Floats]]
@@ -180,12 +183,13 @@ def measure(
 def regularised_loss(
     features: Floats, labels: Labels, weight: Floats, bias: Floats, l2: float
 ) -> float:
-    """The mean log loss and the penalty on weights for standardised features."""
-    scale = Scaling.of(features).scale
+    """The mean log loss and the penalty on weights for standardised features, in float64."""
+    scale = Scaling.of(features).scale.astype(np.float64)
     standardised = np.where(np.isinf(scale), 0, scale) * weight
-    logits = np.asarray(features @ weight.T + bias, np.float32)
-    penalty = float(np.square(standardised, dtype=np.float64).sum())
-    return class_log_loss(logits, labels) + 0.5 * l2 * penalty
+    logits = features.astype(np.float64) @ weight.T + bias
+    return class_log_loss(cast(Floats, logits), labels) + 0.5 * l2 * float(
+        np.square(standardised).sum()
+    )
 
 
 def solve_graft(

@@ -122,7 +122,7 @@ def read_options(given: Options) -> Options:
     resumed = its_own.model_copy(update={**changes, "resume": run_dir.resolve()})
     kept = _read_kept(run_dir)
     if kept is None:
-        logger.info("resuming %s: it had not come to its training, and begins again", run_dir)
+        logger.info("resuming %s: it ended before its training, and begins again", run_dir)
         return resumed
     logger.info("resuming %s", run_dir)
     check_fixed(run_dir, kept["fixed"], fix_options(its_own.model_dump(mode="json")))

@@ -327,7 +327,7 @@ class Training:
             raise stop
 
     def _preflight(self) -> None:
-        """Raise GraftError where it can be known now that the run will come to nothing."""
+        """Raise GraftError where it is known before the first step that the training will fail."""
         inputs, settings, model = self._inputs, self._settings, self._backbone.model
         changing = changing_tensors(model, self._freezing)
         check_disk(

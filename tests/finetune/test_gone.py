@@ -153,7 +153,7 @@ def test_an_image_that_cannot_be_read_again_is_named(
     assert ("--resume" in printed) == (name == "_train_epoch")
 
 
-def test_what_was_trained_is_not_measured_on_other_images_than_the_probe(
+def test_the_tuned_candidate_is_not_measured_on_other_images_than_the_probe(
     tmp_path: Path,
     arguments: list[str],
     monkeypatch: pytest.MonkeyPatch,

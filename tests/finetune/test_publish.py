@@ -112,7 +112,7 @@ def test_a_run_publishes_the_candidate_asked_for_and_keeps_the_other(
         assert_serves_as_saved(folder)
 
 
-def test_by_itself_a_run_publishes_what_its_verdict_says(tmp_path: Path) -> None:
+def test_a_run_publishes_its_verdict_by_default(tmp_path: Path) -> None:
     run_dir = run_tiny(tmp_path)
     metrics = json.loads((run_dir / "metrics.json").read_text())
     names = {"probe": "probe", "fine-tuned": "tuned"}
@@ -154,7 +154,7 @@ def test_the_other_candidate_is_published_later_as_the_next_version(
     assert_serves_as_saved(version)
 
 
-def test_what_is_the_newest_version_already_is_not_published_again(
+def test_the_newest_version_is_not_published_again(
     finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     repository = repository_of(finished)
@@ -192,7 +192,7 @@ def refuse(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return capsys.readouterr().err
 
 
-def test_what_cannot_be_published_is_refused(
+def test_impossible_publications_are_refused(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "no config.yaml in it" in refuse(capsys, tmp_path, "--which", "probe")

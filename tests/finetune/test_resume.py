@@ -310,7 +310,7 @@ def flip_a_bit(path: Path, at: int) -> None:
         lambda path: flip_a_bit(path, -5000),
     ],
 )
-def test_a_damaged_state_is_named_with_the_way_out(
+def test_a_damaged_state_raises_with_the_way_out(
     stopped: Path, damage: Callable[[Path], None]
 ) -> None:
     damage(stopped / TRAINING_FILE)
@@ -322,7 +322,7 @@ def test_a_damaged_state_is_named_with_the_way_out(
         go_on(stopped)
 
 
-def test_kept_activations_that_are_not_what_was_kept_are_computed_again(
+def test_damaged_kept_activations_are_computed_again(
     stopped: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     was = (stopped / "val.npy").read_bytes()
@@ -343,7 +343,7 @@ def test_the_seconds_of_every_process_count(stopped: Path) -> None:
     assert seconds_trained(stopped.parent.parent) == 0
 
 
-def test_a_state_that_cannot_be_saved_is_told_of_and_ends_nothing(
+def test_a_state_that_cannot_be_saved_is_logged_and_training_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
@@ -556,7 +556,7 @@ def test_a_flag_that_contradicts_the_run_is_refused(
     assert left.exists()
 
 
-def test_a_flag_that_says_what_the_run_says_is_let_through(left: Path) -> None:
+def test_a_flag_equal_to_the_runs_own_is_accepted(left: Path) -> None:
     again = read_options(Options(resume=left, lr=0.25, name="tiny"))
     assert (
         again.model_dump()
@@ -602,7 +602,7 @@ def test_a_folder_that_is_no_run_or_is_done_is_refused(
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"folder": "/tm'])
-def test_what_a_run_kept_is_named_where_it_is_damaged(
+def test_damaged_choices_of_a_run_raise(
     left: Path, capsys: pytest.CaptureFixture[str], content: str
 ) -> None:
     (left / STATE_DIR).mkdir(exist_ok=True)

@@ -134,7 +134,7 @@ class Poisoned(nn.Module):
         self.where = where
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        features = self.trunk(images)
+        features: torch.Tensor = self.trunk(images)
         if self.training and self.where == "image":
             brightness = images.mean(dim=(1, 2, 3))
             features = (
@@ -151,7 +151,7 @@ def read_broken_batch(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_a_loss_that_is_no_number_leaves_the_batch_to_look_at(tmp_path: Path) -> None:
+def test_a_nan_loss_keeps_the_batch_for_inspection(tmp_path: Path) -> None:
     with pytest.raises(BrokenLossError) as caught:
         fit(tmp_path, build(lambda: Poisoned("image")), freeze="none", epochs=1)
     rows = read_broken_batch(tmp_path)
@@ -167,14 +167,14 @@ def test_a_loss_that_is_no_number_leaves_the_batch_to_look_at(tmp_path: Path) ->
     by_key = {sample.key: sample for sample in draw_splits().train}
     for row in rows:
         sample = by_key[row["path"]]
-        assert row["label"] == draw_splits().label_names[sample.label]
+        assert row["label"] == draw_splits().describe(sample)
         assert np.array_equal(
             np.asarray(Image.open(tmp_path / FOLDER / row["file"])), PREPROCESS(sample.read())
         )
     assert not (tmp_path / STATE_DIR / TRAINING_FILE).exists()
 
 
-def test_a_gradient_that_is_no_number_is_found_before_it_is_in_the_weights(tmp_path: Path) -> None:
+def test_a_nan_gradient_is_found_before_the_step(tmp_path: Path) -> None:
     backbone = build(lambda: Poisoned("gradient"))
     with pytest.raises(
         BrokenLossError, match=r"^epoch 1, step 0: the gradient is (nan|inf) at a rate of"
@@ -199,7 +199,8 @@ class Greedy(nn.Module):
         # While it is traced and tried it behaves.
         if torch.is_grad_enabled() and self.training and len(images) > self.most:
             raise self.error
-        return self.trunk(images)
+        features: torch.Tensor = self.trunk(images)
+        return features
 
 
 ERRORS = [
@@ -255,7 +256,7 @@ def test_out_of_memory_halves_the_batch_and_moves_the_weights_as_the_whole_would
         assert loss == pytest.approx(same_loss, rel=1e-4)
 
 
-def test_a_single_image_that_does_not_fit_ends_the_run_with_the_way_out(tmp_path: Path) -> None:
+def test_a_single_image_that_does_not_fit_raises_with_the_way_out(tmp_path: Path) -> None:
     with pytest.raises(
         GraftError,
         match=r"^out of memory with a single image \(no room\); try a smaller --image-size or "
@@ -271,7 +272,7 @@ def test_an_error_that_is_none_of_memory_is_not_hidden(tmp_path: Path) -> None:
         fit(tmp_path, build(lambda: Greedy(2, error)), freeze="none")
 
 
-def test_what_the_failed_part_left_is_undone_and_a_short_batch_changes_nothing() -> None:
+def test_a_failed_part_is_undone_and_a_short_batch_keeps_the_limit() -> None:
     images, done = torch.arange(6.0), []
 
     def work(part: torch.Tensor, _: torch.Tensor) -> float:
@@ -336,7 +337,7 @@ def test_memory_that_really_runs_out_ends_in_a_finished_run(
     assert said.endswith("finished True\n")
 
 
-def test_memory_for_not_even_one_image_ends_in_words(tmp_path: Path, run_forked: RunForked) -> None:
+def test_memory_for_less_than_one_image_raises(tmp_path: Path, run_forked: RunForked) -> None:
     ((code, said),) = run_forked([(STARVE, {"SPARE_MB": "4", "FOLDER": str(tmp_path)})])
     assert code == 1
     assert "GraftError: out of memory with a single image (" in said
@@ -350,7 +351,7 @@ def test_memory_for_not_even_one_image_ends_in_words(tmp_path: Path, run_forked:
     [{}, {"cache": False}, {**EVERY_OPTION, "freeze": "none", "gradual": 1}],
     ids=["activations", "crops", "every option"],
 )
-def test_preflight_says_what_to_expect_and_leaves_no_trace(
+def test_preflight_logs_what_to_expect_and_changes_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, changes: dict[str, Any]
 ) -> None:
     plain, _ = fit(tmp_path / "plain", **changes)

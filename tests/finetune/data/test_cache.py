@@ -25,13 +25,14 @@ from finetune.data import cache as cache_module
 from finetune.data.cache import MAX_SEGMENTS, FeatureCache, digest_image, merge_segments, trim
 from finetune.data.splits import Sample
 from finetune.probe.features import extract_features
-from models.engine.engine import EngineInfo, Features
+from models.engine.engine import Crops, EngineInfo, Features
 from models.engine.openvino_engine import OpenVINOEngine
 from models.errors import GraftError
 from models.prepared import PreparedBackbone
-from models.preprocess import Pixels, View
+from models.preprocess import View
 from models.sources import EncodedImage
 from tests.support.images import draw_shape
+from tests.support.shared import HANG_SECONDS
 
 PROJECT_DIR = Path(__file__).parents[3]
 INFO = EngineInfo("openvino 1", "a processor", "fp32", 4, 2, 100.0)
@@ -56,9 +57,9 @@ def read(cache: FeatureCache, digest: bytes) -> Features | None:
     return out if cache.read(digest, out) else None
 
 
-def fill(cache_dir: Path, indices: range, **options: str) -> Path:
+def fill(cache_dir: Path, indices: range, fingerprint: str = "a network") -> Path:
     """Write some rows as a run does, and give the folder they are in."""
-    with open_cache(cache_dir, **options) as cache:
+    with open_cache(cache_dir, fingerprint) as cache:
         cache.write([DIGESTS[index] for index in indices], FEATURES[indices.start : indices.stop])
     return cache.folder
 
@@ -99,9 +100,12 @@ class Counted:
         )
         self.num_images = 0
 
-    def submit(self, images: Pixels) -> Future[Features]:
+    def submit(self, images: Crops) -> Future[Features]:
         self.num_images += len(images)
         return self._engine.submit(images)
+
+    def run_here(self, images: Crops, *, is_alone: bool = True) -> Features:
+        raise AssertionError("a run submits its images")
 
     def close(self) -> None:
         raise AssertionError("the engine is the caller's to close")
@@ -342,7 +346,8 @@ def test_trim_takes_nothing_from_a_run_that_reads(tmp_path: Path) -> None:
     fill(tmp_path, range(3))
     with open_cache(tmp_path) as cache:
         trim(tmp_path, 0)
-        assert np.array_equal(read(cache, DIGESTS[1]), FEATURES[1])  # type: ignore[arg-type]
+        assert (found := read(cache, DIGESTS[1])) is not None
+        assert np.array_equal(found, FEATURES[1])
 
 
 def test_a_folder_that_another_run_trims_meanwhile_is_no_error(tmp_path: Path) -> None:
@@ -430,9 +435,10 @@ def test_a_run_that_reads_goes_on_while_another_merges(tmp_path: Path) -> None:
     merge_segments(folder, RECORD_SIZE)
     assert len(list(folder.glob("*.keys"))) == 1
     with reading:
-        assert all(
-            np.array_equal(read(reading, digest), FEATURES[at]) for at, digest in enumerate(DIGESTS)
-        )  # type: ignore[arg-type]
+        for row, digest in enumerate(DIGESTS):
+            found = read(reading, digest)
+            assert found is not None
+            assert np.array_equal(found, FEATURES[row])
 
 
 def test_what_is_merged_while_a_run_looks_for_it_is_found(
@@ -624,16 +630,16 @@ def test_after_runs_killed_at_any_moment_the_next_one_gives_the_same_features(
         start_run(prepared, tmp_path, last_byte) for last_byte in (in_rows, between, in_keys)
     ]
     for run in killing_themselves:
-        run.communicate(timeout=60)
+        run.communicate(timeout=HANG_SECONDS)
         assert run.returncode == -signal.SIGKILL
     for run in [start_run(prepared, tmp_path) for _ in range(2)]:
         assert run.stdout is not None
         run.stdout.readline()
         time.sleep(moments.uniform(0, 0.3))
         run.kill()
-        run.communicate(timeout=60)
+        run.communicate(timeout=HANG_SECONDS)
     finishing = start_run(prepared, tmp_path)
-    said, errors = finishing.communicate(timeout=60)
+    said, errors = finishing.communicate(timeout=HANG_SECONDS)
     assert finishing.returncode == 0, errors
     num_hits, digest, has_torch = said.split()[1:]
     assert digest == undisturbed
@@ -646,10 +652,10 @@ def test_a_full_disk_ends_the_caching_and_not_the_run(
 ) -> None:
     # The first 32 rows fit, the next ones in part.
     limited = start_run(prepared, tmp_path, max_file_bytes=200_000)
-    said, errors = limited.communicate(timeout=60)
+    said, errors = limited.communicate(timeout=HANG_SECONDS)
     assert limited.returncode == 0, errors
     assert said.split()[1:3] == ["0", undisturbed]
     assert errors.count("cannot take more (File too large); this run goes on without it") == 1
     after = start_run(prepared, tmp_path)
-    said, errors = after.communicate(timeout=60)
+    said, errors = after.communicate(timeout=HANG_SECONDS)
     assert (said.split()[1:3], errors) == (["32", undisturbed], "")

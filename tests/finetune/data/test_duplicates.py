@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -117,9 +118,12 @@ def test_a_second_run_decodes_only_what_is_new_or_may_be_a_copy(
     splits = splits_of([*images, images[2]])
     decoded: list[bytes] = []
     compute = duplicates._compute_signature
-    monkeypatch.setattr(
-        duplicates, "_compute_signature", lambda data: decoded.append(data) or compute(data)
-    )
+
+    def count(data: bytes) -> Any:
+        decoded.append(data)
+        return compute(data)
+
+    monkeypatch.setattr(duplicates, "_compute_signature", count)
     for _ in range(2):
         with open_grids(tmp_path) as cache:
             assert places(find_duplicates(splits, num_workers=2, cache=cache)) == [[2, 10]]

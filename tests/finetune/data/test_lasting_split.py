@@ -17,7 +17,7 @@ from tests.finetune.data.test_splits import write_images
 
 
 def options_of(data: Path, output: Path, **changes: object) -> SharedOptions:
-    return SharedOptions(data=str(data), output=output, **changes)  # type: ignore[arg-type]
+    return SharedOptions(data=str(data), output=output, **changes)
 
 
 def write_run(splits: Splits, options: SharedOptions, name: str, time: int) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from models.errors import GraftError
 from tests.finetune.data.test_lasting_split import load_lasting, sides, write_run
 
 
-def write_csv(path: Path, rows: list[tuple[str, ...]], header: str = "path,labels") -> Path:
+def write_csv(path: Path, rows: Sequence[tuple[str, ...]], header: str = "path,labels") -> Path:
     path.write_text("\n".join([header, *(",".join(row) for row in rows)]) + "\n")
     return path
 

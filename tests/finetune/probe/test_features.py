@@ -118,13 +118,13 @@ class Watched:
             self.num_read += 1
         return draw_shape("circle", 0, "PNG", (16, 16))
 
-    def submit(self, crops: Crops) -> Future[Features]:
+    def submit(self, images: Crops) -> Future[Features]:
         self.most_ahead = max(self.most_ahead, self.num_read - self.num_submitted)
-        self.num_submitted += len(crops)
-        return self._engine.submit(crops)
+        self.num_submitted += len(images)
+        return self._engine.submit(images)
 
-    def run_here(self, crops: Crops, *, is_alone: bool = True) -> Features:
-        raise AssertionError("extraction keeps several batches in flight")
+    def run_here(self, images: Crops, *, is_alone: bool = True) -> Features:
+        raise AssertionError("a run submits its images")
 
     def close(self) -> None:
         raise AssertionError("the engine is the caller's to close")

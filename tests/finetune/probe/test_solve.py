@@ -150,8 +150,18 @@ def test_two_classes_are_told_apart() -> None:
     labels = np.arange(100) % 2
     features = (generator.normal(size=(100, 8)) + 4 * labels[:, None]).astype(np.float32)
     probe = solve_probe(features, labels, 2, seed=0)
-    assert (probe.weight.shape, probe.bias.shape) == ((2, 8), (2,))
-    assert {str(probe.weight.dtype), str(probe.bias.dtype)} == {"float32"}
+    found: tuple[object, ...] = (
+        probe.weight.shape,
+        probe.bias.shape,
+        probe.weight.dtype,
+        probe.bias.dtype,
+    )
+    assert found == (
+        (2, 8),
+        (2,),
+        np.float32,
+        np.float32,
+    )
     assert accuracy(probe, features, labels) == 1
     assert probe.out_of_fold_logits.shape == (100, 2)
 
@@ -233,8 +243,7 @@ def test_the_temperature_of_calibrated_logits_is_one_and_follows_their_scale() -
     logits, labels = calibrated()
     assert fit_temperature(logits, labels) == pytest.approx(1, abs=0.05)
     for factor in (0.25, 2, 5):
-        scaled = np.float32(factor) * logits
-        assert fit_temperature(scaled, labels) == pytest.approx(
+        assert fit_temperature(np.float32(factor) * logits, labels) == pytest.approx(
             factor * fit_temperature(logits, labels), rel=1e-3
         )
 
@@ -242,11 +251,11 @@ def test_the_temperature_of_calibrated_logits_is_one_and_follows_their_scale() -
 def test_the_temperature_has_the_least_loss() -> None:
     logits, labels = calibrated(500)
     best = fit_temperature(3 * logits, labels)
-
-    def loss_at(temperature: float) -> float:
-        return class_log_loss(np.asarray(3 * logits / temperature, np.float32), labels)
-
-    assert all(loss_at(best * factor) > loss_at(best) for factor in (0.9, 0.97, 1.03, 1.1))
+    loss = class_log_loss(logits * np.float32(3 / best), labels)
+    assert all(
+        class_log_loss(logits * np.float32(3 / (best * factor)), labels) > loss
+        for factor in (0.9, 0.97, 1.03, 1.1)
+    )
 
 
 @pytest.mark.parametrize("sign", [1, -1])

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
@@ -135,7 +136,7 @@ def test_distances_are_kept_by_as_many_directions_as_are_needed(
     points = np.loadtxt(run_dir / "projector" / "tensors.tsv", delimiter="\t", ndmin=2)
     assert points.shape == shape
 
-    def distances(rows: np.ndarray) -> np.ndarray:
+    def distances(rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return np.asarray(np.linalg.norm(rows[:, None] - rows[None, :3], axis=2))
 
     found, expected = distances(points), distances(candidate.features["val"])

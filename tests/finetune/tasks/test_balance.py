@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections import Counter
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from tests.support.tiny import (
     LABELS,
     PREPROCESS,
     Recorder,
+    Trunk,
     build,
     draw_samples,
     options,
@@ -207,7 +209,7 @@ TRAIN_LABELS = np.array([sample.label for sample in SPLITS.train])
 def fit(folder: Path, **changes: object) -> list[float]:
     """Training losses of one epoch without augmentation, dropout being off."""
     backbone = build()
-    backbone.model.backbone.dropout.p = 0.0
+    cast(Trunk, backbone.model.backbone).dropout.p = 0.0
     monitor = Recorder(folder)
     given = options(
         **{"epochs": 1, "augment": "none", "freeze": "none", "batch_norm": "keep", **changes}

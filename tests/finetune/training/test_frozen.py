@@ -90,7 +90,7 @@ BF16 = pytest.param(
         ("own", "until:stem", ("backbone.tail.", "head.")),
     ],
 )
-def test_what_is_frozen_is_bit_equal_after_a_resumed_training_with_every_option(
+def test_frozen_tensors_are_bit_equal_after_a_resumed_training_with_every_option(
     tmp_path: Path, name: str, freeze: str, trained: tuple[str, ...], precision: str
 ) -> None:
     before = snapshot(build(name))

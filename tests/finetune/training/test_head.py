@@ -67,7 +67,7 @@ def functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     sys.modules.pop("my_heads", None)
 
 
-def test_the_probes_head_is_what_it_was() -> None:
+def test_the_probes_head_is_copied() -> None:
     backbone, probe = build(), probe_of(build())
     nn.init.constant_(backbone.head.weight, 9)
     start_head(backbone, probe, "probe")
@@ -114,7 +114,7 @@ def test_zeros_and_functions_set_the_head_and_nothing_else() -> None:
         ),
     ],
 )
-def test_what_a_function_gets_wrong_is_said(name: str, message: str) -> None:
+def test_errors_of_a_users_function_are_described(name: str, message: str) -> None:
     with pytest.raises(GraftError, match=message):
         start_head(build(), probe_of(build()), f"my_heads:{name}")
 
@@ -132,7 +132,7 @@ def test_what_a_function_gets_wrong_is_said(name: str, message: str) -> None:
         ),
     ],
 )
-def test_what_cannot_be_is_refused_with_the_options(flags: list[str], message: str) -> None:
+def test_impossible_head_inits_are_refused_with_the_options(flags: list[str], message: str) -> None:
     with pytest.raises(GraftError, match=message):
         parse_options(Options, ["--freeze", "none", *flags])
 
@@ -149,7 +149,7 @@ def test_what_cannot_be_is_refused_with_the_options(flags: list[str], message: s
         ("my_heads:number", "--head-init my_heads:number: it is of type int, and cannot be called"),
     ],
 )
-def test_a_function_that_is_not_there_is_told_of_before_any_work(
+def test_a_missing_function_is_an_error_before_any_work(
     tmp_path: Path, name: str, message: str
 ) -> None:
     with pytest.raises(GraftError, match=message):
@@ -194,7 +194,7 @@ def test_epochs_begin_from_the_head_that_was_asked_for(tmp_path: Path) -> None:
         ("probe", "the probe's head"),
     ],
 )
-def test_a_whole_run_says_what_it_began_with(
+def test_a_whole_run_logs_and_reports_its_first_head(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import io
 import logging
 import os
 import shutil
@@ -14,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -33,6 +31,7 @@ from models.backbone.freezing import freeze
 from models.errors import GraftError
 from models.preprocess import Preprocess
 from models.sources import EncodedImage
+from tests.support.images import draw_noise
 from tests.support.tiny import train_tiny
 
 SIZE = 24
@@ -59,7 +58,7 @@ class Trunk(nn.Module):
         self.has_skip = has_skip
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        features = self.tail(self.stem(images) / 255).mean(dim=(2, 3))
+        features: torch.Tensor = self.tail(self.stem(images) / 255).mean(dim=(2, 3))
         return features + images.mean(dim=(1, 2, 3))[:, None] / 255 if self.has_skip else features
 
 
@@ -73,19 +72,13 @@ def build(has_skip: bool = False) -> Backbone:
     return Backbone("own:trunk", model, "head", WHOLE_NUMBERS, "none", None, "backbone.")
 
 
-def draw_noise(label: int, seed: int) -> bytes:
-    """Noise in which one colour, the label's, is brighter."""
-    generator = np.random.default_rng((label, seed))
-    pixels = generator.integers(0, 200, (2 * SIZE, 2 * SIZE, 3))
-    pixels[..., label] += 50
-    buffer = io.BytesIO()
-    Image.fromarray(pixels.astype(np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def draw_samples(count: int, first_seed: int = 0) -> tuple[Sample, ...]:
     return tuple(
-        Sample(f"{label} {seed}", label, EncodedImage(draw_noise(label, seed)))
+        Sample(
+            f"{label} {seed}",
+            label,
+            EncodedImage(draw_noise(label, seed, brighter=50, size=2 * SIZE)),
+        )
         for seed in range(first_seed, first_seed + count)
         for label in range(len(LABELS))
     )
@@ -144,9 +137,7 @@ def test_infinities_stay_and_nan_stays_nan(tmp_path: Path) -> None:
     assert torch.signbit(kept[3])
 
 
-def test_activations_that_a_full_disk_does_not_take_are_said_to_be(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_activations_on_a_full_disk_raise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A full disk would otherwise end the process by SIGBUS at the first row written."""
 
     def refuse(*_: object) -> None:
@@ -392,7 +383,8 @@ class Viewing(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         maps = self.tail(self.stem(images))
-        return maps.view(len(maps), -1)
+        features: torch.Tensor = maps.view(len(maps), -1)
+        return features
 
 
 @pytest.mark.parametrize("cache", [True, False])
@@ -405,7 +397,9 @@ def test_channels_last_is_taken_where_the_network_can(
     backbone = Backbone("own:trunk", model, "head", WHOLE_NUMBERS, "none", None, "backbone.")
     inputs = open_own(tmp_path, backbone, cache=cache)
     seen: list[torch.Tensor] = []
-    model.backbone.tail.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    model.get_submodule("backbone.tail").register_forward_pre_hook(
+        lambda _, arguments: seen.append(arguments[0])
+    )
     batch, _ = next(iter(DataLoader(inputs.train, 4)))
     inputs.network(inputs.prepare(batch)).sum().backward()
     assert isinstance(inputs.network, TrainablePart) == cache
@@ -413,7 +407,7 @@ def test_channels_last_is_taken_where_the_network_can(
     assert seen[0].is_contiguous() == (trunk is Viewing)
 
 
-def test_an_image_that_goes_away_before_it_is_kept_ends_the_run_in_words(tmp_path: Path) -> None:
+def test_an_image_that_vanishes_before_its_activation_is_kept_raises(tmp_path: Path) -> None:
     """Left out in silence, it would give every later image the label of the one before."""
     path = tmp_path / "3.png"
     samples = (*SPLITS.train[:3], Sample(str(path), 0, path), *SPLITS.train[3:])

@@ -28,7 +28,7 @@ from tests.support.tiny import (
     train_tiny,
 )
 
-RATES = {"head_lr": 0.5, "backbone_lr": 0.25, "weight_decay": 0.125}
+RATES: dict[str, Any] = {"head_lr": 0.5, "backbone_lr": 0.25, "weight_decay": 0.125}
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -202,7 +202,7 @@ def test_a_stage_that_waits_does_not_move_at_all_and_then_does(
     assert not torch.equal(steps[1]["backbone.tail.0.weight"], steps[0]["backbone.tail.0.weight"])
 
 
-def test_the_first_epochs_are_those_of_a_run_that_freezes_what_waits(tmp_path: Path) -> None:
+def test_the_first_epochs_equal_those_with_waiting_stages_frozen(tmp_path: Path) -> None:
     _, waiting, _ = fit(tmp_path / "gradual", gradual=2, epochs=2, augment="none")
     _, frozen, _ = fit(
         tmp_path / "frozen", freeze="until:stem", cache=False, epochs=2, augment="none"
@@ -211,7 +211,7 @@ def test_the_first_epochs_are_those_of_a_run_that_freezes_what_waits(tmp_path: P
         assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
-def test_what_waits_has_no_state_in_the_optimizer() -> None:
+def test_waiting_stages_have_no_optimizer_state() -> None:
     backbone = build()
     freezing = freeze(backbone.model, "none", "head", "backbone.")
     optimizer = torch.optim.AdamW(parameter_groups(backbone.model, "head", **RATES))
@@ -221,7 +221,7 @@ def test_what_waits_has_no_state_in_the_optimizer() -> None:
             open_stages(backbone, freezing, 1, epoch),
             update_batch_norm=True,
         )
-        assert backbone.model.backbone.stem[1].training == (epoch == 2)
+        assert backbone.model.get_submodule("backbone.stem.1").training == (epoch == 2)
         backbone.model(torch.rand(4, 3, PREPROCESS.height, PREPROCESS.width)).sum().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -233,7 +233,7 @@ def test_what_waits_has_no_state_in_the_optimizer() -> None:
         assert {name.removeprefix("backbone.").split(".")[0] for name in names} == expected
 
 
-def test_what_is_frozen_stays_so_when_its_turn_would_have_come(tmp_path: Path) -> None:
+def test_frozen_stages_never_join(tmp_path: Path) -> None:
     before = snapshot(build())
     backbone, _, _ = fit(tmp_path, gradual=1, epochs=3, freeze="until:stem")
     assert all(
@@ -255,7 +255,7 @@ def test_what_is_frozen_stays_so_when_its_turn_would_have_come(tmp_path: Path) -
         ),
     ],
 )
-def test_how_far_it_will_come_is_said(
+def test_the_number_of_stages_to_be_trained_is_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, epochs: int, level: int, message: str
 ) -> None:
     with caplog.at_level(logging.INFO, "graft.optimize"):
