@@ -33,6 +33,7 @@ from tests.support.servers import (
     copy_checkpoint,
     serve,
 )
+from tests.support.shared import HANG_SECONDS
 
 MAX_IMAGES = 8
 MAX_BODY_BYTES = 2_000_000
@@ -342,6 +343,7 @@ def test_an_early_answer_reaches_who_is_still_sending(
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == code
 
 
+@pytest.mark.alone
 def test_a_client_that_is_answered_early_and_stops_or_sends_without_end_is_cut_off(
     server: RunningServer,
 ) -> None:
@@ -418,7 +420,7 @@ def test_32_clients_with_good_and_broken_files(server: RunningServer) -> None:
     def send(number: int) -> None:
         label = LABELS[number % 3]
         good, kind = draw_image(label, number), number % 4
-        with httpx.Client(base_url=server.url, timeout=60) as client:
+        with httpx.Client(base_url=server.url, timeout=HANG_SECONDS) as client:
             for _ in range(4):
                 if kind == 0:
                     check_error(
@@ -573,7 +575,9 @@ def check_overload_is_refused_early(server: RunningServer) -> None:
     body = files(*[draw_image("red", size=(1000, 800))] * 48)
 
     def send(_: int) -> httpx.Response:
-        return httpx.post(f"{server.url}/predict", files=body, data={"model": "first"}, timeout=60)
+        return httpx.post(
+            f"{server.url}/predict", files=body, data={"model": "first"}, timeout=HANG_SECONDS
+        )
 
     with ThreadPoolExecutor(8) as threads:
         responses = list(threads.map(send, range(8)))
@@ -593,7 +597,9 @@ def check_sigterm_finishes_what_is_in(server: RunningServer) -> None:
     body = files(*[draw_image("green", size=(1000, 800))] * 60)
     sending = threading.Thread(
         target=lambda: answers.append(
-            httpx.post(f"{server.url}/predict", files=body, data={"model": "first"}, timeout=60)
+            httpx.post(
+                f"{server.url}/predict", files=body, data={"model": "first"}, timeout=HANG_SECONDS
+            )
         )
     )
     sending.start()

@@ -17,6 +17,7 @@ import httpx
 import psutil
 
 from tests.support.servers import PROJECT_DIR, RunningServer, serve
+from tests.support.shared import HANG_SECONDS
 
 
 def test_a_killed_worker_is_replaced_and_the_server_serves_again(tmp_path: Path) -> None:
@@ -25,7 +26,7 @@ def test_a_killed_worker_is_replaced_and_the_server_serves_again(tmp_path: Path)
         killed.kill()
         worker_of(server, other_than=killed)
         # The port stays open meanwhile: who connects now waits for the new worker.
-        assert httpx.get(f"{server.url}/livez", timeout=30).status_code == 200
+        assert httpx.get(f"{server.url}/livez", timeout=HANG_SECONDS).status_code == 200
         assert f"process {killed.pid}, ended with -9" in server.log()
         server.process.terminate()
         assert server.process.wait(15) == 0
@@ -143,7 +144,7 @@ arbiter.start()
         cwd=PROJECT_DIR,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANG_SECONDS,
     )
 
 
