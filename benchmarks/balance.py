@@ -26,7 +26,8 @@ from finetune.evaluation.class_metrics import evaluate_classes
 from finetune.evaluation.conformal import calibrate_probe
 from finetune.probe.solve import solve_probe
 from finetune.tasks.balance import class_weights
-from models.scores import Labels
+from models.scores import Floats, Labels
+from models.sources import SplitName
 
 COLUMNS = (
     "balanced accuracy",
@@ -63,7 +64,7 @@ def main() -> int:
                 evaluate_classes(probe.logits(features[part]), labels[part])
                 for part in (held_out, uneven)
             )
-            logits = {"val": probe.logits(features[uneven])}
+            logits: dict[SplitName, Floats] = {"val": probe.logits(features[uneven])}
             calibrated = calibrate_probe(
                 probe.out_of_fold_logits,
                 probe.temperature,

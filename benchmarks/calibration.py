@@ -28,6 +28,7 @@ from finetune.evaluation.conformal import calibrate_probe
 from finetune.probe.features import extract_splits, open_engine, prepare
 from finetune.probe.solve import solve_probe
 from models.scores import Floats, Labels, is_unsure, softmax
+from models.sources import SplitName
 
 
 def main() -> int:
@@ -47,7 +48,7 @@ def main() -> int:
         train, held_out = order[:num_train], order[num_train:]
         probe = solve_probe(features[train], labels[train], len(names), seed=seed)
         for coverage, found in rows.items():
-            logits = {"val": probe.logits(features[held_out])}
+            logits: dict[SplitName, Floats] = {"val": probe.logits(features[held_out])}
             calibration, calibrated = calibrate_probe(
                 probe.out_of_fold_logits,
                 probe.temperature,

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 _SAMPLE_SECONDS = 0.2
 # Reading the memory of a process of gigabytes takes tens of milliseconds of a core, in which the

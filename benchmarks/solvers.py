@@ -27,6 +27,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 from unittest import mock
 
 # Run as a file, `import finetune` would find benchmarks/finetune.py.
@@ -35,15 +36,16 @@ if __name__ == "__main__":
 
 import numpy as np
 import numpy.typing as npt
-from finetune.data.strata import assign_folds
 from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression
 
 from benchmarks.calibration import extract
 from benchmarks.machine import describe_machine
 from benchmarks.sections import write_section
+from finetune.evaluation.class_metrics import class_log_loss
 from finetune.probe import solve
-from finetune.probe.solve import L2_PATH, Objective, Scaling, log_loss, solve_probe
+from finetune.probe.solve import L2_PATH, Objective, Scaling, solve_probe
+from finetune.tasks.strata import NUM_FOLDS, assign_class_folds
 from models.scores import Floats, Labels
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -145,7 +147,9 @@ def draw_features(case: Case, num_images: int) -> tuple[Floats, Labels]:
     scales = 1 / np.sqrt(1 + np.arange(case.num_features, dtype=np.float32))
     means = generator.normal(size=(case.num_classes, case.num_features)) * case.separation
     noise = generator.normal(size=(num_images, case.num_features))
-    features = ((means[labels] + noise).astype(np.float32) * scales) @ basis
+    features: Floats = (((means[labels] + noise).astype(np.float32) * scales) @ basis).astype(
+        np.float32, copy=False
+    )
     return features, labels
 
 
@@ -171,7 +175,7 @@ def measure(
         seconds,
         l2,
         regularised_loss(features, labels, weight, bias, l2),
-        log_loss(out_of_fold, labels),
+        class_log_loss(out_of_fold, labels),
         float((predicted == test_labels).mean()),
     )
 
@@ -183,7 +187,9 @@ def regularised_loss(
     scale = Scaling.of(features).scale.astype(np.float64)
     standardised = np.where(np.isinf(scale), 0, scale) * weight
     logits = features.astype(np.float64) @ weight.T + bias
-    return log_loss(logits, labels) + 0.5 * l2 * float(np.square(standardised).sum())
+    return class_log_loss(cast(Floats, logits), labels) + 0.5 * l2 * float(
+        np.square(standardised).sum()
+    )
 
 
 def solve_graft(
@@ -247,7 +253,7 @@ def solve_sklearn(
 ) -> tuple[Floats, Floats, float, Floats]:
     scaling = Scaling.of(features)
     standardised = (features - scaling.mean) / scaling.scale
-    folds = assign_folds(labels, solve.NUM_FOLDS, 0)
+    folds = assign_class_folds(labels, NUM_FOLDS, 0)
     models = [build_sklearn() for _ in range(int(folds.max()) + 1)]
     best_loss, best_l2, num_worse = np.inf, L2_PATH[0], 0
     best_logits = np.zeros((len(labels), num_classes), np.float32)
@@ -257,7 +263,7 @@ def solve_sklearn(
             rows = folds != fold
             fit(model, standardised[rows], labels[rows], l2)
             logits[~rows] = model.decision_function(standardised[~rows])
-        loss = log_loss(logits, labels)
+        loss = class_log_loss(logits, labels)
         if loss < best_loss:
             best_loss, best_l2, best_logits, num_worse = loss, l2, logits, 0
         else:

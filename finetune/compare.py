@@ -15,12 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# Run as a file, Python looks for modules in finetune/, and not in the project's root nor in the
-# user's folder, which may hold the module of a backbone.
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    sys.path.append(str(Path.cwd()))
-
 from finetune.config import CompareOptions, name_of_data, parse_options
 from finetune.data.lasting_split import load_lasting_splits
 from finetune.data.splits import Splits
@@ -141,7 +135,13 @@ def _measure(name: str, splits: Splits, options: CompareOptions) -> MeasuredBack
         )
         engine.close()
     labels = splits.labels(splits.train)
-    probe = solve_probe(features["train"], labels, len(splits.label_names), seed=options.seed)
+    probe = solve_probe(
+        features["train"],
+        labels,
+        len(splits.label_names),
+        task=splits.task,
+        seed=options.seed,
+    )
     num_right = int((probe.out_of_fold_logits.argmax(axis=1) == labels).sum())
     low, high = wilson_interval(num_right, len(labels))
     return MeasuredBackbone(

@@ -41,12 +41,17 @@ def _default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "graft"
 
 
-class SharedOptions(BaseModel):
-    """Options that all programs have: images, hardware and folders."""
+class ProgramOptions(BaseModel):
+    """What a program is told; `positional` is the field that is given without a flag."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     program: ClassVar[str]
+    positional: ClassVar[str | None] = None
+
+
+class SharedOptions(ProgramOptions):
+    """Options that all programs on images have: images, hardware and folders."""
 
     config: Path | None = Field(None, exclude=True)
     """YAML file of options, such as a run's config.yaml; flags override it"""
@@ -213,6 +218,11 @@ class Options(BackboneOptions):
     repository: Path = Path("checkpoints")
     """folder in which the checkpoint is published, as <name>/<version>"""
 
+    publish: Literal["auto", "probe", "tuned"] = "auto"
+    """candidate to publish where layers are trained. auto: the tuned one if it is better beyond
+    chance on the validation images, else the probe. The other one is kept in the run's folder, and
+    finetune/publish.py publishes it later"""
+
     save_minutes: float = Field(10.0, ge=0, allow_inf_nan=False)
     """minutes between two saves of gradient epochs for --resume; they are also saved after every
     epoch"""
@@ -252,6 +262,11 @@ class Options(BackboneOptions):
             raise ValueError(
                 f"--head-init {self.head_init}: --freeze backbone solves the head and starts from "
                 f"none; {way_out}"
+            )
+        if self.publish == "tuned":
+            raise ValueError(
+                "--publish tuned: --freeze backbone trains no layers, so the probe is the only "
+                f"candidate; {way_out}"
             )
         reason = f"and --freeze backbone has none; {way_out}"
         if self.preflight:
@@ -333,6 +348,26 @@ class AuditOptions(BackboneOptions):
     """classes with fewer training images than this are reported"""
 
 
+class PublishOptions(ProgramOptions):
+    """Publish a candidate of a finished run that trained layers, as the next version of its model.
+
+    Such a run has two candidates, the probe and the tuned one. It published one of them and kept
+    the other in its folder.
+    """
+
+    program = "python finetune/publish.py"
+    positional = "run"
+
+    run: Path
+    """folder of the run"""
+
+    which: Literal["probe", "tuned"]
+    """candidate to publish"""
+
+    repository: Path | None = None
+    """folder in which the version is published; the run's own if not given"""
+
+
 def flag_of(name: str) -> str:
     """`batch_size` → `--batch-size`."""
     return f"--{name.replace('_', '-')}"
@@ -354,7 +389,7 @@ def name_of_data(data: str) -> str:
     return check_name(name[:63])
 
 
-AnyOptions = TypeVar("AnyOptions", bound=SharedOptions)
+AnyOptions = TypeVar("AnyOptions", bound=ProgramOptions)
 
 
 def parse_options(kind: type[AnyOptions], arguments: list[str]) -> AnyOptions:
@@ -371,7 +406,7 @@ def parse_options(kind: type[AnyOptions], arguments: list[str]) -> AnyOptions:
         raise GraftError("\n".join(lines)) from None
 
 
-def _parse_flags(kind: type[SharedOptions], arguments: list[str]) -> dict[str, Any]:
+def _parse_flags(kind: type[ProgramOptions], arguments: list[str]) -> dict[str, Any]:
     """The options that are given, by field; values are still text, those of switches bool."""
     parser = argparse.ArgumentParser(
         prog=kind.program,
@@ -383,6 +418,10 @@ def _parse_flags(kind: type[SharedOptions], arguments: list[str]) -> dict[str, A
     )
     name_of_action = {}
     for name, field in kind.model_fields.items():
+        if name == kind.positional:
+            # Optional for argparse, which would exit where it is missing: pydantic says so.
+            parser.add_argument(name, nargs="?", metavar=name.upper(), help=field.description)
+            continue
         action = _add_argument(parser, name, field)
         name_of_action["/".join(action.option_strings)] = name
     try:
@@ -398,7 +437,7 @@ def _add_argument(parser: argparse.ArgumentParser, name: str, field: FieldInfo) 
     details = []
     if field.metadata and not isinstance(field.default, str):
         details.append(describe_allowed(field))
-    if field.default is not None:
+    if field.default is not None and not field.is_required():
         on_or_off = {True: "on", False: "off"}
         is_switch = field.annotation is bool
         details.append(f"default: {on_or_off[field.default] if is_switch else field.default}")
@@ -420,7 +459,7 @@ def _metavar(field: FieldInfo) -> str:
     return next((names[kind] for kind in kinds if kind in names), "TEXT")
 
 
-def _refuse_flag(kind: type[SharedOptions], name: str) -> NoReturn:
+def _refuse_flag(kind: type[ProgramOptions], name: str) -> NoReturn:
     """A known flag without the value that it needs, or with one that it does not take."""
     field, flag = kind.model_fields[name], flag_of(name)
     if field.annotation is bool:
@@ -428,7 +467,7 @@ def _refuse_flag(kind: type[SharedOptions], name: str) -> NoReturn:
     raise GraftError(f"{flag}: it needs a value, {describe_allowed(field)}")
 
 
-def _refuse_unknown(kind: type[SharedOptions], words: list[str]) -> NoReturn:
+def _refuse_unknown(kind: type[ProgramOptions], words: list[str]) -> NoReturn:
     flags = [word.partition("=")[0] for word in words if word.startswith("-")]
     if not flags:
         raise GraftError(
@@ -452,7 +491,7 @@ def _did_you_mean(flag: str, known: list[str]) -> str:
     return f"did you mean {close[0]}? " if close else ""
 
 
-def _read_config(kind: type[SharedOptions], path: Path) -> dict[str, Any]:
+def _read_config(kind: type[ProgramOptions], path: Path) -> dict[str, Any]:
     allowed = "it takes a YAML file, such as the config.yaml of a run"
     try:
         loaded = yaml.safe_load(path.read_text())
@@ -476,13 +515,16 @@ def _read_config(kind: type[SharedOptions], path: Path) -> dict[str, Any]:
     return loaded
 
 
-def _describe_problem(kind: type[SharedOptions], problem: Any) -> str:
+def _describe_problem(kind: type[ProgramOptions], problem: Any) -> str:
     """One of pydantic's errors with its flag, the value and what is allowed."""
     message = str(problem["msg"]).removeprefix("Value error, ")
     if not problem["loc"]:
         return message
     name = str(problem["loc"][0])
-    flag = flag_of(name)
+    flag = name.upper() if name == kind.positional else flag_of(name)
+    if problem["type"] == "missing":
+        field = kind.model_fields[name]
+        return f"{flag}: it is needed, {describe_allowed(field)}; --help lists the options"
     if problem["type"] == "value_error":
         return message if message.startswith(flag) else f"{flag} {problem['input']}: {message}"
     if problem["type"] == "string_too_short":

@@ -1,4 +1,4 @@
-"""What an audit found: kinds of findings in order of weight, each finding, the score without leaks."""
+"""What an audit found: findings by kind, in order of weight, and the score without leaks."""
 
 from __future__ import annotations
 
@@ -74,20 +74,21 @@ WORDING: dict[Kind, Wording] = {
         "near copy across splits",
         "near copies across splits",
         "Near copies across splits",
-        "The same picture in two splits, encoded or sized anew: the score counts what was learnt by "
+        "The same picture in two splits, encoded or resized: the score counts what was learnt by "
         "heart. Keep one of the two.",
     ),
     "exact_duplicate": Wording(
         "exact duplicate",
         "exact duplicates",
         "Exact duplicates within a split",
-        "The same file twice weighs twice. Keep one; where the labels differ, one of them is wrong.",
+        "The same file twice weighs twice. Keep one; where the labels differ, one of them is "
+        "wrong.",
     ),
     "near_duplicate": Wording(
         "near duplicate",
         "near duplicates",
         "Near duplicates within a split",
-        "The same picture, encoded or sized anew. Keep the better one; where the labels differ, one "
+        "The same picture, encoded or resized. Keep the better one; where the labels differ, one "
         "of them is wrong.",
     ),
     "wrong_label": Wording(
@@ -112,8 +113,8 @@ LEAKS: tuple[Kind, ...] = ("exact_leak", "near_leak")
 class Finding:
     """One thing to look at. `sample` is None where it is about a class.
 
-    `other` is what the sample is a copy of, with its split and label. `score` orders the findings of
-    a kind: similarity of copies, how likely a label is wrong, distance of odd images.
+    `other` is what the sample is a copy of, with its split and label. `score` orders the findings
+    of a kind: similarity of copies, how likely a label is wrong, distance of odd images.
     """
 
     kind: Kind

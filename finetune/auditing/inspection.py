@@ -1,4 +1,4 @@
-"""What is wrong with labelled images, found from their files, features and out-of-fold predictions."""
+"""What is wrong with labelled images, by their files, features and out-of-fold predictions."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def _find_wrong_extensions(splits: Splits) -> Iterator[Finding]:
 
 
 def _find_copies(splits: Splits, duplicates: Duplicates) -> Iterator[Finding]:
-    """For each image its copy in an earlier split, from which it leaks, or else in its own split."""
+    """For each image a copy in an earlier split, from which it leaks, or else in its own split."""
     order: list[SplitName] = [split for split, _ in splits.named()]
     split_of = {id(sample): split for split, samples in splits.named() for sample in samples}
     for group in duplicates.groups:

@@ -88,8 +88,8 @@ def judge_labels(probabilities: Floats, labels: Labels, thresholds: Floats) -> L
     """How many labels `[N]` are wrong by the confident joint, and which by self-confidence.
 
     The joint counts a sample under the class whose held-out probability `[N,C]` reaches what that
-    class gets on its own samples; off the diagonal are the issues. As many samples are issues, those
-    whose own label got the least of what its class gets.
+    class gets on its own samples; off the diagonal are the issues. As many samples are issues,
+    those whose own label got the least of what its class gets.
     """
     rows = np.arange(len(labels))
     joint = np.where(probabilities >= thresholds, probabilities, -1).argmax(axis=1)

@@ -44,7 +44,7 @@ def find_odd(splits: Splits, features: Mapping[SplitName, Features]) -> Iterator
 
 
 def _neighbour_distances(features: Sequence[Features]) -> Floats:
-    """Cosine distances `[N]` of centred features `[N,F]`, given in parts, to the fifth neighbour."""
+    """Cosine distances `[N]` of centred features `[N,F]`, in parts, to the fifth neighbour."""
     starts = np.cumsum([0, *(len(part) for part in features)])
     num_images = int(starts[-1])
     chosen = np.sort(

@@ -1,4 +1,4 @@
-"""A split that lasts: images stay where an earlier run had them, and duplicates stay on one side."""
+"""A split that lasts: images stay where an earlier run had them, duplicates on one side."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Labelled images → Splits: what is trained, validated and tested on; an earlier run's split is kept."""
+"""Labelled images → Splits: what is trained on, validated on and tested on."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _PARTS = {"train": 0, "val": 1}
 
 @dataclass(frozen=True)
 class Sample:
-    """One labelled image. `key` names it in messages; `label` is what the task makes of its label."""
+    """One labelled image. `key` names it in messages; its task says what a `label` is."""
 
     key: str
     label: Label
@@ -63,11 +63,6 @@ class Splits:
     test: tuple[Sample, ...] = ()
     is_drawn: bool = field(default=False, compare=False)
     task: Task = SINGLE_LABEL
-
-    @property
-    def is_multi_label(self) -> bool:
-        """Until all call sites ask `task`."""
-        return self.task.name == "multi-label"
 
     def named(self) -> Iterable[tuple[SplitName, tuple[Sample, ...]]]:
         """Each split that has a name in metrics; "test" only if it has images."""
@@ -119,7 +114,7 @@ class Splits:
 
 @dataclass(frozen=True)
 class KeptSplit:
-    """An earlier run's split: that of each image by its `place`, and the file that it was read from."""
+    """An earlier run's split of each image, by its `place`, and the file that it was read from."""
 
     path: Path
     split_of: Mapping[str, SplitName]

@@ -1,4 +1,4 @@
-"""Whether scores mean what they say: reliability diagrams, and what every kind of calibration has in common."""
+"""Whether scores mean what they say: reliability, and what all calibrations have in common."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Bools = npt.NDArray[np.bool_]
 
 
 class Calibration(Protocol):
-    """How logits become scores, and scores an answer; fitted on images that the head did not train on."""
+    """How logits become scores and answers; fitted on images that the head did not train on."""
 
     @property
     def temperature(self) -> float: ...
@@ -32,7 +32,7 @@ class Calibration(Protocol):
         """What the service's answers mean, in a sentence or two for people."""
 
     def to_checkpoint(self) -> dict[str, Any]:
-        """What the service needs to answer, beside the temperature: a part of `graft` in config.json."""
+        """What the service needs beside the temperature: a part of `graft` in config.json."""
 
     def to_dict(self) -> dict[str, Any]:
         """As metrics.json holds it."""
@@ -49,7 +49,7 @@ class CalibrationQuality(Protocol):
 
     @property
     def answers(self) -> Bools | None:
-        """Which labels the answers name, `[N,C]`; None where an answer is the label of highest score."""
+        """Which labels the answers name, `[N,C]`; None if each is the label of highest score."""
 
     @property
     def columns(self) -> Mapping[str, str]:
@@ -68,7 +68,7 @@ class CalibrationQuality(Protocol):
 
 @dataclass(frozen=True)
 class Reliability:
-    """Decisions by score, in 15 bins of equal width: how many, mean score, share that is right; `[15]` each."""
+    """Decisions by score, in 15 equal bins: how many, mean score, fraction right; `[15]` each."""
 
     counts: npt.NDArray[np.int64]
     scores: npt.NDArray[np.float64]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -32,22 +32,25 @@ class PairedScores:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A fine-tuned model (second of `scores`) beside the probe (first) on validation images, and their cost.
+    """A fine-tuned model (second of `scores`) beside the probe (first), and their cost.
 
     The epoch was chosen on the same images, which flatters the fine-tuned model a little. The probe
     wins a tie, also because models of one frozen backbone are served together for the price of one.
-    Without `has_learnt`, no epoch was better than the head that they began from: what is compared is
-    that head on the original backbone.
+    Without `has_learnt`, no epoch was better than the head that they began from: what is compared
+    is that head on the original backbone.
     """
 
     scores: PairedScores
     probe_seconds: float
     train_seconds: float
     has_learnt: bool = True
+    asked: Literal["auto", "probe", "tuned"] = "auto"
 
     @property
-    def publishes(self) -> str:
-        return "fine-tuned" if self.scores.interval.low > 0 else "probe"
+    def publishes(self) -> Literal["fine-tuned", "probe"]:
+        if self.asked == "auto":
+            return "fine-tuned" if self.scores.interval.low > 0 else "probe"
+        return "probe" if self.asked == "probe" else "fine-tuned"
 
     def to_dict(self) -> dict[str, Any]:
         name = self.scores.metric.removeprefix("balanced_")
@@ -67,20 +70,21 @@ class Comparison:
         difference = 100 * (scores.second - scores.first)
         low, high = 100 * scores.interval.low, 100 * scores.interval.high
         if low > 0:
-            outcome = "fine-tuned is better and is published"
+            comparison, outcome = "fine-tuned is better", " and is published"
         elif high < 0:
-            outcome = "the probe is better and is published"
+            comparison, outcome = "the probe is better", " and is published"
         elif not self.has_learnt:
-            outcome = (
-                "no epoch was better than the head that they began from, so the probe is published"
-            )
+            comparison = "no epoch was better than the head that they began from"
+            outcome = ", so the probe is published"
         else:
-            outcome = "a tie, so the probe is published"
+            comparison, outcome = "a tie", ", so the probe is published"
+        if self.asked != "auto":
+            outcome = f"; --publish {self.asked}: {self.publishes} is published"
         of_what = "" if scores.metric == "accuracy" else f" of {scores.metric.replace('_', ' ')}"
         return (
             f"fine-tuned {scores.second:.4f} in {self.train_seconds:.0f} s, probe "
             f"{scores.first:.4f} in {self.probe_seconds:.1f} s: {difference:+.1f} points{of_what} "
-            f"(95%: {low:+.1f} to {high:+.1f}): {outcome}"
+            f"(95%: {low:+.1f} to {high:+.1f}): {comparison}{outcome}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Calibration of one label per image: a temperature, and the conformal threshold that marks answers as unsure.
+"""Calibration of one label per image: a temperature, and which answers are unsure.
 
 The conformal set of an image holds every label whose score reaches the threshold. The threshold is
 chosen so that the sets of `coverage` of all images hold the true label: split conformal prediction

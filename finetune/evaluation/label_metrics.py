@@ -1,4 +1,4 @@
-"""Metrics of any number of labels per image: ranking by score, and answers at each label's threshold."""
+"""Metrics of any number of labels per image: ranking by score, and the labels that answers name."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MIN_RESAMPLES = 200
 class LabelMetrics:
     """Of one split: `logits` and `labels` `[N,C]`, and which labels the `answers` `[N,C]` name.
 
-    Macro averages are over the labels that some image has; one that no answer names has precision 0.
+    Macro averages are over the labels that some image has. A label without answers has precision 0.
     """
 
     NAMES: ClassVar[dict[str, str]] = {
@@ -173,7 +173,7 @@ class LabelMetrics:
 def evaluate_labels(
     logits: Floats, labels: Labels, answers: npt.NDArray[np.bool_] | None = None
 ) -> LabelMetrics:
-    """Of logits and labels `[N,C]`, with `answers` `[N,C]` or else all scores of at least a half."""
+    """Of logits and labels `[N,C]`, with `answers` `[N,C]` or else all scores from a half."""
     named = logits >= 0 if answers is None else answers
     return LabelMetrics(label_log_loss(logits, labels), logits, labels, named)
 
@@ -184,7 +184,7 @@ def label_log_loss(logits: Floats, labels: Labels) -> float:
 
 
 def resample_average_precisions(logits: Sequence[Floats], labels: Labels) -> Shares:
-    """Mean average precisions of K heads, `[≤1+B,K]`: on all images, then on resampled ones, paired.
+    """Mean average precisions of K heads, `[≤1+B,K]`: on all images, then resampled, paired.
 
     `logits` are `[N,C]` of each head on the same images, with `labels` `[N,C]`.
     """

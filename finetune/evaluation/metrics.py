@@ -1,4 +1,4 @@
-"""What all metrics have in common, whatever the task: averages with intervals, and a table of classes."""
+"""What the metrics of all tasks have in common: averages with intervals, a table of classes."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Metrics(Protocol):
 
     @property
     def confusion(self) -> npt.NDArray[np.int64] | None:
-        """Images by true (row) and predicted (column) label, `[C,C]`; None if there is no such matrix."""
+        """Images by true (row) and predicted (column) label, `[C,C]`; None for tasks without."""
 
     @property
     def summary(self) -> str:

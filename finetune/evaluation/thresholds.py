@@ -1,4 +1,4 @@
-"""Calibration of any number of labels per image: a temperature, and for each label the score from which an answer names it.
+"""Calibration of any number of labels per image: a temperature, and a threshold for each label.
 
 There is no conformal threshold here, and no `unsure`: an image without labels is an answer like any
 other, and a promise about a whole set of labels would need other sets than one score gives.

@@ -20,7 +20,7 @@ _FRACTIONS = (0.25, 0.5, 0.75)
 
 @dataclass(frozen=True)
 class LearningCurve:
-    """Validation scores of probes on 25, 50, 75 and 100 % of the images, and what twice as many add.
+    """Validation scores of probes on 25, 50, 75 and 100 % of the images; what twice as many add.
 
     `metric` names the score. `gain` continues a power law through the four errors (Hestness et al.
     2017, arXiv 1712.00409). Its 95 % `interval` is over the validation images and over how well the
@@ -76,7 +76,9 @@ def measure_learning_curve(
         rows = np.concatenate([chosen + view * len(labels) for view in range(num_views)])
         l2 = probe.l2 * len(labels) / len(chosen)
         all_labels = np.concatenate([labels[chosen]] * num_views)
-        start = solve_head(features[rows], all_labels, num_classes, l2, start, probe.class_weights)
+        start = solve_head(
+            features[rows], all_labels, num_classes, l2, start, probe.class_weights, task
+        )
         weight, bias = start
         num_images.append(len(chosen))
         logits.append(val_features @ weight.T + bias)

@@ -32,6 +32,7 @@ from finetune.probe.features import (
     prepare_int8,
 )
 from finetune.probe.solve import solve_probe
+from finetune.tasks.task import Task
 from models.engine.engine import Engine, Features, Precision
 from models.engine.processor import cpu_name, supports_vnni
 from models.errors import GraftError
@@ -230,6 +231,7 @@ class PrecisionSearch:
                 ("fp32", reference),
                 splits.labels(samples),
                 len(splits.label_names),
+                task=splits.task,
                 seed=self.seed,
                 tolerance=_FP32_TOLERANCE,
                 allow_chance=True,
@@ -314,6 +316,7 @@ class PrecisionSearch:
             (reference_name, reference),
             splits.labels(samples),
             len(splits.label_names),
+            task=splits.task,
             seed=self.seed,
             tolerance=_INT8_TOLERANCE,
         )
@@ -381,6 +384,7 @@ def _compare(
     labels: Labels,
     num_classes: int,
     *,
+    task: Task,
     seed: int,
     tolerance: float,
     allow_chance: bool = False,
@@ -391,7 +395,8 @@ def _compare(
     precisions differ by.
     """
     right = [
-        _is_right(features, labels, num_classes, seed) for _, features in (candidate, reference)
+        _is_right(features, labels, num_classes, task, seed)
+        for _, features in (candidate, reference)
     ]
     num_lost = int(right[1].sum()) - int(right[0].sum())
     allowed = tolerance * len(labels)
@@ -418,28 +423,17 @@ def _compare(
 
 
 def _is_right(
-    features: Features, labels: Labels, num_classes: int, seed: int
+    features: Features, labels: Labels, num_classes: int, task: Task, seed: int
 ) -> npt.NDArray[np.bool_]:
     if not np.isfinite(features).all():
         return np.zeros(len(labels), bool)
-    logits = solve_probe(features, labels, num_classes, seed=seed).out_of_fold_logits
-    if labels.ndim == 2:
-        return np.asarray(((logits >= 0) == labels).all(axis=1))
-    return np.asarray(logits.argmax(axis=1) == labels)
+    probe = solve_probe(features, labels, num_classes, task=task, seed=seed)
+    return task.is_right(probe.out_of_fold_logits, labels)
 
 
 def _draw_order(splits: Splits, seed: int) -> npt.NDArray[np.int64]:
     """The training images in a seeded order of which any first part is stratified."""
-    labels = splits.labels(splits.train)
-    generator = np.random.default_rng(seed)
-    if splits.is_multi_label:
-        # Not stratified: the first hundred or more are close to it by chance.
-        return generator.permutation(len(labels))
-    places = np.empty(len(labels))
-    for label in np.unique(labels):
-        members = generator.permutation(np.flatnonzero(labels == label))
-        places[members] = (np.arange(len(members)) + generator.random()) / len(members)
-    return np.argsort(places)
+    return splits.task.draw_order(splits.labels(splits.train), seed)
 
 
 def _check_still_readable(samples: list[Sample], readable: list[Sample]) -> None:

@@ -1,7 +1,7 @@
 """Solve the head on features of a frozen backbone: logistic regression, L2 by cross-validation.
 
-Labels are `[N]`, or `[N,C]` of 0 and 1 in multi-label data: then each label is a regression of its
-own.
+Labels are what the task encodes: `[N]`, or `[N,C]` of 0 and 1; then each label is a regression of
+its own.
 
 Full-batch L-BFGS (Nocedal & Wright, Numerical Optimization, algorithm 7.5) runs all folds in
 lockstep, so that one matrix product serves them all, and starts each strength of the path where
@@ -17,9 +17,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from finetune.tasks.strata import NUM_FOLDS, assign_class_folds, stratify_folds
+from finetune.tasks.single_label import SINGLE_LABEL
+from finetune.tasks.strata import NUM_FOLDS
+from finetune.tasks.task import Task
 from models.engine.engine import Features
-from models.scores import Floats, Labels, sigmoid, softmax
+from models.scores import Floats, Labels
 
 logger = logging.getLogger("graft.probe")
 # From strong to weak, on standardised features. The path ends early where two in a row validate
@@ -59,12 +61,13 @@ def solve_probe(
     labels: Labels,
     num_classes: int,
     *,
+    task: Task = SINGLE_LABEL,
     seed: int,
     num_views: int = 1,
     class_weights: Floats | None = None,
     l2_path: tuple[float, ...] = L2_PATH,
 ) -> Probe:
-    """Fit `features` `float32 [N,F]` to `labels` `[N]` or `[N,C]`, with L2 by cross-validation.
+    """Fit `features` `float32 [N,F]` to the labels of a task, with L2 by cross-validation.
 
     With `num_views` V, `features` are `[V·N,F]`: all images in their first, plain view, then all in
     their second, and so on. All views of an image are in one fold, and only plain views are
@@ -73,7 +76,7 @@ def solve_probe(
     """
     assert len(features) == num_views * len(labels)
     scaling = Scaling.of(features)
-    folds = _assign_folds(labels, seed)
+    folds = task.assign_folds(labels, NUM_FOLDS, seed)
     num_folds = int(folds.max()) + 1
     all_labels, plain = np.concatenate([labels] * num_views), features[: len(labels)]
     weights = _image_weights(all_labels, class_weights)
@@ -84,10 +87,10 @@ def solve_probe(
     best = (l2_path[0], solution, np.zeros((len(labels), num_classes), np.float32))
     num_worse = 0
     for l2 in l2_path:
-        objective = Objective(features, all_labels, in_training, l2, scaling, num_classes)
+        objective = Objective(features, all_labels, in_training, l2, scaling, num_classes, task)
         solution = minimise(objective, solution)
         held_out = _held_out_logits(plain, scaling, solution, folds)
-        loss = log_loss(held_out, labels, class_weights)
+        loss = task.log_loss(held_out, labels, class_weights)
         if loss < best_loss:
             best_loss, best, num_worse = loss, (l2, solution, held_out), 0
         else:
@@ -95,10 +98,10 @@ def solve_probe(
             if num_worse == 2:
                 break
     l2, solution, held_out = best
-    objective = Objective(features, all_labels, weights[None], l2, scaling, num_classes)
+    objective = Objective(features, all_labels, weights[None], l2, scaling, num_classes, task)
     start = solution.mean(axis=0, keepdims=True)
     weight, bias = scaling.fold_in(minimise(objective, start)[0])
-    temperature = fit_temperature(held_out, labels)
+    temperature = task.fit_temperature(held_out, labels)
     return Probe(
         np.ascontiguousarray(weight.T), bias, l2, held_out, temperature, num_views, class_weights
     )
@@ -109,6 +112,7 @@ def solve_on_best_views(
     labels: Labels,
     num_classes: int,
     *,
+    task: Task = SINGLE_LABEL,
     seed: int,
     class_weights: Floats | None = None,
 ) -> Probe:
@@ -118,15 +122,27 @@ def solve_on_best_views(
     """
     num_views = len(features) // max(1, len(labels))
     plain = solve_probe(
-        features[: len(labels)], labels, num_classes, seed=seed, class_weights=class_weights
+        features[: len(labels)],
+        labels,
+        num_classes,
+        task=task,
+        seed=seed,
+        class_weights=class_weights,
     )
     if num_views == 1:
         return plain
     augmented = solve_probe(
-        features, labels, num_classes, seed=seed, num_views=num_views, class_weights=class_weights
+        features,
+        labels,
+        num_classes,
+        task=task,
+        seed=seed,
+        num_views=num_views,
+        class_weights=class_weights,
     )
     losses = [
-        log_loss(probe.out_of_fold_logits, labels, class_weights) for probe in (plain, augmented)
+        task.log_loss(probe.out_of_fold_logits, labels, class_weights)
+        for probe in (plain, augmented)
     ]
     helps = losses[1] < losses[0]
     outcome = "they help" if helps else "they do not help, so only the plain crop is used"
@@ -147,6 +163,7 @@ def solve_head(
     l2: float,
     start: tuple[Floats, Floats] | None = None,
     class_weights: Floats | None = None,
+    task: Task = SINGLE_LABEL,
 ) -> tuple[Floats, Floats]:
     """Weight `[C,F]` and bias `[C]` for `features` `[N,F]` at one strength of L2.
 
@@ -159,12 +176,18 @@ def solve_head(
         solution[0, :-1] = weight.T * np.where(np.isinf(scaling.scale), 0, scaling.scale)[:, None]
         solution[0, -1] = bias + weight @ scaling.mean
     weights = _image_weights(labels, class_weights)[None]
-    objective = Objective(features, labels, weights, l2, scaling, num_classes)
+    objective = Objective(features, labels, weights, l2, scaling, num_classes, task)
     solved, bias = scaling.fold_in(minimise(objective, solution)[0])
     return np.ascontiguousarray(solved.T), bias
 
 
-def soften(probe: Probe, features: Features, labels: Labels, num_classes: int) -> Probe:
+def soften(
+    probe: Probe,
+    features: Features,
+    labels: Labels,
+    num_classes: int,
+    task: Task = SINGLE_LABEL,
+) -> Probe:
     """The probe with a head to start gradient epochs from, solved at the strongest L2 of the path.
 
     The best head on frozen features has weights so large that the first steps spoil the layers
@@ -172,55 +195,14 @@ def soften(probe: Probe, features: Features, labels: Labels, num_classes: int) -
     0.989 and 1.000 on the digits and 0.861 on the emoji, from the probe's to 0.986 and 0.840.
     """
     weight, bias = solve_head(
-        features, labels, num_classes, max(L2_PATH), class_weights=probe.class_weights
+        features,
+        labels,
+        num_classes,
+        max(L2_PATH),
+        class_weights=probe.class_weights,
+        task=task,
     )
     return replace(probe, weight=weight, bias=bias)
-
-
-def fit_temperature(logits: Floats, labels: Labels) -> float:
-    """The temperature of least log loss (Guo et al., arXiv 1706.04599).
-
-    Newton's method on its inverse, in which the loss is convex.
-    """
-    inverse = 1.0
-    rows = np.arange(len(labels))
-    for _ in range(50):
-        if labels.ndim == 2:
-            probabilities = sigmoid(logits * np.float32(inverse))
-            slope = float(((probabilities - labels) * logits).mean())
-            curvature = float((probabilities * (1 - probabilities) * logits**2).mean())
-        else:
-            probabilities = softmax(logits * inverse)
-            expected = (probabilities * logits).sum(axis=1)
-            slope = float((expected - logits[rows, labels]).mean())
-            curvature = float(((probabilities * logits**2).sum(axis=1) - expected**2).mean())
-        step = slope / max(curvature, 1e-12)
-        inverse = float(np.clip(inverse - np.clip(step, -inverse / 2, inverse), 0.05, 20.0))
-        if abs(step) < 1e-5 * inverse:
-            break
-    return 1.0 / inverse
-
-
-def log_loss(logits: Floats, labels: Labels, class_weights: Floats | None = None) -> float:
-    """Mean cross-entropy in nats of logits `[N,C]`, weighted by `class_weights` `[C]` if any.
-
-    Labels are `[N]`; with labels `[N,C]` it is the mean over images and labels, without weights.
-    """
-    if labels.ndim == 2:
-        return float((np.logaddexp(0, logits) - labels * logits).mean())
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    losses = np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(len(labels)), labels]
-    return float(
-        losses.mean()
-        if class_weights is None
-        else np.average(losses, weights=class_weights[labels])
-    )
-
-
-def _assign_folds(labels: Labels, seed: int) -> npt.NDArray[np.int64]:
-    if labels.ndim == 2:
-        return stratify_folds(labels, min(NUM_FOLDS, len(labels)), seed)
-    return assign_class_folds(labels, NUM_FOLDS, seed)
 
 
 def _image_weights(labels: Labels, class_weights: Floats | None) -> Floats:
@@ -280,6 +262,7 @@ class Objective:
     l2: float
     scaling: Scaling
     num_classes: int
+    task: Task = SINGLE_LABEL
 
     @functools.cached_property
     def _shares(self) -> Floats:
@@ -295,10 +278,7 @@ class Objective:
         flat_weights = weights.transpose(1, 0, 2).reshape(size - 1, -1)
         logits = (self.features @ flat_weights).reshape(num_images, num_problems, self.num_classes)
         logits += biases
-        loss_and_gradient = (
-            softmax_loss_and_gradient if self.labels.ndim == 1 else sigmoid_loss_and_gradient
-        )
-        losses = loss_and_gradient(logits, self.labels, self._shares)
+        losses = self.task.loss_and_gradient(logits, self.labels, self._shares)
         residual = logits.sum(axis=0)
         products = (
             (self.features.T @ logits.reshape(num_images, -1))
@@ -389,32 +369,6 @@ def _direction(gradients: Floats, history: list[_Update]) -> Floats:
         beta = update.rho * np.einsum("kd,kd->k", update.turned, direction)
         direction = direction + (alpha - beta)[:, None] * update.moved
     return np.asarray(direction, np.float32)
-
-
-def softmax_loss_and_gradient(logits: Floats, labels: Labels, shares: Floats) -> Floats:
-    """Losses `[K]` of logits `[N,K,C]` and labels `[N]`, images weighted by `shares` `[K,N]`.
-
-    Overwrites the logits with the gradient.
-    """
-    rows = np.arange(len(labels))
-    logits -= logits.max(axis=2, keepdims=True)
-    chosen = logits[rows, :, labels]
-    np.exp(logits, out=logits)
-    sums = logits.sum(axis=2)
-    losses: Floats = ((np.log(sums) - chosen) * shares.T).sum(axis=0)
-    logits *= (shares.T / sums)[:, :, None]
-    logits[rows, :, labels] -= shares.T
-    return losses
-
-
-def sigmoid_loss_and_gradient(logits: Floats, labels: Labels, shares: Floats) -> Floats:
-    """The same for labels `[N,C]`, summed over the labels: each is a regression of its own."""
-    targets = labels[:, None, :].astype(np.float32)
-    losses: Floats = (
-        (np.logaddexp(np.float32(0), logits) - targets * logits).sum(axis=2) * shares.T
-    ).sum(axis=0)
-    logits[:] = (sigmoid(logits) - targets) * shares.T[:, :, None]
-    return losses
 
 
 @dataclass(frozen=True)

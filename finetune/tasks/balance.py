@@ -1,4 +1,4 @@
-"""Imbalanced classes (`--balance`): weights that let each count the same, and batches drawn by them."""
+"""Imbalanced classes (`--balance`): weights that let each count the same, batches drawn by them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def draw_balanced(
 
 
 def warn_if_imbalanced(labels: Labels, label_names: tuple[str, ...]) -> None:
-    """Log a warning that names `--balance` if the largest class of `labels` `[N]` dwarfs the smallest."""
+    """Log a warning if the largest class of `labels` `[N]` is over ten times the smallest."""
     counts = np.bincount(labels, minlength=len(label_names))
     present = np.flatnonzero(counts)
     smallest, largest = present[counts[present].argmin()], present[counts[present].argmax()]

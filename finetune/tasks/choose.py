@@ -8,5 +8,5 @@ from finetune.tasks.task import Task
 
 
 def choose_task(named: str | tuple[str, ...]) -> Task:
-    """The task of a source by what one of its images is labelled: a name, or any number of names."""
+    """The task of a source, by what one of its images is labelled: one name, or any number."""
     return SINGLE_LABEL if isinstance(named, str) else MULTI_LABEL

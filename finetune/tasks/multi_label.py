@@ -1,4 +1,4 @@
-"""Any number of labels per image: a sigmoid for each, mean average precision, thresholds of best F1."""
+"""Any number of labels per image: sigmoids, mean average precision, thresholds of best F1."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ class MultiLabel:
         class_weights: torch.Tensor | None,
         label_smoothing: float,
     ) -> torch.Tensor:
-        """The mean over the labels of each one's cross-entropy, `[B]`; targets are `float [B,C]`."""
+        """The mean cross-entropy of an image's labels, `[B]`; targets are `float [B,C]`."""
         from torch.nn.functional import binary_cross_entropy_with_logits
 
         return binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(dim=1)

@@ -1,4 +1,4 @@
-"""Dividing images so that every part has its share of every label: folds, validation, parts of a curve.
+"""Dividing images so that every part has its share of every label.
 
 One label per image: a random order of each class is dealt out. Any number of labels: iterative
 stratification (Sechidis, Tsoumakas & Vlahavas, "On the Stratification of Multi-label Data", ECML
@@ -19,7 +19,10 @@ Bools = npt.NDArray[np.bool_]
 
 
 def assign_class_folds(labels: Labels, num_folds: int, seed: int) -> Parts:
-    """A fold for each of `labels` `[N]`: two folds at least, no more than the smallest class has."""
+    """A fold for each of `labels` `[N]`.
+
+    Two folds at least; no more than the smallest class has images.
+    """
     counts = np.bincount(labels)
     num_folds = max(2, min(num_folds, int(counts[counts > 0].min())))
     generator = np.random.default_rng(seed)
@@ -55,7 +58,7 @@ def split_off_val_of_classes(
 def refill_val_of_classes(
     labels: Labels, was_val: Bools, is_val: Bools, can_move: Bools, seed: int
 ) -> Bools:
-    """`is_val` `[N]`, and as many of those that `can_move` as each class has fewer than in `was_val`.
+    """`is_val` `[N]`, and as many of those that `can_move` as each class lost since `was_val`.
 
     A class that would be left without images on one side stays as it was.
     """
@@ -101,8 +104,8 @@ def stratify(
     """A part `[N]` for each row of `labels` `[N,C]`, by iterative stratification.
 
     `wanted` `[K,1+C]` says how many images in all and of each label a part shall have. Rows with a
-    part in `placed` `[N]` (-1 for none) keep it and count. Images of the rarest remaining label come
-    first, each for the part that lacks most of that label.
+    part in `placed` `[N]` (-1 for none) keep it and count. Images of the rarest remaining label
+    come first, each for the part that lacks most of that label.
     """
     generator = np.random.default_rng(seed)
     parts = np.full(len(labels), -1) if placed is None else placed.copy()
@@ -149,7 +152,7 @@ def stratify_val(
 def restratify_val(
     labels: Labels, was_val: Bools, is_val: Bools, can_move: Bools, seed: int
 ) -> Bools:
-    """`is_val` `[N]`, and as many of those that `can_move` as each label `[N,C]` lost since `was_val`.
+    """`is_val` `[N]`, and as many of those that `can_move` as each label lost since `was_val`.
 
     Images of a label that would be left without images on one side stay where they were.
     """

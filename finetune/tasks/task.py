@@ -123,7 +123,7 @@ class Task(Protocol):
         """The images in a random order of which any first part is stratified, `[N]`."""
 
     def nested_ranks(self, labels: Labels, num_parts: int, seed: int) -> Shares:
-        """A number in [0, 1) for each image, `[N]`: those below K / num_parts are stratified parts."""
+        """A number in [0, 1) for each image, `[N]`: those below k / num_parts are stratified."""
 
     # How classes are balanced
 
@@ -139,7 +139,7 @@ class Task(Protocol):
         """Probabilities `[N,C]`."""
 
     def is_right(self, logits: Floats, labels: Labels) -> Bools:
-        """Whether the answer to each image is wholly right, `[N]`, before any threshold is fitted."""
+        """Whether the answer to each image is wholly right, `[N]`, with no threshold fitted."""
 
     def log_loss(
         self, logits: Floats, labels: Labels, class_weights: Floats | None = None
@@ -183,7 +183,7 @@ class Task(Protocol):
         labels: Mapping[SplitName, Labels],
         coverage: float,
     ) -> tuple[Calibration, Mapping[SplitName, CalibrationQuality]]:
-        """Fit on a probe's out-of-fold logits of its training images; measure on all of `logits`."""
+        """Fit on a probe's out-of-fold logits of its training images; measure on `logits`."""
 
     def calibrate_trained(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -105,7 +106,7 @@ def parameter_groups(
     weight_decay: float,
     layer_decay: float = 1.0,
     prefix: str = "",
-) -> list[dict[str, object]]:
+) -> list[dict[str, Any]]:
     """An optimizer's groups of trainable parameters; biases and norms have no weight decay.
 
     `backbone_lr` is the last stage's rate; each earlier stage has `layer_decay` times the rate of

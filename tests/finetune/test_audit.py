@@ -1,4 +1,4 @@
-"""An audit finds what is wrong with real images, says so in a table, a CSV and a page, and stops a strict run on leaks."""
+"""An audit finds what is wrong with real images; --strict stops a run on leaks."""
 
 from __future__ import annotations
 
@@ -100,7 +100,8 @@ def test_the_score_is_told_with_and_without_leaks(found: Audit) -> None:
     num_leaks = len(found.leaks)
     assert (
         line
-        == f"audit: the probe's val accuracy is {whole:.4f} with {num_leaks} images of another split, {clean:.4f} without"
+        == f"audit: the probe's val accuracy is {whole:.4f} with {num_leaks} images of another "
+        f"split, {clean:.4f} without"
     )
     assert found.to_dict()["accuracy"] == {"val": {"all": whole, "without_leaks": clean}}
 
@@ -332,7 +333,8 @@ def test_a_strict_run_stops_on_a_leak(
     shutil.copy(data / "train" / "circle" / "0.jpeg", data / "val" / "circle" / "same.jpeg")
     with pytest.raises(
         GraftError,
-        match=r"1 image leaks .*\n  .*same.jpeg: the same file as .*0.jpeg in train\n.*--strict stops here",
+        match=r"1 image leaks .*\n  .*same.jpeg: the same file as .*0.jpeg in train\n.*--strict "
+        "stops here",
     ):
         run(options_of(data, tmp_path, cache_dir, strict=True))
     run(options_of(data, tmp_path, cache_dir))

@@ -1,4 +1,4 @@
-"""From a CSV of labels to the service's answer: runs on drawn images that show any number of shapes."""
+"""From a CSV of labels to the service's answer: images that show any number of shapes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from finetune.evaluation.label_metrics import evaluate_labels
 from finetune.resume import Choices, keep_choices, lock, restore_splits
 from finetune.run import run
 from finetune.tasks.multi_label import MULTI_LABEL
-from finetune.training.train import train
 from models.checkpoint import load_checkpoint
 from models.errors import GraftError
 from models.sources import EncodedImage
@@ -35,7 +34,7 @@ NUM_TRAIN, NUM_VAL = 90, 30
 
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two panels an image, each with a shape or with noise alone; the last training image is labelled wrongly."""
+    """Two panels an image, each a shape or only noise; the last training image's label is wrong."""
     root = tmp_path_factory.mktemp("panels")
     generator = np.random.default_rng(0)
     with (root / "panels.csv").open("w", newline="") as file:
@@ -191,7 +190,7 @@ def test_a_training_learns_and_can_be_stopped_and_resumed(tmp_path: Path, cache:
         folder.mkdir(exist_ok=True)
         backbone, monitor = tiny.build(), tiny.Recorder(folder, after)
         try:
-            train(
+            tiny.train_tiny(
                 backbone,
                 splits,
                 tiny.probe_of(backbone),
@@ -222,7 +221,7 @@ def test_a_training_learns_and_can_be_stopped_and_resumed(tmp_path: Path, cache:
 def test_a_resumed_run_has_its_own_labels(tmp_path: Path) -> None:
     splits = draw_splits()
     with lock(tmp_path):
-        keep_choices(tmp_path, Choices(Options(), splits, splits, "fp32", "it was asked for"))
+        keep_choices(tmp_path, Choices({}, splits, splits, "fp32", "it was asked for"))
     restored = restore_splits(tmp_path, splits)
     assert restored is not None
     assert [(sample.key, sample.label) for sample in restored.train] == [
@@ -262,6 +261,7 @@ def test_comparing_backbones_says_why_not(labelled: Path, tmp_path: Path) -> Non
 
     with pytest.raises(
         GraftError,
-        match="backbones are compared by the accuracy of single labels, and its images have several",
+        match="backbones are compared by the accuracy of single labels, and its images have "
+        "several",
     ):
         compare(CompareOptions(data=str(labelled), output=tmp_path, cache_dir=tmp_path / "cache"))

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# A signal that comes while a destructor runs, which Python would let the program do no more than mention.
+# A signal that comes while a destructor runs, which Python would let the program do no more than
+# mention.
 PROGRAM = """
 import os, signal, sys, time
 from finetune.terminal import run_program

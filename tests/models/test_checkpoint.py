@@ -418,7 +418,7 @@ def test_logits_that_drifted_are_refused_and_rounding_is_not(
     checkpoint, computed = replay(published, engine)
     with pytest.raises(CheckpointError, match="golden images"):
         check_golden(checkpoint, spoil(computed))
-    check_golden(checkpoint, computed * (1 + 2**-8))
+    check_golden(checkpoint, computed * np.float32(1 + 2**-8))
 
 
 def test_another_preprocess_is_seen_by_the_golden_images(
@@ -434,7 +434,10 @@ def test_another_preprocess_is_seen_by_the_golden_images(
 
 
 def test_the_fingerprint_changes_with_everything_that_shapes_features() -> None:
-    tensors = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.zeros((), np.int64)}
+    tensors: dict[str, np.ndarray[Any, Any]] = {
+        "a": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "b": np.zeros((), np.int64),
+    }
     base = fingerprint("net", tensors, Preprocess())
     assert base == fingerprint("net", dict(reversed(tensors.items())), Preprocess())
     assert base == fingerprint(

@@ -241,7 +241,8 @@ def test_a_cache_that_cannot_be_written_is_an_error_in_words(tmp_path: Path) -> 
 def test_a_conversion_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
     class Unconvertible(nn.Module):
         def forward(self, images: torch.Tensor) -> torch.Tensor:
-            return torch.linalg.eigvals(images.mean(dim=1)).real
+            eigenvalues: torch.Tensor = torch.linalg.eigvals(images.mean(dim=1))
+            return eigenvalues.real
 
     backbone = dataclasses.replace(tiny_backbone(), model=CustomNetwork(Unconvertible(), 48))
     with pytest.raises(GraftError, match=r"OpenVINO cannot convert own:tiny: ."):
@@ -302,11 +303,13 @@ def test_an_engine_that_is_known_is_loaded_with_its_first_batch(
     prepared: PreparedBackbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepared.open_engine("cpu", "fp32").close()
-    loaded = []
-    monkeypatch.setattr(
-        "models.prepared.OpenVINOEngine",
-        lambda *args, **options: loaded.append(1) or OpenVINOEngine(*args, **options),
-    )
+    loaded: list[OpenVINOEngine] = []
+
+    def open_it(*args: Any, **options: Any) -> OpenVINOEngine:
+        loaded.append(OpenVINOEngine(*args, **options))
+        return loaded[-1]
+
+    monkeypatch.setattr("models.prepared.OpenVINOEngine", open_it)
     never = prepared.open_engine("cpu", "fp32")
     never.close()
     assert not loaded

@@ -352,7 +352,7 @@ def test_what_the_description_allows_and_what_it_does_not(colors: Path, tmp_path
         "GRAFT_ADMIN_TOKEN": TOKEN,
     }
     with serve(tmp_path / "log", env) as server:
-        command = [
+        command: list[str | Path] = [
             *(
                 Path(sys.executable).with_name("schemathesis"),
                 "run",

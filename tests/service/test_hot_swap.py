@@ -5,6 +5,7 @@ No request is lost.
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import threading
@@ -98,6 +99,10 @@ def ask(client: httpx.Client, name: str, **options: str) -> dict[str, Any]:
     return body
 
 
+def serves(client: httpx.Client, name: str, version: int) -> bool:
+    return version_of(client, name) == version
+
+
 def version_of(client: httpx.Client, name: str, **options: str) -> int | None:
     """The version that answers; None where the model is not served."""
     response = client.post(
@@ -148,7 +153,7 @@ def test_new_versions_take_over_under_load_and_no_request_is_lost(
     expected = {}
     for version in range(1, 5):
         publish(version) if version > 1 else None
-        until(lambda version=version: version_of(client, name) == version)
+        until(functools.partial(serves, client, name, version))
         expected[version] = ask(client, name)["predictions"]
     for version in (2, 3, 4):
         shutil.rmtree(server.log_path.parent / "checkpoints" / name / str(version))
@@ -173,7 +178,7 @@ def test_new_versions_take_over_under_load_and_no_request_is_lost(
         try:
             for version in (1, 2, 3, 4):
                 publish(version) if version > 1 else None
-                until(lambda version=version: version in seen)
+                until(functools.partial(seen.__contains__, version))
         finally:
             is_over.set()
         for one in running:

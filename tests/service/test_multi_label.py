@@ -72,7 +72,7 @@ def ask(client: httpx.Client, path: str, body: object) -> Any:
     return response.json()
 
 
-def predict(client: httpx.Client, **parameters: object) -> Any:
+def predict(client: httpx.Client, **parameters: str | int) -> Any:
     response = client.post(
         "/predict",
         params=parameters,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from typing import Any, cast
 
+import bentoml
 import pytest
 
 from service.app import ROUTES, Graft
@@ -14,7 +15,9 @@ from service.openapi import describe
 
 @pytest.fixture(scope="module")
 def spec() -> dict[str, Any]:
-    return describe(Graft.openapi_spec.asdict(), ROUTES, needs_token=True)
+    return describe(
+        cast(bentoml.Service[Any], Graft).openapi_spec.asdict(), ROUTES, needs_token=True
+    )
 
 
 def operations(spec: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
@@ -70,7 +73,13 @@ def test_errors_have_the_shape_of_their_protocol(spec: dict[str, Any]) -> None:
 
 def test_who_needs_a_token() -> None:
     def closed(needs_token: bool) -> set[str]:
-        found = operations(describe(Graft.openapi_spec.asdict(), ROUTES, needs_token=needs_token))
+        found = operations(
+            describe(
+                cast(bentoml.Service[Any], Graft).openapi_spec.asdict(),
+                ROUTES,
+                needs_token=needs_token,
+            )
+        )
         assert all(
             operation.get("security", [{"bearer": []}]) == [{"bearer": []}]
             for operation in found.values()

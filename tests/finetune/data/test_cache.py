@@ -1,4 +1,4 @@
-"""Features are computed once, whatever happens to the files they are kept in: what is read back is what was written, or nothing."""
+"""Features are computed once. After any damage, what is read is what was written, or nothing."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from finetune.data import cache as cache_module
 from finetune.data.cache import MAX_SEGMENTS, FeatureCache, digest_image, merge_segments, trim
 from finetune.data.splits import Sample
 from finetune.probe.features import extract_features
-from models.engine.engine import EngineInfo, Features
+from models.engine.engine import Crops, EngineInfo, Features
 from models.engine.openvino_engine import OpenVINOEngine
 from models.errors import GraftError
 from models.prepared import PreparedBackbone
-from models.preprocess import Pixels, View
+from models.preprocess import View
 from models.sources import EncodedImage
 from tests.support.images import draw_shape
 
@@ -56,7 +56,7 @@ def read(cache: FeatureCache, digest: bytes) -> Features | None:
     return out if cache.read(digest, out) else None
 
 
-def fill(cache_dir: Path, indices: range, **options: str) -> Path:
+def fill(cache_dir: Path, indices: range, **options: Any) -> Path:
     """Write some rows as a run does, and give the folder they are in."""
     with open_cache(cache_dir, **options) as cache:
         cache.write([DIGESTS[index] for index in indices], FEATURES[indices.start : indices.stop])
@@ -99,9 +99,12 @@ class Counted:
         )
         self.num_images = 0
 
-    def submit(self, images: Pixels) -> Future[Features]:
+    def submit(self, images: Crops) -> Future[Features]:
         self.num_images += len(images)
         return self._engine.submit(images)
+
+    def run_here(self, images: Crops, *, is_alone: bool = True) -> Features:
+        raise AssertionError("a run submits its images")
 
     def close(self) -> None:
         raise AssertionError("the engine is the caller's to close")
@@ -112,7 +115,7 @@ Extract = Callable[[list[Sample]], tuple[Features, int]]
 
 @pytest.fixture
 def extract(prepared: PreparedBackbone, engine: OpenVINOEngine, tmp_path: Path) -> Extract:
-    """One run on some samples: their features, and how many images the engine was given for them."""
+    """One run on some samples: their features, and how many images the engine was given."""
 
     def run(samples: list[Sample]) -> tuple[Features, int]:
         counted = Counted(engine)
@@ -342,7 +345,8 @@ def test_trim_takes_nothing_from_a_run_that_reads(tmp_path: Path) -> None:
     fill(tmp_path, range(3))
     with open_cache(tmp_path) as cache:
         trim(tmp_path, 0)
-        assert np.array_equal(read(cache, DIGESTS[1]), FEATURES[1])  # type: ignore[arg-type]
+        assert (found := read(cache, DIGESTS[1])) is not None
+        assert np.array_equal(found, FEATURES[1])
 
 
 def test_a_folder_that_another_run_trims_meanwhile_is_no_error(tmp_path: Path) -> None:
@@ -431,8 +435,9 @@ def test_a_run_that_reads_goes_on_while_another_merges(tmp_path: Path) -> None:
     assert len(list(folder.glob("*.keys"))) == 1
     with reading:
         assert all(
-            np.array_equal(read(reading, digest), FEATURES[at]) for at, digest in enumerate(DIGESTS)
-        )  # type: ignore[arg-type]
+            (found := read(reading, digest)) is not None and np.array_equal(found, FEATURES[at])
+            for at, digest in enumerate(DIGESTS)
+        )
 
 
 def test_what_is_merged_while_a_run_looks_for_it_is_found(
@@ -499,7 +504,7 @@ def test_a_merge_killed_at_any_moment_loses_nothing(tmp_path: Path) -> None:
 
 
 def _merge_and_die(folder: Path, moment: int) -> NoReturn:
-    """End this process, a fork, at the so-manieth call that a merge makes, or with 0 when it is done."""
+    """End this process, a fork, at a numbered call of a merge, or with 0 when it is done."""
     num_calls = 0
 
     def counted(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -522,8 +527,9 @@ def _merge_and_die(folder: Path, moment: int) -> NoReturn:
         os._exit(1)
 
 
-# One run over drawn images in a process of its own. It may end itself with SIGKILL after it wrote so many bytes to the cache, and says
-# what came out: how many features were in the cache, and the digest of them all.
+# One run over drawn images in a process of its own, which may end itself with SIGKILL after writing
+# a number of bytes to the cache. It prints how many features came from the cache, and a digest of
+# them all.
 RUN = """
 import hashlib, logging, os, signal, sys
 from pathlib import Path
@@ -535,11 +541,22 @@ from models.engine.openvino_engine import OpenVINOEngine
 from models.prepared import read_prepared
 from tests.support.images import draw_shape
 
-folder, cache_dir, num_images, last_byte = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+folder, cache_dir = Path(sys.argv[1]), Path(sys.argv[2])
+num_images, last_byte = int(sys.argv[3]), int(sys.argv[4])
 logging.basicConfig(level=logging.WARNING)
 prepared = read_prepared(folder)
-engine = OpenVINOEngine(prepared.openvino_path, prepared.preprocess, precision="fp32", batch_size=4, num_streams=2, images_per_second=1.0)
-samples = [Sample(str(index), 0, EncodedImage(draw_shape("circle", index, size=(64, 48)))) for index in range(num_images)]
+engine = OpenVINOEngine(
+    prepared.openvino_path,
+    prepared.preprocess,
+    precision="fp32",
+    batch_size=4,
+    num_streams=2,
+    images_per_second=1.0,
+)
+samples = [
+    Sample(str(index), 0, EncodedImage(draw_shape("circle", index, size=(64, 48))))
+    for index in range(num_images)
+]
 write, num_written = os.write, 0
 
 def write_and_die(descriptor, data):
@@ -554,8 +571,11 @@ with FeatureCache(cache_dir, prepared.fingerprint, engine.info, engine.num_featu
     print("started", flush=True)
     if last_byte >= 0:
         os.write = write_and_die
-    extracted = extract_features(samples, prepared.preprocess, engine, num_workers=2, description="test", cache=cache)
-print(cache.num_hits, hashlib.sha256(extracted.features.tobytes()).hexdigest(), "torch" in sys.modules)
+    extracted = extract_features(
+        samples, prepared.preprocess, engine, num_workers=2, description="test", cache=cache
+    )
+digest = hashlib.sha256(extracted.features.tobytes()).hexdigest()
+print(cache.num_hits, digest, "torch" in sys.modules)
 """
 
 

@@ -17,7 +17,7 @@ from tests.finetune.data.test_splits import write_images
 
 
 def options_of(data: Path, output: Path, **changes: object) -> SharedOptions:
-    return SharedOptions(data=str(data), output=output, **changes)  # type: ignore[arg-type]
+    return SharedOptions(data=str(data), output=output, **changes)
 
 
 def write_run(splits: Splits, options: SharedOptions, name: str, time: int) -> Path:
@@ -76,7 +76,8 @@ def test_images_stay_on_their_side_as_the_folder_grows(
     # The new ones make up each class's share: 8 of 40 cats, 1 of 5 emus.
     assert val_per_class(grown) == {"cat": 8, "dog": 2, "emu": 1}
     assert caplog.messages == [
-        f"split: 20 images stay where {path} has them; new: 28 to train, 7 to val (--new-split draws anew)"
+        f"split: 20 images stay where {path} has them; new: 28 to train, 7 to val "
+        "(--new-split draws anew)"
     ]
 
 
@@ -219,7 +220,7 @@ def test_a_new_duplicate_goes_where_the_earlier_run_had_it(tmp_path: Path) -> No
 
 
 def test_no_training_image_of_an_earlier_run_moves_into_validation(tmp_path: Path) -> None:
-    """Duplicates that it had on both sides, as its source had them or from before there was an audit, end in train."""
+    """Duplicates that the earlier run had on both sides end in train."""
     splits = drawn(tmp_path, {"cat": 20, "dog": 20})
     split_of = {sample.place: split for split, samples in splits.named() for sample in samples}
     groups = list(zip(splits.train[:2], splits.val[:2], strict=True))

@@ -1,8 +1,9 @@
-"""A CSV of images with any number of labels: how it is read, split and kept, and what is said of it."""
+"""A CSV of images with any number of labels: how it is read, split and kept; its errors."""
 
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from models.errors import GraftError
 from tests.finetune.data.test_lasting_split import load_lasting, sides, write_run
 
 
-def write_csv(path: Path, rows: list[tuple[str, ...]], header: str = "path,labels") -> Path:
+def write_csv(path: Path, rows: Sequence[tuple[str, ...]], header: str = "path,labels") -> Path:
     path.write_text("\n".join([header, *(",".join(row) for row in rows)]) + "\n")
     return path
 

@@ -1,4 +1,4 @@
-"""Every source of labelled images gives its splits, and everything wrong with one is said with the way out."""
+"""Every source of labelled images gives its splits, and each error names the way out."""
 
 from __future__ import annotations
 
@@ -245,7 +245,8 @@ def test_a_csv_without_splits_is_split(tmp_path: Path) -> None:
 
 
 def test_a_csv_with_splits_in_any_order_of_columns_and_a_byte_order_mark(tmp_path: Path) -> None:
-    text = "split,label,note,path\r\nTrain,x,,1\r\ntraining,y,,2\r\nval,x,,3\r\nVALID,y,,4\r\ntest,ü,,5\r\ntrain,ü,,6\r\nval,ü,,7\r\n"
+    rows = ["Train,x,,1", "training,y,,2", "val,x,,3", "VALID,y,,4", "test,ü,,5", "train,ü,,6"]
+    text = "\r\n".join(["split,label,note,path", *rows, "val,ü,,7", ""])
     splits = load(write_csv(tmp_path / "list.csv", text, "utf-8-sig"))
     assert splits.label_names == ("x", "y", "ü")
     assert [(name, keys_of(samples)) for name, samples in splits.named()] == [
@@ -468,7 +469,7 @@ def test_a_torchvision_data_set_is_found_under_the_data_root(fashion_root: Path)
 def test_an_unknown_torchvision_name_is_refused(name: str) -> None:
     with pytest.raises(
         GraftError,
-        match=rf"--data torchvision:{name}: torchvision has no such data set; for example FashionMNIST",
+        match=rf"--data torchvision:{name}: torchvision has no such data set; for example Fashion",
     ):
         load(f"torchvision:{name}")
 
@@ -479,6 +480,7 @@ def test_a_torchvision_data_set_without_files_and_network_is_an_error_with_a_way
 ) -> None:
     with pytest.raises(
         GraftError,
-        match=rf"--data torchvision:{name}: it is not under --data-root .* and could not be downloaded \(.+\); run",
+        match=rf"--data torchvision:{name}: it is not under --data-root .* and could not be "
+        r"downloaded \(.+\); run",
     ):
         load(f"torchvision:{name}", data_root=tmp_path)

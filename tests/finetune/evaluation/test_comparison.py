@@ -57,7 +57,10 @@ def test_epochs_that_gave_nothing_are_no_tie() -> None:
 
 
 def test_the_interval_is_of_the_same_images_and_not_of_two_samples() -> None:
-    """Two models that agree on all but 20 of 400 images: apart, each accuracy is uncertain by 5 points, their difference by 2."""
+    """Two models agree on all but 20 of 400 images.
+
+    Apart, each accuracy is uncertain by 5 points, their difference by 2.
+    """
     interval = compare(15, 5, 400).scores.interval
     width = interval.high - interval.low
     assert width == pytest.approx(
@@ -67,7 +70,10 @@ def test_the_interval_is_of_the_same_images_and_not_of_two_samples() -> None:
 
 
 def test_balanced_it_goes_by_what_a_rare_class_gains() -> None:
-    """Of 400 images 360 are of class 0, where the fine-tuned model loses 12; of the 40 others it gains 12."""
+    """Of 400 images 360 are of class 0, where the fine-tuned model loses 12.
+
+    Of the 40 others it gains 12.
+    """
     labels = np.repeat([0, 1], [360, 40])
     probe, tuned = np.zeros(400, np.int64), np.zeros(400, np.int64)
     tuned[:12], tuned[-12:] = 1, 1

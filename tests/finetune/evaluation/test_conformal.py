@@ -1,4 +1,4 @@
-"""Scores mean what they say on images that were not seen, and answers that may be wrong say so as often as was asked."""
+"""Scores mean what they say on unseen images, and conformal sets cover as often as was asked."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def drawn_from_their_scores(
 def test_reliability_is_counted_by_hand() -> None:
     scores = np.array([[0.61, 0.39], [0.65, 0.35], [0.05, 0.95], [0.0, 1.0]], np.float32)
     found = measure_class_reliability(scores, np.array([0, 1, 1, 1]))
-    # (9/15, 10/15] holds 0.61 and 0.65, one of them right; (14/15, 1] holds 0.95 and 1.0, both right.
+    # (9/15, 10/15] holds 0.61 and 0.65, one of them right; (14/15, 1] holds 0.95 and 1.0, both
+    # right.
     assert np.flatnonzero(found.counts).tolist() == [9, 14]
     assert found.accuracies[[9, 14]].tolist() == [0.5, 1.0]
     assert found.scores[[9, 14]] == pytest.approx([0.63, 0.975])
@@ -103,7 +104,7 @@ def test_over_20_splits_a_probe_is_calibrated_and_covers_what_was_asked(coverage
 def test_a_trained_model_is_calibrated_on_validation_and_judged_on_what_its_fit_did_not_see() -> (
     None
 ):
-    """Ten images of four random labels: their own fit would say it covers all that it was asked to."""
+    """Validation is measured by cross-validation, so that it is not flattered by its own fit."""
     logits, labels = drawn_from_their_scores(3000, scale=3)
     held_out = drawn_from_their_scores(3000, scale=3, seed=1)
     calibration, quality = calibrate_trained(
@@ -118,7 +119,7 @@ def test_a_trained_model_is_calibrated_on_validation_and_judged_on_what_its_fit_
         assert quality[split].before.error > 0.1
         assert quality[split].after.error < 0.03
         assert quality[split].covered == pytest.approx(0.9, abs=0.02)
-    # Each fold is judged by the others: where they have nothing to say, no label reaches a threshold that holds any.
+    # Each fold is judged by the others, which here are too few for a threshold: all is unsure.
     few, few_labels = np.eye(3, dtype=np.float32)[[0, 1, 2, 0, 1, 2]], np.array([0, 1, 2, 1, 2, 0])
     folds = assign_class_folds(few_labels, 5, 0)
     _, quality = calibrate_trained({"val": few}, {"val": few_labels}, 0.95, folds)

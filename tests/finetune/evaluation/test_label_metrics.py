@@ -1,4 +1,4 @@
-"""Metrics of multi-label answers are scikit-learn's, and their intervals those of resampled images."""
+"""Metrics of multi-label answers are scikit-learn's; their intervals are of resampled images."""
 
 from __future__ import annotations
 

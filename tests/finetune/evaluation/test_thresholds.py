@@ -16,6 +16,7 @@ from finetune.evaluation.thresholds import (
     measure_label_reliability,
 )
 from finetune.probe.solve import solve_probe
+from finetune.tasks.multi_label import MULTI_LABEL
 from finetune.tasks.strata import stratify_folds
 from models.scores import sigmoid
 
@@ -53,7 +54,7 @@ def test_a_label_that_no_image_has_is_named_from_a_half() -> None:
 
 def test_the_probe_is_a_logistic_regression_for_each_label() -> None:
     features, labels = draw_features(300)
-    probe = solve_probe(features, labels, 3, seed=0, l2_path=(0.01,))
+    probe = solve_probe(features, labels, 3, task=MULTI_LABEL, seed=0, l2_path=(0.01,))
     scale = features.std(axis=0)
     for label in range(3):
         reference = LogisticRegression(C=1 / (0.01 * len(labels)), tol=1e-8).fit(
@@ -64,7 +65,7 @@ def test_the_probe_is_a_logistic_regression_for_each_label() -> None:
 
 def test_strength_and_temperature_are_chosen_on_held_out_images() -> None:
     features, labels = draw_features(300)
-    probe = solve_probe(features, labels, 3, seed=0)
+    probe = solve_probe(features, labels, 3, task=MULTI_LABEL, seed=0)
     held_out = draw_features(5000, seed=1)
     logits = probe.logits(held_out[0])
     assert label_log_loss(probe.out_of_fold_logits, labels) == pytest.approx(
@@ -80,7 +81,7 @@ def test_strength_and_temperature_are_chosen_on_held_out_images() -> None:
 def test_a_probe_is_calibrated_and_its_thresholds_hold_on_images_it_did_not_see() -> None:
     features, labels = draw_features(600)
     held_out, truth = draw_features(3000, seed=1)
-    probe = solve_probe(features, labels, 3, seed=0)
+    probe = solve_probe(features, labels, 3, task=MULTI_LABEL, seed=0)
     logits = probe.logits(held_out)
     calibration, quality = calibrate_probe(
         probe.out_of_fold_logits, probe.temperature, labels, {"val": logits}, {"val": truth}
@@ -97,7 +98,7 @@ def test_a_probe_is_calibrated_and_its_thresholds_hold_on_images_it_did_not_see(
 
 
 def test_a_trained_model_is_not_measured_by_its_own_fit() -> None:
-    """Logits that say nothing: thresholds that were fitted to them look good on the same images, and no better than chance on others."""
+    """Thresholds fitted to random logits look good on the same images, and only on those."""
     generator = np.random.default_rng(0)
     logits, labels = (
         generator.normal(0, 1, (60, 2)).astype(np.float32),

@@ -11,10 +11,9 @@ import pytest
 
 from finetune.data.splits import Sample
 from finetune.probe.features import extract_features
-from models.engine.engine import Features, run
+from models.engine.engine import Crops, Features, run
 from models.engine.openvino_engine import OpenVINOEngine
 from models.prepared import PreparedBackbone
-from models.preprocess import Pixels
 from models.sources import EncodedImage
 from tests.support.images import draw_shape
 
@@ -119,10 +118,13 @@ class Watched:
             self.num_read += 1
         return draw_shape("circle", 0, "PNG", (16, 16))
 
-    def submit(self, images: Pixels) -> Future[Features]:
+    def submit(self, images: Crops) -> Future[Features]:
         self.most_ahead = max(self.most_ahead, self.num_read - self.num_submitted)
         self.num_submitted += len(images)
         return self._engine.submit(images)
+
+    def run_here(self, images: Crops, *, is_alone: bool = True) -> Features:
+        raise AssertionError("a run submits its images")
 
     def close(self) -> None:
         raise AssertionError("the engine is the caller's to close")

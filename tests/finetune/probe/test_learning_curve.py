@@ -1,4 +1,4 @@
-"""What half the images would have given is what a probe on half of them gives, and what more are worth is guessed soberly."""
+"""Parts of the curve are what a probe on fewer images gives; what more are worth is cautious."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def measure(count: int, num_val: int = 4000, spread: float = 3.5) -> LearningCur
 
 
 def continue_curve(*accuracies: float) -> LearningCurve:
-    """Through the accuracies of 20 to 80 images, on so many validation images that chance in those is nothing."""
+    """Through the accuracies of 20 to 80 images, on 10,000 validation images: without chance."""
     return _continue_curve([20, 40, 60, 80], np.array([accuracies] * 1001), 10_000, "accuracy")
 
 
@@ -55,7 +55,8 @@ def test_a_curve_that_does_not_rise_promises_nothing() -> None:
     assert curve.gain > 0.05
     assert curve.interval.low < 0
     assert str(curve).startswith(
-        "half the images would have given the probe 0.7100; doubling them may be worth nothing, and "
+        "half the images would have given the probe 0.7100; doubling them may be worth nothing, "
+        "and "
     )
     assert continue_curve(0.40, 0.55, 0.62, 0.66).interval.low > 0.05
 

@@ -14,11 +14,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss as sklearn_log_loss
 from sklearn.preprocessing import StandardScaler
 
+from finetune.evaluation.class_metrics import class_log_loss
+from finetune.evaluation.conformal import fit_temperature
 from finetune.probe.solve import (
     L2_PATH,
     Probe,
-    fit_temperature,
-    log_loss,
     soften,
     solve_head,
     solve_probe,
@@ -91,7 +91,9 @@ def test_it_is_as_accurate_as_scikit_learns_best_on_the_same_path(data: object) 
     assert probe.l2 == PATH[best]
     assert accuracy(probe, test_x, test_y) > max(scores[best] - 0.003, 0.5)
     # The whole solution agrees, not only its accuracy: out-of-fold losses are within a percent.
-    assert log_loss(probe.out_of_fold_logits, train_y) == pytest.approx(losses[best], rel=0.01)
+    assert class_log_loss(probe.out_of_fold_logits, train_y) == pytest.approx(
+        losses[best], rel=0.01
+    )
 
 
 def test_out_of_fold_logits_of_random_labels_are_at_chance() -> None:
@@ -138,7 +140,9 @@ def test_the_soft_head_is_that_of_the_strongest_l2_and_leaves_something_to_learn
     assert np.array_equal(soft.weight, weight)
     assert np.array_equal(soft.bias, bias)
     assert np.abs(soft.weight).mean() < np.abs(probe.weight).mean()
-    assert log_loss(soft.logits(features), labels) > log_loss(probe.logits(features), labels)
+    assert class_log_loss(soft.logits(features), labels) > class_log_loss(
+        probe.logits(features), labels
+    )
 
 
 def test_two_classes_are_told_apart() -> None:
@@ -146,7 +150,13 @@ def test_two_classes_are_told_apart() -> None:
     labels = np.arange(100) % 2
     features = (generator.normal(size=(100, 8)) + 4 * labels[:, None]).astype(np.float32)
     probe = solve_probe(features, labels, 2, seed=0)
-    assert (probe.weight.shape, probe.bias.shape, probe.weight.dtype, probe.bias.dtype) == (
+    found: tuple[object, ...] = (
+        probe.weight.shape,
+        probe.bias.shape,
+        probe.weight.dtype,
+        probe.bias.dtype,
+    )
+    assert found == (
         (2, 8),
         (2,),
         np.float32,
@@ -233,7 +243,7 @@ def test_the_temperature_of_calibrated_logits_is_one_and_follows_their_scale() -
     logits, labels = calibrated()
     assert fit_temperature(logits, labels) == pytest.approx(1, abs=0.05)
     for factor in (0.25, 2, 5):
-        assert fit_temperature(factor * logits, labels) == pytest.approx(
+        assert fit_temperature(np.float32(factor) * logits, labels) == pytest.approx(
             factor * fit_temperature(logits, labels), rel=1e-3
         )
 
@@ -241,9 +251,10 @@ def test_the_temperature_of_calibrated_logits_is_one_and_follows_their_scale() -
 def test_the_temperature_has_the_least_loss() -> None:
     logits, labels = calibrated(500)
     best = fit_temperature(3 * logits, labels)
-    loss = log_loss(3 * logits / best, labels)
+    loss = class_log_loss(logits * np.float32(3 / best), labels)
     assert all(
-        log_loss(3 * logits / (best * factor), labels) > loss for factor in (0.9, 0.97, 1.03, 1.1)
+        class_log_loss(logits * np.float32(3 / (best * factor)), labels) > loss
+        for factor in (0.9, 0.97, 1.03, 1.1)
     )
 
 
@@ -261,5 +272,5 @@ def test_logits_that_say_nothing_have_a_temperature() -> None:
 def test_softmax_and_log_loss_bear_large_logits() -> None:
     logits = np.array([[1e4, -1e4], [1e4, 1e4]], np.float32)
     assert softmax(logits).tolist() == [[1, 0], [0.5, 0.5]]
-    assert log_loss(logits, np.array([0, 1])) == pytest.approx(np.log(2) / 2)
-    assert log_loss(logits, np.array([1, 1])) == pytest.approx((2e4 + np.log(2)) / 2)
+    assert class_log_loss(logits, np.array([0, 1])) == pytest.approx(np.log(2) / 2)
+    assert class_log_loss(logits, np.array([1, 1])) == pytest.approx((2e4 + np.log(2)) / 2)

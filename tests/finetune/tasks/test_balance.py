@@ -1,4 +1,4 @@
-"""Uneven classes are named, and count the same where that is asked for: in the probe, in the loss, and among the images drawn."""
+"""Imbalanced classes are logged, and with --balance count the same in probe, loss and batches."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections import Counter
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -18,16 +19,26 @@ from sklearn.utils.class_weight import compute_class_weight, compute_sample_weig
 
 from finetune.config import Options, parse_options
 from finetune.data.splits import Splits
-from finetune.evaluation.class_metrics import evaluate_classes
+from finetune.evaluation.class_metrics import class_log_loss, evaluate_classes
+from finetune.evaluation.conformal import fit_temperature
 from finetune.probe.learning_curve import measure_learning_curve
-from finetune.probe.solve import L2_PATH, fit_temperature, log_loss, solve_head, solve_probe
+from finetune.probe.solve import L2_PATH, solve_head, solve_probe
 from finetune.tasks.balance import class_weights, draw_balanced, warn_if_imbalanced
 from finetune.tasks.single_label import SINGLE_LABEL
 from finetune.tasks.strata import assign_class_folds
 from finetune.training.state import draw_batches
-from finetune.training.train import train
 from models.errors import GraftError
-from tests.support.tiny import LABELS, PREPROCESS, Recorder, build, draw_samples, options, probe_of
+from tests.support.tiny import (
+    LABELS,
+    PREPROCESS,
+    Recorder,
+    Trunk,
+    build,
+    draw_samples,
+    options,
+    probe_of,
+    train_tiny,
+)
 
 COUNTS = [200, 60, 12]
 
@@ -130,7 +141,7 @@ def test_the_weighted_probe_is_scikit_learns_balanced_one() -> None:
             )
     best = int(np.argmin(losses))
     assert probe.l2 == path[best]
-    assert log_loss(probe.out_of_fold_logits, labels, weights) == pytest.approx(
+    assert class_log_loss(probe.out_of_fold_logits, labels, weights) == pytest.approx(
         losses[best], rel=0.01
     )
     assert probe.temperature == fit_temperature(probe.out_of_fold_logits, labels)
@@ -181,7 +192,7 @@ def test_the_learning_curve_of_a_weighted_probe_is_weighted() -> None:
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------------- gradient epochs
+# Gradient epochs
 
 SPLITS = Splits(
     LABELS,
@@ -198,13 +209,13 @@ TRAIN_LABELS = np.array([sample.label for sample in SPLITS.train])
 def fit(folder: Path, **changes: object) -> list[float]:
     """Training losses of one epoch without augmentation, dropout being off."""
     backbone = build()
-    backbone.model.backbone.dropout.p = 0.0
+    cast(Trunk, backbone.model.backbone).dropout.p = 0.0
     monitor = Recorder(folder)
     given = options(
         **{"epochs": 1, "augment": "none", "freeze": "none", "batch_norm": "keep", **changes}
     )
     try:
-        train(backbone, SPLITS, probe_of(backbone), given, monitor, folder)
+        train_tiny(backbone, SPLITS, probe_of(backbone), given, monitor, folder)
     finally:
         monitor.close()
     return [loss for _, loss in monitor.curves["train/loss"]]
@@ -243,7 +254,7 @@ def test_the_sampler_draws_the_batches_and_leaves_the_loss_alone(tmp_path: Path)
     )
 
 
-# ------------------------------------------------------------------------------------------------------------------------ what is said
+# Messages
 
 
 def test_imbalanced_classes_are_named_with_the_option(caplog: pytest.LogCaptureFixture) -> None:
@@ -252,15 +263,16 @@ def test_imbalanced_classes_are_named_with_the_option(caplog: pytest.LogCaptureF
         assert not caplog.records
         warn_if_imbalanced(np.repeat([0, 2], [1100, 100]), LABELS)
     assert caplog.messages == [
-        "imbalanced classes: red has 1,100 training images, blue has 100; if rare classes matter as "
-        "much, --balance weights lets each class count the same"
+        "imbalanced classes: red has 1,100 training images, blue has 100; if rare classes matter "
+        "as much, --balance weights lets each class count the same"
     ]
 
 
 def test_balanced_drawing_without_gradient_epochs_is_refused() -> None:
     with pytest.raises(
         GraftError,
-        match=r"^--balance sampler: it draws the batches .*; say --freeze until:NAME or none, or --balance wei",
+        match=r"^--balance sampler: it draws the batches .*; say --freeze until:NAME or none, or "
+        r"--balance wei",
     ):
         parse_options(Options, ["--balance", "sampler"])
     assert parse_options(Options, ["--balance", "sampler", "--freeze", "none"]).balance == "sampler"

@@ -1,4 +1,4 @@
-"""The rest of a network on kept activations is the whole network; what cannot be cut is found out."""
+"""A cut network on kept activations is the whole network; what cannot be cut is found."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from models.backbone.freezing import (
     set_train_mode,
 )
 
-# A network with BatchNorm, one with LayerNorm, and one with depthwise convolutions; each with its classifier and image size.
+# A network with BatchNorm, one with LayerNorm, and one with depthwise convolutions; each with its
+# classifier and image size.
 NETWORKS: dict[str, tuple[str, int]] = {
     "resnet18": ("fc", 64),
     "test_vit": ("head", 32),
@@ -44,7 +45,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def build(name: str) -> nn.Module:
-    """Random weights with no zero or one left by an initialiser, behind which a part of the network would not count."""
+    """Random weights: zeros and ones of an initialiser could hide a part of the network."""
     torch.manual_seed(0)
     options = {"img_size": 32} if name == "test_vit" else {}
     return scramble(timm.create_model(name, num_classes=3, **options))
@@ -318,7 +319,7 @@ def test_a_boundary_inside_a_residual_block_or_a_patch_embedding_cannot_be_cut()
     assert cut(model, freeze(model, "until:patch_embed.proj", "head"), images("test_vit")) is None
 
 
-def test_what_follows_the_boundary_in_place_does_not_change_what_is_kept() -> None:
+def test_in_place_operations_behind_the_boundary_leave_kept_activations_unchanged() -> None:
     torch.manual_seed(0)
     trunk = nn.Sequential(
         nn.Conv2d(3, 4, 3),

@@ -1,4 +1,4 @@
-"""Depthwise convolutions in bfloat16 get the gradients that float32 gives, and all others are left alone."""
+"""Slow depthwise convolutions in bfloat16 get float32 gradients; others are left alone."""
 
 from __future__ import annotations
 

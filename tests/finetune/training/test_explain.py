@@ -1,4 +1,4 @@
-"""Where a network looked: the maps are hot where the answer was made, whatever the network is made of."""
+"""Heat maps are hot where the answer was made, whatever the network is made of."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Brightness(nn.Module):
-    """Its two features are how red and how green an image is, told from 8x8 places; `layout` is what its stage gives."""
+    """Features are how red and how green an image is, from 8x8 places; `layout` is its stage's."""
 
     def __init__(self, layout: str = "maps") -> None:
         super().__init__()
@@ -144,7 +144,7 @@ def test_maps_are_put_back_as_they_were(shape: tuple[int, ...]) -> None:
 def test_a_transformer_is_explained_where_its_places_still_count(
     tmp_path: Path, policy: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that reads its class token alone passes nothing back to the others behind its last attention."""
+    """With the class token alone, other tokens have no gradient behind the last attention."""
     create = timm.create_model
     monkeypatch.setattr(
         timm, "create_model", lambda name, **given: create(name, **{**given, "global_pool": policy})
@@ -174,7 +174,7 @@ def test_a_transformer_is_explained_where_its_places_still_count(
         ("Rounded", "Grad-CAM cannot be computed: RuntimeError: "),
     ],
 )
-def test_a_network_that_cannot_be_explained_is_told_of(
+def test_explaining_an_unexplainable_network_raises(
     tmp_path: Path, name: str, message: str
 ) -> None:
     with pytest.raises(
@@ -183,7 +183,7 @@ def test_a_network_that_cannot_be_explained_is_told_of(
         explain(prepare(name, tmp_path), HEAD, [crop_with_corners()], [0])
 
 
-def test_heat_is_coloured_and_what_is_cold_stays_grey() -> None:
+def test_hot_places_are_coloured_and_cold_ones_grey() -> None:
     crop = np.full((4, 4, 3), (10, 20, 30), np.uint8)
     heat = np.zeros((4, 4), np.float32)
     heat[0, 0] = 1
@@ -252,8 +252,8 @@ def test_a_run_ends_well_without_pictures_that_cannot_be_had(
             )
         )
     assert (
-        "no pictures of where the network looked: tests.finetune.training.test_explain:Blind: Grad-CAM needs a stage with places"
-        in caplog.text
+        "no pictures of where the network looked: tests.finetune.training.test_explain:Blind: "
+        "Grad-CAM needs a stage with places" in caplog.text
     )
     (run_dir,) = (tmp_path / "runs").iterdir()
     assert "Grad-CAM" not in (run_dir / "report.html").read_text()

@@ -1,4 +1,4 @@
-"""What gradient epochs read: kept activations where they can be kept, crops where not, and the same training from both."""
+"""Epochs read kept activations where possible, else crops, and train the same on both."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
+from finetune.candidates import training_settings
 from finetune.config import Options
 from finetune.data.splits import Sample, Splits
 from finetune.data.views import draw_view
@@ -26,13 +27,13 @@ from finetune.probe.solve import Probe
 from finetune.training.activations import Activations, Bf16File
 from finetune.training.boundary import TrainablePart
 from finetune.training.inputs import Crops, Inputs, Normalise, open_inputs
-from finetune.training.train import train
 from models.backbone.build import Backbone
 from models.backbone.custom import CustomNetwork
 from models.backbone.freezing import freeze
 from models.errors import GraftError
 from models.preprocess import Preprocess
 from models.sources import EncodedImage
+from tests.support.tiny import train_tiny
 
 SIZE = 24
 LABELS = ("red", "green", "blue")
@@ -48,7 +49,7 @@ CPU = torch.device("cpu")
 
 
 class Trunk(nn.Module):
-    """A frozen stem that picks pixels, so that what is kept of it is exact, and a tail that trains."""
+    """A frozen stem that picks pixels, so its activations are exact, and a tail that trains."""
 
     def __init__(self, has_skip: bool = False) -> None:
         super().__init__()
@@ -110,7 +111,7 @@ def open_own(
 ) -> Inputs:
     backbone, chosen = backbone or build(), options(**changes)
     freezing = freeze(backbone.model, chosen.freeze, backbone.classifier, backbone.module_prefix)
-    return open_inputs(backbone, freezing, splits, chosen, scratch, CPU)
+    return open_inputs(backbone, freezing, splits, training_settings(chosen), scratch, CPU)
 
 
 def bf16_file(path: Path, values: np.ndarray) -> Bf16File:
@@ -143,10 +144,8 @@ def test_infinities_stay_and_nan_stays_nan(tmp_path: Path) -> None:
     assert torch.signbit(kept[3])
 
 
-def test_activations_that_a_full_disk_does_not_take_are_said_to_be(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without its blocks a mapped file is made all the same, and the first row that the disk cannot take ends the process by SIGBUS."""
+def test_activations_on_a_full_disk_raise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk would otherwise end the process by SIGBUS at the first row written."""
 
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -155,7 +154,8 @@ def test_activations_that_a_full_disk_does_not_take_are_said_to_be(
         patch.setattr(os, "posix_fallocate", refuse)
         with pytest.raises(
             GraftError,
-            match=r"val\.npy: the activations take 0\.8 MB and cannot be written: No space left on device",
+            match=r"val\.npy: the activations take 0\.8 MB and cannot be written: No space left on "
+            r"device",
         ):
             Bf16File(tmp_path / "val.npy", 100, 4000)
     assert list(tmp_path.iterdir()) == []
@@ -342,7 +342,7 @@ def test_crops_are_used_where_activations_cannot_be_kept(
 def test_an_epoch_on_kept_activations_moves_the_weights_as_one_without(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, freeze: str
 ) -> None:
-    """Exactly what bf16 holds is kept at the stem; behind the first layer of the tail it rounds, and so do the weights."""
+    """At the stem bf16 is exact; behind the first layer of the tail it rounds."""
     start = build()
     probe = Probe(
         np.zeros((3, 8), np.float32),
@@ -358,7 +358,7 @@ def test_an_epoch_on_kept_activations_moves_the_weights_as_one_without(
         monitor = Monitor(scratch)
         caplog.clear()
         with caplog.at_level(logging.INFO, "graft.inputs"):
-            best_epoch = train(
+            trained = train_tiny(
                 backbone,
                 SPLITS,
                 probe,
@@ -367,7 +367,7 @@ def test_an_epoch_on_kept_activations_moves_the_weights_as_one_without(
                 scratch,
             )
         monitor.close()
-        assert best_epoch == 1
+        assert trained.best_epoch == 1
         assert ("kept activations at backbone." in caplog.text) == cache
         ends.append(dict(backbone.model.named_parameters()))
     tolerance = 1e-5 if freeze == "until:stem" else 2e-3
@@ -411,12 +411,13 @@ def test_channels_last_is_taken_where_the_network_can(
     assert seen[0].is_contiguous() == (trunk is Viewing)
 
 
-def test_an_image_that_goes_away_before_it_is_kept_ends_the_run_in_words(tmp_path: Path) -> None:
+def test_an_image_that_vanishes_before_its_activation_is_kept_raises(tmp_path: Path) -> None:
     """Left out in silence, it would give every later image the label of the one before."""
     path = tmp_path / "3.png"
     samples = (*SPLITS.train[:3], Sample(str(path), 0, path), *SPLITS.train[3:])
     with pytest.raises(
         GraftError,
-        match=r"3\.png: gone or changed since the run began \(the file cannot be read: No such file",
+        match=r"3\.png: gone or changed since the run began \(the file cannot be read: No such "
+        r"file",
     ):
         open_own(tmp_path, splits=Splits(LABELS, samples, SPLITS.val))

@@ -1,4 +1,4 @@
-"""Gradient epochs keep the best of what they saw, move only what may move, and end in words where they go wrong."""
+"""Gradient epochs keep the best epoch, move only what may move, and fail in words."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from finetune.data.splits import Sample, Splits
 from finetune.evaluation.class_metrics import ClassMetrics, evaluate_classes
 from finetune.monitor import Monitor
 from finetune.probe.solve import Probe
-from finetune.training.train import train
 from models.backbone.build import Backbone
 from models.backbone.custom import CustomNetwork
 from models.backbone.freezing import FrozenDriftError
 from models.errors import GraftError
 from models.preprocess import Preprocess
 from models.sources import EncodedImage
+from tests.support.tiny import train_tiny
 
 SIZE = 24
 LABELS = ("red", "green", "blue")
@@ -128,9 +128,9 @@ def fit(
     """Train, and give the best epoch and the curves."""
     monitor = Recorder(scratch)
     try:
-        return train(
+        return train_tiny(
             backbone, splits, start or probe_of(backbone), options(**changes), monitor, scratch
-        ), monitor.curves
+        ).best_epoch, monitor.curves
     finally:
         monitor.close()
 
@@ -258,18 +258,20 @@ def test_a_frozen_module_that_changes_its_own_buffer_fails_the_run(
     backbone = build(nn.Sequential(Counting(), Trunk()))
     with pytest.raises(
         FrozenDriftError,
-        match=r"--freeze until:0: 1 of 1 frozen tensors changed during the run: backbone\.0\.num_seen",
+        match=r"--freeze until:0: 1 of 1 frozen tensors changed during the run: "
+        r"backbone\.0\.num_seen",
     ):
         fit(backbone, draw_splits(), tmp_path, freeze="until:0", cache=cache, epochs=1)
 
 
-def test_a_loss_that_is_no_number_ends_the_run_with_step_and_rate_and_leaves_the_network_whole(
+def test_a_broken_loss_raises_with_step_and_rate_and_leaves_the_network_whole(
     tmp_path: Path,
 ) -> None:
     backbone = build()
     with pytest.raises(
         GraftError,
-        match=r"^epoch 1, step [1-9]\d*: the loss is (nan|inf) at a rate of 1\.0e\+30; lower --lr and",
+        match=r"^epoch 1, step [1-9]\d*: the loss is (nan|inf) at a rate of 1\.0e\+30; lower --lr "
+        r"and",
     ):
         fit(backbone, draw_splits(), tmp_path, epochs=1, lr=1e30, backbone_lr=1e30)
     assert not any("forward" in vars(module) for module in backbone.model.modules())

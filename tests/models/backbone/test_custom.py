@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -86,12 +87,13 @@ def test_a_users_own_network_is_built(own_package: str) -> None:
 
 
 def test_a_users_own_network_takes_weights_strictly(own_package: str, tmp_path: Path) -> None:
-    module = build_backbone("ownnets.small:build", num_classes=2).model.backbone
+    module: Any = build_backbone("ownnets.small:build", num_classes=2).model.backbone
     tensors = {name: torch.full_like(tensor, 3) for name, tensor in module.state_dict().items()}
     backbone = build_backbone(
         "ownnets.small:build", num_classes=2, weights=save_weights(tensors, tmp_path / "own.pth")
     )
-    assert backbone.model.backbone.conv.weight.unique().tolist() == [3]
+    loaded: Any = backbone.model.backbone
+    assert loaded.conv.weight.unique().tolist() == [3]
     assert backbone.weights == "file own.pth"
     del tensors["norm.bias"]
     with pytest.raises(WeightsError, match=r"missing \(1\): norm\.bias"):

@@ -73,7 +73,8 @@ def test_arrays_that_are_not_contiguous_or_not_writeable_are_taken(
 
 def test_an_empty_batch_gives_no_features(any_engine: Engine, crops: Pixels) -> None:
     features = run(any_engine, crops[:0])
-    assert (features.shape, features.dtype) == ((0, 1280), np.float32)
+    assert features.shape == (0, 1280)
+    assert features.dtype == np.float32
 
 
 def test_images_of_another_size_fail_alone(any_engine: Engine, crops: Pixels) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from models.engine.engine import run
+from models.engine.engine import Precision, run
 from models.engine.openvino_engine import OpenVINOEngine, _Request, supports_bf16
 from models.errors import GraftError
 from models.prepared import PreparedBackbone
@@ -210,7 +210,7 @@ def test_bf16_stays_near_fp32_where_the_cpu_has_it(
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_a_precision_that_is_not_to_be_had_is_refused(
-    prepared: PreparedBackbone, precision: str
+    prepared: PreparedBackbone, precision: Precision
 ) -> None:
     reason = (
         "is not quantised"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from models.engine import processor
 from models.engine.processor import cpu_flags, cpu_name, num_cpus, supports_vnni
 
 CPUINFO = """processor\t: 0
@@ -33,7 +33,7 @@ def show_cpuinfo(cpuinfo: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
             raise FileNotFoundError
         return cpuinfo
 
-    monkeypatch.setattr(processor.Path, "read_text", read_text)
+    monkeypatch.setattr(Path, "read_text", read_text)
 
 
 def test_linux_names_the_first_processor_and_its_features(monkeypatch: pytest.MonkeyPatch) -> None:

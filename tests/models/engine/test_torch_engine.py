@@ -33,7 +33,8 @@ class Mean(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         images = self.stem(images)
         torch.randn(200, 200) @ torch.randn(200, 200)
-        return self.rest(images.mean(dim=(2, 3)))
+        features: torch.Tensor = self.rest(images.mean(dim=(2, 3)))
+        return features
 
 
 class Uncapturable(nn.Module):

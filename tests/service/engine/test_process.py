@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -33,7 +34,7 @@ MAX_PIXELS = 500_000
 @pytest.fixture
 def engine(colors: Path) -> Iterator[EngineProcess]:
     checkpoint = load_checkpoint(colors)
-    options = {"batch_size": 2, "num_streams": 2, "images_per_second": 100.0}
+    options: dict[str, Any] = {"batch_size": 2, "num_streams": 2, "images_per_second": 100.0}
     process = EngineProcess(
         colors,
         checkpoint.preprocess,
@@ -91,7 +92,7 @@ def test_it_answers_what_an_engine_here_would(engine: EngineProcess, colors: Pat
     async def scenario() -> None:
         for given in (images, list(crops)):
             outcome = outcome_of(await ask(engine, *given))
-            np.testing.assert_array_equal(np.stack(outcome.results), wanted)
+            np.testing.assert_array_equal(np.array(outcome.results), wanted)
             assert len(outcome.decode_seconds) == 3
             assert 0 < outcome.engine_seconds < 5
         # As many at once as it has slots, each with its own answer.

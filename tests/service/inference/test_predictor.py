@@ -6,20 +6,22 @@ The right labels, calibrated scores, and unreadable images that fail alone.
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import signal
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from models.preprocess import ImageError
-from service.engine.process import EngineProcess
+from models.preprocess import ImageError, Pixels
+from service.engine.batcher import ImageEngine
 from service.engine.wire import Image, Outcome
 from service.errors import RequestError
-from service.inference.predictor import Predictor, Scores
+from service.inference.predictor import Predictor
 from service.inference.repository import Model, load_snapshot
 from service.settings import Settings
 from service.tasks.single_label import PredictRow
@@ -44,13 +46,13 @@ def predictor() -> Predictor:
 
 
 def predict(
-    predictor: Predictor, model: Model, *images: bytes, seconds: float = 30
-) -> tuple[Scores | ImageError, ...]:
+    predictor: Predictor, model: Model, *images: bytes | Pixels, seconds: float = 30
+) -> tuple[Any, ...]:
     (answer,) = asyncio.run(predictor.predict([model], images, deadline=time.monotonic() + seconds))
     return answer.results
 
 
-def count_images(engine: EngineProcess, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def count_images(engine: ImageEngine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The sizes of the batches that the engine gets from now on."""
     start, seen = engine.start, []
 
@@ -62,7 +64,11 @@ def count_images(engine: EngineProcess, monkeypatch: pytest.MonkeyPatch) -> list
     return seen
 
 
-def labels_of(results: tuple[Scores | ImageError, ...]) -> list[str]:
+def set_temperature(temperature: float, config: dict[str, Any]) -> None:
+    config["graft"]["temperature"] = temperature
+
+
+def labels_of(results: Sequence[Any]) -> list[str]:
     return [
         "unreadable" if isinstance(result, ImageError) else LABELS[int(np.argmax(result))]
         for result in results
@@ -115,7 +121,7 @@ def test_too_many_pixels_are_refused_from_the_header(predictor: Predictor, model
 def test_an_answer_does_not_depend_on_the_other_images(predictor: Predictor, model: Model) -> None:
     images = [draw_image(LABELS[index % 3], index) for index in range(9)]
     together = predict(predictor, model, *images)
-    alone = [predict(predictor, model, image)[0] for image in images]
+    alone = tuple(predict(predictor, model, image)[0] for image in images)
     assert labels_of(together) == labels_of(alone)
     for one, other in zip(together, alone, strict=True):
         assert one == pytest.approx(other, abs=1e-5)
@@ -154,9 +160,7 @@ def test_many_models_share_one_pass_and_answer_as_each_does_alone(
 ) -> None:
     for index, name in enumerate(("one", "two", "three")):
         changed = copy_checkpoint(colors, tmp_path, name, 1)
-        change_config(
-            changed, lambda config, index=index: config["graft"].update(temperature=1.0 + index)
-        )
+        change_config(changed, functools.partial(set_temperature, 1.0 + index))
     models = [
         served.choose() for served in load_snapshot(Settings(CHECKPOINTS=tmp_path)).models.values()
     ]
@@ -190,7 +194,7 @@ def test_a_crop_is_taken_and_one_of_another_size_fails_alone(
 ) -> None:
     image = draw_image("green", 3)
     crop = model.backbone.preprocess(image)
-    encoded, given, wrong = predict(predictor, model, image, crop, crop[:100])  # type: ignore[arg-type]
+    encoded, given, wrong = predict(predictor, model, image, crop, crop[:100])
     assert np.array_equal(encoded, given)
     assert isinstance(wrong, ImageError)
     assert "[100, 224, 3]" in str(wrong)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.numpy import load_file, save
@@ -16,7 +17,7 @@ from service.settings import Settings, load_settings
 from tests.support.servers import change_config, change_file, copy_checkpoint
 
 
-def settings(root: Path, **more: object) -> Settings:
+def settings(root: Path, **more: Any) -> Settings:
     return Settings(CHECKPOINTS=root, **more)
 
 

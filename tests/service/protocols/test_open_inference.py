@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
+import numpy.typing as npt
 import pytest
 import tritonclient.http as triton
 from tritonclient.utils import InferenceServerException
@@ -167,7 +168,8 @@ def test_pixels_with_tritons_client(
     dtype: type,
 ) -> None:
     images = [draw_image("red", seed=6), draw_image("blue", seed=6)]
-    pixels = np.stack([endpoint.preprocess(image) for image in images]).astype(dtype)
+    pixels: npt.NDArray[Any] = np.stack([endpoint.preprocess(image) for image in images])
+    pixels = pixels.astype(dtype)
     if dtype is np.float32:
         # As a resize leaves them: they are rounded, and clipped at both ends.
         pixels += np.where(pixels == 255, 20, np.where(pixels == 0, -20, 0.25)).astype(np.float32)
@@ -438,7 +440,7 @@ def test_numbers_that_are_no_pixels(client: httpx.Client, number: str) -> None:
 
 
 def post_binary(
-    client: httpx.Client, tensor: dict[str, Any], data: bytes, **headers: str
+    client: httpx.Client, tensor: dict[str, Any], data: bytes, **headers: Any
 ) -> httpx.Response:
     text = json.dumps(
         {"inputs": [{key: value for key, value in tensor.items() if value is not None}]}
@@ -479,7 +481,7 @@ def test_bad_binary_sizes(client: httpx.Client) -> None:
     for length in ("-1", "x", "", "1e3", "99999999", "9" * 5000, "\N{SUPERSCRIPT TWO}"):
         response = post_binary(
             client, tensor, b"\1\0\0\0a", **{HEADER_LENGTH: length.encode("latin-1")}
-        )  # type: ignore[arg-type]
+        )
         check_error(response, 400, HEADER_LENGTH)
     check_error(post_binary(client, tensor, b"\1\0\0\0a", **{HEADER_LENGTH: "0"}), 400, "not JSON")
 
