@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -11,6 +12,9 @@ from torch import nn
 from models.errors import GraftError
 from models.named import is_custom
 from models.preprocess import Preprocess
+
+if TYPE_CHECKING:
+    import openvino as ov
 
 
 def export_openvino(module: nn.Module, name: str, preprocess: Preprocess, path: Path) -> None:
@@ -20,31 +24,14 @@ def export_openvino(module: nn.Module, name: str, preprocess: Preprocess, path: 
     GraftError, with `name`, where OpenVINO cannot convert the network.
     """
     import openvino as ov
-    from openvino._offline_transformations import apply_moc_transformations
-    from openvino.frontend import FrontEndManager
-    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
-    shape = [3, preprocess.height, preprocess.width]
     modes = {part: part.training for part in module.modules()}
     module.eval()
     try:
         with warnings.catch_warnings(), torch.no_grad():
             # OpenVINO converts through torch.jit.trace, which warns that it is deprecated.
             warnings.simplefilter("ignore")
-            # Whether the network is deterministic is checked by three more passes and an import of
-            # torch.distributed (2 s). timm's networks are; a user's own may not be.
-            options = {"check_trace": is_custom(name)}
-            decoder = TorchScriptPythonDecoder(
-                module, example_input=torch.zeros(1, *shape), trace_kwargs=options
-            )
-            # What ov.convert_model comes to for one input of known type (2026.4: the same graph and weights), in a second less.
-            frontend = FrontEndManager().load_by_framework("pytorch")
-            loaded = frontend.load(decoder)
-            (images,) = loaded.get_inputs()
-            loaded.set_partial_shape(images, ov.PartialShape([-1, *shape]))
-            loaded.set_element_type(images, ov.Type.f32)
-            model = frontend.convert(loaded)
-            apply_moc_transformations(model, cf=False, smart_reshape=True)
+            model = _convert(module, name, [3, preprocess.height, preprocess.width])
     # OpenVINO's frontend raises errors of its own, and tracing whatever the user's code raises.
     except Exception as error:
         raise GraftError(
@@ -53,10 +40,45 @@ def export_openvino(module: nn.Module, name: str, preprocess: Preprocess, path: 
     finally:
         for part, is_training in modes.items():
             part.training = is_training
+    ov.save_model(add_preprocess(model, preprocess), path, compress_to_fp16=False)
+
+
+def add_preprocess(model: ov.Model, preprocess: Preprocess) -> ov.Model:
+    """Have `model`, which takes `f32 [?,3,H,W]`, take `u8 [?,H,W,3]` and normalise it."""
+    import openvino as ov
+
     steps = ov.preprocess.PrePostProcessor(model)
     steps.input().tensor().set_element_type(ov.Type.u8).set_layout(ov.Layout("NHWC"))
     steps.input().preprocess().convert_element_type(ov.Type.f32).mean(
         [255 * value for value in preprocess.mean]
     ).scale([255 * value for value in preprocess.std])
     steps.input().model().set_layout(ov.Layout("NCHW"))
-    ov.save_model(steps.build(), path, compress_to_fp16=False)
+    return steps.build()
+
+
+def _convert(module: nn.Module, name: str, image_shape: list[int]) -> ov.Model:
+    """What `ov.convert_model` makes of one image tensor `f32 [?,*image_shape]`, by its own parts.
+
+    `apply_moc_transformations` is a private interface. `ov.convert_model` (2026.4) would take a
+    cold run of 120 images from 15.4 to 22.0 s of CPU (pairs on a loaded machine), and it waits up
+    to 1 s more to send usage statistics. tests/models/backbone/test_export.py compares the two.
+    """
+    import openvino as ov
+    from openvino._offline_transformations import apply_moc_transformations
+    from openvino.frontend import FrontEndManager
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
+    # The check that a network is deterministic takes three more passes. timm's networks are; a
+    # user's own may not be.
+    options = {"check_trace": is_custom(name)}
+    decoder = TorchScriptPythonDecoder(
+        module, example_input=torch.zeros(1, *image_shape), trace_kwargs=options
+    )
+    frontend = FrontEndManager().load_by_framework("pytorch")
+    loaded = frontend.load(decoder)
+    (images,) = loaded.get_inputs()
+    loaded.set_partial_shape(images, ov.PartialShape([-1, *image_shape]))
+    loaded.set_element_type(images, ov.Type.f32)
+    model = frontend.convert(loaded)
+    apply_moc_transformations(model, cf=False, smart_reshape=True)
+    return model

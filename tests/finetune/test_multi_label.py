@@ -28,6 +28,7 @@ from models.sources import EncodedImage
 from tests.support import tiny
 from tests.support.images import SHAPES, draw_shape
 from tests.support.servers import serve
+from tests.support.shared import HANG_SECONDS
 
 NUM_TRAIN, NUM_VAL = 90, 30
 
@@ -115,7 +116,7 @@ def test_a_probe_is_served_as_it_was_measured(
         tmp_path / "log",
         {"CHECKPOINTS": str(tmp_path / "checkpoints"), "GRAFT_MAX_IMAGES": str(NUM_VAL)},
     ) as server:
-        predictions = httpx.post(f"{server.url}/predict", files=files, timeout=60).json()[
+        predictions = httpx.post(f"{server.url}/predict", files=files, timeout=HANG_SECONDS).json()[
             "predictions"
         ]
     answers = np.array(

@@ -134,7 +134,7 @@ class Poisoned(nn.Module):
         self.where = where
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        features = self.trunk(images)
+        features: torch.Tensor = self.trunk(images)
         if self.training and self.where == "image":
             brightness = images.mean(dim=(1, 2, 3))
             features = (
@@ -167,7 +167,7 @@ def test_a_nan_loss_keeps_the_batch_for_inspection(tmp_path: Path) -> None:
     by_key = {sample.key: sample for sample in draw_splits().train}
     for row in rows:
         sample = by_key[row["path"]]
-        assert row["label"] == draw_splits().label_names[sample.label]
+        assert row["label"] == draw_splits().describe(sample)
         assert np.array_equal(
             np.asarray(Image.open(tmp_path / FOLDER / row["file"])), PREPROCESS(sample.read())
         )
@@ -199,7 +199,8 @@ class Greedy(nn.Module):
         # While it is traced and tried it behaves.
         if torch.is_grad_enabled() and self.training and len(images) > self.most:
             raise self.error
-        return self.trunk(images)
+        features: torch.Tensor = self.trunk(images)
+        return features
 
 
 ERRORS = [

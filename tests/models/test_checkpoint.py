@@ -35,6 +35,7 @@ from models.errors import GraftError
 from models.prepared import PreparedBackbone
 from models.preprocess import Preprocess
 from tests.support.images import SHAPES, draw_shape
+from tests.support.shared import HANG_SECONDS
 
 PROJECT_DIR = Path(__file__).resolve().parents[2]
 LABELS = ["circle", "cross", "square"]
@@ -218,7 +219,11 @@ def publish_small(
 ) -> subprocess.CompletedProcess[str]:
     program = f"{PUBLISH}\n{preparation}\nrun({str(repository)!r}{arguments})"
     return subprocess.run(
-        [sys.executable, "-c", program], cwd=PROJECT_DIR, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", program],
+        cwd=PROJECT_DIR,
+        capture_output=True,
+        text=True,
+        timeout=HANG_SECONDS,
     )
 
 
@@ -246,7 +251,7 @@ def test_two_processes_that_publish_at_once_make_two_versions(tmp_path: Path) ->
         )
         for _ in range(4)
     ]
-    versions = sorted(int(process.communicate(timeout=60)[0]) for process in processes)
+    versions = sorted(int(process.communicate(timeout=HANG_SECONDS)[0]) for process in processes)
     assert versions == [1, 2, 3, 4]
     for version in versions:
         assert load_checkpoint(tmp_path / "repository" / "small" / str(version)).version == version
@@ -296,7 +301,7 @@ def test_a_killed_run_leaves_no_version(tmp_path: Path) -> None:
     assert process.stdout is not None
     assert process.stdout.readline() == "writing\n"
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=20)
+    process.communicate(timeout=HANG_SECONDS)
     assert list_versions(tmp_path, "small") == []
     assert list_names(tmp_path) == []
     assert publish_small(tmp_path, "").stdout.split() == ["1"]

@@ -11,6 +11,7 @@ import pytest
 
 from models.errors import GraftError
 from models.named import import_named, is_custom
+from tests.support.shared import HANG_SECONDS
 
 PROJECT_DIR = Path(__file__).parents[2]
 
@@ -25,7 +26,7 @@ def run_in(
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG_SECONDS,
     )
 
 

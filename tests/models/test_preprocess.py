@@ -439,6 +439,7 @@ def bomb(kind: str) -> bytes:
     return bytes(data)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_bomb_is_refused_from_its_header(kind: str) -> None:
     data = bomb(kind)

@@ -30,6 +30,7 @@ from tests.support.servers import (
     copy_checkpoint,
     serve,
 )
+from tests.support.shared import HANG_SECONDS
 
 MAX_IMAGES = 8
 MAX_BODY_BYTES = 2_000_000
@@ -334,6 +335,7 @@ def test_an_early_answer_reaches_who_is_still_sending(
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == code
 
 
+@pytest.mark.alone
 def test_who_is_answered_early_and_sends_no_more_or_without_end_is_let_go(
     server: RunningServer,
 ) -> None:
@@ -409,7 +411,7 @@ def test_32_clients_with_good_and_broken_files(server: RunningServer) -> None:
     def send(number: int) -> None:
         label = LABELS[number % 3]
         good, kind = draw_image(label, number), number % 4
-        with httpx.Client(base_url=server.url, timeout=60) as client:
+        with httpx.Client(base_url=server.url, timeout=HANG_SECONDS) as client:
             for _ in range(4):
                 if kind == 0:
                     check_error(
@@ -560,7 +562,9 @@ def check_overload_is_refused_early(server: RunningServer) -> None:
     body = files(*[draw_image("red", size=(1000, 800))] * 48)
 
     def send(_: int) -> httpx.Response:
-        return httpx.post(f"{server.url}/predict", files=body, data={"model": "first"}, timeout=60)
+        return httpx.post(
+            f"{server.url}/predict", files=body, data={"model": "first"}, timeout=HANG_SECONDS
+        )
 
     with ThreadPoolExecutor(8) as threads:
         responses = list(threads.map(send, range(8)))
@@ -580,7 +584,9 @@ def check_sigterm_finishes_what_is_in(server: RunningServer) -> None:
     body = files(*[draw_image("green", size=(1000, 800))] * 60)
     sending = threading.Thread(
         target=lambda: answers.append(
-            httpx.post(f"{server.url}/predict", files=body, data={"model": "first"}, timeout=60)
+            httpx.post(
+                f"{server.url}/predict", files=body, data={"model": "first"}, timeout=HANG_SECONDS
+            )
         )
     )
     sending.start()

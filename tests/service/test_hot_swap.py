@@ -29,6 +29,7 @@ from tests.support.servers import (
     copy_checkpoint,
     serve,
 )
+from tests.support.shared import HANG_SECONDS
 
 TOKEN = "a-token-for-tests"
 ADMIN = {"Authorization": f"Bearer {TOKEN}"}
@@ -80,7 +81,7 @@ def name_of(request: pytest.FixtureRequest) -> str:
     return str(request.node.name).removeprefix("test_")[:40].strip("_").lower()
 
 
-def until(condition: Callable[[], object], seconds: float = 10) -> None:
+def until(condition: Callable[[], object], seconds: float = HANG_SECONDS) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen"
@@ -162,7 +163,7 @@ def test_new_versions_take_over_under_load_and_no_request_is_lost(
     is_over, seen, lock = threading.Event(), [], threading.Lock()
 
     def load() -> None:
-        with httpx.Client(base_url=server.url, timeout=30) as own:
+        with httpx.Client(base_url=server.url, timeout=HANG_SECONDS) as own:
             while not is_over.is_set():
                 body = ask(own, name)
                 # The scores are those of the named version: no answer is a mix of two.
@@ -437,7 +438,7 @@ def test_with_a_token_for_predictions_only_health_is_open(colors: Path, tmp_path
     headers = {"Content-Type": "image/jpeg"}
     with (
         serve(tmp_path / "log", env) as server,
-        httpx.Client(base_url=server.url, timeout=30) as client,
+        httpx.Client(base_url=server.url, timeout=HANG_SECONDS) as client,
     ):
         for path in ("/livez", "/readyz", "/metrics", "/", "/docs.json"):
             assert client.get(path).status_code == 200, path

@@ -13,6 +13,7 @@ import httpx
 import psutil
 
 from tests.support.servers import PROJECT_DIR, RunningServer, serve
+from tests.support.shared import HANG_SECONDS
 
 
 def test_a_killed_worker_is_replaced_and_the_server_serves_again(tmp_path: Path) -> None:
@@ -21,7 +22,7 @@ def test_a_killed_worker_is_replaced_and_the_server_serves_again(tmp_path: Path)
         killed.kill()
         worker_of(server, other_than=killed)
         # The port stays open meanwhile: who connects now waits for the new worker.
-        assert httpx.get(f"{server.url}/livez", timeout=30).status_code == 200
+        assert httpx.get(f"{server.url}/livez", timeout=HANG_SECONDS).status_code == 200
         assert f"process {killed.pid}, ended with -9" in server.log()
         server.process.terminate()
         assert server.process.wait(15) == 0
@@ -50,7 +51,12 @@ arbiter.start()
 """
     command = [sys.executable, "-c", parent, half_dead]
     ended = subprocess.run(
-        command, cwd=PROJECT_DIR, stderr=subprocess.PIPE, text=True, timeout=60, check=False
+        command,
+        cwd=PROJECT_DIR,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=HANG_SECONDS,
+        check=False,
     )
     assert "ended with 0 and nobody had asked it to; the server ends" in ended.stderr
     assert "No active process found for watcher" in ended.stderr

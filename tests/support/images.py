@@ -46,10 +46,10 @@ def draw_image(
     return _encode(Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST), kind)
 
 
-def draw_noise(label: int, seed: int, brighter: int = 30) -> bytes:
+def draw_noise(label: int, seed: int, brighter: int = 30, size: int = NOISE_SIZE) -> bytes:
     """A PNG of noise in which the colour of the label's number is a little brighter."""
     generator = np.random.default_rng((label, seed))
-    pixels = generator.integers(0, 200, (NOISE_SIZE, NOISE_SIZE, 3))
+    pixels = generator.integers(0, 200, (size, size, 3))
     pixels[..., label] += brighter
     return _encode(Image.fromarray(pixels.astype(np.uint8)), "PNG")
 

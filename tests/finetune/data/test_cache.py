@@ -32,6 +32,7 @@ from models.prepared import PreparedBackbone
 from models.preprocess import View
 from models.sources import EncodedImage
 from tests.support.images import draw_shape
+from tests.support.shared import HANG_SECONDS
 
 PROJECT_DIR = Path(__file__).parents[3]
 INFO = EngineInfo("openvino 1", "a processor", "fp32", 4, 2, 100.0)
@@ -56,9 +57,9 @@ def read(cache: FeatureCache, digest: bytes) -> Features | None:
     return out if cache.read(digest, out) else None
 
 
-def fill(cache_dir: Path, indices: range, **options: Any) -> Path:
+def fill(cache_dir: Path, indices: range, fingerprint: str = "a network") -> Path:
     """Write some rows as a run does, and give the folder they are in."""
-    with open_cache(cache_dir, **options) as cache:
+    with open_cache(cache_dir, fingerprint) as cache:
         cache.write([DIGESTS[index] for index in indices], FEATURES[indices.start : indices.stop])
     return cache.folder
 
@@ -434,10 +435,10 @@ def test_a_run_that_reads_goes_on_while_another_merges(tmp_path: Path) -> None:
     merge_segments(folder, RECORD_SIZE)
     assert len(list(folder.glob("*.keys"))) == 1
     with reading:
-        assert all(
-            (found := read(reading, digest)) is not None and np.array_equal(found, FEATURES[at])
-            for at, digest in enumerate(DIGESTS)
-        )
+        for row, digest in enumerate(DIGESTS):
+            found = read(reading, digest)
+            assert found is not None
+            assert np.array_equal(found, FEATURES[row])
 
 
 def test_what_is_merged_while_a_run_looks_for_it_is_found(
@@ -629,16 +630,16 @@ def test_after_runs_killed_at_any_moment_the_next_one_gives_the_same_features(
         start_run(prepared, tmp_path, last_byte) for last_byte in (in_rows, between, in_keys)
     ]
     for run in killing_themselves:
-        run.communicate(timeout=60)
+        run.communicate(timeout=HANG_SECONDS)
         assert run.returncode == -signal.SIGKILL
     for run in [start_run(prepared, tmp_path) for _ in range(2)]:
         assert run.stdout is not None
         run.stdout.readline()
         time.sleep(moments.uniform(0, 0.3))
         run.kill()
-        run.communicate(timeout=60)
+        run.communicate(timeout=HANG_SECONDS)
     finishing = start_run(prepared, tmp_path)
-    said, errors = finishing.communicate(timeout=60)
+    said, errors = finishing.communicate(timeout=HANG_SECONDS)
     assert finishing.returncode == 0, errors
     num_hits, digest, has_torch = said.split()[1:]
     assert digest == undisturbed
@@ -651,10 +652,10 @@ def test_a_full_disk_ends_the_caching_and_not_the_run(
 ) -> None:
     # The first 32 rows fit, the next ones in part.
     limited = start_run(prepared, tmp_path, max_file_bytes=200_000)
-    said, errors = limited.communicate(timeout=60)
+    said, errors = limited.communicate(timeout=HANG_SECONDS)
     assert limited.returncode == 0, errors
     assert said.split()[1:3] == ["0", undisturbed]
     assert errors.count("cannot take more (File too large); this run goes on without it") == 1
     after = start_run(prepared, tmp_path)
-    said, errors = after.communicate(timeout=60)
+    said, errors = after.communicate(timeout=HANG_SECONDS)
     assert (said.split()[1:3], errors) == (["32", undisturbed], "")

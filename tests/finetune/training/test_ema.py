@@ -86,9 +86,9 @@ def test_the_average_is_the_formulas_and_whole_numbers_are_the_last() -> None:
         steps.append(copy.deepcopy(current))
         average.update(step)
     expected = steps[0]["weight"].double()
-    for number, step in enumerate(steps[1:], 1):
+    for number, tensors in enumerate(steps[1:], 1):
         decay = min(0.9, (1 + number) / (10 + number))
-        expected = decay * expected + (1 - decay) * step["weight"].double()
+        expected = decay * expected + (1 - decay) * tensors["weight"].double()
     torch.testing.assert_close(average.tensors["weight"].double(), expected, rtol=1e-5, atol=0)
     assert int(average.tensors["num_batches"]) == 199
     assert torch.equal(current["weight"], steps[-1]["weight"])
@@ -179,7 +179,8 @@ class Stopping(nn.Module):
             self.num_validated += 1
             if self.num_validated == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
-        return self.dropout(self.tail(self.stem(images)).mean(dim=(2, 3)))
+        features: torch.Tensor = self.dropout(self.tail(self.stem(images)).mean(dim=(2, 3)))
+        return features
 
 
 def test_a_stop_while_the_average_is_validated_saves_the_network_itself(tmp_path: Path) -> None:

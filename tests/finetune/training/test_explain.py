@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -37,13 +38,14 @@ class Brightness(nn.Module):
         self.layout = layout
         self.stage = nn.Sequential(nn.Conv2d(3, 2, 4, stride=4), nn.ReLU(), Laid(layout))
         with torch.no_grad():
-            self.stage[0].bias.zero_()
-            self.stage[0].weight.zero_()
-            self.stage[0].weight[0, 0] = self.stage[0].weight[1, 1] = 1 / 16
+            state = self.stage[0].state_dict()
+            state["bias"].zero_()
+            state["weight"].zero_()
+            state["weight"][0, 0] = state["weight"][1, 1] = 1 / 16
         self.pretrained_cfg = {"input_size": (3, SIZE, SIZE), "mean": (0, 0, 0), "std": (1, 1, 1)}
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        output = self.stage(images)
+        output: torch.Tensor = self.stage(images)
         if self.layout == "tokens":
             return output[:, 1:].mean(dim=1)
         return output.mean(dim=(1, 2) if self.layout == "channels last" else (2, 3))
@@ -68,7 +70,8 @@ class Blind(nn.Module):
         self.stage = nn.Linear(3, 2)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.stage(images[..., 0, 0])
+        features: torch.Tensor = self.stage(images[..., 0, 0])
+        return features
 
 
 class Rounded(Brightness):
@@ -163,7 +166,8 @@ def test_a_transformer_is_explained_where_its_places_still_count(
         )
     assert heat.shape == (side, side)
     assert heat.max() > 0
-    expected = f"blocks.{len(backbone.model.blocks) - (2 if policy == 'token' else 1)}"
+    num_blocks = len(cast(nn.Sequential, backbone.model.blocks))
+    expected = f"blocks.{num_blocks - (2 if policy == 'token' else 1)}"
     assert f"Grad-CAM at {expected}" in caplog.text
 
 

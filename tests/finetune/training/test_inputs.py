@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import io
 import logging
 import os
 import shutil
@@ -14,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -33,6 +31,7 @@ from models.backbone.freezing import freeze
 from models.errors import GraftError
 from models.preprocess import Preprocess
 from models.sources import EncodedImage
+from tests.support.images import draw_noise
 from tests.support.tiny import train_tiny
 
 SIZE = 24
@@ -59,7 +58,7 @@ class Trunk(nn.Module):
         self.has_skip = has_skip
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        features = self.tail(self.stem(images) / 255).mean(dim=(2, 3))
+        features: torch.Tensor = self.tail(self.stem(images) / 255).mean(dim=(2, 3))
         return features + images.mean(dim=(1, 2, 3))[:, None] / 255 if self.has_skip else features
 
 
@@ -73,19 +72,13 @@ def build(has_skip: bool = False) -> Backbone:
     return Backbone("own:trunk", model, "head", WHOLE_NUMBERS, "none", None, "backbone.")
 
 
-def draw_noise(label: int, seed: int) -> bytes:
-    """Noise in which one colour, the label's, is brighter."""
-    generator = np.random.default_rng((label, seed))
-    pixels = generator.integers(0, 200, (2 * SIZE, 2 * SIZE, 3))
-    pixels[..., label] += 50
-    buffer = io.BytesIO()
-    Image.fromarray(pixels.astype(np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def draw_samples(count: int, first_seed: int = 0) -> tuple[Sample, ...]:
     return tuple(
-        Sample(f"{label} {seed}", label, EncodedImage(draw_noise(label, seed)))
+        Sample(
+            f"{label} {seed}",
+            label,
+            EncodedImage(draw_noise(label, seed, brighter=50, size=2 * SIZE)),
+        )
         for seed in range(first_seed, first_seed + count)
         for label in range(len(LABELS))
     )
@@ -390,7 +383,8 @@ class Viewing(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         maps = self.tail(self.stem(images))
-        return maps.view(len(maps), -1)
+        features: torch.Tensor = maps.view(len(maps), -1)
+        return features
 
 
 @pytest.mark.parametrize("cache", [True, False])
@@ -403,7 +397,9 @@ def test_channels_last_is_taken_where_the_network_can(
     backbone = Backbone("own:trunk", model, "head", WHOLE_NUMBERS, "none", None, "backbone.")
     inputs = open_own(tmp_path, backbone, cache=cache)
     seen: list[torch.Tensor] = []
-    model.backbone.tail.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    model.get_submodule("backbone.tail").register_forward_pre_hook(
+        lambda _, arguments: seen.append(arguments[0])
+    )
     batch, _ = next(iter(DataLoader(inputs.train, 4)))
     inputs.network(inputs.prepare(batch)).sum().backward()
     assert isinstance(inputs.network, TrainablePart) == cache

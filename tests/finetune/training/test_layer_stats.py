@@ -189,7 +189,7 @@ def test_a_stage_of_dead_units_is_named_with_the_remedy(
 ) -> None:
     backbone = build()
     with torch.no_grad():
-        backbone.model.get_submodule("backbone.tail.1").bias[:6] = -50.0  # type: ignore[index, operator]
+        backbone.model.get_submodule("backbone.tail.1").bias[:6] = -50.0  # type: ignore[operator]
     said = run_steps(backbone, tmp_path, caplog, progress)
     assert "75% of the units of tail are dead" in said
     assert remedy in said
@@ -209,7 +209,7 @@ def test_gradients_that_explode_or_vanish_are_named(
     convolutions = (nn.Conv2d(3, 6, 3, bias=False), nn.Conv2d(6, 8, 3, bias=False))
     backbone = own(nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten()), 8)
     with torch.no_grad():
-        for module, scale in zip(backbone.model.backbone[:2], scales, strict=True):  # type: ignore[index, arg-type]
+        for module, scale in zip(backbone.model.backbone[:2], scales, strict=True):  # type: ignore[index]
             module.weight *= scale
     assert words in run_steps(backbone, tmp_path, caplog)
 
@@ -223,7 +223,8 @@ class Hides(nn.Module):
         self.tail = nn.Conv2d(6, 8, 3)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.tail(self.stem(images).clamp(-1, 1)).mean(dim=(2, 3))
+        features: torch.Tensor = self.tail(self.stem(images).clamp(-1, 1)).mean(dim=(2, 3))
+        return features
 
 
 def test_a_stage_with_infinite_output_is_named_though_the_loss_is_finite(
@@ -231,7 +232,7 @@ def test_a_stage_with_infinite_output_is_named_though_the_loss_is_finite(
 ) -> None:
     backbone = own(Hides(), 8)
     with torch.no_grad():
-        backbone.model.get_submodule("backbone.stem").bias[0] = torch.inf  # type: ignore[index, operator]
+        backbone.model.get_submodule("backbone.stem").bias[0] = torch.inf  # type: ignore[operator]
     said = run_steps(backbone, tmp_path, caplog)
     assert (
         "the first stage whose output is NaN or infinite is stem, though the loss is finite; lower "
@@ -276,7 +277,8 @@ class Root(nn.Module):
         self.tail = nn.Conv2d(6, 8, 3)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.tail((self.stem(images) * 0).sqrt()).mean(dim=(2, 3))
+        features: torch.Tensor = self.tail((self.stem(images) * 0).sqrt()).mean(dim=(2, 3))
+        return features
 
 
 def test_a_broken_gradient_names_the_stage_that_it_reaches_first(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from models.errors import GraftError
 from tests.support.tiny import (
     PREPROCESS,
     Recorder,
+    Trunk,
     build,
     draw_splits,
     options,
@@ -114,11 +116,16 @@ def test_epochs_train_on_mixed_batches(
     def build_watched(kind: str, num_classes: int) -> object:
         assert (kind, num_classes) == (mix, 3)
         own = build_mix(kind, num_classes)
-        return lambda images, labels: batches.append(own(images, labels)) or batches[-1]
+
+        def watched(images: Any, labels: Any) -> Any:
+            batches.append(own(images, labels))
+            return batches[-1]
+
+        return watched
 
     monkeypatch.setattr(finetune.training.loop, "build_mix", build_watched)
     backbone = build()
-    backbone.model.backbone.dropout.p = 0.0
+    cast(Trunk, backbone.model.backbone).dropout.p = 0.0
     monitor = Recorder(tmp_path)
     given = options(
         mix=mix, freeze=freeze, cache=cache, label_smoothing=0.1, epochs=1, batch_norm="keep"
@@ -132,7 +139,8 @@ def test_epochs_train_on_mixed_batches(
     with torch.no_grad():
         if cache and freeze != "none":
             stem_out = mixed.reshape(6, 6, 15, 15)
-            logits = start.model.head(start.model.backbone.tail(stem_out).mean(dim=(2, 3)))
+            features = start.model.get_submodule("backbone.tail")(stem_out).mean(dim=(2, 3))
+            logits = start.head(features)
         else:
             images = (mixed / 255 - torch.tensor(PREPROCESS.mean)) / torch.tensor(PREPROCESS.std)
             logits = start.model(images.permute(0, 3, 1, 2))

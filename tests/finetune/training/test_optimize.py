@@ -28,7 +28,7 @@ from tests.support.tiny import (
     train_tiny,
 )
 
-RATES = {"head_lr": 0.5, "backbone_lr": 0.25, "weight_decay": 0.125}
+RATES: dict[str, Any] = {"head_lr": 0.5, "backbone_lr": 0.25, "weight_decay": 0.125}
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -221,7 +221,7 @@ def test_waiting_stages_have_no_optimizer_state() -> None:
             open_stages(backbone, freezing, 1, epoch),
             update_batch_norm=True,
         )
-        assert backbone.model.backbone.stem[1].training == (epoch == 2)
+        assert backbone.model.get_submodule("backbone.stem.1").training == (epoch == 2)
         backbone.model(torch.rand(4, 3, PREPROCESS.height, PREPROCESS.width)).sum().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

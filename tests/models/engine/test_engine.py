@@ -11,6 +11,7 @@ from models.engine.engine import Engine, run
 from models.engine.openvino_engine import OpenVINOEngine
 from models.engine.torch_engine import TorchEngine
 from models.preprocess import Pixels
+from tests.support.shared import HANG_SECONDS
 
 
 def relative(one: np.ndarray, other: np.ndarray) -> float:
@@ -81,5 +82,5 @@ def test_images_of_another_size_fail_alone(any_engine: Engine, crops: Pixels) ->
     expected = run(any_engine, crops[:2])
     wrong = [any_engine.submit(crops[:4, :, :, :2]) for _ in range(2 * any_engine.num_slots)]
     for future in wrong:
-        assert future.exception(timeout=30) is not None
-    assert relative(any_engine.submit(crops[:2]).result(timeout=30), expected) < 1e-4
+        assert future.exception(timeout=HANG_SECONDS) is not None
+    assert relative(any_engine.submit(crops[:2]).result(timeout=HANG_SECONDS), expected) < 1e-4

@@ -367,6 +367,7 @@ class SlowEngine(ManualEngine):
         asyncio.get_running_loop().call_later(0.01, done, outcome_of(images))
 
 
+@pytest.mark.alone
 def test_the_speed_is_measured_under_load() -> None:
     async def scenario() -> None:
         batcher = Batcher(SlowEngine(), max_images=1000)

@@ -43,9 +43,10 @@ def counted_writes() -> Iterator[list[bytes]]:
         def __getattr__(self, name: str) -> Any:
             return getattr(self._transport, name)
 
-    HttpToolsProtocol.connection_made = lambda self, transport: connection_made(
-        self, Counting(transport)
-    )  # type: ignore[method-assign, arg-type]
+    def made(self: Any, transport: Any) -> None:
+        connection_made(self, Counting(transport))  # type: ignore[arg-type]
+
+    HttpToolsProtocol.connection_made = made  # type: ignore[method-assign]
     try:
         yield written
     finally:

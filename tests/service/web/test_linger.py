@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 
+import pytest
 from starlette.types import Message
 
 from service.web.linger import RequestBody
@@ -35,6 +36,7 @@ async def linger(seconds: float) -> tuple[list[Message], float]:
     return sent, time.monotonic() - started
 
 
+@pytest.mark.alone
 def test_messages_that_never_pause_do_not_outlast_the_limit() -> None:
     """Ten times: with a timeout around `wait_for`, Python 3.11 loses the one that comes together with a message."""
     for _ in range(10):
