@@ -124,6 +124,7 @@ def test_a_body_of_boundaries_costs_no_more_than_its_first_part() -> None:
         parse(b"--b\r\n\r\n" + b"\r\n--b\r\n\r\n" * 1_000_000)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     "data", [b"\r\n--bX", b"\r\n--b-X", b"\r\n-", b"\r"], ids=["longer", "dash", "near", "returns"]
 )
