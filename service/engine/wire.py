@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from models.engine.engine import Features
-from models.preprocess import ImageError, ImageTooLargeError, Pixels
+from models.images import ImageError, ImageTooLargeError, Pixels
 
 # An encoded file, or the crop itself.
 Image = bytes | Pixels
