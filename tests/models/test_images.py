@@ -32,7 +32,7 @@ from models.images import (
     read_max_pixels,
 )
 from models.preprocess import Preprocess
-from service.engine.wire import ENCODED
+from service.engine.wire import JobImage
 from service.engine.worker import _Worker
 from service.settings import Settings
 
@@ -428,7 +428,7 @@ MUTATIONS: tuple[Callable[[bytes, np.random.Generator], bytes], ...] = (
 
 
 def served_crop(worker: _Worker, data: bytes) -> Any:
-    return worker._decode((ENCODED, data)).crop
+    return worker._decode(JobImage(True, data)).crop
 
 
 @pytest.mark.filterwarnings("error")

@@ -59,7 +59,7 @@ def make_result(
     """Of 60 training and 40 validation images a class; `is_trained` adds a tuned candidate."""
     drawn = _draw(num_classes, is_multi_label=is_multi_label)
     task, labels = drawn.splits.task, drawn.labels
-    solved = solve_probe(drawn.train, labels["train"], num_classes, seed=0)
+    solved = solve_probe(drawn.train, labels["train"], num_classes, task=task, seed=0)
     head = Head(solved.weight, solved.bias)
     logits = solved.logits(drawn.val)
     calibrated = task.calibrate_probe(

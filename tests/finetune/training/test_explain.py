@@ -166,7 +166,8 @@ def test_a_transformer_is_explained_where_its_places_still_count(
         )
     assert heat.shape == (side, side)
     assert heat.max() > 0
-    expected = f"blocks.{len(cast(nn.Sequential, backbone.model.blocks)) - (2 if policy == 'token' else 1)}"
+    num_blocks = len(cast(nn.Sequential, backbone.model.blocks))
+    expected = f"blocks.{num_blocks - (2 if policy == 'token' else 1)}"
     assert f"Grad-CAM at {expected}" in caplog.text
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import io
 import logging
 import os
 import shutil
@@ -14,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -33,6 +31,7 @@ from models.backbone.freezing import freeze
 from models.errors import GraftError
 from models.preprocess import Preprocess
 from models.sources import EncodedImage
+from tests.support.images import draw_noise
 from tests.support.tiny import train_tiny
 
 SIZE = 24
@@ -73,19 +72,13 @@ def build(has_skip: bool = False) -> Backbone:
     return Backbone("own:trunk", model, "head", WHOLE_NUMBERS, "none", None, "backbone.")
 
 
-def draw_noise(label: int, seed: int) -> bytes:
-    """Noise in which one colour, the label's, is brighter."""
-    generator = np.random.default_rng((label, seed))
-    pixels = generator.integers(0, 200, (2 * SIZE, 2 * SIZE, 3))
-    pixels[..., label] += 50
-    buffer = io.BytesIO()
-    Image.fromarray(pixels.astype(np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def draw_samples(count: int, first_seed: int = 0) -> tuple[Sample, ...]:
     return tuple(
-        Sample(f"{label} {seed}", label, EncodedImage(draw_noise(label, seed)))
+        Sample(
+            f"{label} {seed}",
+            label,
+            EncodedImage(draw_noise(label, seed, brighter=50, size=2 * SIZE)),
+        )
         for seed in range(first_seed, first_seed + count)
         for label in range(len(LABELS))
     )

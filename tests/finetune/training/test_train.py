@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import logging
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
 from finetune.config import Options
@@ -25,6 +23,7 @@ from models.backbone.freezing import FrozenDriftError
 from models.errors import GraftError
 from models.preprocess import Preprocess
 from models.sources import EncodedImage
+from tests.support.images import draw_noise
 from tests.support.tiny import train_tiny
 
 SIZE = 24
@@ -64,23 +63,13 @@ def build(trunk: nn.Module | None = None) -> Backbone:
     return Backbone("own:trunk", model, "head", PREPROCESS, "none", None, "backbone.")
 
 
-def draw_noise(label: int, seed: int) -> bytes:
-    """Noise in which one colour, the label's, is a little brighter."""
-    generator = np.random.default_rng((label, seed))
-    pixels = generator.integers(0, 200, (SIZE, SIZE, 3))
-    pixels[..., label] += 30
-    buffer = io.BytesIO()
-    Image.fromarray(pixels.astype(np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def draw_samples(split: str, count: int, first_seed: int, shift: int = 0) -> tuple[Sample, ...]:
     """Images with their labels moved on by `shift` classes."""
     return tuple(
         Sample(
             f"{split} {label} {seed}",
             (label + shift) % len(LABELS),
-            EncodedImage(draw_noise(label, seed)),
+            EncodedImage(draw_noise(label, seed, size=SIZE)),
         )
         for seed in range(first_seed, first_seed + count)
         for label in range(len(LABELS))
