@@ -9,7 +9,6 @@ decoded by simplejpeg (libjpeg-turbo, scaled decoding), the rest by Pillow.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import io
 import os
 import re
@@ -19,6 +18,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 
 import numpy as np
 import numpy.typing as npt
@@ -230,6 +230,8 @@ def _open_jpeg(data: bytes, limit: int, min_scale: Callable[[int, int, int], flo
     # Without its last two bytes, the end marker, a file may hold the whole picture: libjpeg gives
     # no warning once they are put there, and one where pixels are missing.
     for whole in (data, data + _END_OF_JPEG):
+        if whole is not data and not _has_all_scans(data):
+            break
         try:
             height, width, colorspace, _ = simplejpeg.decode_jpeg_header(whole)
             _check_pixels(width, height, limit)
@@ -339,7 +341,7 @@ def _stretch(values: npt.NDArray[np.integer], low: int, high: int) -> Image.Imag
 
 @cache
 def _register_heic() -> None:
-    if importlib.util.find_spec("pillow_heif") is None:
+    if find_spec("pillow_heif") is None:
         raise ImageError(
             "it is a HEIC image, which needs the package pillow-heif (pip install pillow-heif, "
             "where it is trained and where it is served); or convert it to JPEG"
@@ -415,6 +417,31 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
             place = end
 
 
+def _has_all_scans(data: bytes) -> bool:
+    """Whether every coefficient of every component is in some scan, to its last bit.
+
+    Of a progressive file whose last scans are missing, libjpeg gives a coarser picture without a
+    warning (ITU-T T.81, G.1.1.1).
+    """
+    place = next((start for marker, start, _ in _jpeg_segments(data) if marker == 0xDA), len(data))
+    missing: dict[int, set[int]] = {}
+    for marker, start, end in _jpeg_segments(data):
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            missing = {component: set(range(64)) for component in data[start + 10 : end : 3]}
+    while place >= 0:
+        num, scan = data[place + 4 : place + 5], data[place + 5 :][:11]
+        size = 2 * num[0] if num else 0
+        if len(scan) < size + 3 or size == 0:
+            return False
+        if scan[size + 2] & 15 == 0:
+            for component in scan[:size:2]:
+                missing.get(component, set()).difference_update(
+                    range(scan[size], scan[size + 1] + 1)
+                )
+        place = data.find(b"\xff\xda", place + 2)
+    return bool(missing) and not any(missing.values())
+
+
 def _separate_jpeg(data: bytes) -> tuple[bytes, int]:
     """Without the segments of applications, but for those that say how colors are stored."""
     kept, orientation = [data[:2]], _jpeg_orientation(data)
@@ -438,8 +465,8 @@ def _separate_png(data: bytes) -> tuple[bytes, int]:
     As libpng does, an ancillary chunk with a wrong checksum is ignored, tRNS too. Of an animation
     the first picture is left.
     """
-    kept, exif, xmp, place = [data[:8]], b"", b"", 8
     view = memoryview(data)
+    kept, exif, xmp, place = [view[:8]], b"", b"", 8
     while place + 8 <= len(data):
         size, kind = int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8]
         end = place + 12 + size
@@ -462,7 +489,7 @@ def _separate_png(data: bytes) -> tuple[bytes, int]:
         place = end
     # Where a chunk is cut short, the end would be taken for a part of it.
     if place <= len(data):
-        kept.append(_END_OF_PNG)
+        kept.append(memoryview(_END_OF_PNG))
     return b"".join(kept), _orientation(exif, xmp)
 
 
@@ -499,7 +526,8 @@ def _raw_profile(text: bytes) -> bytes:
 
 def _separate_webp(data: bytes) -> tuple[bytes, int]:
     """The chunks that decide pixels; the file itself where it has no others."""
-    kept, metadata, place = [], {}, 12
+    kept, place = [], 12
+    metadata: dict[bytes, bytes] = {}
     while place + 8 <= len(data):
         kind, size = data[place : place + 4], int.from_bytes(data[place + 4 : place + 8], "little")
         end = place + 8 + size + (size & 1)

@@ -242,7 +242,7 @@ HEIC = b"\x00\x00\x00\x1cftypheic\x00\x00\x00\x00mif1heicmiaf" + b"\x00" * 100
 
 
 def test_heic_needs_pillow_heif_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(images, "find_spec", lambda name: None)
     images._register_heic.cache_clear()
     with pytest.raises(ImageError, match="HEIC image, which needs the package pillow-heif"):
         open_image(HEIC)

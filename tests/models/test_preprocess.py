@@ -431,7 +431,7 @@ def bomb(kind: str) -> bytes:
         data[12:12] = extended
         data[4:8] = struct.pack("<I", len(data) - 8)
     elif kind == "PPM":
-        return data.replace(b"64 64", b"50000 50000")
+        return bytes(data).replace(b"64 64", b"50000 50000")
     elif kind == "AVIF":
         size = data.index(b"ispe") + 8
         data[size : size + 8] = struct.pack(">II", 16_000, 16_000)
