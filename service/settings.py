@@ -12,6 +12,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from models.allowed import describe_allowed
 from models.engine.engine import Precision
 from models.errors import GraftError
+from models.images import MAX_PIXELS
 
 PositiveInt = Annotated[int, Ge(1)]
 PositiveSeconds = Annotated[float, Gt(0)]
@@ -72,8 +73,8 @@ class Settings(BaseSettings):
         default=64, description="Most images in one request; more is answered 413."
     )
     max_pixels: PositiveInt = Field(
-        default=50_000_000,
-        description="Most pixels of one image, read from its header before anything is decoded.",
+        default=MAX_PIXELS,
+        description="Most pixels of one image, read from its header before anything is decoded; runs read it too.",
     )
     max_queue_images: PositiveInt = Field(
         default=1024, description="Images accepted at once per backbone; more is answered 429."
