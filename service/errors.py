@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from models.errors import GraftError
-from models.preprocess import ImageError, ImageTooLargeError
+from models.images import ImageError, ImageTooLargeError
 
 
 class RequestError(GraftError):

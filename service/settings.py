@@ -13,6 +13,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from models.allowed import describe_allowed
 from models.engine.engine import Precision
 from models.errors import GraftError
+from models.images import MAX_PIXELS
 
 PositiveInt = Annotated[int, Ge(1)]
 NonNegativeInt = Annotated[int, Ge(0)]
@@ -71,8 +72,9 @@ class Settings(BaseSettings):
     max_images: PositiveInt = 64
     """Most images in one request; more is answered 413."""
 
-    max_pixels: PositiveInt = 50_000_000
-    """Most pixels of one image, read from its header before anything is decoded."""
+    max_pixels: PositiveInt = MAX_PIXELS
+    """Most pixels of one image, read from its header before anything is decoded. Runs have the same
+    limit and read this variable too."""
 
     max_queue_images: PositiveInt = 1024
     """Images accepted at once per backbone; more is answered 429."""
