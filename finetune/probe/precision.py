@@ -94,7 +94,17 @@ def extract_in_best_precision(
     Features are computed anew where fp32 shows that they cost accuracy. `digests` are those of the
     images that could be read, by key. Without `--cache` checks are kept in `scratch`.
     """
-    search = PrecisionSearch.of(backbone, options, splits.label_names, scratch)
+    folder = (options.enabled_cache_dir or scratch) / "precision"
+    search = PrecisionSearch(
+        backbone=backbone,
+        asked=options.precision,
+        device=options.device,
+        is_frozen=options.freeze == "backbone",
+        num_workers=options.workers,
+        seed=options.seed,
+        cache=options.feature_cache,
+        checks_path=folder / name_checks(backbone, options.device, options.source, splits),
+    )
     is_augmented = options.augment != "none"
     views = Views(options.views if is_augmented else 1, options.augment, options.seed)
     while True:
@@ -120,6 +130,13 @@ def extract_in_best_precision(
         chosen.engine.close()
 
 
+def name_checks(backbone: PreparedBackbone, device: Device, source: str, splits: Splits) -> str:
+    """The file of the checks of a backbone on this machine, on a source of images with labels."""
+    machine = (resolve_device(device), cpu_name())
+    parts = [backbone.fingerprint, backbone.folder.name, machine, source, splits.label_names]
+    return f"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]}.json"
+
+
 @dataclass(frozen=True)
 class PrecisionSearch:
     """Chooses and checks the precision of `backbone`, the float one, on one source of images.
@@ -136,29 +153,6 @@ class PrecisionSearch:
     seed: int
     cache: CacheSettings | None
     checks_path: Path
-
-    @classmethod
-    def of(
-        cls,
-        backbone: PreparedBackbone,
-        options: Options,
-        label_names: Sequence[str],
-        scratch: Path,
-    ) -> PrecisionSearch:
-        """As the options ask; checks are kept for this machine, backbone, source and labels."""
-        device = (resolve_device(options.device), cpu_name())
-        parts = [backbone.fingerprint, backbone.folder.name, device, options.source, label_names]
-        name = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
-        return cls(
-            backbone=backbone,
-            asked=options.precision,
-            device=options.device,
-            is_frozen=options.freeze == "backbone",
-            num_workers=options.workers,
-            seed=options.seed,
-            cache=options.feature_cache,
-            checks_path=(options.enabled_cache_dir or scratch) / "precision" / f"{name}.json",
-        )
 
     def choose_engine(
         self, splits: Splits, digests: Mapping[str, bytes], num_views: int = 1

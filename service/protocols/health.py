@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from service import metrics
 from service.errors import RequestError
+from service.inference.repository import Backbone
 from service.inference.server import Server
 from service.protocols.schemas import BackboneStatus, StatusResponse
 from service.web.responses import json_response
@@ -34,22 +36,11 @@ async def status(request: Request, server: Server) -> Response:
         server.check_healthy()
     except RequestError as error:
         reason = error.message
-    versions = [model for served in current.models.values() for model in served.versions.values()]
-    backbones = [
-        BackboneStatus(
-            fingerprint=one.fingerprint,
-            device=one.engine.info.device,
-            engine=one.engine.info.engine,
-            precision=one.engine.info.precision,
-            batch_size=one.engine.info.batch_size,
-            num_streams=one.engine.info.num_streams,
-            images_per_second=round(one.batcher.images_per_second, 1),
-            queue_images=one.batcher.num_admitted,
-            stalled_seconds=round(one.batcher.stalled_seconds(), 3),
-            num_versions=sum(model.backbone.fingerprint == one.fingerprint for model in versions),
-        )
-        for one in current.backbones
-    ]
+    num_versions = Counter(
+        model.backbone.fingerprint
+        for served in current.models.values()
+        for model in served.versions.values()
+    )
     return json_response(
         StatusResponse(
             ready=not reason,
@@ -60,8 +51,27 @@ async def status(request: Request, server: Server) -> Response:
             num_models=len(current.models),
             num_refused=len(current.refused),
             buffered_bytes=server.memory_budget.num_bytes,
-            backbones=backbones,
+            backbones=[
+                _backbone_status(backbone, num_versions[backbone.fingerprint])
+                for backbone in current.backbones
+            ],
         )
+    )
+
+
+def _backbone_status(backbone: Backbone, num_versions: int) -> BackboneStatus:
+    info, batcher = backbone.engine.info, backbone.batcher
+    return BackboneStatus(
+        fingerprint=backbone.fingerprint,
+        device=info.device,
+        engine=info.engine,
+        precision=info.precision,
+        batch_size=info.batch_size,
+        num_streams=info.num_streams,
+        images_per_second=round(batcher.images_per_second, 1),
+        queue_images=batcher.num_admitted,
+        stalled_seconds=round(batcher.stalled_seconds(), 3),
+        num_versions=num_versions,
     )
 
 

@@ -27,7 +27,8 @@ from pydantic import BaseModel, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from models.preprocess import Pixels, Preprocess
+from models.images import Pixels
+from models.preprocess import Preprocess
 from service.errors import RequestError
 from service.inference.repository import Model
 from service.inference.server import Server
@@ -247,22 +248,12 @@ async def infer(request: Request, server: Server) -> Response:
         wanted = _read_outputs(asked)
         (tensor,) = asked.inputs
         elements = _read_elements(tensor, binary)
-        if not tensor.shape or min(tensor.shape) < 0:
-            raise RequestError(
-                "bad_request",
-                f"shape {str(tensor.shape)[:100]} is none; its first size is the number of images",
-            )
+        _check_shape(tensor.shape)
         check_num_images(tensor.shape[0], server)
         model = choose_one(
             server, request.path_params["name"], request.path_params.get("version", "")
         )
-        outputs = [output.name for output in model.task.outputs]
-        wanted = wanted or [Wanted(name, _is_binary(asked)) for name in outputs]
-        if foreign := [one.name for one in wanted if one.name not in outputs]:
-            raise RequestError(
-                "bad_parameter",
-                f"outputs: this model has no {foreign[0]!r}; it has {', '.join(outputs)}",
-            )
+        wanted = _choose_outputs(wanted, model.task, is_binary=_is_binary(asked))
         images = (
             _read_images(tensor, elements)
             if tensor.name == "image"
@@ -292,13 +283,32 @@ def _split(body: bytes, header_length: str | None) -> tuple[bytes, memoryview]:
 
 
 def _read_outputs(asked: InferRequest) -> list[Wanted]:
-    """Those that are named; none of them stands for all of the model's."""
+    """The outputs that the request names, perhaps none."""
     default = _is_binary(asked)
     if not asked.outputs:
         return []
     if len({output.name for output in asked.outputs}) < len(asked.outputs):
         raise RequestError("bad_request", "outputs: one is wanted twice; name each once")
     return [_read_output(output, default) for output in asked.outputs]
+
+
+def _choose_outputs(wanted: list[Wanted], task: Task, *, is_binary: bool) -> list[Wanted]:
+    """`wanted`, or all of the task's; raises RequestError for one that the task does not have."""
+    names = [output.name for output in task.outputs]
+    if missing := [one.name for one in wanted if one.name not in names]:
+        raise RequestError(
+            "bad_parameter",
+            f"outputs: this model has no {missing[0]!r}; it has {', '.join(names)}",
+        )
+    return wanted or [Wanted(name, is_binary) for name in names]
+
+
+def _check_shape(shape: list[int]) -> None:
+    if not shape or min(shape) < 0:
+        raise RequestError(
+            "bad_request",
+            f"shape {str(shape)[:100]} is none; its first size is the number of images",
+        )
 
 
 def _is_binary(asked: InferRequest) -> bool:

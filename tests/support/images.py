@@ -66,12 +66,12 @@ def write_class_folders(
     return root
 
 
-def write_noise_folders(root: Path, num_per_class: int) -> Path:
-    """`root/<label>/<n>.png`, too much alike for a probe to tell all of them apart."""
+def write_noise_folders(root: Path, num_per_class: int, brighter: int = 6) -> Path:
+    """`root/<label>/<n>.png`; at 6, too much alike for a probe to tell all of them apart."""
     for label, name in enumerate(LABELS):
         (root / name).mkdir(parents=True, exist_ok=True)
         for seed in range(num_per_class):
-            (root / name / f"{seed}.png").write_bytes(draw_noise(label, seed, brighter=6))
+            (root / name / f"{seed}.png").write_bytes(draw_noise(label, seed, brighter))
     return root
 
 
