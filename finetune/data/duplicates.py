@@ -1,11 +1,12 @@
 """Images that are the same: to the byte, or the same picture encoded or resized.
 
-Features cannot tell copies from similar images. On 28x28 photographs of clothes a copy at six
-tenths of the size has a cosine of 0.15 to 0.6 to its original, in centred features of
-EfficientNet-Lite0, and other trousers have up to 0.93; of 256x256 emoji one in twelve has another
-above 0.95. Small pixels can: a copy's noise is spread over the picture, and what distinguishes two
-pictures is in one place, so the cell of a grid that differs most decides. All pairs are compared,
-block by block, so that memory grows with the number of images and not with its square.
+Features cannot separate copies from similar images. On 28x28 photographs of clothes, in centred
+features of EfficientNet-Lite0, a copy resized to 0.6 times the size has a cosine of 0.15 to 0.6 to
+its original, while two different images of the same class (trousers) reach 0.93; of 256x256 emoji
+one in twelve has a different one above 0.95. Downscaled pixels can: a copy's noise is spread over
+the picture, and what distinguishes two pictures is in one place, so the cell of a grid that differs
+most decides. All pairs are compared, block by block, so that memory grows with the number of images
+and not with its square.
 """
 
 from __future__ import annotations

@@ -58,8 +58,8 @@ class _Decoded:
 class _Worker:
     """Threads that each take the next job of any channel, as many as compute at once.
 
-    So none sleeps while there is work: with a thread per channel two of five waited for one core
-    while the other was idle.
+    Any thread takes any job, so no core idles. With one thread per channel, threads queued for one
+    core while another was idle.
     """
 
     def __init__(
