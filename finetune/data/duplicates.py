@@ -170,7 +170,7 @@ def _read_coarse(sample: Sample, cache: FeatureCache | None) -> _CoarseSignature
     digest, grid = digest_image(data), np.empty(_NUM_CELLS, np.float32)
     if cache is not None and cache.read(digest, grid):
         return _CoarseSignature(digest, grid, False)
-    signature = _compute_signature(data)
+    signature = compute_signature(data)
     if signature is None:
         return None
     return _CoarseSignature(digest, signature.coarse.reshape(-1).astype(np.float32), True)
@@ -179,12 +179,12 @@ def _read_coarse(sample: Sample, cache: FeatureCache | None) -> _CoarseSignature
 def _read_signature(sample: Sample) -> Signature | None:
     """None if the image cannot be read."""
     try:
-        return _compute_signature(sample.read())
+        return compute_signature(sample.read())
     except (OSError, ValueError):
         return None
 
 
-def _compute_signature(data: bytes) -> Signature | None:
+def compute_signature(data: bytes) -> Signature | None:
     try:
         opened = _WHOLE_IMAGE.open(data)
         fine = _WHOLE_IMAGE.crop(opened)

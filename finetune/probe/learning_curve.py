@@ -83,10 +83,10 @@ def measure_learning_curve(
     num_images.append(len(labels))
     logits.append(probe.logits(val_features))
     scores = task.resampled_scores(logits, val_labels)
-    return _continue_curve(num_images, scores, len(val_labels), task.metric)
+    return continue_curve(num_images, scores, len(val_labels), task.metric)
 
 
-def _continue_curve(
+def continue_curve(
     num_images: list[int], accuracies: Shares, num_val: int, metric: str
 ) -> LearningCurve:
     """From the heads' scores `[1+B,4]`: on all validation images, then on resampled ones."""
