@@ -76,13 +76,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(options: Options) -> Path:
     """Do one run and return the folder of the published checkpoint.
 
-    Raises GraftError for everything that the user can mend.
+    Raises GraftError for every error the user can fix.
     """
     with Timer() as total:
         if options.resume is not None:
             options = read_options(options)
         if ":" in options.head_init:
-            import_named("--head-init", options.head_init)  # known to be wrong before any work
+            import_named("--head-init", options.head_init)  # fail before any work
         restore = None
         if options.resume is not None:
             restore = functools.partial(restore_splits, options.resume)
@@ -219,12 +219,12 @@ def _kept_or_removed(run_dir: Path, options: Options) -> Iterator[None]:
             options.repository, options.model_name, read_id(run_dir)
         ):
             error.add_note(
-                f"{run_dir} is kept; when that is mended, go on with\n  {resume_command(run_dir)}"
+                f"{run_dir} is kept; after fixing this, go on with\n  {resume_command(run_dir)}"
             )
         elif (run_dir / BROKEN_BATCH_DIR).exists():
             remove_state(run_dir)
         elif options.resume is None:
-            # It would only be in the way, in TensorBoard too.
+            # An empty run folder would clutter TensorBoard.
             shutil.rmtree(run_dir, ignore_errors=True)
         raise
     except KeyboardInterrupt as stop:

@@ -1,6 +1,6 @@
 """Sources of labelled images: a folder, a CSV, a torchvision data set, or the embedded digits.
 
-In `models`, because runs and scoring without a server read the same sources.
+In `models`, so that what reads images outside of a run can use them.
 """
 
 from __future__ import annotations
@@ -198,7 +198,9 @@ def _load_csv(path: Path) -> Source:
     for number, row in rows:
         _check_row(path, number, row, columns)
         name = row["path"].strip()
-        label = _split_names(row["labels"] or "") if "labels" in columns else row["label"].strip()
+        label = (
+            _parse_label_names(row["labels"] or "") if "labels" in columns else row["label"].strip()
+        )
         labelled.append((name, label, path.parent / name))
         if "split" in columns:
             splits.append(_read_split(path, number, row["split"]))
@@ -334,7 +336,7 @@ def _read_split(path: Path, number: int, name: str | None) -> SplitName:
     return split
 
 
-def _split_names(text: str) -> tuple[str, ...]:
+def _parse_label_names(text: str) -> tuple[str, ...]:
     """Each name once, in order; an empty text has none."""
     return tuple(sorted({name.strip() for name in text.split(SEPARATOR)} - {""}))
 

@@ -24,8 +24,8 @@ from prometheus_client import (
     generate_latest,
 )
 
-# Other modules take it from here: no other may import prometheus_client, or some order of imports
-# would do so before the line above.
+# Re-exported so that no other module imports prometheus_client before the environment variable
+# above is removed.
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 REGISTRY = CollectorRegistry()
 ProcessCollector(registry=REGISTRY)

@@ -102,7 +102,7 @@ class Served:
             )
             raise RequestError(
                 "no_such_version",
-                f"model {self.name!r} has no version {version[:100]!r} here; there is {served}",
+                f"model {self.name!r} has no version {version[:100]!r} here; available: {served}",
             )
         return model
 
@@ -161,7 +161,8 @@ class Repository:
         self._closing: set[asyncio.Task[None]] = set()
 
     async def refresh(self, rollouts: Mapping[str, Rollout] | None = None) -> Snapshot:
-        """Serve what the folder holds now; `rollouts` go before the files of their models.
+        """Serve what the folder holds now; `rollouts` override the rollout.json files of their
+        models.
 
         Bad checkpoints and rollout files are refused one by one. Raises GraftError where the
         configured device is missing or one of `rollouts` cannot be served; nothing has changed
@@ -202,9 +203,7 @@ class Repository:
         if not checkpoints.NAME_PATTERN.fullmatch(name) or not checkpoints.list_versions(
             self.root, name
         ):
-            raise RequestError(
-                "no_such_model", f"there is no model {name[:100]!r} in the repository"
-            )
+            raise RequestError("no_such_model", f"no model {name[:100]!r} is in the repository")
         async with self._changing:
             served = self.current.models.get(name)
             try:
