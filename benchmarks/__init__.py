@@ -1,1 +1,4 @@
-"""Measurements of Graft against its peers and against its own bounds; each file's docstring has its command and its numbers."""
+"""Measurements of Graft against its peers and its own bounds.
+
+The docstring of each program has its command and the numbers that it should show.
+"""

@@ -1,11 +1,13 @@
-"""What finetune/audit.py finds of the faults that are planted in real images, and what it finds that is none.
+"""How many of the faults planted in real images finetune/audit.py finds, and its false alarms.
 
-python benchmarks/audit.py                      the digits, Fashion-MNIST (3,000 + 1,000) and the emoji
-python benchmarks/audit.py --sets digits        the embedded digits alone, no network or package needed
+python benchmarks/audit.py                  the digits, Fashion-MNIST (3,000 + 1,000), the emoji
+python benchmarks/audit.py --sets digits    the embedded digits alone, no network or package needed
 
-Fashion-MNIST needs Debian's dataset-fashion-mnist, the emoji npm; benchmarks/images.py says what they are. What it should show on each
-set: all exact copies, broken files and the missing class, at least 90 % of the near copies with at most 1 % of the images falsely called
-copies, at least 60 % of the flipped labels in the first 10 % of the ranking.
+Fashion-MNIST needs Debian's dataset-fashion-mnist, the emoji npm; see benchmarks/images.py.
+
+What it should show on each set: all exact copies, broken files and the missing class; at least 90 %
+of the near copies, with at most 1 % of the images falsely called copies; at least 60 % of the
+flipped labels in the first 10 % of the ranking.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-# Run as a file, Python would look for modules here.
+# Run as a file, `import finetune` would find benchmarks/finetune.py.
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
@@ -40,7 +42,10 @@ SETS: dict[str, Callable[[Path], str]] = {
 
 @dataclass(frozen=True)
 class Score:
-    """Shares found of what was planted; `false_alarms` is the share of all images that are called near copies and are none planted."""
+    """Fractions of the planted faults that were found.
+
+    `false_alarms`: the fraction of all images that were called near copies but were not planted.
+    """
 
     exact: float
     near: float
@@ -51,7 +56,7 @@ class Score:
 
 
 def score(found: Audit, faults: Faults) -> Score:
-    """What an audit of the folder with faults found of them."""
+    """Compare an audit of `faults.folder` with the faults planted there."""
 
     def pairs(*kinds: str) -> set[frozenset[Path]]:
         both = (
@@ -117,11 +122,12 @@ def main() -> int:
             )
             rows.append((name, found, score(found, faults), time.perf_counter() - started))
     print(
-        "\n| images | exact | near | false alarms | flipped labels | broken | class | with leaks | without | seconds |"
+        "\n| images | exact | near | false alarms | flipped labels | broken | class | with leaks "
+        "| without | seconds |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
     for name, found, scored, seconds in rows:
-        whole, clean = found.accuracy["val"]
+        whole, clean = found.scores["val"]
         cells = [
             f"{value:.1%}"
             for value in (
@@ -135,7 +141,8 @@ def main() -> int:
         accuracy = f"{whole:.4f} | {'' if clean is None else f'{clean:.4f}'}"
         is_found = "found" if scored.is_class_found else "not found"
         print(
-            f"| {name}, {found.num_images:,} | {' | '.join(cells)} | {is_found} | {accuracy} | {seconds:.1f} |"
+            f"| {name}, {found.num_images:,} | {' | '.join(cells)} | {is_found} | {accuracy} "
+            f"| {seconds:.1f} |"
         )
     return 0
 

@@ -1,10 +1,11 @@
-"""What --balance weights gives where classes are uneven, and what it costs.
+"""The effect and the cost of --balance weights on imbalanced classes.
 
 python benchmarks/balance.py --data fashion-mnist-3000-1000
 
-A quarter of all images is held out, --splits times. Of the others each class, in random order, keeps fewer than the one before, so that
-the first has --ratio times the images of the last. Held out as they come, all classes are equally frequent; "uneven" are those of them
-that keep the training images' shares (benchmarks/images.py makes the folder).
+A quarter of all images is held out, --splits times. The classes, in random order, keep ever fewer
+training images: the first has --ratio times as many as the last. All held-out images have equally
+frequent classes; the "uneven" ones are a part of them with the training images' class frequencies.
+benchmarks/images.py makes the folder.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
-# Run as a file, Python would look for modules here.
+# Run as a file, `import finetune` would find benchmarks/finetune.py.
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
@@ -21,11 +22,12 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.calibration import extract
-from finetune.data.balance import class_weights
-from finetune.evaluation.calibration import calibrate_probe
-from finetune.evaluation.metrics import evaluate
+from finetune.evaluation.class_metrics import evaluate_classes
+from finetune.evaluation.conformal import calibrate_probe
 from finetune.probe.solve import solve_probe
-from models.scores import Labels
+from finetune.tasks.balance import class_weights
+from models.scores import Floats, Labels
+from models.sources import SplitName
 
 COLUMNS = (
     "balanced accuracy",
@@ -59,11 +61,17 @@ def main() -> int:
                 features[train], labels[train], len(names), seed=seed, class_weights=weights
             )
             even, as_trained = (
-                evaluate(probe.logits(features[part]), labels[part]) for part in (held_out, uneven)
+                evaluate_classes(probe.logits(features[part]), labels[part])
+                for part in (held_out, uneven)
             )
-            logits = {"val": probe.logits(features[uneven])}
+            logits: dict[SplitName, Floats] = {"val": probe.logits(features[uneven])}
             calibrated = calibrate_probe(
-                probe, labels[train], logits, {"val": labels[uneven]}, 0.95
+                probe.out_of_fold_logits,
+                probe.temperature,
+                labels[train],
+                logits,
+                {"val": labels[uneven]},
+                0.95,
             )[1]["val"]
             recall = float(even.recall[rarest].mean())
             found.append(
@@ -76,9 +84,10 @@ def main() -> int:
                 )
             )
     print(
-        f"{len(train):,} training images of {len(names)} classes, {args.splits} random splits; {len(held_out):,} held out as they come,"
+        f"{len(train):,} training images of {len(names)} classes, {args.splits} random splits;\n"
+        f"{len(held_out):,} held out, {len(uneven):,} of them as uneven as in training. "
+        "Mean (least to most).\n"
     )
-    print(f"{len(uneven):,} of them as uneven as in training. Mean (least to most).\n")
     print(f"| --balance | {' | '.join(COLUMNS)} |\n|---|{'---|' * len(COLUMNS)}")
     for balance, found in rows.items():
         cells = [
@@ -92,7 +101,7 @@ def main() -> int:
 def thin(
     indices: npt.NDArray[np.int64], labels: Labels, shares: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.int64]:
-    """Of each class its share of `indices`, at least 2."""
+    """The part of each class in `indices` that `shares` `[C]` say, at least 2 images."""
     members = [indices[labels[indices] == label] for label in range(len(shares))]
     return np.concatenate(
         [own[: max(2, round(share * len(own)))] for own, share in zip(members, shares, strict=True)]

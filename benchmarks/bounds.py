@@ -1,4 +1,7 @@
-"""What the engine and the decoder can do alone, each in core-milliseconds an image: together they bound extraction."""
+"""Core-milliseconds an image of the engine alone and the decoder alone.
+
+Their sum is the least that extraction can take.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,10 @@ _NUM_IN_MEMORY = 256
 
 
 def core_ms_to_run(checkpoint: Path, photos: Sequence[Path]) -> float:
-    """The checkpoint's engine, as its run chose it, fed decoded photographs from memory; every core counts, busy or not."""
+    """The checkpoint's engine with its run's settings, fed decoded photographs from memory.
+
+    Every core counts, busy or not.
+    """
     graft = json.loads((checkpoint / CONFIG_FILE).read_text())["graft"]
     preprocess, chosen = Preprocess.from_dict(graft["preprocess"]), graft["engine"]
     settings = {

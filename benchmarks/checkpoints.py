@@ -1,4 +1,7 @@
-"""Checkpoints for load tests: real backbones with random heads, so that any number of models and versions can be told apart."""
+"""Checkpoints for load tests: real backbones with random heads.
+
+Heads differ, so that the answers of any number of models and versions can be told apart.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,13 @@ from models.prepared import PreparedBackbone, prepare_backbone
 from models.quantise import find_quantised, quantise
 
 _NUM_GOLDEN = 3
-# The spread of the logits of one image: scores that differ visibly between heads, and are not all 0 or 1.
+# The spread of the logits of one image: scores differ visibly between heads and are not all 0 or 1.
 _LOGIT_SPREAD = 4.0
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A backbone, what its engine chose, and the images' features `float32 [N,F]` by that engine."""
+    """A backbone, its engine's settings, and the features `float32 [N,F]` of `images` by it."""
 
     backbone: PreparedBackbone
     engine: EngineInfo
@@ -54,7 +57,7 @@ class Head:
 def measure_backbone(
     name: str, images: Sequence[bytes], *, precision: Precision, cache_dir: Path
 ) -> Measured:
-    """The pretrained backbone, converted once and kept in `cache_dir`, and the features of `images`."""
+    """The pretrained backbone, converted once and kept in `cache_dir`, on `images`."""
     backbone = prepare_backbone(
         name,
         weights=None,
@@ -74,7 +77,7 @@ def measure_backbone(
 
 
 def draw_head(measured: Measured, *, num_classes: int, prefix: str, seed: int) -> Head:
-    """A random head, scaled so that its logits vary by `_LOGIT_SPREAD` over the images and not at all in their mean."""
+    """A random head whose logits vary by `_LOGIT_SPREAD` over the images, with the same mean."""
     weight = (
         np.random.default_rng(seed)
         .normal(size=(num_classes, measured.features.shape[1]))
@@ -88,7 +91,10 @@ def draw_head(measured: Measured, *, num_classes: int, prefix: str, seed: int) -
 
 
 def recognising_head(measured: Measured, *, prefix: str) -> Head:
-    """A class for each image, and the nearest image's wins: whoever has other weights or another preprocess gets other labels."""
+    """A head with a class for each image, which predicts the nearest image.
+
+    A server with other weights or another preprocess gives other labels.
+    """
     mean = measured.features.mean(axis=0)
     weight = 2 * (measured.features - mean)
     bias = np.square(mean).sum() - np.square(measured.features).sum(axis=1)
@@ -101,7 +107,10 @@ def recognising_head(measured: Measured, *, prefix: str) -> Head:
 
 
 def publish(repository: Path, name: str, measured: Measured, head: Head) -> Path:
-    """The next version of `name`; its IR is a hard link to the cache's, so that 64 models do not fill the disk with copies of it."""
+    """Publish the next version of `name`.
+
+    Its IR is a hard link to the cache's, so that 64 models do not fill the disk with copies.
+    """
     backbone = measured.backbone
     config: dict[str, Any] = {
         **backbone.config,

@@ -1,4 +1,7 @@
-"""A client for benchmarks: encoded requests out, answers back, for as little of the cores as can be, which the server shares."""
+"""A client for benchmarks that sends encoded requests and reads answers.
+
+It takes little processor time, because the server shares the cores.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,10 @@ Answered = Callable[[int, bytes], None]
 
 
 def run_loop(work: Coroutine[Any, Any, T]) -> T:
-    """Run `work` on uvloop. SIGTERM ends it and the process: what a handler of Python's raises inside its callbacks is dropped there."""
+    """Run `work` on uvloop; SIGTERM ends it and the process.
+
+    An ordinary signal handler would not do: uvloop drops what it raises inside a callback.
+    """
     handler = signal.getsignal(signal.SIGTERM)
 
     async def until_terminated() -> T:
@@ -50,7 +56,7 @@ class Client:
     async def send(
         self, request: bytes, timeout_seconds: float = TIMEOUT_SECONDS
     ) -> tuple[int, bytes]:
-        """The answer's status and body; status 0 where none came in time or the connection broke."""
+        """The answer's status and body; status 0 without an answer in time."""
         answer: asyncio.Future[tuple[int, bytes]] = asyncio.get_running_loop().create_future()
 
         def answered(status: int, body: bytes) -> None:
@@ -69,7 +75,7 @@ class Client:
             return 0, b""
 
     def start(self, request: bytes, answered: Answered) -> None:
-        """The same without a task for each, which costs more than the sending: `answered` is called later."""
+        """Send without a task, which would cost more than sending; `answered` is called later."""
         if connection := self._take_idle():
             connection.ask(request, answered)
             return
@@ -104,7 +110,7 @@ def _ask_when_connected(
 
 
 class _Connection(asyncio.Protocol):
-    """One request at a time over one connection. What costs the generator costs the server, on cores that they share."""
+    """One request at a time over one connection."""
 
     def __init__(self, idle: list[_Connection]) -> None:
         """`idle` is where it goes after each answer, to be used again."""
@@ -116,7 +122,7 @@ class _Connection(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
 
     def ask(self, request: bytes, answered: Answered) -> None:
-        """`answered` is called once with the answer's status and body, or with status 0 where the connection is closed before it."""
+        """Call `answered` once with status and body; with 0 if the connection closes before."""
         assert self._transport is not None
         self._answered = answered
         self._body = []

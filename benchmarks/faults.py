@@ -1,7 +1,7 @@
-"""Faults planted in a copy of real images, for an audit to find: what is wrong and where is known then.
+"""Plant known faults in a copy of real images, for an audit to find.
 
-20 exact duplicates (half of them across the split), 20 near duplicates across it (re-encoded or resized), 5 % flipped labels in train, 10
-broken files, one class missing in val.
+20 exact duplicates (half of them across the split), 20 near duplicates across the split (re-encoded
+or resized), 5 % flipped labels in train, 10 broken files, one class missing in val.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FLIPPED_FRACTION = 0.05
 
 @dataclass(frozen=True)
 class Faults:
-    """What was planted where: copies by path with the path of their original; and `folder`, which has train/ and val/."""
+    """The faults in `folder`, which has train/ and val/; copies are copy → original."""
 
     folder: Path
     exact: dict[Path, Path]
@@ -34,7 +34,7 @@ class Faults:
 
 
 def plant_faults(splits: Splits, folder: Path, *, seed: int = 0) -> Faults:
-    """Write the images of train and val as class folders to `folder`, with faults, each in images of its own."""
+    """Write train and val as class folders to `folder`, with faults in different images."""
     generator = np.random.default_rng(seed)
     names = splits.label_names
     missing = names[-1]
@@ -49,7 +49,7 @@ def plant_faults(splits: Splits, folder: Path, *, seed: int = 0) -> Faults:
             *(("val", sample) for sample in splits.val),
         ]
     ):
-        label = names[sample.label]
+        label = splits.describe(sample)
         is_flipped = any(sample is other for other in flipped_samples)
         if side == "val" and label == missing:
             continue
@@ -58,13 +58,17 @@ def plant_faults(splits: Splits, folder: Path, *, seed: int = 0) -> Faults:
         paths[id(sample)] = _write(folder / side / label / f"{number:05d}.png", sample.read())
         if is_flipped:
             flipped.add(paths[id(sample)])
-    sources: Iterator[Sample] = iter(sample for sample in others if names[sample.label] != missing)
+    sources: Iterator[Sample] = iter(
+        sample for sample in others if splits.describe(sample) != missing
+    )
     exact, near, broken = {}, {}, set()
     for number in range(NUM_COPIES):
         sample = next(sources)
         side = "val" if number % 2 else "train"
         exact[
-            _write(folder / side / names[sample.label] / f"copy-{number:02d}.png", sample.read())
+            _write(
+                folder / side / splits.describe(sample) / f"copy-{number:02d}.png", sample.read()
+            )
         ] = paths[id(sample)]
     for number in range(NUM_COPIES):
         sample = next(sources)
@@ -72,15 +76,15 @@ def plant_faults(splits: Splits, folder: Path, *, seed: int = 0) -> Faults:
         changes = _FOR_TINY if min(image.size) < 16 else (*_ENCODED, *_RESIZED)
         change, suffix = changes[number % len(changes)]
         data = change(image)
-        near[_write(folder / "val" / names[sample.label] / f"near-{number:02d}{suffix}", data)] = (
-            paths[id(sample)]
-        )
+        near[
+            _write(folder / "val" / splits.describe(sample) / f"near-{number:02d}{suffix}", data)
+        ] = paths[id(sample)]
     for number in range(NUM_BROKEN):
         sample = next(sources)
         side = "val" if number % 2 else "train"
         broken.add(
             _write(
-                folder / side / names[sample.label] / f"broken-{number}.jpg",
+                folder / side / splits.describe(sample) / f"broken-{number}.jpg",
                 _break(sample.read(), number),
             )
         )

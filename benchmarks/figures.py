@@ -1,4 +1,4 @@
-"""What benchmarks/serve.py measures, a record for each load on each server, and the figures taken from many of them."""
+"""Records of benchmarks/serve.py, one for each load on each server, and figures over repeats."""
 
 from __future__ import annotations
 

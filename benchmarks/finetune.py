@@ -1,19 +1,23 @@
-"""Graft against its peers and against its own bounds: the same images, split, backbone and weights, in one run, alternating.
+"""Fine-tuning against peers and against its own bounds, alternating on the same images and weights.
 
-python benchmarks/finetune.py --what peers --peer-python .venv-bench/bin/python       whole processes: seconds, memory, accuracy
-python benchmarks/finetune.py --what engine                                           extraction against the engine and the decoder alone
-python benchmarks/finetune.py --what growth                                           time and memory from 1k to 20k images
-python benchmarks/finetune.py --what boundary                                         an epoch with and without kept activations
-python benchmarks/finetune.py --what peers --limit 120 --epochs 1 --repeats 1 --docs DIR     a look at whether it runs, in minutes
+python benchmarks/finetune.py --what peers       whole processes: seconds, memory, accuracy
+python benchmarks/finetune.py --what engine      extraction against engine and decoder alone
+python benchmarks/finetune.py --what growth      time and memory from 1,000 to 20,000 images
+python benchmarks/finetune.py --what boundary    an epoch with and without kept activations
 
-The peers are the extra "bench", best in an environment of their own:
-uv venv .venv-bench && VIRTUAL_ENV=.venv-bench uv pip install -c constraints.txt -r pyproject.toml --extra bench
-Fashion-MNIST needs Debian's dataset-fashion-mnist, the emoji npm; benchmarks/images.py says what they are.
+A quick check that it runs: --what peers --limit 120 --epochs 1 --repeats 1 --docs DIR
 
-What it should show on 2 cores: Graft, cold, at least 25 times faster than fastai's frozen 5 epochs and 15 times than the tutorial's loop,
-no less accurate; its second run within 6 s; extraction at 85 % of what decoder and engine allow; time linear within 10 % and memory
-flat within 200 MB from 1k to 20k images; an epoch on kept activations 4 times as fast as one that runs the frozen layers anew. Each
-section of docs/finetune-benchmark.md is replaced by the run that measures it.
+The peers are the extra "bench", best in an environment of their own (--peer-python):
+uv venv .venv-bench
+VIRTUAL_ENV=.venv-bench uv pip install -c constraints.txt -r pyproject.toml --extra bench
+Fashion-MNIST needs Debian's dataset-fashion-mnist, the emoji npm; see benchmarks/images.py.
+
+What it should show on 2 cores: a cold run of Graft at least 25 times as fast as 5 frozen epochs of
+fastai and 15 times as the tutorial's loop, no less accurate; its second run within 6 s; extraction
+at 85 % of what decoder and engine allow; time linear within 10 % and memory within 200 MB from
+1,000 to 20,000 images; an epoch on kept activations 4 times as fast as with the frozen layers run.
+
+A run replaces its section of docs/finetune-benchmark.md.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-# Run as a file, Python would look for modules here, where this very file is called as the package finetune is.
+# Run as a file, `import finetune` would find this file instead of the package.
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
@@ -62,7 +66,7 @@ METHODS = {
 }
 GROWTH_SIZES = (1_000, 2_000, 5_000, 10_000, 20_000)
 BOUNDARIES = ("until:blocks.4", "until:blocks.5")
-# The process that converts a network peaks for half a second, which a hundredth of the time would miss by chance.
+# Converting a network peaks for half a second, which sampling in 1 % of the time would often miss.
 _GRAFT_SAMPLING_SHARE = 0.05
 _PACKAGES = ("torch", "torchvision", "timm", "openvino", "pillow", "simplejpeg", "fastai")
 
@@ -109,7 +113,7 @@ def parse_arguments() -> argparse.Namespace:
         "--docs",
         type=Path,
         default=ROOT / "docs",
-        help="where finetune-benchmark.md and .png are written",
+        help="folder of finetune-benchmark.md and .png",
     )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--repeats", type=int, default=3)
@@ -119,7 +123,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=5, help="of the peers")
     parser.add_argument("--workers", type=int, default=2, help="of the peers' data loaders")
     parser.add_argument(
-        "--limit", type=int, help="about so many images a set, to try the benchmark itself"
+        "--limit", type=int, help="about this many images a set, to try the benchmark itself"
     )
     parser.add_argument("--precision", help="of Graft's engine; else its own choice")
     parser.add_argument(
@@ -233,7 +237,7 @@ def make_sets(args: argparse.Namespace) -> dict[str, Path]:
 def measure_method(
     method: str, dataset: str, data: Path, weights: Path, repeat: int, args: argparse.Namespace
 ) -> Iterator[Measurement]:
-    """One whole process, or Graft's two: the first with an empty cache, the second with what the first left there."""
+    """One process, or Graft's two: the first with an empty cache, the second with the first's."""
     if method == "graft":
         with tempfile.TemporaryDirectory() as scratch:
             run = GraftRun(data, Path(scratch), precision_option(args))
@@ -279,7 +283,7 @@ def precision_option(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def measure_engine(args: argparse.Namespace, journal: Journal[Measurement]) -> None:
-    """Extraction as a run does it; then the checkpoint's own engine, and the decoder, each with the machine to itself."""
+    """Extraction within a run, then the checkpoint's engine alone, then the decoder alone."""
     num_photos = args.limit or 4_000
     photos = make_photos(args.data_dir, count=num_photos)
     for repeat in range(args.repeats):
@@ -310,7 +314,7 @@ def measure_engine(args: argparse.Namespace, journal: Journal[Measurement]) -> N
 
 
 def measure_growth(args: argparse.Namespace, journal: Journal[Measurement]) -> None:
-    """Cold runs at each size, the sizes in turn; what is measured is never in a cache."""
+    """Cold runs at each size, alternating between the sizes."""
     sizes = GROWTH_SIZES if args.limit is None else (args.limit, 2 * args.limit)
     csvs = make_fashion_csvs(args.data_dir, sizes)
     for repeat in range(args.repeats):
@@ -326,7 +330,7 @@ def measure_growth(args: argparse.Namespace, journal: Journal[Measurement]) -> N
 
 
 def measure_boundary(args: argparse.Namespace, journal: Journal[Measurement]) -> None:
-    """One epoch on the digits, with the activations at the freeze boundary kept, and without."""
+    """One epoch on the digits, with and without kept activations at the freeze boundary."""
     for repeat in range(args.repeats):
         for freeze in BOUNDARIES:
             for method, option in ((KEPT, "--cache"), (ANEW, "--no-cache")):
@@ -351,7 +355,7 @@ def measure_boundary(args: argparse.Namespace, journal: Journal[Measurement]) ->
 
 
 def _training_speed(run_dir: Path) -> float:
-    """Of the last epoch, in images a second, as the run has shown it in TensorBoard."""
+    """Images/s of the last epoch, from the run's TensorBoard log."""
     accumulator = EventAccumulator(str(run_dir))
     accumulator.Reload()
     return float(accumulator.Scalars("train/images_per_second")[-1].value)

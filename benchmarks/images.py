@@ -1,10 +1,15 @@
-"""The benchmark's images, made from packages of the registries, the same in every place: folders train/ and val/ of class folders.
+"""The benchmarks' images, made from registries' packages, so that they are the same everywhere.
 
-fashion-mnist   Debian's dataset-fashion-mnist: 28x28 grey photographs of clothes in 10 classes (MIT)
-emoji           Microsoft's Fluent Emoji in 3D, 256x256 in colour (npm @lobehub/fluent-emoji-3d, MIT), in the 9 groups that Unicode gives
-                them (npm unicode-emoji-json, MIT); one skin tone each, so that no picture is in both splits in another shade
-photos          500x334 JPEG windows onto the two photographs that scikit-learn ships: for speed only, their two classes are trivial
-requests        such windows and the whole photographs, 640x427, encoded: what clients send
+Folders train/ and val/ of class folders:
+fashion-mnist   Debian's dataset-fashion-mnist: 28x28 grey photographs of clothes, 10 classes (MIT)
+emoji           Microsoft's Fluent Emoji in 3D, 256x256 in colour (npm @lobehub/fluent-emoji-3d,
+                MIT), in Unicode's 9 groups (npm unicode-emoji-json, MIT); one skin tone each, so
+                that no picture is in both splits in another shade
+photos          500x334 JPEG crops of the two photographs that scikit-learn ships, one class each:
+                for speed only, the classes are trivial to tell apart
+
+Encoded in memory:
+requests        such crops and the whole photographs, 640x427, as clients send them
 """
 
 from __future__ import annotations
@@ -89,7 +94,10 @@ def make_fashion_csvs(data_dir: Path, sizes: Sequence[int]) -> dict[int, Path]:
 
 
 def make_emoji(data_dir: Path, *, limit: int | None = None) -> Path:
-    """Every emoji that both packages know, one in five of each group in val, ordered by a hash of their names; about `limit` of them."""
+    """The emoji in both packages, or about `limit` of them; one in five of each group is val.
+
+    They are ordered by a hash of their names.
+    """
 
     def write(folder: Path) -> None:
         with tempfile.TemporaryDirectory() as scratch:
@@ -118,7 +126,7 @@ def make_emoji(data_dir: Path, *, limit: int | None = None) -> Path:
 
 
 def make_photos(data_dir: Path, *, count: int) -> Path:
-    """`count` different windows, mirrored or not, onto scikit-learn's photographs; one in five is val."""
+    """`count` different crops of scikit-learn's photographs, some mirrored; one in five is val."""
 
     def write(folder: Path) -> None:
         source = _sklearn_photo_dir()
@@ -139,7 +147,7 @@ def make_photos(data_dir: Path, *, count: int) -> Path:
 
 
 def make_request_images(data_dir: Path, *, count: int) -> list[bytes]:
-    """`count` JPEGs of 500 to 640 pixels' width: windows, and after every seven of them a whole photograph."""
+    """`count` JPEGs, 500 to 640 pixels wide: of every eight, seven crops and a whole photograph."""
     windows = sorted(make_photos(data_dir, count=count).rglob("*.jpg"), key=lambda path: path.name)
     whole = itertools.cycle(
         [

@@ -1,4 +1,4 @@
-"""What was measured, on disk at once: an interrupted run of hours goes on with --resume."""
+"""What was measured is written at once, so that --resume continues a benchmark of hours."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 
 class Entry(Protocol):
-    """A dataclass of a benchmark's own: what it measured, and the case, method and repeat that it is found by."""
+    """A benchmark's dataclass: what it measured, with case, method and repeat as the key."""
 
     @property
     def key(self) -> tuple[str, str, int]: ...

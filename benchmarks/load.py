@@ -1,4 +1,4 @@
-"""Load on a server: closed loops by wrk, whose figures are taken as it prints them, and open loops by a client on asyncio."""
+"""Load on a server: closed loops by wrk, open loops by a client on asyncio."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ _REFUSED = (429, 503)
 
 @dataclass(frozen=True)
 class Requests:
-    """What is sent, in turn: form uploads (files with the bodies) to `targets`, which are paths with their queries; GET without bodies."""
+    """Form uploads that are sent in turn.
+
+    `body_paths` are files of encoded bodies, `targets` paths with queries.
+    """
 
     body_paths: tuple[Path, ...]
     targets: tuple[str, ...] = ("/predict",)
@@ -44,17 +47,16 @@ class Requests:
 
 
 def write_bodies(images: Sequence[bytes], folder: Path) -> tuple[Path, ...]:
-    """A form with one file in the field `images` for each image: the one upload that every framework takes as it comes."""
+    """For each image a form with one file in the field `images`, which every framework accepts."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = tuple(folder / f"{index:03d}.form" for index in range(len(images)))
     for path, image in zip(paths, images, strict=True):
-        head = f'--{_BOUNDARY}\r\nContent-Disposition: form-data; name="images"; filename="{path.stem}.jpg"\r\n'
-        path.write_bytes(
-            head.encode()
-            + b"Content-Type: image/jpeg\r\n\r\n"
-            + image
-            + f"\r\n--{_BOUNDARY}--\r\n".encode()
+        head = (
+            f"--{_BOUNDARY}\r\n"
+            f'Content-Disposition: form-data; name="images"; filename="{path.stem}.jpg"\r\n'
+            "Content-Type: image/jpeg\r\n\r\n"
         )
+        path.write_bytes(head.encode() + image + f"\r\n--{_BOUNDARY}--\r\n".encode())
     return paths
 
 
@@ -67,9 +69,9 @@ def check_wrk() -> None:
 def closed_loop(
     url: str, requests: Requests, *, num_clients: int, seconds: float
 ) -> dict[str, float]:
-    """wrk with one connection a client, each of which sends its next request when it has its answer.
+    """Run wrk with one connection a client, each of which sends when it has its last answer.
 
-    Gives answers a second, latencies, what was not answered 2xx, and wrk's own processor time.
+    Returns good answers/s, latencies, answers other than 2xx, and wrk's processor time.
     """
     command = [
         "wrk",
@@ -100,7 +102,7 @@ def closed_loop(
 
 @dataclass(frozen=True)
 class Sent:
-    """A request of an open loop: when it was due and when it ended, in seconds from the start; 0 is no answer in time."""
+    """A request of an open loop, in seconds from its start; status 0: no answer in time."""
 
     due: float
     ended: float
@@ -114,15 +116,19 @@ class Sent:
 def open_loop(
     url: str, requests: Requests, *, per_second: float, seconds: float, seed: int = 0
 ) -> list[Sent]:
-    """Requests that come as those of many strangers do (a Poisson process), whether or not the others have been answered."""
-    with _interrupt_nobody():
+    """Send requests at random times (a Poisson process), whether or not others are answered."""
+    with _as_batch_job():
         return run_loop(
             _open_loop(url, requests.encode(), per_second, seconds, random.Random(seed))
         )
 
 
 def summarize(sent: Sequence[Sent], seconds: float) -> dict[str, float]:
-    """Goodput counts what was answered while the load lasted; latencies run from when a request was due, and are those of good answers."""
+    """Figures of an open loop of `seconds`.
+
+    Goodput counts good answers while the load lasted. Latencies are those of good answers, from
+    when the request was due.
+    """
     good = sorted(1000 * (one.ended - one.due) for one in sent if one.is_good)
     statuses = Counter(one.status for one in sent)
     num_refused = sum(statuses[status] for status in _REFUSED)
@@ -145,9 +151,11 @@ def good_by_second(sent: Sequence[Sent], num_seconds: int) -> list[float]:
 
 
 @contextmanager
-def _interrupt_nobody() -> Iterator[None]:
-    """On the cores that the server has too, a generator that wakes for each answer stops who computes there, which one on another
-    machine does not do. As a batch job (sched(7)) it waits for its turn; what it sends late for that counts as latency.
+def _as_batch_job() -> Iterator[None]:
+    """Run as a batch job (sched(7)), which does not preempt the server.
+
+    On shared cores a generator that wakes for each answer would interrupt the server, as one on
+    another machine would not. What it sends late counts as latency.
     """
     with suppress(OSError):  # a sandbox may forbid it
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
@@ -159,7 +167,7 @@ def _interrupt_nobody() -> Iterator[None]:
 
 
 class _OpenLoop:
-    """One open loop, under way."""
+    """One running open loop."""
 
     def __init__(
         self,
@@ -181,7 +189,10 @@ class _OpenLoop:
         self._is_over = asyncio.Event()
 
     async def run(self) -> list[Sent]:
-        """What was sent, in the order of the answers; what has none TIMEOUT_SECONDS after the last was sent counts as unanswered."""
+        """All requests in the order of their answers; the unanswered ones come last.
+
+        A request without an answer TIMEOUT_SECONDS after the load's end counts as unanswered.
+        """
         self._draw_next()
         self._send_due()
         with suppress(TimeoutError):
@@ -197,7 +208,7 @@ class _OpenLoop:
         self._due += self._chance.expovariate(self._per_second)
 
     def _send_due(self) -> None:
-        """A generator that is late sends at once what is due, and the lateness counts as latency."""
+        """Send all that is due; what is sent late counts as latency."""
         now = self._now()
         while self._due <= now and self._due < self._seconds:
             self._client.start(
@@ -232,10 +243,13 @@ async def _open_loop(
 
 
 def _encode_post(target: str, body: bytes) -> bytes:
-    head = f"POST {target} HTTP/1.1\r\nHost: benchmark\r\nContent-Type: {_CONTENT_TYPE}\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = (
+        f"POST {target} HTTP/1.1\r\nHost: benchmark\r\nContent-Type: {_CONTENT_TYPE}\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    )
     return head.encode() + body
 
 
 def _percentile(ordered: Sequence[float], fraction: float) -> float:
-    """The nearest rank; not a number where there is nothing."""
+    """The nearest rank; NaN of nothing."""
     return ordered[min(len(ordered) - 1, int(fraction * len(ordered)))] if ordered else float("nan")

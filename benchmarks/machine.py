@@ -40,11 +40,12 @@ class Machine:
             f"{who}: {', '.join(f'{name} {version}' for name, version in found.items())}"
             for who, found in listed
         )
-        return f"{self.cpu} ({self.vectors}), {self.num_cpus} cores. {lines}.\n\n```\n{self.command}\n```\n"
+        processor = f"{self.cpu} ({self.vectors}), {self.num_cpus} cores"
+        return f"{processor}. {lines}.\n\n```\n{self.command}\n```\n"
 
 
 def describe_machine(peer_python: str, packages: Sequence[str], command: str) -> Machine:
-    """This machine, with the installed versions of `packages` as Graft's interpreter and the peers' see them."""
+    """This machine, with the versions of `packages` in Graft's and in the peers' environment."""
     flags = cpu_flags()
     vectors = next((name for flag, name in _VECTORS.items() if flag in flags), "vectors unknown")
     return Machine(
@@ -61,7 +62,8 @@ def _versions(python: str, packages: Sequence[str]) -> dict[str, str]:
     code = (
         "import importlib.metadata as m, json, platform, sys\n"
         "found = {d.metadata['Name'].lower(): d.version for d in m.distributions()}\n"
-        "print(json.dumps({'Python': platform.python_version(), **{n: found[n] for n in sys.argv[1:] if n in found}}))"
+        "wanted = {n: found[n] for n in sys.argv[1:] if n in found}\n"
+        "print(json.dumps({'Python': platform.python_version(), **wanted}))"
     )
     printed = subprocess.run(
         [python, "-c", code, *packages], check=True, capture_output=True, text=True

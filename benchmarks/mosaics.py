@@ -1,9 +1,10 @@
-"""Multi-label images from labelled ones: none to four of them on a noisy ground, the labels of all that are on it.
+"""Make multi-label images: mosaics of none to four labelled images on noise, with all their labels.
 
-python benchmarks/mosaics.py --data fashion-mnist-3000-1000 --output mosaics      (benchmarks/images.py makes the folder)
+python benchmarks/mosaics.py --data fashion-mnist-3000-1000 --output mosaics
 python finetune/run.py --data mosaics/labels.csv
 
-Writes PNGs and labels.csv with path,labels,split; tiles of training mosaics are training images, those of the others validation ones.
+benchmarks/images.py makes the folder of --data. Writes PNGs and labels.csv with path,labels,split.
+Training mosaics are made of training images, validation mosaics of validation images.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import io
 import sys
 from pathlib import Path
 
-# Run as a file, Python would look for modules here.
+# Run as a file, `import finetune` would find benchmarks/finetune.py.
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 

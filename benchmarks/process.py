@@ -1,4 +1,4 @@
-"""Whole processes, measured: wall time, and the memory, processor time and open files of one and all that it starts."""
+"""Wall time, memory, processor time and open files of a process and its descendants."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 _SAMPLE_SECONDS = 0.2
-# Reading what a process of gigabytes shares takes tens of milliseconds of a core, in which it cannot map memory.
+# Reading the memory of a process of gigabytes takes tens of milliseconds of a core, in which the
+# process cannot map memory.
 _SAMPLING_SHARE = 0.01
 
 
@@ -31,9 +32,9 @@ class Finished:
 def run_process(
     command: Sequence[str | Path], cwd: Path, sampling_share: float = _SAMPLING_SHARE
 ) -> Finished:
-    """Run `command` to its end, its memory read in at most `sampling_share` of the time.
+    """Run `command` to its end; reading its memory takes at most `sampling_share` of the time.
 
-    Raises RuntimeError with the end of its output where it fails.
+    Raises RuntimeError with the end of its output if it fails.
     """
     # Nothing may look for weights on a hub: what is measured would then be the network.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
@@ -59,9 +60,9 @@ def run_process(
 
 
 class MemorySampler(threading.Thread):
-    """The highest of: the tree's proportional memory (shared pages counted once), sampled; the root's own high-water mark.
+    """Peak memory of a process tree: sampled PSS of the tree, or the root's VmHWM if that is more.
 
-    Not ru_maxrss: Linux hands a parent's size on to the child that it starts.
+    PSS counts shared pages once. ru_maxrss would not do: a child inherits its parent's on Linux.
     """
 
     def __init__(
@@ -96,12 +97,12 @@ class MemorySampler(threading.Thread):
 
 
 def tree_bytes(pid: int) -> int:
-    """The memory of a process and all that it started, shared pages counted once."""
+    """Memory of a process and its descendants; shared pages count once."""
     return sum(map(_memory_bytes, tree(pid)))
 
 
 def tree_cpu_seconds(pid: int) -> float:
-    """What the processes that live in the tree have computed so far."""
+    """Processor time so far of a process and its living descendants."""
     seconds = 0.0
     for process in tree(pid):
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -111,7 +112,7 @@ def tree_cpu_seconds(pid: int) -> float:
 
 
 def tree_descriptors(pid: int) -> int:
-    """Open files and sockets of the tree."""
+    """Open files and sockets of a process and its descendants."""
     count = 0
     for process in tree(pid):
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -120,7 +121,7 @@ def tree_descriptors(pid: int) -> int:
 
 
 def tree(pid: int) -> list[psutil.Process]:
-    """A process and all that it started and that lives; empty where it has ended."""
+    """A process and its living descendants; empty if it has ended."""
     try:
         root = psutil.Process(pid)
         return [root, *root.children(recursive=True)]

@@ -12,7 +12,11 @@ from benchmarks.machine import Machine
 from benchmarks.sections import spread, write_section
 
 _FILE = "finetune-benchmark.md"
-_TITLE = "# Fine-tuning, measured\n\nWritten by `benchmarks/finetune.py`; every figure is a median, with the lowest and highest in brackets.\n"
+_TITLE = (
+    "# Fine-tuning, measured\n\n"
+    "Written by `benchmarks/finetune.py`; every figure is a median, with the lowest and highest in "
+    "brackets.\n"
+)
 _REFERENCE = "Graft"
 KEPT, ANEW = "activations kept", "frozen layers run anew"
 
@@ -39,7 +43,10 @@ class Measurement:
     def __str__(self) -> str:
         parts = "".join(f", {name} {value:.3g}" for name, value in self.parts.items())
         memory = f"{self.peak_bytes / 1e6:.0f} MB"
-        return f"{self.dataset}: {self.method} #{self.repeat + 1}: {self.seconds:.1f} s, {memory}, accuracy {self.accuracy:.4f}{parts}"
+        return (
+            f"{self.dataset}: {self.method} #{self.repeat + 1}: {self.seconds:.1f} s, {memory}, "
+            f"accuracy {self.accuracy:.4f}{parts}"
+        )
 
 
 def report_peers(measured: Sequence[Measurement], machine: Machine, docs_dir: Path) -> None:
@@ -47,8 +54,9 @@ def report_peers(measured: Sequence[Measurement], machine: Machine, docs_dir: Pa
     lines = [
         "## Graft and its peers",
         "",
-        "Whole processes on the same images, split, backbone (`tf_efficientnet_lite0`) and ImageNet weights, alternating. Peak memory is",
-        "the process tree's, shared pages counted once. Graft's first run has an empty cache, its second the first's.",
+        "Whole processes on the same images, split, backbone (`tf_efficientnet_lite0`) and",
+        "ImageNet weights, alternating. Peak memory is the process tree's, shared pages counted",
+        "once. Graft's first run has an empty cache, its second the first's.",
     ]
     for dataset in datasets:
         rows = {
@@ -95,13 +103,16 @@ def report_engine(measured: Sequence[Measurement], machine: Machine, docs_dir: P
     lines = [
         "## Feature extraction and its bound",
         "",
-        "JPEGs of 500x334 through a run with an empty cache, against the run's own engine fed from memory, and the decoder on one thread.",
+        "JPEGs of 500x334 through a run with an empty cache, against the run's engine fed from",
+        "memory and against the decoder on one thread.",
         "",
         "| | core-ms an image | images/s | extraction is |",
         "|---|---|---|---|",
         f"| decode alone | {decode_ms:.2f} | {1000 * machine.num_cpus / decode_ms:.0f} | |",
-        f"| engine alone, fed from memory | {engine_ms:.2f} | {bare:.0f} | {rate / bare:.1%} of it |",
-        f"| bound: {machine.num_cpus} cores ÷ (decode + engine) | {decode_ms + engine_ms:.2f} | {bound:.0f} | {rate / bound:.1%} of it |",
+        f"| engine alone, fed from memory | {engine_ms:.2f} | {bare:.0f} "
+        f"| {rate / bare:.1%} of it |",
+        f"| bound: {machine.num_cpus} cores ÷ (decode + engine) | {decode_ms + engine_ms:.2f} "
+        f"| {bound:.0f} | {rate / bound:.1%} of it |",
         f"| extraction | {1000 * machine.num_cpus / rate:.2f} | {rate:.0f} | |",
         "",
         machine.describe(with_peers=False),
@@ -119,7 +130,8 @@ def report_growth(measured: Sequence[Measurement], machine: Machine, docs_dir: P
         "",
         "Fashion-MNIST, one in five images for validation, whole processes with an empty cache.",
         "",
-        "| images | features, s | ms an image | against the median | probe, s | process, s | peak MB | accuracy |",
+        "| images | features, s | ms an image | against the median | probe, s | process, s "
+        "| peak MB | accuracy |",
         "|---|---|---|---|---|---|---|---|",
     ]
     typical = median(per_image.values())
@@ -148,10 +160,11 @@ def report_boundary(measured: Sequence[Measurement], machine: Machine, docs_dir:
     lines = [
         "## Epochs on kept activations",
         "",
-        "One epoch on the digits: training images a second with the activations at the freeze boundary kept, and with the frozen layers",
-        "run anew. The whole process includes what the kept ones cost.",
+        "One epoch on the digits: training images/s with the activations at the freeze boundary",
+        "kept, and with the frozen layers run again. The process includes computing what is kept.",
         "",
-        "| --freeze | kept, images/s | anew, images/s | times as fast | kept, process s | anew, process s |",
+        "| --freeze | kept, images/s | anew, images/s | times as fast | kept, process s "
+        "| anew, process s |",
         "|---|---|---|---|---|---|",
     ]
     for freeze in _names(measured, "dataset"):
@@ -168,7 +181,7 @@ def report_boundary(measured: Sequence[Measurement], machine: Machine, docs_dir:
 
 
 def draw_peers(measured: Sequence[Measurement], path: Path) -> None:
-    """Seconds (logarithmic) as bars, a panel for each set of images, with accuracy at the end of each bar."""
+    """Seconds as logarithmic bars with the accuracy at their ends, a panel for each dataset."""
     import matplotlib as mpl
 
     mpl.use("Agg")

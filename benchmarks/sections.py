@@ -1,4 +1,4 @@
-"""A page of results in sections, each of which the run that measures it replaces."""
+"""A page of results in sections; a benchmark replaces the section that it measures."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from statistics import median
 
 
 def write_section(path: Path, title: str, name: str, lines: Sequence[str]) -> None:
-    """Put the section in place of the one of that name, or at the end of the page, which starts with `title`."""
+    """Replace the section of that name, or append it to the page; a new page gets `title`."""
     text = path.read_text() if path.exists() else title
     section = f"<!-- {name} -->\n" + "\n".join(lines).strip() + f"\n<!-- /{name} -->"
     pattern = re.compile(f"<!-- {name} -->.*<!-- /{name} -->", re.DOTALL)

@@ -1,21 +1,27 @@
-"""Graft's service against its peers, its bounds and its promises: same weights, same JPEGs, same cores, load from a process of its own.
+"""The service against peers and its own bounds: same weights, JPEGs and cores, load from a process.
 
-python benchmarks/serve.py --what peers --peer-python .venv-bench/bin/python      requests/s and latency, closed and open loops
-python benchmarks/serve.py --what peers --precision int8 --peer-python …          the same, Graft's engine in int8
-python benchmarks/serve.py --what bound                                           against decode + engine + an empty request, each alone
-python benchmarks/serve.py --what models                                          1, 8 and 64 models on one backbone: speed and memory
-python benchmarks/serve.py --what storm                                           three times the capacity for a minute
-python benchmarks/serve.py --what soak                                            100,000 requests: memory and open files
-python benchmarks/serve.py --what swaps                                           10,000 requests through 20 new versions
-python benchmarks/serve.py --what peers --frameworks bento --seconds 2 --repeats 1 --docs DIR        a look at whether it runs
+python benchmarks/serve.py --what peers     requests/s and latency, closed and open loops
+python benchmarks/serve.py --what peers --precision int8      the same, Graft's engine in int8
+python benchmarks/serve.py --what bound     against decode + engine + an empty request, each alone
+python benchmarks/serve.py --what models    1, 8 and 64 models on one backbone: speed and memory
+python benchmarks/serve.py --what storm     three times the capacity for a minute
+python benchmarks/serve.py --what soak      100,000 requests: memory and open files
+python benchmarks/serve.py --what swaps     10,000 requests through 20 new versions
 
-The peers are the extra "bench", best in an environment of their own:
-uv venv .venv-bench && VIRTUAL_ENV=.venv-bench uv pip install -c constraints.txt -r pyproject.toml --extra bench
-wrk, which makes the closed loops, is Debian's package of that name. Server and generator share the cores.
+A quick check that it runs: --what peers --frameworks bento --seconds 2 --repeats 1 --docs DIR
 
-What it should show on 2 cores, tf_efficientnet_lite0, JPEGs of 500 to 640 pixels: at 16 clients 5 times the requests/s of BentoML's
-idiomatic service and of LitServe, 6 times in int8, and 1.5 times where they have Graft's engine; at 1 client 0.3 of their p50; 85 % of
-what decode, engine and an empty request allow. Each section of docs/serve-benchmark.md is replaced by the run that measures it.
+The peers are the extra "bench", best in an environment of their own (--peer-python):
+uv venv .venv-bench
+VIRTUAL_ENV=.venv-bench uv pip install -c constraints.txt -r pyproject.toml --extra bench
+wrk, which runs the closed loops, is Debian's package of that name. Server and generator share the
+cores.
+
+What it should show on 2 cores, tf_efficientnet_lite0, JPEGs of 500 to 640 pixels: at 16 clients 5
+times the requests/s of BentoML's idiomatic service and of LitServe, 6 times in int8, and 1.5 times
+if they have Graft's engine; at 1 client 0.3 of their p50; 85 % of what decode, engine and an empty
+request allow.
+
+A run replaces its section of docs/serve-benchmark.md.
 """
 
 from __future__ import annotations
@@ -37,10 +43,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-
-# Run as a file, Python would look for modules here, where other files are called as packages of the project are.
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from benchmarks.bounds import core_ms_to_decode, core_ms_to_run
 from benchmarks.checkpoints import (
@@ -145,13 +147,13 @@ def parse_arguments() -> argparse.Namespace:
         "--data-dir",
         type=Path,
         default=Path(tempfile.gettempdir()) / "graft-benchmark",
-        help="what is kept, and the journal",
+        help="folder of images, converted backbones and the journal",
     )
     parser.add_argument(
         "--docs",
         type=Path,
         default=ROOT / "docs",
-        help="where serve-benchmark.md and its plots are written",
+        help="folder of serve-benchmark.md and its plots",
     )
     parser.add_argument("--frameworks", nargs="*", choices=FRAMEWORKS, default=list(FRAMEWORKS))
     parser.add_argument(
@@ -216,7 +218,7 @@ def shown_arguments(args: argparse.Namespace) -> list[str]:
 
 @dataclass(frozen=True)
 class Bench:
-    """What the modes share: the images that are sent, the backbone with their features, and a checkpoint of it to serve."""
+    """What the modes share: images, a backbone with their features, and a checkpoint to serve."""
 
     folder: Path
     measured: Measured
@@ -299,7 +301,7 @@ def launch_peer(framework: str, engine: str, checkpoint: Path, args: argparse.Na
 
 
 def measure_peers(args: argparse.Namespace, journal: Journal[Figures]) -> None:
-    """Each server in its turn, and all of them again: closed loops, then open ones at fractions of what the closed ones reached."""
+    """Alternate between servers: closed loops, then open ones at fractions of their capacity."""
     combined = [(framework, engine) for engine in args.engines for framework in args.frameworks]
     with prepare(args) as bench:
         launches = {GRAFT: launch_graft(bench.checkpoint.parents[1])} | {
@@ -320,7 +322,7 @@ def measure_peers(args: argparse.Namespace, journal: Journal[Figures]) -> None:
 def measure_server(
     server: Server, bench: Bench, method: str, repeat: int, args: argparse.Namespace
 ) -> Iterator[Figures]:
-    """Every load on one server; what it is and needs comes last, so that a journal that has it has all."""
+    """All loads on one server. The case "server" comes last: a journal with it has them all."""
     recognised = recognised_fraction(server, bench)
     warm_up(server, bench.requests, args.seconds)
     capacity = 0.0
@@ -357,26 +359,29 @@ def warm_up(server: Server, requests: Requests, seconds: float) -> None:
 
 
 def settle(server: Server, requests: Requests) -> None:
-    """Until what wrk left behind is done: it goes while requests are under way, and queues are first in, first out."""
+    """Wait until requests that wrk left unfinished are answered; queues are first in, first out."""
     run_loop(ask_all(server.url, requests.encode()[:1]))
     time.sleep(_SETTLE_SECONDS)
 
 
 def recognised_fraction(server: Server, bench: Bench) -> float:
-    """The share of images that are recognised: another decoder and resize may move one that is close to another.
+    """The fraction of images that get their own label from `recognising_head`.
 
-    Raises RuntimeError where the server does not do what the others do.
+    Another decoder and resize may confuse similar images. Raises RuntimeError if it is so low that
+    the weights or the preprocess must differ.
     """
     answers = run_loop(ask_all(server.url, bench.requests.encode()))
     if any(status != 200 for status, _ in answers):
         raise RuntimeError(
-            f"{server.url} answered {Counter(status for status, _ in answers)}, at first {answers[0][1][:500]!r}"
+            f"{server.url} answered {Counter(status for status, _ in answers)}, "
+            f"first {answers[0][1][:500]!r}"
         )
     labels = [best_label(json.loads(body)) for _, body in answers]
     recognised = sum(label == f"{NAME}-{index}" for index, label in enumerate(labels)) / len(labels)
     if recognised < _LEAST_RECOGNISED:
         raise RuntimeError(
-            f"{server.url} recognises {recognised:.0%} of the images: it has other weights or another preprocess"
+            f"{server.url} recognises {recognised:.0%} of the images, less than "
+            f"{_LEAST_RECOGNISED:.0%}: it has other weights or another preprocess"
         )
     return recognised
 
@@ -389,7 +394,7 @@ async def ask_all(url: str, encoded: Sequence[bytes]) -> list[tuple[int, bytes]]
 
 
 def best_label(answer: Any) -> str:
-    """Of one image, however a framework wraps it."""
+    """The label of one image, however a framework wraps it."""
     if isinstance(answer, list):
         return best_label(answer[0])
     label: str = answer["label"] if "label" in answer else best_label(answer["predictions"])
@@ -397,7 +402,7 @@ def best_label(answer: Any) -> str:
 
 
 def measure_bound(args: argparse.Namespace, journal: Journal[Figures]) -> None:
-    """What the cores need for each part of a request, measured alone, and what the service makes of them."""
+    """Core time of each part of a request, measured alone, against what the service reaches."""
     with prepare(args) as bench:
         for repeat in range(args.repeats):
             if ("bound", GRAFT, repeat) in journal:
@@ -412,7 +417,7 @@ def measure_bound(args: argparse.Namespace, journal: Journal[Figures]) -> None:
                         server.url, bench.requests, num_clients=num_clients, seconds=args.seconds
                     )
                     values[f"per_second_{num_clients}"] = found["per_second"]
-            # Before and after, for a machine that others share is not as fast in one minute as in the next.
+            # Before and after, because the speed of a shared machine changes within minutes.
             after = core_ms_of_parts(bench)
             values |= {name: (before[name] + after[name]) / 2 for name in before}
             values["bound_per_second"] = (
@@ -433,7 +438,7 @@ def core_ms_of_parts(bench: Bench) -> dict[str, float]:
 
 
 def core_ms_of_empty_request(server: Server, seconds: float) -> float:
-    """GET /livez, through all that a request passes but its image; the generator's work counts, as it does in every load."""
+    """GET /livez: all of a request but its image, and the generator's work, as in every load."""
     before = tree_cpu_seconds(server.pid)
     found = closed_loop(server.url, Requests((), ("/livez",)), num_clients=16, seconds=seconds)
     cpu_seconds = tree_cpu_seconds(server.pid) - before + found["client_cpu_seconds"]
@@ -485,7 +490,7 @@ def measure_models(args: argparse.Namespace, journal: Journal[Figures]) -> None:
 
 
 def measure_storm(args: argparse.Namespace, journal: Journal[Figures]) -> None:
-    """Far more than the service can do, and whether it stays itself: what it answers, how fast, what it holds, and what is left after."""
+    """Three times the capacity: goodput, latency and memory during the storm and after it."""
     with prepare(args) as bench:
         for repeat in range(args.repeats):
             if ("storm", GRAFT, repeat) in journal:
@@ -523,7 +528,7 @@ def measure_storm(args: argparse.Namespace, journal: Journal[Figures]) -> None:
                     "client_cores": cpu_seconds / args.storm_seconds,
                     "storm_seconds": args.storm_seconds,
                     "before_bytes": before,
-                    # By then the queue, the bodies on their way and the connections are as many as they get.
+                    # By then queued images, bodies and connections are as many as they get.
                     "filled_bytes": float(memory.samples[len(memory.samples) // 10]),
                     "end_bytes": float(memory.samples[-1]),
                     "peak_bytes": float(memory.peak_bytes),
@@ -540,7 +545,7 @@ def measure_storm(args: argparse.Namespace, journal: Journal[Figures]) -> None:
 
 
 def measure_soak(args: argparse.Namespace, journal: Journal[Figures]) -> None:
-    """Many requests at 16 clients, in stretches between which memory and open files are read; always one run, however many repeats."""
+    """Many requests at 16 clients; memory and open files are read in pauses. It runs only once."""
     num_requests = args.num_requests or 100_000
     if ("soak", GRAFT, 0) in journal:
         return
@@ -571,7 +576,7 @@ def measure_soak(args: argparse.Namespace, journal: Journal[Figures]) -> None:
 
 
 def measure_swaps(args: argparse.Namespace, journal: Journal[Figures]) -> None:
-    """Clients that never stop, while version after version is published; the head of each is its own, so that a mix would show."""
+    """Publish version after version under load; each has another head, so that a mix would show."""
     num_requests = args.num_requests or 10_000
     for repeat in range(args.repeats):
         if ("swaps", GRAFT, repeat) in journal:

@@ -1,4 +1,4 @@
-"""Figures of benchmarks/serve.py → docs/serve-benchmark.md, a section each, and the plots beside it."""
+"""Write the figures of benchmarks/serve.py to docs/serve-benchmark.md, with plots."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from benchmarks.machine import Machine
 from benchmarks.sections import write_section
 
 _FILE = "serve-benchmark.md"
-_TITLE = "# Serving, measured\n\nWritten by `benchmarks/serve.py`; every figure is a median, with the lowest and highest in brackets.\n"
+_TITLE = (
+    "# Serving, measured\n\n"
+    "Written by `benchmarks/serve.py`; every figure is a median, with the lowest and highest in "
+    "brackets.\n"
+)
 _GRAFT = "Graft"
 _IMAGES = "One JPEG of 500x334 or 640x427 a request, as a form upload"
 
@@ -27,12 +31,14 @@ def report_peers(
     lines = [
         f"## Graft and its peers{', its engine in int8' if in_int8 else ''}",
         "",
-        f"{_IMAGES}; the same weights (`tf_efficientnet_lite0`), images and {machine.num_cpus} cores, which the load generator shares.",
-        "`torch` is what the frameworks' and timm's documentations write: float32, one worker. `tuned` is bf16, channels_last and a worker",
-        "a core. `Graft's engine` is Graft's preprocess and OpenVINO inside the peer's framework, so that only the path differs; it has a",
-        "worker a core, too. All of them batch up to 16, but FastAPI. `recognised` is the share of images that get the label that Graft's",
-        "engine was given for them: with other weights or another preprocess it would not be near 1. All have uvloop and httptools,",
-        "more than a plain install has.",
+        f"{_IMAGES}; the same weights (`tf_efficientnet_lite0`), images and {machine.num_cpus}",
+        "cores, which the load generator shares. `torch` is what the documentation of the",
+        "frameworks and of timm shows: float32, one worker. `tuned` is bf16, channels_last and a",
+        "worker a core. `Graft's engine` is Graft's preprocess and OpenVINO in the peer's",
+        "framework, also with a worker a core, so that only the framework differs. All but",
+        "FastAPI batch up to 16. `recognised` is the fraction of images that get their own label:",
+        "with other weights or another preprocess it would not be near 1. All have uvloop and",
+        "httptools, which a plain install does not have.",
         "",
         "### Closed loop: requests/s by number of clients",
         "",
@@ -103,8 +109,9 @@ def _open_table(measured: Sequence[Figures], percents: Sequence[int]) -> list[st
         "",
         "### Open loop: goodput as a share of what was offered, and p50 / p99 in ms",
         "",
-        "Requests come at random, at a fraction of the most that the server reached in closed loops, whether or not the others have been",
-        "answered. Latencies are of good answers and run from when a request was due.",
+        "Requests come at random, at a fraction of the most that the server reached in closed",
+        "loops, whether or not others are answered. Latencies are those of good answers, from",
+        "when the request was due.",
         "",
         _row("", *(f"{percent} %" for percent in percents)),
         _rule(1 + len(percents)),
@@ -121,8 +128,9 @@ def report_bound(
     lines = [
         "## The service and its bound",
         "",
-        f"{_IMAGES}. Each part is measured alone, before and after the service; an empty request is a GET that passes all of the",
-        "service but an image, the load generator's work included, which shares the cores. Shares are of the bound of their own repeat.",
+        f"{_IMAGES}. Each part is measured alone, before and after the service. An empty request",
+        "is a GET that takes the whole way but has no image; the load generator's work counts,",
+        "because it shares the cores. Fractions are of the bound of the same repeat.",
         "",
         _row("", "core-ms a request"),
         _rule(2),
@@ -154,8 +162,8 @@ def report_models(
     lines = [
         "## Many models on one backbone",
         "",
-        f"{_IMAGES}, 16 clients that ask every model in turn. Memory is the process tree's, shared pages counted once, when the server is",
-        f"ready; a head is {head_bytes / 1e6:.2f} MB.",
+        f"{_IMAGES}, 16 clients that ask every model in turn. Memory is the process tree's when",
+        f"the server is ready, shared pages counted once; a head is {head_bytes / 1e6:.2f} MB.",
         "",
         _row(
             "models",
@@ -207,7 +215,8 @@ def report_storm(
     lines = [
         "## A storm",
         "",
-        f"{_IMAGES}, in an open loop at three times what 16 clients reach in a closed one. Latencies run from when a request was due.",
+        f"{_IMAGES}, in an open loop at three times what 16 clients reach in a closed loop.",
+        "Latencies are from when the request was due.",
         "",
         _row("", ""),
         _rule(2),
@@ -261,8 +270,8 @@ def report_soak(
     lines = [
         "## A soak",
         "",
-        f"{_IMAGES}, 16 clients, {found.values['num_requests']:,.0f} requests in {found.values['seconds']:.0f} s,",
-        f"of which {found.values['num_failed']:.0f} failed.",
+        f"{_IMAGES}, 16 clients, {found.values['num_requests']:,.0f} requests in",
+        f"{found.values['seconds']:.0f} s, of which {found.values['num_failed']:.0f} failed.",
         "",
         _row("", "at first", f"after {requests[settled]:,.0f}", "at the end", "growth after that"),
         _rule(5),
@@ -293,7 +302,8 @@ def report_swaps(
     lines = [
         "## New versions under load",
         "",
-        f"{_IMAGES}, 8 clients that never stop while versions are published, each with a head of its own.",
+        f"{_IMAGES}, 8 clients that send without a pause while versions with different heads are",
+        "published.",
         "",
         _row("", ""),
         _rule(2),

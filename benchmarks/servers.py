@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 from benchmarks.process import tree
 
@@ -29,7 +29,7 @@ _POLL_SECONDS = 0.05
 
 @dataclass(frozen=True)
 class Launch:
-    """How to start a server: `{port}` in the command becomes the port, `ready_path` answers 200 when it serves."""
+    """`{port}` in the command becomes the port; `ready_path` answers 200 once it serves."""
 
     command: tuple[str, ...]
     ready_path: str
@@ -51,7 +51,10 @@ class Server:
 
 @contextmanager
 def serve(launch: Launch, log_path: Path) -> Iterator[Server]:
-    """Run the server for as long as the block lasts. Raises RuntimeError with the end of its log where it does not become ready."""
+    """Run the server within the context.
+
+    Raises RuntimeError with the end of its log if it does not become ready.
+    """
     port = next(port for port in _PORTS if _is_free(port))
     command = [part.format(port=port) for part in launch.command]
     environment = {
@@ -75,8 +78,9 @@ def serve(launch: Launch, log_path: Path) -> Iterator[Server]:
         while not _answers(url):
             if process.poll() is not None or time.perf_counter() - started > _START_SECONDS:
                 end = log_path.read_text(errors="replace")[-3000:]
+                seconds = time.perf_counter() - started
                 raise RuntimeError(
-                    f"{' '.join(command)} was not ready after {time.perf_counter() - started:.0f} s:\n{end}"
+                    f"{' '.join(command)} was not ready after {seconds:.0f} s:\n{end}"
                 )
             time.sleep(_POLL_SECONDS)
         yield Server(port, process.pid, time.perf_counter() - started)
@@ -85,7 +89,7 @@ def serve(launch: Launch, log_path: Path) -> Iterator[Server]:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """As an orchestrator does: SIGTERM to the process, and after a while SIGKILL to what is left of all that it started."""
+    """SIGTERM to the process, as an orchestrator sends it, then SIGKILL to all descendants left."""
     # BentoML's workers have process groups of their own, so the group alone would miss them.
     family = tree(process.pid)
     process.terminate()

@@ -1,4 +1,4 @@
-"""New versions under load: clients that never stop, while version after version is published, each with a head of its own."""
+"""Publish version after version, each with another head, while clients send without a pause."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from benchmarks.load import Requests
 _NUM_CLIENTS = 8
 _POLL_SECONDS = 0.05
 _SERVED_WITHIN_SECONDS = 20.0
-# Scores are rounded, and another batch may round bf16 in another way; the scores of two heads differ by far more.
+# Scores are rounded, and bf16 rounds differently in another batch; two heads differ by far more.
 _SCORE_TOLERANCE = 0.02
 
 
 @dataclass
 class Swapped:
-    """What became of the requests, and the seconds from each publication to when the version was listed as served.
+    """Outcomes of the requests; seconds from each publication until the version was listed.
 
-    Lost is what was not answered 200; mixed, an answer whose labels or scores are not those of the version it names.
+    Lost: not answered 200. Mixed: labels or scores are not those of the version in the answer.
     """
 
     num_good: int = 0
@@ -61,9 +61,9 @@ def swap_under_load(
     heads: Sequence[Head],
     model_dir: Path,
 ) -> Swapped:
-    """Send `num_requests` while the heads after the first, which is served as version 1, are published evenly over them.
+    """Send `num_requests`, meanwhile publish all heads but the first at equal intervals.
 
-    Raises RuntimeError where a version is not served in time.
+    The first is served as version 1. Raises RuntimeError if a version is not served in time.
     """
     try:
         return run_loop(
@@ -139,5 +139,6 @@ async def _until_served(client: Client, version: int) -> None:
             return
         await asyncio.sleep(_POLL_SECONDS)
     raise RuntimeError(
-        f"version {version} is not served {_SERVED_WITHIN_SECONDS:g} s after its publication; does this service watch for it?"
+        f"version {version} is not served {_SERVED_WITHIN_SECONDS:g} s after its publication; "
+        "does this service poll the repository?"
     )

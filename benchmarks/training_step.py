@@ -1,9 +1,10 @@
-"""What a training step costs on the CPU: in torch's own order of memory, in channels_last, and with finetune.training.depthwise.
+"""Cost of a training step on the CPU: contiguous, channels_last, and with training/depthwise.py.
 
 python benchmarks/training_step.py
 python benchmarks/training_step.py --backbones convnext_atto --precision fp32
 
-Every layer trains, on noise: milliseconds an image, forward, backward and AdamW, the median of --steps, the ways in turn.
+Every layer trains, on noise. Milliseconds an image of forward, backward and AdamW, the median of
+--steps; the ways alternate.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-# Run as a file, Python would look for modules here.
+# Run as a file, `import finetune` would find benchmarks/finetune.py.
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
@@ -51,7 +52,8 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=8, help="of each way")
     args = parser.parse_args()
     print(
-        f"| {args.precision}, ms an image | {' | '.join(WAYS)} | times as fast |\n|---|{'---|' * (len(WAYS) + 1)}"
+        f"| {args.precision}, ms an image | {' | '.join(WAYS)} | times as fast |\n"
+        f"|---|{'---|' * (len(WAYS) + 1)}"
     )
     for name in args.backbones:
         torch.manual_seed(0)
@@ -80,7 +82,7 @@ def measure(model: nn.Module, args: argparse.Namespace) -> list[float]:
         caught = DepthwiseGradientsInFloat32() if is_caught else contextlib.nullcontext()
         with caught, torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bf16"):
             logits = model(images.contiguous(memory_format=memory_format))
-        nn.functional.cross_entropy(logits.float(), labels).backward()
+        nn.functional.cross_entropy(logits.float(), labels).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return time.perf_counter() - started

@@ -1,9 +1,9 @@
-"""What is inside an image, by what it says of itself: sizes and licences, or a CycloneDX SBOM. Standard library only, no network.
+"""List what an image contains, with sizes and licences, or as a CycloneDX SBOM.
 
-It runs in the image, from outside of it:
+It runs in the image, which does not hold it, with the standard library and no network:
 
     docker run --rm -i --entrypoint python3 graft:cpu - < deploy/contents.py
-    docker run --rm -i --entrypoint python3 graft:cpu - --cyclonedx < deploy/contents.py > sbom.cdx.json
+    docker run --rm -i --entrypoint python3 graft:cpu - --cyclonedx < deploy/contents.py
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _OLD_CLASSIFIERS = {
 
 @dataclass(frozen=True)
 class Component:
-    """`kind` is CycloneDX's type; `licence` an SPDX expression where the component gives one, else its own words."""
+    """`kind` is CycloneDX's type; `licence` is an SPDX expression or the component's own words."""
 
     kind: str
     name: str
@@ -68,16 +68,14 @@ def main() -> None:
         print()
         return
     for one in components:
-        print(
-            f"{one.num_bytes / _MEGABYTE:8.1f} MB  {one.kind:23} {one.name} {one.version}  {one.licence or 'no licence given'}"
-        )
-    print(
-        f"{sum(one.num_bytes for one in components) / _MEGABYTE:8.1f} MB  in {len(components)} components"
-    )
+        size, licence = one.num_bytes / _MEGABYTE, one.licence or "no licence given"
+        print(f"{size:8.1f} MB  {one.kind:23} {one.name} {one.version}  {licence}")
+    total = sum(one.num_bytes for one in components) / _MEGABYTE
+    print(f"{total:8.1f} MB  in {len(components)} components")
 
 
 def list_packages() -> Iterator[Component]:
-    """Python's: every distribution this interpreter can import, with the size of its files, compiled ones too."""
+    """Every distribution that this interpreter can import, with its size, bytecode included."""
     for one in distributions():
         name, version = one.metadata["Name"], one.version
         paths = {Path(str(file.locate())) for file in one.files or ()}
@@ -151,7 +149,7 @@ def describe(components: list[Component]) -> dict[str, object]:
 
 
 def _licence_of(one: Distribution) -> str:
-    """PEP 639's expression, else the classifiers, else the old free field, which some fill with the whole text."""
+    """PEP 639's expression, else the classifiers, else the old field, which may be a full text."""
     fields = one.metadata.json
     if "license_expression" in fields:
         return str(fields["license_expression"])

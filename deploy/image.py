@@ -1,8 +1,8 @@
-"""`make image`: the Bento, and its container image by whichever builder answers on this machine.
+"""`make image`: build the Bento and its container image, with the first builder that works here.
 
 make image                              # graft:cpu, on OpenVINO and without torch
 make image FLAVOUR=cuda                 # graft:cuda, with torch
-make image ARGS="--ca corporate.crt --pip-conf pip.conf"   # where the registry is behind a proxy, or is your own
+make image ARGS="--ca corporate.crt --pip-conf pip.conf"   # behind a proxy, or with your own index
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 PROJECT_DIR = Path(__file__).resolve().parent.parent
 BENTOFILES = {"cpu": "bentofile.yaml", "cuda": "bentofile.cuda.yaml"}
-# What says that a builder works, and not only that its command is there: Docker's may be without its daemon.
+# The command that shows that a builder works: docker may be installed without its daemon.
 BUILDERS = {
     "docker": ("docker", "version", "--format", "{{.Server.Version}}"),
     "podman": ("podman", "version"),
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def find_builder() -> str:
-    """The first of BUILDERS that answers. Raises RuntimeError that says of each one why it is not taken."""
+    """The first of BUILDERS that works. Raises RuntimeError with a reason for each if none does."""
     reasons = []
     for name, probe in BUILDERS.items():
         if shutil.which(name) is None:
@@ -65,11 +65,11 @@ def find_builder() -> str:
         answer = subprocess.run(probe, capture_output=True, text=True)
         if answer.returncode == 0:
             return name
-        reasons.append(
-            f"{name} does not answer ({answer.stderr.strip().splitlines()[-1] if answer.stderr.strip() else 'no message'})"
-        )
+        message = (answer.stderr.strip().splitlines() or ["no message"])[-1]
+        reasons.append(f"{name} does not answer ({message})")
     raise RuntimeError(
-        f"an image needs one of {', '.join(BUILDERS)}, and {'; '.join(reasons)}. Debian's is `apt-get install buildah`"
+        f"an image needs one of {', '.join(BUILDERS)}, and {'; '.join(reasons)}. "
+        "On Debian: `apt-get install buildah`"
     )
 
 
@@ -85,9 +85,10 @@ def containerize(bento: str, backend: str, tag: str, secrets: dict[str, Path | N
     for name, path in secrets.items():
         if path is not None:
             options += ["--opt", f"secret=id={name},src={path.resolve()}"]
-    # BentoML (1.4.39) puts the build together in a folder for temporary files, and takes no template from outside of the current one.
+    # BentoML (1.4.39) assembles the build in a temporary folder, and accepts templates from the
+    # current folder only.
     with tempfile.TemporaryDirectory(prefix="graft-image-") as folder:
-        # It asks buildah and podman for an OCI image; OCI has no HEALTHCHECK, Docker's format has.
+        # By default buildah and podman write OCI images, which have no HEALTHCHECK.
         env = {"TMPDIR": folder, "BUILDAH_FORMAT": "docker"}
         _run(
             "bentoml",

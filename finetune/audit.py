@@ -1,9 +1,9 @@
-"""What is wrong with labelled images: broken and misnamed files, missing classes, duplicates and leaks, wrong labels, odd ones out.
+"""Audit labelled images: broken files, missing classes, duplicates, leaks, wrong labels, outliers.
 
-python finetune/audit.py --data photos/                     a table, a CSV and a page of thumbnails; nothing is trained or changed
-python finetune/audit.py --data photos/ --strict            ends with an error where an image leaks from one split to another
+python finetune/audit.py --data photos/             a table, a CSV and a page of thumbnails
+python finetune/audit.py --data photos/ --strict    fails if an image leaks between splits
 
-A run does the same on the features and the probe that it has anyway.
+Nothing is trained or changed. A run audits its images in the same way.
 """
 
 from __future__ import annotations
@@ -15,17 +15,13 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-# Run as a file, Python would look for modules in finetune/; the project's root and the user's own folder are what is meant.
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    sys.path.append(str(Path.cwd()))
-
+import numpy as np
 
 from finetune.auditing.findings import WORDING, Audit
-from finetune.auditing.inspection import inspect, write_audit
+from finetune.auditing.inspection import inspect
+from finetune.auditing.output import write_audit
 from finetune.config import AuditOptions, name_of_data, parse_options
 from finetune.data.lasting_split import load_lasting_splits
-from finetune.data.splits import count_labels
 from finetune.probe.features import extract_splits, open_engine, prepare, prepare_meanwhile
 from finetune.probe.solve import solve_probe
 from finetune.terminal import run_program
@@ -33,7 +29,7 @@ from models.errors import GraftError
 
 logger = logging.getLogger("graft.audit")
 
-# Of a kind, in the terminal; the CSV has all.
+# Findings of a kind in the terminal; the CSV has all.
 _NUM_SHOWN = 20
 
 
@@ -47,12 +43,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def audit(options: AuditOptions) -> Audit:
-    """Print what is wrong with the images of `--data`, and write it to a CSV and a page beside the runs.
+    """Print what is wrong with the images of `--data`, and write a CSV and a page beside the runs.
 
-    Raises GraftError under `--strict` where an image leaks from one split to another or cannot be read, after all is written.
+    Under `--strict` raises GraftError, after all is written, if an image leaks or cannot be read.
     """
     with prepare_meanwhile(options):
-        loaded, duplicates = load_lasting_splits(options, check=False)
+        loaded, duplicates = load_lasting_splits(
+            options.data,
+            data_root=options.data_root,
+            val_fraction=options.val_fraction,
+            seed=options.seed,
+            runs_dir=None if options.new_split else options.output,
+            cache_dir=options.enabled_cache_dir,
+            num_workers=options.workers,
+            check=False,
+        )
     with tempfile.TemporaryDirectory(prefix="graft-") as scratch:
         backbone = prepare(
             options.backbone,
@@ -73,11 +78,18 @@ def audit(options: AuditOptions) -> Audit:
         )
         engine.close()
     labels = splits.labels(splits.train)
-    if len(count_labels(splits.train)) < (1 if splits.is_multi_label else 2):
+    if np.count_nonzero(splits.count_labels(splits.train)) < splits.task.min_labels:
         raise GraftError(
-            f"--data {options.data}: fewer than two classes have images to train on that can be read"
+            f"--data {options.data}: fewer than {splits.task.min_labels} "
+            f"{splits.task.words.labels} have images to train on that can be read"
         )
-    probe = solve_probe(features["train"], labels, len(splits.label_names), seed=options.seed)
+    probe = solve_probe(
+        features["train"],
+        labels,
+        len(splits.label_names),
+        task=splits.task,
+        seed=options.seed,
+    )
     found = inspect(
         loaded,
         splits,
@@ -93,7 +105,8 @@ def audit(options: AuditOptions) -> Audit:
         found.refuse_leaks()
         if broken := found.of_kind("unreadable"):
             raise GraftError(
-                f"{len(broken)} unreadable (--strict makes that an error; the table above names them)"
+                f"{len(broken)} unreadable (--strict makes that an error; the table above names "
+                "them)"
             )
     return found
 
@@ -110,7 +123,8 @@ def _print(found: Audit, paths: tuple[Path, Path], options: AuditOptions) -> Non
             score = "      " if finding.score is None else f"{finding.score:6.3f}"
             where = "" if finding.sample is None else f"{finding.sample.key}: "
             print(
-                f"  {score}  {finding.split:<{split_width}}  {finding.label:<{label_width}}  {where}{finding.detail}"
+                f"  {score}  {finding.split:<{split_width}}  {finding.label:<{label_width}}  "
+                f"{where}{finding.detail}"
             )
         if len(findings) > _NUM_SHOWN:
             print(f"  and {len(findings) - _NUM_SHOWN:,} more in {paths[0]}")
@@ -122,7 +136,8 @@ def _print(found: Audit, paths: tuple[Path, Path], options: AuditOptions) -> Non
     print(f"\n  table  {paths[0]}\n  page   {paths[1]}\n")
     if any(finding.split != "test" for finding in found.of_kind("missing_class")):
         print(
-            "Next: add images of the classes that a split lacks, or put all images into one folder of class folders, and Graft splits them."
+            "Next: add images of the classes that a split lacks, or put all images into one folder "
+            "of class folders, and Graft splits them."
         )
     else:
         print(f"Next:\n  python finetune/run.py --data {shlex.quote(options.data)}")

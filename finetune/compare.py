@@ -1,6 +1,6 @@
-"""Which backbone suits your images: cross-validated accuracy of a probe against images/s on this machine, one pass each.
+"""Compare backbones on your images: cross-validated accuracy of a probe against images/s here.
 
-python finetune/compare.py --data photos/                                    all whose weights are here
+python finetune/compare.py --data photos/                          all whose weights are here
 python finetune/compare.py --data photos/ --backbones resnet18,vit_tiny_patch16_224
 """
 
@@ -14,13 +14,6 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-# Run as a file, Python would look for modules in finetune/; the project's root and the user's own folder are what is meant.
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    sys.path.append(str(Path.cwd()))
-
-import numpy as np
 
 from finetune.config import CompareOptions, name_of_data, parse_options
 from finetune.data.lasting_split import load_lasting_splits
@@ -52,15 +45,23 @@ class Comparison:
 
 
 def compare(options: CompareOptions) -> Comparison:
-    """Print a table and a recommendation, and write a plot. Backbones that cannot be had are named and left out.
+    """Print a table and a recommendation, and write a plot.
 
-    Raises GraftError where none is left.
+    Backbones that cannot be had are logged and left out. Raises GraftError if none is left.
     """
-    splits, _ = load_lasting_splits(options)
-    if splits.is_multi_label:
+    splits, _ = load_lasting_splits(
+        options.data,
+        data_root=options.data_root,
+        val_fraction=options.val_fraction,
+        seed=options.seed,
+        runs_dir=None if options.new_split else options.output,
+        cache_dir=options.enabled_cache_dir,
+        num_workers=options.workers,
+    )
+    if splits.task.metric != "accuracy":
         raise GraftError(
-            f"--data {options.data}: backbones are compared by the accuracy of single labels, and its images have several; try them with "
-            "finetune/run.py --backbone NAME"
+            f"--data {options.data}: backbones are compared by the accuracy of single labels, and "
+            "its images have several; try them with finetune/run.py --backbone NAME"
         )
     candidates = []
     for name in _names(options):
@@ -83,22 +84,21 @@ def compare(options: CompareOptions) -> Comparison:
 
 
 def recommend(candidates: Sequence[MeasuredBackbone]) -> MeasuredBackbone:
-    """The fastest of those whose interval reaches up to the best one's accuracy: more accuracy is not proven, more speed is."""
+    """The fastest whose interval reaches the highest accuracy, so that it may be as accurate."""
     best = max(candidates, key=lambda candidate: candidate.accuracy)
     good = [candidate for candidate in candidates if candidate.high >= best.accuracy]
     return max(good, key=lambda candidate: candidate.images_per_second)
 
 
 def wilson_interval(num_right: int, num_images: int) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson, JASA 22, 1927)."""
+    """The 95 % interval of a fraction (Wilson, JASA 22, 1927)."""
     z = 1.959964
-    share, inverse = num_right / num_images, z * z / num_images
-    center = (share + inverse / 2) / (1 + inverse)
-    half = (
-        z * math.sqrt(share * (1 - share) / num_images + inverse / (4 * num_images)) / (1 + inverse)
-    )
-    # The share lies within, but for rounding: 24 of 24 would end at 0.9999999999999999.
-    return max(0.0, min(center - half, share)), min(1.0, max(center + half, share))
+    fraction, inverse = num_right / num_images, z * z / num_images
+    center = (fraction + inverse / 2) / (1 + inverse)
+    variance = fraction * (1 - fraction) / num_images + inverse / (4 * num_images)
+    half = z * math.sqrt(variance) / (1 + inverse)
+    # The fraction lies within; rounding would end the interval of 24 of 24 at 0.9999999999999999.
+    return max(0.0, min(center - half, fraction)), min(1.0, max(center + half, fraction))
 
 
 def _names(options: CompareOptions) -> list[str]:
@@ -114,7 +114,8 @@ def _names(options: CompareOptions) -> list[str]:
     names = installed_backbones()
     if not names:
         raise GraftError(
-            "--backbones installed: no package and no cache of the hub has weights here; name some where there is a network"
+            "--backbones installed: no package and no cache of the hub has weights here; "
+            "name some where there is a network"
         )
     return names
 
@@ -133,8 +134,14 @@ def _measure(name: str, splits: Splits, options: CompareOptions) -> MeasuredBack
             unreadable="error" if options.strict else "warning",
         )
         engine.close()
-    labels = np.array([sample.label for sample in splits.train], np.int64)
-    probe = solve_probe(features["train"], labels, len(splits.label_names), seed=options.seed)
+    labels = splits.labels(splits.train)
+    probe = solve_probe(
+        features["train"],
+        labels,
+        len(splits.label_names),
+        task=splits.task,
+        seed=options.seed,
+    )
     num_right = int((probe.out_of_fold_logits.argmax(axis=1) == labels).sum())
     low, high = wilson_interval(num_right, len(labels))
     return MeasuredBackbone(
@@ -155,16 +162,19 @@ def _print(comparison: Comparison, options: CompareOptions, path: Path) -> None:
         interval = f"{candidate.low:.4f} to {candidate.high:.4f}"
         speed = f"{candidate.images_per_second:>8.0f}"
         print(
-            f"{candidate.name:<{width}}  {candidate.accuracy:.4f}     {interval}  {speed}  {candidate.precision}{mark}"
+            f"{candidate.name:<{width}}  {candidate.accuracy:.4f}     {interval}  {speed}  "
+            f"{candidate.precision}{mark}"
         )
+    data = shlex.quote(options.data)
     print(
         f"""
-Accuracy is cross-validated on the training images; the recommended backbone is the fastest that may be as accurate as the best.
+Accuracy is cross-validated on the training images; the recommended backbone is the fastest that may
+be as accurate as the best.
 
   plot  {path}
 
 Next:
-  python finetune/run.py --data {shlex.quote(options.data)} --backbone {comparison.recommended.name}"""
+  python finetune/run.py --data {data} --backbone {comparison.recommended.name}"""
     )
 
 

@@ -24,7 +24,9 @@ from models.checkpoint import check_name
 from models.engine.engine import Precision
 from models.engine.processor import num_cpus
 from models.errors import GraftError
+from models.sources import identify_source
 
+Augment = Literal["none", "light", "flip"]
 _GRADIENT_OPTIONS = ("label_smoothing", "mix", "ema", "gradual", "layer_decay")
 
 
@@ -40,12 +42,17 @@ def _default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "graft"
 
 
-class SharedOptions(BaseModel):
-    """Options that all programs have: images, hardware and folders."""
+class ProgramOptions(BaseModel):
+    """What a program is told; `positional` is the field that is given without a flag."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     program: ClassVar[str]
+    positional: ClassVar[str | None] = None
+
+
+class SharedOptions(ProgramOptions):
+    """Options that all programs on images have: images, hardware and folders."""
 
     config: Path | None = Field(None, exclude=True)
     """YAML file of options, such as a run's config.yaml; flags override it"""
@@ -102,7 +109,7 @@ class SharedOptions(BaseModel):
     @property
     def source(self) -> str:
         """What `data` names, the same from every working folder."""
-        return source_of(self.data, self.data_root)
+        return identify_source(self.data, self.data_root)
 
     @property
     def enabled_cache_dir(self) -> Path | None:
@@ -182,8 +189,8 @@ class Options(BackboneOptions):
     validated and published; 0: off"""
 
     gradual: int = Field(0, ge=0)
-    """of what is not frozen, train the head and the last stage first; the stage before them joins
-    every this many epochs; 0: everything is trained from the start"""
+    """gradual unfreezing: start with the head and the last unfrozen stage, and unfreeze one earlier
+    stage every this many epochs; 0: everything is trained from the start"""
 
     layer_decay: float = Field(1.0, gt=0, le=1)
     """learning rate of each stage of the backbone relative to the next one's, such as 0.7; 1: the
@@ -194,7 +201,7 @@ class Options(BackboneOptions):
     which leaves the layers below something to learn. probe: the probe's. zeros: all zeros.
     package.module:function: a function of yours, applied to the head by nn.Module.apply"""
 
-    augment: Literal["none", "light", "flip"] = "light"
+    augment: Augment = "light"
     """light: shifted and scaled crops. flip: also mirrored (not for digits or letters). none: the
     plain crop"""
 
@@ -203,14 +210,23 @@ class Options(BackboneOptions):
     probe; 1: the plain crop (gradient epochs use as many as there are epochs, at most four)"""
 
     coverage: float = Field(0.95, gt=0, lt=1)
-    """the service marks an answer as unsure where the set of labels that holds the true one this
-    often is empty or has more than one label"""
+    """target coverage of the conformal label set; an answer is marked unsure unless its set
+    contains exactly one label"""
 
     name: str | None = None
     """the model's name in the repository; otherwise made from --data"""
 
     repository: Path = Path("checkpoints")
     """folder in which the checkpoint is published, as <name>/<version>"""
+
+    new_labels: bool = False
+    """publish although the newest version of this model has other labels, which a server would swap
+    to under its clients"""
+
+    publish: Literal["auto", "probe", "tuned"] = "auto"
+    """candidate to publish where layers are trained. auto: the fine-tuned one if it is better
+    beyond chance on the validation images, else the probe. The other one is kept in the run's
+    folder, and finetune/publish.py publishes it later"""
 
     save_minutes: float = Field(10.0, ge=0, allow_inf_nan=False)
     """minutes between two saves of gradient epochs for --resume; they are also saved after every
@@ -246,13 +262,18 @@ class Options(BackboneOptions):
         """Options of gradient epochs need gradient epochs; a resumed run has options of its own."""
         if self.freeze != "backbone" or self.resume is not None:
             return self
-        way_out = "say --freeze until:NAME or none"
+        hint = "say --freeze until:NAME or none"
         if self.head_init not in ("soft", "probe"):
             raise ValueError(
                 f"--head-init {self.head_init}: --freeze backbone solves the head and starts from "
-                f"none; {way_out}"
+                f"none; {hint}"
             )
-        reason = f"and --freeze backbone has none; {way_out}"
+        if self.publish == "tuned":
+            raise ValueError(
+                "--publish tuned: --freeze backbone trains no layers, so the probe is the only "
+                f"candidate; {hint}"
+            )
+        reason = f"and --freeze backbone has none; {hint}"
         if self.preflight:
             raise ValueError(f"--preflight: it tries gradient epochs, {reason}")
         if self.balance == "sampler":
@@ -332,15 +353,32 @@ class AuditOptions(BackboneOptions):
     """classes with fewer training images than this are reported"""
 
 
+class PublishOptions(ProgramOptions):
+    """Publish a candidate of a finished run that trained layers, as the next version of its model.
+
+    Such a run has two candidates, the probe and the fine-tuned one. It published one of them and
+    kept the other in its folder.
+    """
+
+    program = "python finetune/publish.py"
+    positional = "run"
+
+    run: Path
+    """folder of the run"""
+
+    which: Literal["probe", "tuned"]
+    """candidate to publish"""
+
+    repository: Path | None = None
+    """folder in which the version is published; the run's own if not given"""
+
+    new_labels: bool = False
+    """publish although the newest version of this model has other labels"""
+
+
 def flag_of(name: str) -> str:
     """`batch_size` → `--batch-size`."""
     return f"--{name.replace('_', '-')}"
-
-
-def source_of(data: str, data_root: Path) -> str:
-    """The absolute path of `--data`, or what it names with the folder that keeps its files."""
-    path = Path(data).expanduser()
-    return str(path.resolve()) if path.exists() else f"{data} {data_root.resolve()}"
 
 
 def name_of_data(data: str) -> str:
@@ -359,7 +397,7 @@ def name_of_data(data: str) -> str:
     return check_name(name[:63])
 
 
-AnyOptions = TypeVar("AnyOptions", bound=SharedOptions)
+AnyOptions = TypeVar("AnyOptions", bound=ProgramOptions)
 
 
 def parse_options(kind: type[AnyOptions], arguments: list[str]) -> AnyOptions:
@@ -376,7 +414,7 @@ def parse_options(kind: type[AnyOptions], arguments: list[str]) -> AnyOptions:
         raise GraftError("\n".join(lines)) from None
 
 
-def _parse_flags(kind: type[SharedOptions], arguments: list[str]) -> dict[str, Any]:
+def _parse_flags(kind: type[ProgramOptions], arguments: list[str]) -> dict[str, Any]:
     """The options that are given, by field; values are still text, those of switches bool."""
     parser = argparse.ArgumentParser(
         prog=kind.program,
@@ -388,6 +426,10 @@ def _parse_flags(kind: type[SharedOptions], arguments: list[str]) -> dict[str, A
     )
     name_of_action = {}
     for name, field in kind.model_fields.items():
+        if name == kind.positional:
+            # Optional for argparse, which would exit where it is missing: pydantic says so.
+            parser.add_argument(name, nargs="?", metavar=name.upper(), help=field.description)
+            continue
         action = _add_argument(parser, name, field)
         name_of_action["/".join(action.option_strings)] = name
     try:
@@ -403,7 +445,7 @@ def _add_argument(parser: argparse.ArgumentParser, name: str, field: FieldInfo) 
     details = []
     if field.metadata and not isinstance(field.default, str):
         details.append(describe_allowed(field))
-    if field.default is not None:
+    if field.default is not None and not field.is_required():
         on_or_off = {True: "on", False: "off"}
         is_switch = field.annotation is bool
         details.append(f"default: {on_or_off[field.default] if is_switch else field.default}")
@@ -425,7 +467,7 @@ def _metavar(field: FieldInfo) -> str:
     return next((names[kind] for kind in kinds if kind in names), "TEXT")
 
 
-def _refuse_flag(kind: type[SharedOptions], name: str) -> NoReturn:
+def _refuse_flag(kind: type[ProgramOptions], name: str) -> NoReturn:
     """A known flag without the value that it needs, or with one that it does not take."""
     field, flag = kind.model_fields[name], flag_of(name)
     if field.annotation is bool:
@@ -433,7 +475,7 @@ def _refuse_flag(kind: type[SharedOptions], name: str) -> NoReturn:
     raise GraftError(f"{flag}: it needs a value, {describe_allowed(field)}")
 
 
-def _refuse_unknown(kind: type[SharedOptions], words: list[str]) -> NoReturn:
+def _refuse_unknown(kind: type[ProgramOptions], words: list[str]) -> NoReturn:
     flags = [word.partition("=")[0] for word in words if word.startswith("-")]
     if not flags:
         raise GraftError(
@@ -457,7 +499,7 @@ def _did_you_mean(flag: str, known: list[str]) -> str:
     return f"did you mean {close[0]}? " if close else ""
 
 
-def _read_config(kind: type[SharedOptions], path: Path) -> dict[str, Any]:
+def _read_config(kind: type[ProgramOptions], path: Path) -> dict[str, Any]:
     allowed = "it takes a YAML file, such as the config.yaml of a run"
     try:
         loaded = yaml.safe_load(path.read_text())
@@ -481,13 +523,16 @@ def _read_config(kind: type[SharedOptions], path: Path) -> dict[str, Any]:
     return loaded
 
 
-def _describe_problem(kind: type[SharedOptions], problem: Any) -> str:
+def _describe_problem(kind: type[ProgramOptions], problem: Any) -> str:
     """One of pydantic's errors with its flag, the value and what is allowed."""
     message = str(problem["msg"]).removeprefix("Value error, ")
     if not problem["loc"]:
         return message
     name = str(problem["loc"][0])
-    flag = flag_of(name)
+    flag = name.upper() if name == kind.positional else flag_of(name)
+    if problem["type"] == "missing":
+        field = kind.model_fields[name]
+        return f"{flag}: it is needed, {describe_allowed(field)}; --help lists the options"
     if problem["type"] == "value_error":
         return message if message.startswith(flag) else f"{flag} {problem['input']}: {message}"
     if problem["type"] == "string_too_short":

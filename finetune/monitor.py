@@ -1,7 +1,7 @@
-"""What a person watches in TensorBoard: curves, per-class metrics, pictures, options.
+"""What a person watches in TensorBoard: curves, pictures, text, options.
 
-It writes events through TensorBoard's own package: torch's SummaryWriter is a thin face of the same, and would bring torch into runs
-that need none.
+Events are written through TensorBoard's own package: torch's SummaryWriter wraps it, too, and
+would import torch in runs that need none.
 """
 
 from __future__ import annotations
@@ -73,7 +73,10 @@ class Monitor:
         self._write(Summary.Value(tag=f"{tag}/text_summary", metadata=metadata, tensor=tensor), 0)
 
     def options(self, options: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-        """The options as a table, and as HParams beside the run's final metrics, which must be scalars of the same tags."""
+        """The options as a table, and as HParams beside the run's final `metrics`.
+
+        Those have to be scalars of the same tags.
+        """
         shown = {
             name: value if isinstance(value, bool | int | float | str) else json.dumps(value)
             for name, value in options.items()
@@ -113,7 +116,7 @@ class Monitor:
             )
 
     def flush(self) -> None:
-        """What was written so far is in the file."""
+        """Write to the file what was given so far."""
         self._writer.flush()
 
     def close(self) -> None:

@@ -1,8 +1,10 @@
-"""A run that ended before its time → its options, its images and its place in the curves; and what a run keeps so that this can be done.
+"""What a run keeps so that it can be resumed, and how its options, images and curves are restored.
 
-In the run's folder, `state/run.json` holds what was chosen before the training (which image is in which split, the engine's precision),
-`state/training.safetensors` the gradient epochs (`finetune/training/state.py`), and activations kept at the freeze boundary lie beside them. All
-of it goes when the run is done. What is not kept is in the cache, or is computed again: features and probe.
+In the run's folder, `state/run.json` holds what was chosen before the training (which image is in
+which split, the engine's precision), `state/training.safetensors` the gradient epochs
+(`finetune/training/state.py`), and activations kept at the freeze boundary lie beside them. All of
+it is removed when the run is done. Features and probe are not kept: they are in the cache, or are
+computed again.
 """
 
 from __future__ import annotations
@@ -49,10 +51,10 @@ _KEPT = {
     "unreadable",
     "digests",
 }
-# Flags that --resume takes: they change how long a run takes and what it needs, not what it comes to.
-_CHANGEABLE_OPTIONS = {"workers", "save_minutes", "cache_gb", "explain"}
-# What may be another in a resumed run's config.yaml, for no gradient step depends on it. The precision is fixed as it was resolved, the
-# images as they are.
+# Flags that --resume takes: they change how long a run takes and what it needs, not its result.
+_CHANGEABLE_OPTIONS = {"workers", "save_minutes", "cache_gb", "explain", "new_labels"}
+# Options that may differ in a resumed run's config.yaml: no gradient step depends on them. The
+# precision is fixed as it was resolved, the images as they are.
 _FREE_OPTIONS = _CHANGEABLE_OPTIONS | {
     "data",
     "data_root",
@@ -67,17 +69,19 @@ _FREE_OPTIONS = _CHANGEABLE_OPTIONS | {
     "name",
     "repository",
     "preflight",
+    "publish",
 }
 
 
 @dataclass(frozen=True)
 class Choices:
-    """What a run chose before it trained: its images, those that could be read, and the engine's precision with its reason.
+    """What a run chose before it trained: images, readable ones, precision and its reason.
 
-    `digests` of the images' bytes are by their keys; `options` are as they were given.
+    `fixed` are the options that must stay the same, as they were given; `digests` of the images'
+    bytes are by their keys.
     """
 
-    options: Options
+    fixed: Mapping[str, Any]
     loaded: Splits
     readable: Splits
     precision: str
@@ -85,53 +89,54 @@ class Choices:
     digests: Mapping[str, bytes] = field(default_factory=dict)
 
 
-def read_options(options: Options) -> Options:
-    """The options of the run in `options.resume`, which says no more than this but for what changes no outcome.
+def read_options(given: Options) -> Options:
+    """The options of the run in `given.resume`, with what `given` may change.
 
-    Relative paths mean what they meant then: the process goes to the folder in which the run was started.
-    Raises GraftError where the folder is no run's, where the run is done, and for every flag that contradicts it.
+    Relative paths mean what they meant then: the process changes to the folder in which the run was
+    started. Raises GraftError where the folder is not a run's, where the run is done, and for every
+    other option that differs.
     """
-    assert options.resume is not None
-    run_dir = options.resume
+    assert given.resume is not None
+    run_dir = given.resume
     if not (run_dir / "config.yaml").is_file():
         raise GraftError(
-            f"--resume {run_dir}: no config.yaml in it; it takes the folder of a run, such as runs/digits-20261123-045110"
+            f"--resume {run_dir}: no config.yaml in it; it takes the folder of a run, such as "
+            "runs/digits-20261123-045110"
         )
     if (run_dir / "metrics.json").is_file():
         raise GraftError(
-            f"--resume {run_dir}: that run is done, its metrics.json says how; --config {run_dir}/config.yaml repeats it"
+            f"--resume {run_dir}: that run is done, its results are in metrics.json; --config "
+            f"{run_dir}/config.yaml repeats it"
         )
     its_own = parse_options(Options, ["--config", str(run_dir / "config.yaml")])
     contradictions = [
-        f"--{name.replace('_', '-')} {getattr(options, name)}: the run in {run_dir} has {getattr(its_own, name)}, and a resumed run goes "
-        "on as it began; leave the flag out, or begin another run"
-        for name in sorted(options.model_fields_set - {"resume"} - _CHANGEABLE_OPTIONS)
-        if getattr(options, name) != getattr(its_own, name)
+        f"--{name.replace('_', '-')} {getattr(given, name)}: the run in {run_dir} has "
+        f"{getattr(its_own, name)}, and a resumed run goes on as it began; leave the flag out, or "
+        "begin another run"
+        for name in sorted(given.model_fields_set - {"resume"} - _CHANGEABLE_OPTIONS)
+        if getattr(given, name) != getattr(its_own, name)
     ]
     if contradictions:
         raise GraftError("\n".join(contradictions))
-    changes = {
-        name: getattr(options, name) for name in options.model_fields_set & _CHANGEABLE_OPTIONS
-    }
+    changes = {name: getattr(given, name) for name in given.model_fields_set & _CHANGEABLE_OPTIONS}
     resumed = its_own.model_copy(update={**changes, "resume": run_dir.resolve()})
     kept = _read_kept(run_dir)
     if kept is None:
-        logger.info("resuming %s: it had not come to its training, and begins again", run_dir)
+        logger.info("resuming %s: it ended before its training, and begins again", run_dir)
         return resumed
     logger.info("resuming %s", run_dir)
-    check_fixed(run_dir, kept["fixed"], fix_options(its_own))
+    check_fixed(run_dir, kept["fixed"], fix_options(its_own.model_dump(mode="json")))
     home = Path(kept["folder"])
     if home != Path.cwd() and home.is_dir():
         logger.info("relative paths are those of %s, where the run was started", home)
         os.chdir(home)
-        sys.path.append(str(home))  # the user's own modules
     return resumed.model_copy(update={"precision": kept["precision"]})
 
 
 def restore_splits(run_dir: Path, splits: Splits) -> Splits | None:
-    """The run's own splits, from the images that its data has now; None where it had kept none.
+    """The run's own splits, of the images in `splits`; None where it had not kept them.
 
-    Raises GraftError where an image is gone. What is new in the data is left out.
+    Raises GraftError where an image is gone. Images that are new in the data are left out.
     """
     kept = _read_kept(run_dir)
     if kept is None:
@@ -140,13 +145,14 @@ def restore_splits(run_dir: Path, splits: Splits) -> Splits | None:
     gone = [key for split in kept["splits"].values() for key, *_ in split if key not in images]
     if gone:
         raise GraftError(
-            f"--resume {run_dir}: images of the run are gone: {join_first(gone)}; bring them back, or begin another run"
+            f"--resume {run_dir}: images of the run are gone: {join_first(gone)}; bring them "
+            "back, or begin another run"
         )
 
     def restore(split: SplitName) -> tuple[Sample, ...]:
         return tuple(
-            Sample(key, label, images[key], tuple(labels))
-            for key, label, *labels in kept["splits"][split]
+            Sample(key, splits.task.restore(label), images[key])
+            for key, label in kept["splits"][split]
         )
 
     label_names = tuple(kept["label_names"])
@@ -160,9 +166,9 @@ def restore_splits(run_dir: Path, splits: Splits) -> Splits | None:
 
 
 def keep_choices(run_dir: Path, choices: Choices) -> str:
-    """Keep what a run chose before it trains, and give the reason of its precision; a resumed run's must be what they were.
+    """Keep what a run chose before it trains; gives the first process's reason for the precision.
 
-    Raises GraftError where they are not.
+    Raises GraftError where a resumed run's images differ from those kept.
     """
     readable = {sample.key for _, samples in choices.readable.named() for sample in samples}
     unreadable = sorted(
@@ -175,15 +181,12 @@ def keep_choices(run_dir: Path, choices: Choices) -> str:
         chosen = {
             "id": uuid.uuid4().hex,
             "folder": str(Path.cwd()),
-            "fixed": fix_options(choices.options),
+            "fixed": choices.fixed,
             "precision": choices.precision,
             "reason": choices.reason,
             "label_names": choices.loaded.label_names,
             "splits": {
-                name: [
-                    [sample.key, sample.label, *sample.labels]
-                    for sample in getattr(choices.loaded, name)
-                ]
+                name: [[sample.key, sample.label] for sample in getattr(choices.loaded, name)]
                 for name in names
             },
             "unreadable": unreadable,
@@ -194,21 +197,22 @@ def keep_choices(run_dir: Path, choices: Choices) -> str:
     if kept["unreadable"] != unreadable:
         changed = sorted(set(unreadable) ^ set(kept["unreadable"]))[0]
         raise GraftError(
-            f"--resume {run_dir}: {changed}: whether it can be read has changed since the run began; put it back as it was"
+            f"--resume {run_dir}: {changed}: whether it can be read has changed since the run "
+            "began; put it back as it was"
         )
     if changed := sorted(
         key for key, digest in kept["digests"].items() if digests.get(key) != digest
     ):
         raise GraftError(
-            f"--resume {run_dir}: images have changed since the run began: {join_first(changed)}; put them back as they were, or begin "
-            "another run"
+            f"--resume {run_dir}: images have changed since the run began: {join_first(changed)}; "
+            "put them back as they were, or begin another run"
         )
     return str(kept["reason"])
 
 
 @contextlib.contextmanager
 def lock(run_dir: Path) -> Iterator[None]:
-    """Hold a run's state folder for this process alone. Raises GraftError while another one does."""
+    """Lock a run for this process alone. Raises GraftError while another process has the lock."""
     folder = run_dir / STATE_DIR
     try:
         folder.mkdir(exist_ok=True)
@@ -219,7 +223,8 @@ def lock(run_dir: Path) -> Iterator[None]:
         ) from error
     with file:
         try:
-            # A record lock, not `flock`: a killed run's decoding processes, which outlive it by seconds, would hold that.
+            # A record lock: a `flock` would be held by a killed run's decoding processes, which
+            # outlive it by seconds.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise GraftError(
@@ -231,7 +236,7 @@ def lock(run_dir: Path) -> Iterator[None]:
 
 
 def trim_events(run_dir: Path) -> None:
-    """Cut the event files back to where the saved state was written, so that steps that come again are not there twice."""
+    """Cut the event files back to where the state was saved, so that no step is in them twice."""
     sizes: Mapping[str, int] = _read_saved(run_dir, "events", {})
     for events in run_dir.glob(_EVENT_FILES):
         if events.name not in sizes:
@@ -241,13 +246,13 @@ def trim_events(run_dir: Path) -> None:
 
 
 def seconds_trained(run_dir: Path) -> float:
-    """By the saved state, what all processes before this one have spent on its gradient epochs."""
+    """The seconds that earlier processes spent on the run's gradient epochs, by the saved state."""
     progress = _read_saved(run_dir, "progress", {})
     return float(progress.get("seconds_trained", 0))
 
 
 def _read_saved(run_dir: Path, name: str, default: Any) -> Any:
-    """A part of the training's state that is no tensor; a file that cannot be read is told of when its tensors are."""
+    """A part of the training state that is not a tensor; `default` where it cannot be read."""
     path = run_dir / STATE_DIR / TRAINING_FILE
     if path.exists():
         with (
@@ -259,7 +264,7 @@ def _read_saved(run_dir: Path, name: str, default: Any) -> Any:
 
 
 def event_sizes(run_dir: Path) -> dict[str, int]:
-    """The event files of a run and their sizes in bytes, which are then on disk for good."""
+    """Flush the event files of a run to disk; gives their sizes in bytes, by name."""
     sizes = {}
     for path in run_dir.glob(_EVENT_FILES):
         with path.open("rb") as file:
@@ -268,29 +273,31 @@ def event_sizes(run_dir: Path) -> dict[str, int]:
     return sizes
 
 
-def find_published(options: Options, run_dir: Path) -> Path | None:
-    """The checkpoint that a run had published before it was stopped."""
-    run_id = read_id(run_dir)
-    for version in reversed(list_versions(options.repository, options.model_name)):
-        path = options.repository / options.model_name / str(version)
+def find_published(
+    repository: Path, model_name: str, run_id: str | None, candidate: str | None = None
+) -> Path | None:
+    """The newest version that the run with this id published, of one candidate or any."""
+    if run_id is None:
+        return None
+    for version in reversed(list_versions(repository, model_name)):
+        path = repository / model_name / str(version)
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            if (
-                run_id is not None
-                and json.loads((path / CONFIG_FILE).read_text())["graft"].get("run_id") == run_id
-            ):
+            graft = json.loads((path / CONFIG_FILE).read_text())["graft"]
+            # Graft 0.1 named no candidate.
+            is_candidate = candidate in (None, graft.get("candidate", candidate))
+            if graft.get("run_id") == run_id and is_candidate:
                 return path
     return None
 
 
 def read_id(run_dir: Path) -> str | None:
-    """What tells a run from every other, wherever its folder is and whatever its name; None before `keep_choices`."""
+    """The run's own id, whatever its folder is called; None before `keep_choices`."""
     kept = _read_kept(run_dir)
     return None if kept is None else str(kept["id"])
 
 
-def fix_options(options: Options) -> dict[str, Any]:
-    """By their flags, the options that shape a run's outcome: one half of one kind and half of another would be neither."""
-    values = options.model_dump(mode="json")
+def fix_options(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of all options as JSON values, those that a resumed run must not change, by their flags."""
     return {
         f"--{name.replace('_', '-')}": value
         for name, value in values.items()
@@ -301,12 +308,13 @@ def fix_options(options: Options) -> dict[str, Any]:
 def check_fixed(
     run_dir: Path, then: Mapping[str, Any], now: Mapping[str, Any], otherwise: str = ""
 ) -> None:
-    """Raise GraftError for the first thing that is not what it was when the run began, with a way out and another one, `otherwise`."""
+    """Raise GraftError for the first value that is not what it was; `otherwise` adds a way out."""
     for name, value in now.items():
         if then.get(name) != value:
             raise GraftError(
-                f"--resume {run_dir}: {name} was {then.get(name)} when the run began, and is {value} now; put it back "
-                f"(an option in {run_dir / 'config.yaml'}), or begin another run{otherwise}"
+                f"--resume {run_dir}: {name} was {then.get(name)} when the run began, and is "
+                f"{value} now; put it back (an option in {run_dir / 'config.yaml'}), or begin "
+                f"another run{otherwise}"
             )
 
 
@@ -319,7 +327,7 @@ def remove_state(run_dir: Path) -> None:
 
 
 def resume_command(run_dir: Path) -> str:
-    """What a person types to go on with a run."""
+    """The command that goes on with a run."""
     script = Path(__file__).with_name("run.py")
     typed = script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script
     return shlex.join([Path(sys.executable).name, str(typed), "--resume", str(run_dir)])
@@ -330,7 +338,7 @@ def _read_kept(run_dir: Path) -> Any | None:
     try:
         kept = json.loads(path.read_text())
         if not isinstance(kept, dict) or not kept.keys() >= _KEPT:
-            raise ValueError("it is not what a run keeps")
+            raise ValueError("its entries are not those of a run")
         return kept
     except FileNotFoundError:
         return None

@@ -1,71 +1,54 @@
 """One run, top to bottom: labelled images → probe → (gradient epochs) → evaluation → checkpoint.
 
-python finetune/run.py                                           the embedded digits, no network needed
-python finetune/run.py --data photos/ --backbone resnet18        your own
-python finetune/run.py --data photos/ --freeze until:layer3      train what comes after layer3, too
-python finetune/run.py --resume runs/photos-20261123-045110      go on with one that was stopped or killed
+python finetune/run.py                                      the embedded digits, without a network
+python finetune/run.py --data photos/ --backbone resnet18   your own images
+python finetune/run.py --data photos/ --freeze until:layer3
+                                                            layers after layer3 train, too
+python finetune/run.py --resume runs/photos-20261123-045110
+                                                            go on with a stopped or killed run
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
 import shutil
 import sys
 import tempfile
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-# Run as a file, Python would look for modules in finetune/; the project's root and the user's own folder are what is meant.
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    sys.path.append(str(Path.cwd()))
-
-import numpy as np
-import numpy.typing as npt
-
 from finetune.auditing.findings import Audit
-from finetune.auditing.inspection import inspect, write_audit
+from finetune.auditing.inspection import inspect
+from finetune.auditing.output import write_audit
+from finetune.candidates import choose, compare, fine_tune, fit_probe
 from finetune.config import Options, parse_options
-from finetune.data.balance import class_weights, say_if_uneven
 from finetune.data.duplicates import Duplicates
 from finetune.data.lasting_split import load_lasting_splits
 from finetune.data.splits import Splits
-from finetune.evaluation.calibration import (
-    Calibrated,
-    Calibration,
-    calibrate_probe,
-    calibrate_trained,
-)
-from finetune.evaluation.learning_curve import measure_learning_curve
-from finetune.evaluation.metrics import evaluate
-from finetune.evaluation.thresholds import (
-    LabelCalibrated,
-    LabelCalibration,
-    calibrate_probe_of_labels,
-    calibrate_trained_of_labels,
-)
-from finetune.evaluation.verdict import compare_with_probe
 from finetune.monitor import Monitor
-from finetune.probe.features import extract_splits, open_engine, prepare, prepare_meanwhile
+from finetune.probe.features import prepare, prepare_meanwhile
+from finetune.probe.learning_curve import LearningCurve, measure_learning_curve
 from finetune.probe.precision import extract_in_best_precision
-from finetune.probe.solve import Head, Probe, soften, solve_on_best_views
+from finetune.report.candidate import Candidate
 from finetune.report.mistakes import explain_mistakes, worst_mistakes
-from finetune.report.next_steps import commands_to_try, say_what_next, write_example
+from finetune.report.next_steps import commands_to_try, print_next_steps, write_example
 from finetune.report.page import write_report
-from finetune.report.publishing import choose_golden, publish_result
+from finetune.report.publishing import check_labels, keep_other_candidate, publish_chosen
 from finetune.report.result import Result
 from finetune.report.tensorboard import show_in_tensorboard
 from finetune.resume import (
-    STATE_DIR,
     Choices,
     find_published,
+    fix_options,
     is_resumable,
     keep_choices,
     lock,
+    read_id,
     read_options,
     remove_state,
     restore_splits,
@@ -74,14 +57,11 @@ from finetune.resume import (
     trim_events,
 )
 from finetune.terminal import run_program
+from finetune.timer import Timer
 from finetune.training.broken_batch import FOLDER as BROKEN_BATCH_DIR
-from models.engine.engine import Features
-from models.errors import GraftError, join_first
+from models.errors import GraftError
 from models.files import write_whole
 from models.named import import_named
-from models.prepared import PreparedBackbone
-from models.scores import Floats, Labels
-from models.sources import SplitName
 
 logger = logging.getLogger("graft.run")
 
@@ -94,66 +74,59 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(options: Options) -> Path:
-    """Do one run and return the folder of the published checkpoint. Raises GraftError for everything the user can mend."""
-    started = time.perf_counter()
-    if options.resume is not None:
-        options = read_options(options)
-    if ":" in options.head_init:
-        import_named("--head-init", options.head_init)  # known to be wrong before any work
-    run_dir = options.resume
-    with prepare_meanwhile(options):
-        splits, duplicates = load_lasting_splits(
-            options, restore=None if run_dir is None else functools.partial(restore_splits, run_dir)
-        )
-    _check_task(options, splits)
-    _log_splits(options, splits)
-    run_dir = run_dir or _make_run_dir(options)
-    try:
-        with lock(run_dir):
-            return _run_in(run_dir, options, splits, duplicates, started)
-    except GraftError as error:
-        if is_resumable(run_dir) or find_published(options, run_dir) is not None:
-            error.add_note(
-                f"{run_dir} is kept; when that is mended, go on with\n  {resume_command(run_dir)}"
+    """Do one run and return the folder of the published checkpoint.
+
+    Raises GraftError for every error the user can fix.
+    """
+    with Timer() as total:
+        if options.resume is not None:
+            options = read_options(options)
+        if ":" in options.head_init:
+            import_named("--head-init", options.head_init)  # fail before any work
+        restore = None
+        if options.resume is not None:
+            restore = functools.partial(restore_splits, options.resume)
+        with prepare_meanwhile(options):
+            splits, duplicates = load_lasting_splits(
+                options.data,
+                data_root=options.data_root,
+                val_fraction=options.val_fraction,
+                seed=options.seed,
+                runs_dir=None if options.new_split else options.output,
+                cache_dir=options.enabled_cache_dir,
+                num_workers=options.workers,
+                restore=restore,
+                refuse=functools.partial(_refuse, options),
             )
-        elif (run_dir / BROKEN_BATCH_DIR).exists():
-            remove_state(run_dir)
-        elif options.resume is None:
-            # A run that came to nothing would only be in the way, in TensorBoard too.
-            shutil.rmtree(run_dir, ignore_errors=True)
-        raise
-    except KeyboardInterrupt as stop:
-        stop.add_note(f"go on with\n  {resume_command(run_dir)}")
-        raise
+        run_dir = options.resume or _make_run_dir(options)
+        with _kept_or_removed(run_dir, options), lock(run_dir):
+            return _run_in(run_dir, options, splits, duplicates, total)
 
 
 def _run_in(
-    run_dir: Path, options: Options, splits: Splits, duplicates: Duplicates, started: float
+    run_dir: Path, options: Options, splits: Splits, duplicates: Duplicates, total: Timer
 ) -> Path:
     trim_events(run_dir)
     earlier_seconds = seconds_trained(run_dir)
     monitor = Monitor(run_dir)
     with tempfile.TemporaryDirectory(prefix="graft-") as scratch:
         result = _fit(options, splits, duplicates, monitor, run_dir, Path(scratch), earlier_seconds)
-        golden = choose_golden(result, duplicates.digests)
-        checkpoint = (
-            find_published(options, run_dir) if options.resume else None
-        ) or publish_result(result, golden, run_dir)
-        mistakes = worst_mistakes(result)
+        checkpoint = _publish(result, duplicates, run_dir)
+        mistakes = worst_mistakes(result.splits, result.chosen)
         if mistakes and options.explains:
-            mistakes = explain_mistakes(result, mistakes)
+            mistakes = explain_mistakes(result.chosen, mistakes)
         show_in_tensorboard(monitor, result, mistakes)
-    result.seconds["total"] = earlier_seconds + time.perf_counter() - started
+    result = replace(result, seconds={**result.seconds, "total": earlier_seconds + total.seconds})
     result.splits.write_csv(run_dir / "splits.csv")
-    commands = commands_to_try(options, write_example(run_dir, result.splits))
-    _write(
-        run_dir / "report.html",
-        write_report(result, mistakes, version=int(checkpoint.name), commands=commands),
-    )
-    # The last of all: it says that the run is done.
+    example = write_example(run_dir, result.splits.val[0])
+    commands = commands_to_try(options.repository, options.model_name, example)
+    version = int(checkpoint.name)
+    report = write_report(result, mistakes, version=version, commands=commands, run_dir=run_dir)
+    _write(run_dir / "report.html", report)
+    # The last file: with it, the run is done.
     _write(run_dir / "metrics.json", json.dumps(result.to_dict(), indent=2) + "\n")
     remove_state(run_dir)
-    say_what_next(result, run_dir, checkpoint, commands)
+    print_next_steps(result, run_dir, checkpoint, commands)
     return checkpoint
 
 
@@ -166,11 +139,12 @@ def _fit(
     scratch: Path,
     earlier_seconds: float,
 ) -> Result:
-    """Features → probe → audit → gradient epochs where something is unfrozen → metrics.
+    """Features → probe → audit → gradient epochs where something is unfrozen → choice.
 
-    `scratch` holds backbones that are not kept; `earlier_seconds` of training were another process's, of which this one is the resumption.
+    `scratch` takes backbones that are not kept; `earlier_seconds` are those that earlier processes
+    of this run trained.
     """
-    backbone = prepare(
+    prepared = prepare(
         options.backbone,
         loaded.train,
         options,
@@ -178,165 +152,102 @@ def _fit(
         weights=options.weights,
         pretrained=options.pretrained,
     )
-    backbone.check_freeze(options.freeze)
-    at = [time.perf_counter()]
-    chosen, splits, features, extract_seconds = extract_in_best_precision(
-        backbone, loaded, options, scratch, digests=duplicates.digests
-    )
-    backbone, engine = chosen.backbone, chosen.engine
-    engine.close()
-    why_precision = keep_choices(
-        run_dir,
-        Choices(options, loaded, splits, engine.info.precision, chosen.reason, duplicates.digests),
-    )
-    options = options.model_copy(update={"precision": engine.info.precision})
-    at.append(time.perf_counter())
-    labels = {split: splits.labels(samples) for split, samples in splits.named()}
-    num_classes = len(splits.label_names)
-    # Balanced drawing comes to the same, and full batches need no luck.
-    weights = None if options.balance == "none" else class_weights(labels["train"], num_classes)
-    probe = solve_on_best_views(
-        features["train"], labels["train"], num_classes, seed=options.seed, class_weights=weights
-    )
-    at.append(time.perf_counter())
-    head, best_epoch, verdict = Head(probe.weight, probe.bias), None, None
-    logits = _compute_logits(head, features)
-    probe_metrics = evaluate(logits["val"], labels["val"])
-    metric = next(iter(probe_metrics.NAMES.values()))
-    logger.info(
-        "probe: val %s %.4f, in %.1f s (L2 %.0e)",
-        metric,
-        probe_metrics.score,
-        at[2] - at[1],
-        probe.l2,
-    )
-    audit = inspect(loaded, splits, features, probe, duplicates, backbone.preprocess)
-    _say_audit(audit, write_audit(audit, run_dir, "audit", options.data), options)
-    at.append(time.perf_counter())
-    learnt_from = features["train"][: probe.num_views * len(labels["train"])]
-    learning_curve = measure_learning_curve(
-        learnt_from, labels["train"], probe, features["val"], labels["val"], seed=options.seed
-    )
-    at.append(time.perf_counter())
+    prepared.check_freeze(options.freeze)
+    with Timer() as extraction:
+        precise, splits, features, extract_seconds = extract_in_best_precision(
+            prepared, loaded, options, scratch, digests=duplicates.digests
+        )
+        backbone, engine = precise.backbone, precise.engine.info
+        precise.engine.close()
+        fixed = fix_options(options.model_dump(mode="json"))
+        why_precision = keep_choices(
+            run_dir,
+            Choices(fixed, loaded, splits, engine.precision, precise.reason, duplicates.digests),
+        )
+    options = options.model_copy(update={"precision": engine.precision})
+    probe = fit_probe(options, splits, backbone, engine, features)
+    with Timer() as auditing:
+        audit = inspect(loaded, splits, features, probe.solution, duplicates, backbone.preprocess)
+        _log_audit(audit, write_audit(audit, run_dir, "audit", options.data), options.strict)
+    with Timer() as measuring:
+        learning_curve = _measure_learning_curve(splits, probe, options.seed)
+    tuned, verdict = None, None
     if options.freeze != "backbone":
-        plain = features["train"][: len(labels["train"])]
-        start = (
-            soften(probe, plain, labels["train"], num_classes)
-            if options.head_init == "soft"
-            else probe
+        tuned = fine_tune(
+            options, splits, probe, duplicates.digests, monitor, scratch, earlier_seconds
         )
-        trained, trained_head, best_epoch = _train(options, splits, start, monitor, scratch)
-        trained_engine = open_engine(trained, options.device, options.precision)
-        still, trained_features = extract_splits(
-            splits,
-            trained,
-            trained_engine,
-            num_workers=options.workers,
-            cache=None,
-            only=("val", "test"),
-            unreadable="ignored",
-            digests=duplicates.digests,
-        )
-        trained_engine.close()
-        _check_none_gone(splits, still)
-        trained_logits = _compute_logits(trained_head, trained_features)
-        seconds = {
-            "probe_seconds": at[2] - at[1],
-            "train_seconds": earlier_seconds + time.perf_counter() - at[4],
-        }
-        weights = None if options.balance == "none" else class_weights(labels["val"], num_classes)
-        verdict = compare_with_probe(
-            logits["val"],
-            trained_logits["val"],
-            labels["val"],
-            class_weights=weights,
-            has_learnt=best_epoch > 0,
-            **seconds,
-        )
-        if verdict.publishes == "fine-tuned":
-            backbone, engine, head, logits, features = (
-                trained,
-                trained_engine,
-                trained_head,
-                trained_logits,
-                trained_features,
-            )
-    at.append(time.perf_counter())
-    calibration, calibrated = _calibrate(
-        probe if backbone is chosen.backbone else None, logits, labels, options
-    )
+        verdict = compare(options, splits, probe, tuned)
     return Result(
         options=options,
         splits=splits,
-        backbone=backbone,
-        engine=engine.info,
-        why_precision=why_precision,
-        head=head,
-        metrics={
-            split: evaluate(logits[split], labels[split], _answers(calibrated[split]))
-            for split in logits
-        },
-        calibration=calibration,
-        calibrated=calibrated,
-        probe_metrics=probe_metrics,
-        l2=probe.l2,
-        learning_curve=learning_curve,
-        val_logits=logits["val"],
-        val_features=features["val"],
-        audit=audit,
-        best_epoch=best_epoch,
+        probe=probe,
+        tuned=tuned,
+        chosen=choose(probe, tuned, verdict),
         verdict=verdict,
+        why_precision=why_precision,
+        learning_curve=learning_curve,
+        audit=audit,
         seconds={
-            "engine": at[1] - at[0] - extract_seconds,
+            "engine": extraction.seconds - extract_seconds,
             "features": extract_seconds,
-            "probe": at[2] - at[1],
-            "audit": at[3] - at[2],
-            "learning_curve": at[4] - at[3],
-            "train": earlier_seconds + at[5] - at[4],
+            "probe": probe.seconds,
+            "audit": auditing.seconds,
+            "learning_curve": measuring.seconds,
+            "train": 0.0 if tuned is None else tuned.seconds,
         },
     )
 
 
-def _check_none_gone(splits: Splits, still: Splits) -> None:
-    """Raise GraftError where images that the probe was measured on are no longer there to measure what was trained."""
-    left = {sample.key for _, samples in still.named() for sample in samples}
-    if gone := [
-        sample.key for _, samples in splits.named() for sample in samples if sample.key not in left
-    ]:
-        raise GraftError(
-            f"{join_first(gone)}: gone or changed since the run began; put back what was there"
+def _publish(result: Result, duplicates: Duplicates, run_dir: Path) -> Path:
+    """Keep the other candidate, and publish the chosen one, unless an earlier process has."""
+    keep_other_candidate(result, duplicates.digests, run_dir)
+    options, published = result.options, None
+    if options.resume is not None:
+        published = find_published(
+            options.repository, options.model_name, read_id(run_dir), result.chosen.name
         )
+    return published or publish_chosen(result, duplicates.digests, run_dir)
 
 
-def _calibrate(
-    probe: Probe | None,
-    logits: Mapping[SplitName, Floats],
-    labels: Mapping[SplitName, Labels],
-    options: Options,
-) -> tuple[Calibration | LabelCalibration, Mapping[SplitName, Calibrated | LabelCalibrated]]:
-    """Of the probe where it is published; None where it is not."""
-    if labels["train"].ndim == 2:
-        if probe is not None:
-            return calibrate_probe_of_labels(probe, labels["train"], logits, labels)
-        return calibrate_trained_of_labels(logits, labels, options.seed)
-    if probe is not None:
-        return calibrate_probe(probe, labels["train"], logits, labels, options.coverage)
-    return calibrate_trained(logits, labels, options.coverage, options.seed)
+@contextlib.contextmanager
+def _kept_or_removed(run_dir: Path, options: Options) -> Iterator[None]:
+    """After an error, keep the folder of a run that can go on, and say how; remove others."""
+    try:
+        yield
+    except GraftError as error:
+        if is_resumable(run_dir) or find_published(
+            options.repository, options.model_name, read_id(run_dir)
+        ):
+            error.add_note(
+                f"{run_dir} is kept; after fixing this, go on with\n  {resume_command(run_dir)}"
+            )
+        elif (run_dir / BROKEN_BATCH_DIR).exists():
+            remove_state(run_dir)
+        elif options.resume is None:
+            # An empty run folder would clutter TensorBoard.
+            shutil.rmtree(run_dir, ignore_errors=True)
+        raise
+    except KeyboardInterrupt as stop:
+        stop.add_note(f"go on with\n  {resume_command(run_dir)}")
+        raise
 
 
-def _answers(calibrated: Calibrated | LabelCalibrated) -> npt.NDArray[np.bool_] | None:
-    return calibrated.answers if isinstance(calibrated, LabelCalibrated) else None
+def _measure_learning_curve(splits: Splits, probe: Candidate, seed: int) -> LearningCurve:
+    train_labels, val_labels = splits.labels(splits.train), splits.labels(splits.val)
+    learnt_from = probe.features["train"][: probe.solution.num_views * len(train_labels)]
+    return measure_learning_curve(
+        learnt_from,
+        train_labels,
+        probe.solution,
+        probe.features["val"],
+        val_labels,
+        splits.task,
+        seed=seed,
+    )
 
 
-def _compute_logits(head: Head, features: Mapping[SplitName, Features]) -> dict[SplitName, Floats]:
-    """Of every split that was not trained on, `[N,C]`."""
-    return {
-        split: features[split] @ head.weight.T + head.bias for split in features if split != "train"
-    }
-
-
-def _say_audit(audit: Audit, paths: tuple[Path, Path], options: Options) -> None:
-    if options.strict:
+def _log_audit(audit: Audit, paths: tuple[Path, Path], is_strict: bool) -> None:
+    if is_strict:
         audit.refuse_leaks()
     for line in audit.to_lines():
         logger.log(logging.WARNING if audit.leaks else logging.INFO, "%s", line)
@@ -346,21 +257,22 @@ def _say_audit(audit: Audit, paths: tuple[Path, Path], options: Options) -> None
 
 def _check_task(options: Options, splits: Splits) -> None:
     """Raise GraftError for an option that means nothing where images have several labels."""
-    for name in ("balance", "mix", "label_smoothing"):
+    for name in splits.task.unsupported_options:
         value = getattr(options, name)
-        if splits.is_multi_label and value != type(options).model_fields[name].default:
+        if value != type(options).model_fields[name].default:
             flag = f"--{name.replace('_', '-')}"
             raise GraftError(
-                f"{flag} {value}: it is for one label an image, and {options.data} has a column labels; leave it out"
+                f"{flag} {value}: it is for one label an image, and {options.data} has a column "
+                "labels; leave it out"
             )
 
 
-def _log_splits(options: Options, splits: Splits) -> None:
-    sizes = ", ".join(f"{len(samples):,} {split}" for split, samples in splits.named())
-    classes = "labels, any number an image" if splits.is_multi_label else "classes"
-    logger.info("%s: %d %s, images: %s", options.data, len(splits.label_names), classes, sizes)
-    if options.balance == "none" and not splits.is_multi_label:
-        say_if_uneven(splits.labels(splits.train), splits.label_names)
+def _refuse(options: Options, splits: Splits) -> None:
+    """Raise GraftError for what is known to be wrong once the labels are read."""
+    _check_task(options, splits)
+    check_labels(options.repository, options.model_name, splits.label_names, options.new_labels)
+    if options.balance == "none":
+        splits.task.warn_if_imbalanced(splits.labels(splits.train), splits.label_names)
 
 
 def _make_run_dir(options: Options) -> Path:
@@ -400,34 +312,6 @@ def _write(path: Path, text: str) -> None:
         )
     except OSError as error:
         raise GraftError(f"{path}: it cannot be written: {error.strerror}") from error
-
-
-def _train(
-    options: Options, splits: Splits, start: Probe, monitor: Monitor, scratch: Path
-) -> tuple[PreparedBackbone, Head, int]:
-    """Gradient epochs; the trained backbone is prepared for the engine in `scratch`."""
-    # Imported here: a probe needs neither torch nor timm, which take longer to import than a probe to solve.
-    from finetune.training.train import train
-    from models.backbone.build import build_backbone
-    from models.prepared import write_prepared
-
-    backbone = build_backbone(
-        options.backbone,
-        num_classes=len(splits.label_names),
-        weights=options.weights,
-        pretrained=options.pretrained,
-        image_size=options.image_size,
-        seed=options.seed,
-    )
-    best_epoch = train(
-        backbone, splits, start, options, monitor, scratch, state_dir=monitor.run_dir / STATE_DIR
-    )
-    logger.info("converting what was trained for the engine …")
-    backbone.model.cpu()
-    weight, bias = (
-        tensor.detach().numpy().copy() for tensor in (backbone.head.weight, backbone.head.bias)
-    )
-    return write_prepared(backbone, scratch / "trained"), Head(weight, bias), best_epoch
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a program says while it works and how it ends: log lines, progress bars where the output is a terminal, exit codes."""
+"""Log lines, progress bars where the output is a terminal, signals and exit codes of programs."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from rich.text import Text
 from models.errors import GraftError
 
 _console = Console(stderr=True)
-# Python's own is 700: importing torch makes millions.
+# Python's default is 700; importing torch creates millions of objects.
 _OBJECTS_BETWEEN_COLLECTIONS = 20_000
 
 
 class ConsoleHandler(logging.Handler):
-    """Log lines that a progress bar makes room for, never wrapped or coloured by guesswork."""
+    """Prints log lines above a progress bar, neither wrapped nor coloured by their content."""
 
     def emit(self, record: logging.LogRecord) -> None:
         style = "yellow" if record.levelno >= logging.WARNING else None
@@ -52,21 +52,23 @@ class _Speed(ProgressColumn):
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a program as Ctrl-C does, but for the exit code."""
+    """SIGTERM: ends a program as Ctrl-C does, with another exit code."""
 
 
 def run_program(work: Callable[[], object]) -> int:
-    """Do the work and give the exit code: 0; 2 with a message for what the user can mend; 130 on Ctrl-C, 143 on SIGTERM.
+    """Do the work; gives the exit code.
 
-    Notes of the error (`add_note`) are printed with it.
+    0; 2 after a GraftError, which is printed with its notes (`add_note`); 130 on Ctrl-C, 143 on
+    SIGTERM.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[ConsoleHandler()])
     logging.getLogger("graft").setLevel(logging.INFO)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # The name of a file may hold bytes that are no text: they go out as they are.
+            # A file name may hold bytes that are not UTF-8, which are printed as they are.
             stream.reconfigure(errors="surrogateescape")
-    # Where torch and timm are imported, looking for cycles in what stays was 1.7 s of 9, and 1.2 s more when the process ended.
+    # Where torch and timm are imported, looking for cycles in what stays was 1.7 s of 9, and 1.2 s
+    # more when the process ended.
     gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS)
     atexit.register(gc.freeze)
     sys.unraisablehook = _raise_again
@@ -89,9 +91,9 @@ def run_program(work: Callable[[], object]) -> int:
 
 @contextmanager
 def stop_softly() -> Iterator[Callable[[], KeyboardInterrupt | None]]:
-    """The first Ctrl-C or SIGTERM only asks to stop; the second ends the process at once.
+    """Within, the first Ctrl-C or SIGTERM is only noted; the second ends the process at once.
 
-    Gives a function that says what was asked for: the exception to raise, once everything is in order.
+    Gives a function that returns the exception to raise for the noted signal, or None.
     """
     asked: list[int] = []
 
@@ -99,23 +101,23 @@ def stop_softly() -> Iterator[Callable[[], KeyboardInterrupt | None]]:
         if asked:
             os._exit(128 + number)
         asked.append(number)
-        # Neither print nor logging: what the signal broke into may hold their locks.
+        # Neither print nor logging: the interrupted code may hold their locks.
         os.write(2, b"\nstopping after this step; once more ends it at once\n")
 
-    def what_was_asked() -> KeyboardInterrupt | None:
+    def exception() -> KeyboardInterrupt | None:
         return (
             (Terminated() if asked[0] == signal.SIGTERM else KeyboardInterrupt()) if asked else None
         )
 
     with _handling({signal.SIGINT: handle, signal.SIGTERM: handle}):
-        yield what_was_asked
+        yield exception
 
 
 @contextmanager
 def _handling(
     handlers: dict[signal.Signals, Callable[[int, FrameType | None], None]],
 ) -> Iterator[None]:
-    """Signal handlers for a while, where they can be set: in the main thread."""
+    """Signal handlers within the block; only the main thread can set them, others go without."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -132,10 +134,10 @@ def _raise_terminated(*_: object) -> None:
 
 
 def _raise_again(unraisable: sys.UnraisableHookArgs) -> None:
-    """Python drops what is raised in a destructor or in a callback from C, also where that is a signal's exception."""
+    """Raise a signal's exception again where Python drops it: in destructors, callbacks from C."""
     if isinstance(unraisable.exc_value, KeyboardInterrupt):
         number = signal.SIGTERM if isinstance(unraisable.exc_value, Terminated) else signal.SIGINT
-        # A little later, for what is raised in this function is dropped, too.
+        # Later, because an exception raised in this function is dropped, too.
         threading.Timer(0.05, _thread.interrupt_main, [number]).start()
     else:
         sys.__unraisablehook__(unraisable)
@@ -143,7 +145,7 @@ def _raise_again(unraisable: sys.UnraisableHookArgs) -> None:
 
 @contextmanager
 def progress_bar(description: str, num_images: int) -> Iterator[Callable[[int], None]]:
-    """Give a function to call with the number of images done since; the bar goes when it is over."""
+    """Show a bar; gives a function to call with the number of images done since the last call."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

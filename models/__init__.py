@@ -1,1 +1,1 @@
-"""What a model is: backbone, freezing, preprocess, engine, checkpoint. Imports neither `finetune` nor `service`."""
+"""What a model is, and what it reads. Imports neither `finetune` nor `service`."""

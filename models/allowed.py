@@ -1,4 +1,4 @@
-"""What an option allows, in words: read from its type and its limits, so that help, check and error cannot differ."""
+"""What an option allows, as text made from its type and limits: help and errors cannot differ."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 
 
 def describe_allowed(field: FieldInfo) -> str:
-    """`a whole number from 1 up`, `auto, cpu or cuda`, `true or false` …: what `field` of a pydantic model takes, besides nothing."""
+    """What a pydantic field allows besides None: `a whole number from 1 up`, `true or false`."""
     kind = _without_none(field.annotation)
     if get_origin(kind) is Literal:
         *others, last = (str(choice) for choice in get_args(kind))
@@ -19,9 +19,9 @@ def describe_allowed(field: FieldInfo) -> str:
     if kind is bool:
         return "true or false"
     if kind is int:
-        return f"a whole number{_range(field.metadata, True)}"
+        return f"a whole number{_describe_range(field.metadata, True)}"
     if kind is float:
-        return f"a number{_range(field.metadata, False)}"
+        return f"a number{_describe_range(field.metadata, False)}"
     return "a path" if kind is Path else "text"
 
 
@@ -30,23 +30,22 @@ def _without_none(annotation: Any) -> Any:
     return kinds[0] if get_origin(annotation) is not Literal and len(kinds) == 1 else annotation
 
 
-def _range(limits: list[Any], is_whole: bool) -> str:
-    """` from 1 up`, ` above 0 and below 1`; a limit that whole numbers do not reach is named by the last one that they do."""
-    words = []
+def _describe_range(limits: list[Any], is_whole: bool) -> str:
+    """` from 1 up`, ` above 0 and below 1`; whole numbers `from 1` rather than `above 0`."""
+    parts = []
     for limit in limits:
         match limit:
             case Ge(ge=bound):
-                words.append(f"from {bound}")
+                parts.append(f"from {bound}")
             case Gt(gt=int(bound)) if is_whole:
-                words.append(f"from {bound + 1}")
+                parts.append(f"from {bound + 1}")
             case Gt(gt=bound):
-                words.append(f"above {bound}")
+                parts.append(f"above {bound}")
             case Le(le=bound):
-                words.append(f"to {bound}")
+                parts.append(f"to {bound}")
             case Lt(lt=int(bound)) if is_whole:
-                words.append(f"to {bound - 1}")
+                parts.append(f"to {bound - 1}")
             case Lt(lt=bound):
-                words.append(f"{'and ' if words else ''}below {bound}")
-    return "".join(f" {word}" for word in words) + (
-        " up" if words and words[-1].startswith("from") else ""
-    )
+                parts.append(f"{'and ' if parts else ''}below {bound}")
+    is_open = bool(parts) and parts[-1].startswith("from")
+    return "".join(f" {part}" for part in parts) + (" up" if is_open else "")

@@ -1,6 +1,8 @@
-"""The checkpoint folder: the only thing that passes from fine-tuning to serving. Needs no torch, and nothing in it is a pickle.
+"""The checkpoint: the folder that passes from fine-tuning to serving.
 
-A repository is `<root>/<name>/<version>/` with versions 1, 2, 3 …; a version is written whole or not at all and never again.
+Nothing here needs torch, and nothing in the folder is a pickle. A repository is
+`<root>/<name>/<version>/` with versions 1, 2, 3 …; a version is written whole or not at all, and
+never changed.
 """
 
 from __future__ import annotations
@@ -39,12 +41,12 @@ Task = Literal["single-label", "multi-label"]
 
 
 class CheckpointError(GraftError):
-    """A checkpoint that cannot be read, is incomplete, or does not do what it did when it was saved."""
+    """A checkpoint that cannot be read, is incomplete, or gives other logits than at save time."""
 
 
 @dataclass(frozen=True)
 class Golden:
-    """A few encoded images with the logits `float32 [N,C]` (before temperature) that the engine gave for them at save time."""
+    """Encoded images, and the logits `float32 [N,C]` (before temperature) of them at save time."""
 
     images: tuple[bytes, ...]
     logits: npt.NDArray[np.float32]
@@ -52,7 +54,7 @@ class Golden:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on disk, ready to serve: the head's arrays are read, the backbone is left to the engine."""
+    """A checkpoint on disk: the head's arrays are read, the backbone is left to the engine."""
 
     path: Path
     name: str
@@ -63,9 +65,11 @@ class Checkpoint:
     preprocess: Preprocess
     fingerprint: str
     temperature: float
-    coverage: float | None  # asked of the conformal sets; None in checkpoints without them
-    threshold: float | None  # the least score of a label in the set
-    # [C], the least score at which an image has a label; None for single-label
+    # Of the conformal sets: the coverage that was asked for, and the least score of a label in a
+    # set. None in checkpoints without sets.
+    coverage: float | None
+    threshold: float | None
+    # [C], the least score at which an image has a label; None in single-label checkpoints.
     thresholds: npt.NDArray[np.float32] | None
     head_weight: npt.NDArray[np.float32]  # [C,F]
     head_bias: npt.NDArray[np.float32]  # [C]
@@ -85,9 +89,10 @@ def fingerprint(
     preprocess: Preprocess,
     engine_artefact: str = "float",
 ) -> str:
-    """Hash a backbone: architecture, every tensor (parameters and buffers), preprocess, and the engine's artefact.
+    """Hash a backbone: architecture, tensors (parameters and buffers), preprocess and artefact.
 
-    `engine_artefact` is "float" for the tensors themselves at any float precision, or the hash of a quantised backbone.
+    `engine_artefact` is "float" where the tensors say it all, at any float precision; else the hash
+    of the IR (a quantised backbone, a user's own network).
     """
     digest = hashlib.sha256()
     described = {
@@ -104,7 +109,7 @@ def fingerprint(
 
 
 def list_names(repository: Path) -> list[str]:
-    """The models of a repository that have at least one version."""
+    """The names of a repository's models that have at least one version."""
     if not repository.is_dir():
         return []
     return sorted(
@@ -115,7 +120,7 @@ def list_names(repository: Path) -> list[str]:
 
 
 def list_versions(repository: Path, name: str) -> list[int]:
-    """A model's published versions, in order; temporary siblings of a write under way do not count."""
+    """A model's published versions, in order."""
     folder = repository / name
     if not folder.is_dir():
         return []
@@ -127,10 +132,11 @@ def list_versions(repository: Path, name: str) -> list[int]:
 
 
 def check_name(name: str) -> str:
-    """The name if it can be a folder and a part of a URL; raises GraftError with the rule otherwise."""
+    """Return a name that can be a folder and a part of a URL; raise GraftError for any other."""
     if not NAME_PATTERN.fullmatch(name):
         raise GraftError(
-            f"--name {name!r}: a model's name is 1 to 63 of a-z 0-9 _ . -, the first a letter or a digit"
+            f"--name {name!r}: a model's name is 1 to 63 of a-z 0-9 _ . -, "
+            "the first a letter or a digit"
         )
     return name
 
@@ -147,9 +153,9 @@ def publish(
 ) -> Path:
     """Write a checkpoint as the next version of `name` and return its folder.
 
-    `config` is the whole `config.json`; the hashes of the other files are added to its "graft" section. `write_engine` is given the
-    path of the IR to write, `card` the version to write about. All goes to a temporary sibling, is fsynced and then renamed.
-    Raises GraftError where the disk is full or not writable; nothing is left behind then.
+    `config` is the whole `config.json`; the hashes of the other files are added to its "graft"
+    section. `write_engine` writes the IR to the path that it is given; `card` gives the model card
+    of a version. Raises GraftError where the disk is full or not writable; nothing is left then.
     """
     check_name(name)
     folder = repository / name
@@ -180,78 +186,35 @@ def publish(
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read and verify a version folder `<repository>/<name>/<version>`: format, hashes of its files, shapes of its head.
+    """Read and verify a version folder `<repository>/<name>/<version>`: format, hashes, head.
 
-    Raises CheckpointError with what is wrong. The golden images are not replayed here: that takes the engine.
+    Raises CheckpointError. The golden images are for `check_golden`, which needs an engine's
+    logits.
     """
     try:
-        config = json.loads((path / CONFIG_FILE).read_text())
-        graft = config["graft"]
-        if graft["format_version"] != FORMAT_VERSION:
-            raise CheckpointError(
-                f"{path}: format {graft['format_version']}, this Graft reads format {FORMAT_VERSION}"
-            )
-        for file_name, expected in graft["files"].items():
-            if "/" in file_name or hash_file(path / file_name) != expected:
-                raise CheckpointError(
-                    f"{path}: {file_name} is not the file that was published (its hash differs)"
-                )
-        with safe_open(path / WEIGHTS_FILE, framework="np") as tensors:
-            head_weight = tensors.get_tensor(f"{graft['head']}.weight")
-            head_bias = tensors.get_tensor(f"{graft['head']}.bias")
-        coverage, threshold = _read_conformal(graft)
-        task = _read_task(graft)
-        checkpoint = Checkpoint(
-            path=path,
-            name=path.parent.name,
-            version=int(path.name),
-            task=task,
-            architecture=config["architecture"],
-            label_names=tuple(config["label_names"]),
-            preprocess=Preprocess.from_dict(graft["preprocess"]),
-            fingerprint=graft["fingerprint"],
-            temperature=float(graft["temperature"]),
-            coverage=coverage,
-            threshold=threshold,
-            thresholds=_read_thresholds(graft) if task == "multi-label" else None,
-            head_weight=head_weight,
-            head_bias=head_bias,
-            golden=_read_golden(path / GOLDEN_FILE),
-            metrics=graft["metrics"],
-            engine=graft["engine"],
-            config=config,
-        )
+        checkpoint = _read(path)
+    except CheckpointError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        if isinstance(error, CheckpointError):
-            raise
         raise CheckpointError(
             f"{path}: not a checkpoint that can be read: {type(error).__name__}: {error}"
         ) from error
-    num_classes = len(checkpoint.label_names)
-    if head_weight.shape != (num_classes, config["num_features"]) or head_bias.shape != (
-        num_classes,
-    ):
-        raise CheckpointError(
-            f"{path}: the head is {head_weight.shape}, its labels are {num_classes}"
-        )
-    if checkpoint.thresholds is not None and checkpoint.thresholds.shape != (num_classes,):
-        raise CheckpointError(
-            f"{path}: there are {len(checkpoint.thresholds)} thresholds, its labels are {num_classes}"
-        )
+    _check_shapes(checkpoint)
     return checkpoint
 
 
 def logits(checkpoint: Checkpoint, features: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Features `[B,F]` → logits `[B,C]`, before temperature."""
+    """The head's logits, before temperature: features `[B,F]` → `float32 [B,C]`."""
     return np.asarray(features @ checkpoint.head_weight.T + checkpoint.head_bias, np.float32)
 
 
 def check_golden(checkpoint: Checkpoint, computed: npt.NDArray[np.float32]) -> None:
-    """Raise CheckpointError unless `computed` (logits of the golden images, here and now) are those of save time.
+    """Raise CheckpointError unless `computed`, the golden images' logits now, are those of save
+    time.
 
-    Another CPU or precision moves logits a little (bf16 rounds at 2^-8), other labels, weights or preprocessing a lot: the largest
-    difference may be 5 % of the logits' spread, both without what they have in common over the classes, which softmax ignores and
-    sigmoid does not.
+    Another CPU or precision moves logits a little (bf16 rounds at 2^-8); other labels, weights or
+    preprocessing move them a lot. The largest difference may be 5 % of the logits' spread. Of
+    single-label logits each image's mean is left out, which softmax ignores.
     """
     expected, found = checkpoint.golden.logits, computed
     if checkpoint.task == "single-label":
@@ -262,15 +225,73 @@ def check_golden(checkpoint: Checkpoint, computed: npt.NDArray[np.float32]) -> N
     drift = float(np.abs(expected - found).max()) / spread
     if not drift <= 0.05:
         raise CheckpointError(
-            f"{checkpoint.path}: its golden images give other logits here than when it was saved ({drift:.0%} of their spread, "
-            "5% is allowed): its files, its labels or this machine's libraries do not fit; publish it again from the training run"
+            f"{checkpoint.path}: its golden images give other logits here than when it was saved "
+            f"({drift:.0%} of their spread, 5% is allowed): its files, its labels or this "
+            "machine's libraries do not fit; publish it again from the training run"
         )
 
 
 def hash_file(path: Path) -> str:
-    """The SHA-256 of a file's bytes."""
+    """The SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read(path: Path) -> Checkpoint:
+    config = json.loads((path / CONFIG_FILE).read_text())
+    graft = config["graft"]
+    _check_format(path, graft)
+    with safe_open(path / WEIGHTS_FILE, framework="np") as tensors:
+        head_weight = tensors.get_tensor(f"{graft['head']}.weight")
+        head_bias = tensors.get_tensor(f"{graft['head']}.bias")
+    coverage, threshold = _read_conformal(graft)
+    task = _read_task(graft)
+    return Checkpoint(
+        path=path,
+        name=path.parent.name,
+        version=int(path.name),
+        task=task,
+        architecture=config["architecture"],
+        label_names=tuple(config["label_names"]),
+        preprocess=Preprocess.from_dict(graft["preprocess"]),
+        fingerprint=graft["fingerprint"],
+        temperature=float(graft["temperature"]),
+        coverage=coverage,
+        threshold=threshold,
+        thresholds=_read_thresholds(graft) if task == "multi-label" else None,
+        head_weight=head_weight,
+        head_bias=head_bias,
+        golden=_read_golden(path / GOLDEN_FILE),
+        metrics=graft["metrics"],
+        engine=graft["engine"],
+        config=config,
+    )
+
+
+def _check_format(path: Path, graft: Mapping[str, Any]) -> None:
+    if graft["format_version"] != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format {graft['format_version']}, this Graft reads format {FORMAT_VERSION}"
+        )
+    for file_name, expected in graft["files"].items():
+        if "/" in file_name or hash_file(path / file_name) != expected:
+            raise CheckpointError(
+                f"{path}: {file_name} is not the file that was published (its hash differs)"
+            )
+
+
+def _check_shapes(checkpoint: Checkpoint) -> None:
+    num_classes, path = len(checkpoint.label_names), checkpoint.path
+    head = checkpoint.head_weight.shape, checkpoint.head_bias.shape
+    if head != ((num_classes, checkpoint.config["num_features"]), (num_classes,)):
+        raise CheckpointError(
+            f"{path}: the head is {checkpoint.head_weight.shape}, its labels are {num_classes}"
+        )
+    if checkpoint.thresholds is not None and checkpoint.thresholds.shape != (num_classes,):
+        raise CheckpointError(
+            f"{path}: there are {len(checkpoint.thresholds)} thresholds, "
+            f"its labels are {num_classes}"
+        )
 
 
 def _read_conformal(graft: Mapping[str, Any]) -> tuple[float | None, float | None]:
@@ -278,7 +299,9 @@ def _read_conformal(graft: Mapping[str, Any]) -> tuple[float | None, float | Non
         return None, None
     coverage, threshold = (float(graft["conformal"][name]) for name in ("coverage", "threshold"))
     if not (0 < coverage < 1 and 0 <= threshold <= 1):
-        raise ValueError(f"coverage {coverage} and threshold {threshold} are no shares")
+        raise ValueError(
+            f"coverage {coverage} and threshold {threshold}; both must be fractions, from 0 to 1"
+        )
     return coverage, threshold
 
 
@@ -292,8 +315,9 @@ def _read_task(graft: Mapping[str, Any]) -> Task:
 
 def _read_thresholds(graft: Mapping[str, Any]) -> npt.NDArray[np.float32]:
     thresholds = np.array(graft["thresholds"], np.float32)
-    if not ((thresholds >= 0) & (thresholds <= 1)).all():
-        raise ValueError("a threshold is no share")
+    outside = thresholds[~((thresholds >= 0) & (thresholds <= 1))]
+    if outside.size:
+        raise ValueError(f"a threshold of {outside[0]:g}; it must be a fraction, from 0 to 1")
     return thresholds
 
 

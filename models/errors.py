@@ -1,16 +1,16 @@
-"""The one error that a person can mend: shown as a message without a traceback, never as a crash; and the system's, in words."""
+"""The error that a user can act on, and the texts of errors."""
 
 from collections.abc import Sequence
 
 
 class GraftError(ValueError):
-    """What was wrong, the value it got, what is allowed, and the way out."""
+    """What was wrong, the value it got, what is allowed, and the way out; no traceback is shown."""
 
 
 def describe_error(error: Exception) -> str:
-    """What went wrong, without the system's number for it, and with the file where the system names one."""
+    """The message of `error`; of the system's, its text and the file, without the number."""
     reason = getattr(error, "reason", None)
-    if isinstance(reason, OSError):  # urllib's wrapping
+    if isinstance(reason, OSError):  # urllib wraps it
         return describe_error(reason)
     if not isinstance(error, OSError) or not error.strerror:
         return str(error)
@@ -18,5 +18,5 @@ def describe_error(error: Exception) -> str:
 
 
 def join_first(names: Sequence[str], most: int = 5) -> str:
-    """The first of them, and how many there are besides."""
+    """The first `most` names, and how many more there are: `a, b and 7 more`."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all, even when the process or the machine stops.
+"""Files and folders written whole or not at all, even when the process or the machine stops.
 
 What is written goes to a temporary sibling, `.tmp-…`, is flushed to the disk and then renamed.
 """
@@ -37,7 +37,7 @@ def write_whole(path: Path, content: str | bytes | Callable[[Path], object]) -> 
 
 @contextlib.contextmanager
 def temporary_folder(parent: Path) -> Iterator[Path]:
-    """A new folder in `parent`, which is made too; removed at the end unless `move_whole` renamed it.
+    """A new folder in `parent`, which is made too; removed at the end unless `move_whole` moved it.
 
     Raises OSError.
     """
@@ -70,7 +70,10 @@ def move_whole(written: Path, path: Path) -> bool:
 
 
 def remove_temporary(folder: Path, older_than_seconds: float = 0) -> None:
-    """Remove what killed processes left in `folder`; what another process may be writing is told by its age."""
+    """Remove the temporary files and folders in `folder`, which killed processes left.
+
+    With an age, those that another process may be writing stay.
+    """
     for path in folder.glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime < older_than_seconds:

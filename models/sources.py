@@ -1,4 +1,7 @@
-"""Where labelled images come from: a folder, a CSV, a torchvision data set, or the embedded digits."""
+"""Sources of labelled images: a folder, a CSV, a torchvision data set, or the embedded digits.
+
+In `models`, so that what reads images outside of a run can use them.
+"""
 
 from __future__ import annotations
 
@@ -9,37 +12,47 @@ import importlib.util
 import inspect
 import io
 import logging
+import re
+import stat
+import tarfile
+import zipfile
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from models.errors import GraftError, describe_error, join_first
+from models.image_folder import SplitName as SplitName
+from models.image_folder import read_image_folder, read_split_name
 
 logger = logging.getLogger("graft.sources")
 
-SplitName = Literal["train", "val", "test"]
-_SPLIT_FOLDERS: dict[str, SplitName] = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-    "testing": "test",
-}
-# Between the names of an image's labels in the column `labels` of a CSV.
+# Stands between the names in the column `labels` of a CSV.
 SEPARATOR = "|"
-# What operating systems leave in folders; nobody means them as images.
-_LITTER = {"Thumbs.db", "desktop.ini"}
+# First bytes of files that are neither a folder nor a CSV, and what they are.
+_MAGIC = {
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive; unpack it, and name the folder",
+    b"Rar!": "a rar archive; unpack it, and name the folder",
+    b"\x1f\x8b": "a gzip file; unpack it, and name the folder or the CSV",
+    b"BZh": "a bzip2 file; unpack it, and name the folder or the CSV",
+    b"\xfd7zXZ": "an xz file; unpack it, and name the folder or the CSV",
+    b"\x28\xb5\x2f\xfd": "a zstd file; unpack it, and name the folder or the CSV",
+    b"PAR1": "a Parquet file; write its images to files, and list them in a CSV",
+    b"\x89HDF": "an HDF5 file; write its images to files, and list them in a CSV",
+    b"\x93NUMPY": "a NumPy file; write its images to files, and list them in a CSV",
+    b"\xff\xd8\xff": "a single image; name the folder of class folders",
+    b"\x89PNG": "a single image; name the folder of class folders",
+    b"GIF8": "a single image; name the folder of class folders",
+}
 
 
 @dataclass(frozen=True)
 class TorchvisionImage:
-    """One image of a torchvision data set, encoded without loss when it is read."""
+    """One image of a torchvision data set, encoded as PNG when it is read."""
 
     dataset: Any
     index: int
@@ -61,39 +74,107 @@ class EncodedImage:
         return self.data
 
 
-# A source gives (key, label name, image) and, where it has splits of its own, the split of each. Multi-label data has tuples of names.
+# (key, label name, image) of each image; with any number of labels, a tuple of names.
 Labelled = list[tuple[str, str | tuple[str, ...], Path | EncodedImage | TorchvisionImage]]
+# The split of each image, where the source has splits.
 FixedSplits = list[SplitName] | None
 
 
-def read_source(data: str, data_root: Path) -> tuple[Labelled, FixedSplits]:
-    """What `--data` names. Raises GraftError where it is not there, or is nothing that can be read."""
-    if data == "digits":
-        return _load_digits(), None
-    if data.startswith("torchvision:"):
-        return _load_torchvision(data.partition(":")[2], data_root)
+def identify_source(data: str, data_root: Path) -> str:
+    """The absolute path of `--data`, or what it names with the folder that keeps its files."""
+    path = Path(data).expanduser()
+    return str(path.resolve()) if path.exists() else f"{data} {data_root.resolve()}"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Labelled images, their splits where the source has some, and what one should know of it.
+
+    `notes` say what was left out, or cannot be read, and why.
+    """
+
+    labelled: Labelled
+    splits: FixedSplits = None
+    notes: tuple[str, ...] = ()
+
+
+def read_source(data: str, data_root: Path) -> Source:
+    """Read the labels of what `--data` names; the images are read later.
+
+    A path that exists goes before the names of other sources. Raises GraftError where it is not
+    there, cannot be read, or can be read in two ways.
+    """
     path = Path(data).expanduser()
     try:
-        if not path.exists():
-            raise GraftError(
-                f"--data {data}: there is no such file or folder; or say digits, or torchvision:NAME"
-            )
-        return _load_csv(path) if path.is_file() else _load_folder(path)
+        if path.exists():
+            return _load_path(data, path)
     except OSError as error:
         where = "" if error.filename in (None, str(path)) else f": {error.filename}"
         raise GraftError(
             f"--data {data[:80]}: it cannot be read: {error.strerror}{where}"
         ) from error
+    if data == "digits":
+        return Source(_load_digits())
+    if data.startswith("torchvision:"):
+        return _load_torchvision(data.partition(":")[2], data_root)
+    raise GraftError(f"--data {data}: {_explain_missing(data, path)}")
+
+
+def _load_path(data: str, path: Path) -> Source:
+    if path.is_dir():
+        source = _load_folder(path)
+    elif path.is_file():
+        _refuse_other_files(path)
+        source = _load_csv(path)
+    else:
+        kind = "a pipe" if stat.S_ISFIFO(path.stat().st_mode) else "a device or socket"
+        raise GraftError(
+            f"--data {data}: it is {kind}, which can be read only once; write it to a CSV file, "
+            "and name that"
+        )
+    if data != "digits":
+        return source
+    note = f"this is {path.resolve()}; the embedded digits are read where no such path exists"
+    return replace(source, notes=(*source.notes, note))
+
+
+def _refuse_other_files(path: Path) -> None:
+    """Raise GraftError for archives, images and other files that are no CSV."""
+    with path.open("rb") as file:
+        start = file.read(16)
+    found = next((what for magic, what in _MAGIC.items() if start.startswith(magic)), None)
+    if zipfile.is_zipfile(path):
+        found = "a zip archive; unpack it, and name the folder"
+    elif found is None and start and tarfile.is_tarfile(path):
+        found = "a tar archive; unpack it, and name the folder"
+    elif start[:4] == b"RIFF" and start[8:12] == b"WEBP":
+        found = "a single image; name the folder of class folders"
+    if found is not None:
+        raise GraftError(f"--data {path}: it is {found}")
+
+
+def _explain_missing(data: str, path: Path) -> str:
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", data):
+        return (
+            "it is a URL, and Graft downloads no images from it; download them, and name the "
+            "folder or the CSV"
+        )
+    if data == "-":
+        return "images are not read from standard input; name a folder or a CSV file"
+    if path.is_symlink():
+        return f"it is a link to {path.readlink()}, where nothing is; mend the link"
+    return "there is no such file or folder; or say digits, or torchvision:NAME"
 
 
 def _load_digits() -> Labelled:
-    # scikit-learn ships the images as a CSV; importing it to read one costs a second or two.
+    # scikit-learn ships the images as a CSV. It is not imported, which takes a second or two.
     spec = importlib.util.find_spec("sklearn")
     if spec is None or spec.origin is None:
         raise GraftError("--data digits: scikit-learn, which ships the images, is not installed")
     with gzip.open(Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz", "rt") as file:
         rows = np.loadtxt(file, delimiter=",", dtype=np.uint8)
-    # A frame of one pixel keeps the strokes, which touch the border of the 8x8, inside the centre crop: 0.974 instead of 0.946.
+    # Strokes touch the border of the 8x8; with a frame of one pixel they stay inside the centre
+    # crop: accuracy 0.974 instead of 0.946.
     images = (Image.fromarray(np.pad(row[:64].reshape(8, 8) * 15, 1)) for row in rows)
     return [
         (f"digits/{index:04d}.png", str(row[64]), EncodedImage(_encode(image)))
@@ -101,182 +182,217 @@ def _load_digits() -> Labelled:
     ]
 
 
-def _load_folder(root: Path) -> tuple[Labelled, FixedSplits]:
-    folders = [
-        path for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(".")
-    ]
-    split_folders = {
-        path: _SPLIT_FOLDERS[path.name.lower()]
-        for path in folders
-        if path.name.lower() in _SPLIT_FOLDERS
-    }
-    if "train" not in split_folders.values():
-        return _load_class_folders(root, folders), None
-    labelled: Labelled = []
-    splits: list[SplitName] = []
-    for folder, split in split_folders.items():
-        classes = [
-            path
-            for path in sorted(folder.iterdir())
-            if path.is_dir() and not path.name.startswith(".")
-        ]
-        found = _load_class_folders(folder, classes)
-        labelled += found
-        splits += [split] * len(found)
-    return labelled, splits
+def _load_folder(root: Path) -> Source:
+    found = read_image_folder(root)
+    labelled: Labelled = [(str(path), name, path) for name, path in found.images]
+    return Source(labelled, found.splits, found.unread.describe(root))
 
 
-def _load_class_folders(root: Path, folders: list[Path]) -> Labelled:
-    if not folders:
-        raise GraftError(
-            f"--data {root}: no class folders in it; put the images of each class in a folder named after the class "
-            "(photos/cat/1.jpg, photos/dog/2.jpg), or in train/ and val/ with class folders each"
-        )
-    for folder in folders:
-        if not folder.name.isprintable() or any(
-            "\ud800" <= char <= "\udfff" for char in folder.name
-        ):
-            raise GraftError(
-                f"--data {root}: the class folder {folder.name!r} has a name that is no printable text; rename it"
-            )
-    images = {folder: _image_files(folder) for folder in folders}
-    if empty := [folder.name for folder, paths in images.items() if not paths]:
-        logger.warning(
-            "--data %s: no file in the class folders %s; they are left out",
-            root,
-            join_first(empty, 10),
-        )
-    return [(str(path), folder.name, path) for folder, paths in images.items() for path in paths]
-
-
-def _image_files(folder: Path) -> list[Path]:
-    """Every file below a class folder: what is an image is decided by its content when it is read, not by its name."""
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.is_file()
-        and path.name not in _LITTER
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
-
-
-def _load_csv(path: Path) -> tuple[Labelled, FixedSplits]:
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            # Blank lines are skipped and quoted ones may be broken, so a row's line is the reader's to say.
-            rows = [(reader.line_num, row) for row in reader]
-            columns = reader.fieldnames or ()
-    except csv.Error as error:
-        raise GraftError(f"--data {path}: not a CSV that can be read: {error}") from error
-    except UnicodeDecodeError as error:
-        encoding = (
-            "text in UTF-16"
-            if path.read_bytes()[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-            else "not text in UTF-8"
-        )
-        raise GraftError(
-            f"--data {path}: it is {encoding}; save it as CSV in UTF-8, separated by commas"
-        ) from error
-    is_multi_label = "labels" in columns
-    if is_multi_label and "label" in columns:
-        raise GraftError(
-            f"--data {path}: it has both label and labels; keep label for one an image, or labels for any number of them"
-        )
-    if "path" not in columns or not (is_multi_label or "label" in columns):
-        raise GraftError(
-            f"--data {path}: it needs the columns path,label and perhaps split; it has {_describe_columns(columns)} (where images have "
-            f"several labels, path,labels, with {SEPARATOR} between their names)"
-        )
-    if twice := sorted({name for name in columns if name and columns.count(name) > 1}):
-        raise GraftError(f"--data {path}: it has the column {twice[0]} more than once; keep one")
+def _load_csv(path: Path) -> Source:
+    columns, rows = _read_rows(path)
+    _check_columns(path, columns)
+    if "labels" in columns:
+        _check_separator(path, rows)
     labelled: Labelled = []
     splits: list[SplitName] = []
     for number, row in rows:
-        if any(row.get(None) or ()):
-            raise GraftError(
-                f"--data {path}: line {number} has {len(columns) + len(row[None])} cells, the first line {len(columns)}; put a path "
-                'or label with a comma in it into "quotes"'
-            )
-        if "\0" in (row["path"] or ""):
-            raise GraftError(
-                f"--data {path}: line {number} has a path with a NUL in it, which no file has"
-            )
-        if not row["path"] or not (is_multi_label or (row["label"] or "").strip()):
-            raise GraftError(
-                f"--data {path}: line {number} has no {'path' if not row['path'] else 'label'}"
-            )
-        label = _split_names(row["labels"] or "") if is_multi_label else row["label"].strip()
-        labelled.append((row["path"], label, path.parent / row["path"]))
+        _check_row(path, number, row, columns)
+        name = row["path"].strip()
+        label = (
+            _parse_label_names(row["labels"] or "") if "labels" in columns else row["label"].strip()
+        )
+        labelled.append((name, label, path.parent / name))
         if "split" in columns:
-            split = _SPLIT_FOLDERS.get((row["split"] or "").lower())
-            if split is None:
+            splits.append(_read_split(path, number, row["split"]))
+    notes = (*_check_paths(path, labelled), *_find_contradictions(labelled))
+    return Source(labelled, splits if "split" in columns else None, notes)
+
+
+def _check_separator(path: Path, rows: Sequence[tuple[int, dict[Any, Any]]]) -> None:
+    """Raise GraftError where names in the column `labels` seem to be separated otherwise."""
+    cells = [(number, (row["labels"] or "").strip()) for number, row in rows]
+    for number, cell in cells:
+        if cell.startswith("[") and cell.endswith("]"):
+            raise GraftError(
+                f"--data {path}: line {number} has a JSON list in labels, {cell}; write the names "
+                f"with {SEPARATOR} between them"
+            )
+    if any(SEPARATOR in cell for _, cell in cells):
+        return
+    for number, cell in cells:
+        for other in ";,\t":
+            if other in cell:
                 raise GraftError(
-                    f"--data {path}: line {number} has the split {row['split']!r}; allowed are train, val and test"
+                    f"--data {path}: line {number} has {cell!r} in labels, and no line has "
+                    f"{SEPARATOR}; write {SEPARATOR} between names, or, where {other!r} is part of "
+                    "a name and each image has one, call the column label"
                 )
-            splits.append(split)
-    return labelled, splits if "split" in columns else None
 
 
-def _split_names(text: str) -> tuple[str, ...]:
+def _check_paths(path: Path, labelled: Labelled) -> tuple[str, ...]:
+    """A note on images that are not there. Raises GraftError where a label has no other."""
+    gone = [each for each in labelled if isinstance(each[2], Path) and not _is_there(each[2])]
+    if not gone:
+        return ()
+    names = join_first([key for key, _, _ in gone])
+    relative = [key for key, _, _ in gone if not Path(key).is_absolute()]
+    where = f", looked for in {path.parent.resolve()}" if relative else ""
+    found = f"{len(gone):,} of {len(labelled):,} images are not there{where}: {names}"
+    rest, lost = _count_labels(labelled), _count_labels(gone)
+    if any(rest[name] == number for name, number in lost.items()):
+        raise GraftError(
+            f"--data {path}: {found}; paths are relative to the CSV's own folder, or absolute"
+        )
+    return (found,)
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
+def _count_labels(labelled: Labelled) -> Counter[str]:
+    return Counter(
+        name for _, named, _ in labelled for name in ((named,) if isinstance(named, str) else named)
+    )
+
+
+def _find_contradictions(labelled: Labelled) -> tuple[str, ...]:
+    """A note on paths that are listed with different labels."""
+    labels_of: dict[str, set[str]] = {}
+    for key, named, _ in labelled:
+        label = named if isinstance(named, str) else SEPARATOR.join(named)
+        labels_of.setdefault(key, set()).add(label)
+    twice = [
+        f"{key} ({', '.join(sorted(labels))})"
+        for key, labels in labels_of.items()
+        if len(labels) > 1
+    ]
+    if not twice:
+        return ()
+    return (
+        f"paths with different labels: {len(twice):,}, {join_first(twice, 3)}; keep one line for "
+        f"each, or write labels with {SEPARATOR} between them in a column labels",
+    )
+
+
+def _read_rows(path: Path) -> tuple[Sequence[str], list[tuple[int, dict[Any, Any]]]]:
+    """The columns, and the rows with their line numbers."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            # The reader counts blank lines, and line breaks in quotes.
+            rows = [(reader.line_num, row) for row in reader]
+            return reader.fieldnames or (), rows
+    except csv.Error as error:
+        raise GraftError(f"--data {path}: not a CSV that can be read: {error}") from error
+    except UnicodeDecodeError as error:
+        is_utf16 = path.read_bytes()[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        encoding = "text in UTF-16" if is_utf16 else "not text in UTF-8"
+        raise GraftError(
+            f"--data {path}: it is {encoding}; save it as CSV in UTF-8, separated by commas"
+        ) from error
+
+
+def _check_columns(path: Path, columns: Sequence[str]) -> None:
+    if {"label", "labels"} <= set(columns):
+        raise GraftError(
+            f"--data {path}: it has both label and labels; keep label for one an image, "
+            "or labels for any number of them"
+        )
+    if "path" not in columns or not {"label", "labels"} & set(columns):
+        raise GraftError(
+            f"--data {path}: it needs the columns path,label and perhaps split; "
+            f"it has {_describe_columns(columns)} (where images have several labels, path,labels, "
+            f"with {SEPARATOR} between their names)"
+        )
+    if twice := sorted({name for name in columns if name and columns.count(name) > 1}):
+        raise GraftError(f"--data {path}: it has the column {twice[0]} more than once; keep one")
+
+
+def _check_row(path: Path, number: int, row: dict[Any, Any], columns: Sequence[str]) -> None:
+    line = f"--data {path}: line {number} has"
+    if any(row.get(None) or ()):
+        raise GraftError(
+            f"{line} {len(columns) + len(row[None])} cells, the first line {len(columns)}; "
+            'put a path or label with a comma in it into "quotes"'
+        )
+    if "\0" in (row["path"] or ""):
+        raise GraftError(f"{line} a path with a NUL in it, which no file has")
+    if not (row["path"] or "").strip():
+        raise GraftError(f"{line} no path")
+    if "label" in columns and not (row["label"] or "").strip():
+        raise GraftError(f"{line} no label")
+
+
+def _read_split(path: Path, number: int, name: str | None) -> SplitName:
+    split = read_split_name(name or "")
+    if split is None:
+        raise GraftError(
+            f"--data {path}: line {number} has the split {name!r}; allowed are train, val and test"
+        )
+    return split
+
+
+def _parse_label_names(text: str) -> tuple[str, ...]:
     """Each name once, in order; an empty text has none."""
     return tuple(sorted({name.strip() for name in text.split(SEPARATOR)} - {""}))
 
 
 def _describe_columns(columns: Sequence[str]) -> str:
-    """What a CSV has in place of path,label and why they were not found, where that can be seen."""
+    """The columns of a CSV that lacks some, with the way out where the cause can be seen."""
     if len(columns) == 1:
         for separator, name in ((";", "semicolons"), ("\t", "tabs")):
             if separator in columns[0]:
                 return f"{columns[0]!r}, separated by {name}; save it separated by commas"
     lowered = {column.strip().lower() for column in columns}
     if "path" in lowered and lowered & {"label", "labels"}:
-        return f"{', '.join(map(repr, columns))}; write them in small letters, without spaces around them"
+        names = ", ".join(map(repr, columns))
+        return f"{names}; write them in small letters, without spaces around them"
     return ", ".join(columns) or "none"
 
 
-def _load_torchvision(name: str, root: Path) -> tuple[Labelled, FixedSplits]:
-    # Imported here: it brings torch along, which the other sources need not wait for.
+def _load_torchvision(name: str, root: Path) -> Source:
+    # Imported here: it imports torch, which other sources do not need.
     import torchvision
 
     factory = getattr(torchvision.datasets, name, None)
     if not inspect.isclass(factory) or not issubclass(factory, torchvision.datasets.VisionDataset):
         raise GraftError(
-            f"--data torchvision:{name}: torchvision has no such data set; for example FashionMNIST, OxfordIIITPet, Flowers102, Food101"
+            f"--data torchvision:{name}: torchvision has no such data set; "
+            "for example FashionMNIST, OxfordIIITPet, Flowers102, Food101"
         )
-    parameters = inspect.signature(factory).parameters
-    wanted: list[tuple[SplitName, dict[str, Any]]] = [("train", {})]
-    if "train" in parameters:
-        wanted = [("train", {"train": True}), ("test", {"train": False})]
-    elif "split" in parameters:
-        official = "trainval" if parameters["split"].default == "trainval" else "train"
-        wanted = [
-            ("train", {"split": official}),
-            ("val", {"split": "val"}),
-            ("test", {"split": "test"}),
-        ]
     labelled: Labelled = []
     splits: list[SplitName] = []
-    for split, arguments in wanted:
+    arguments_of = _torchvision_splits(factory)
+    for split, arguments in arguments_of.items():
         dataset = _open_torchvision(factory, name, root, arguments)
         if dataset is None:
             continue
         names = getattr(dataset, "classes", None)
         for index, label in enumerate(_torchvision_labels(dataset)):
             label_name = str(names[label]) if names is not None else str(label)
-            labelled.append(
-                (
-                    f"torchvision:{name}/{split}/{index}",
-                    label_name,
-                    TorchvisionImage(dataset, index),
-                )
-            )
+            key = f"torchvision:{name}/{split}/{index}"
+            labelled.append((key, label_name, TorchvisionImage(dataset, index)))
             splits.append(split)
-    return labelled, splits if len(wanted) > 1 else None
+    return Source(labelled, splits if len(arguments_of) > 1 else None)
+
+
+def _torchvision_splits(factory: Any) -> dict[SplitName, dict[str, Any]]:
+    """The arguments that give each split of a data set."""
+    parameters = inspect.signature(factory).parameters
+    if "train" in parameters:
+        return {"train": {"train": True}, "test": {"train": False}}
+    if "split" in parameters:
+        train = "trainval" if parameters["split"].default == "trainval" else "train"
+        return {"train": {"split": train}, "val": {"split": "val"}, "test": {"split": "test"}}
+    return {"train": {}}
 
 
 def _open_torchvision(factory: Any, name: str, root: Path, arguments: dict[str, Any]) -> Any | None:
-    """The data set from disk, else downloaded; None where it has no split of that name."""
+    """The data set from disk, else downloaded; None where it has no such split."""
     try:
         return factory(root=str(root), download=False, **arguments)
     except ValueError:
@@ -288,8 +404,9 @@ def _open_torchvision(factory: Any, name: str, root: Path, arguments: dict[str, 
     except (OSError, RuntimeError) as error:
         reason = " ".join(describe_error(error).split())
         raise GraftError(
-            f"--data torchvision:{name}: it is not under --data-root {root} and could not be downloaded ({reason}); "
-            f"run it once where there is a network, and copy that folder here"
+            f"--data torchvision:{name}: it is not under --data-root {root} and could not be "
+            f"downloaded ({reason}); run it once where there is a network, "
+            "and copy that folder here"
         ) from error
 
 

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# `make test-image`: from the files of this clone to a container that serves, without a container engine. Fine-tune digits, build the
-# image with Debian's buildah on a base image of debootstrap's, and let tests/deploy/test_image.py boot it. Needs root, for mounts.
-# What is not there is said and skipped, so that CI can call it anywhere. KEEP=1 leaves build/image for a second look. FLAVOUR=cuda does the
-# same with the image for GPUs, on the CPU: 12 GB of disk, and kernels that mount overlay for root.
+# `make test-image`: build the image from this clone and boot it, without a container engine.
+#
+# It fine-tunes digits, builds the image with Debian's buildah on a base image from debootstrap, and lets
+# tests/deploy/test_image.py boot it. It mounts, so it needs root. Without its tools it is skipped with a
+# message, so that CI can call it anywhere. KEEP=1 keeps build/image. FLAVOUR=cuda tests the image for GPUs
+# on the CPU; it needs 12 GB of disk and a kernel that mounts overlay for root.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -20,8 +22,8 @@ unshare --mount --pid --fork true 2> /dev/null || skip "this machine allows no n
 FLAVOUR=${FLAVOUR:-cpu}
 WORK=$PWD/build/image
 PYTHON=$PWD/.venv/bin/python
-# A storage of its own: the base has the name of one that others may have.
-# vfs works anywhere, and copies a layer for each one on it, which torch's gigabytes do not bear.
+# Its own storage, because the base image has the name of an official one. vfs works anywhere but copies
+# each layer, which is too much for torch.
 STORAGE_DRIVER=vfs
 if [[ $FLAVOUR == cuda ]]; then STORAGE_DRIVER=overlay; fi
 export STORAGE_DRIVER CONTAINERS_STORAGE_CONF=$WORK/storage.conf BUILDAH_ISOLATION=chroot BENTOML_HOME=$WORK/bentoml
@@ -29,7 +31,7 @@ bootstrapping=
 remove() {
     if [[ $bootstrapping ]] && kill "$bootstrapping" 2> /dev/null; then wait "$bootstrapping" || true; fi
     if [[ -f $CONTAINERS_STORAGE_CONF ]]; then buildah rm --all > /dev/null; fi
-    # A debootstrap that was cut off leaves its mounts.
+    # An interrupted debootstrap leaves its mounts.
     umount --quiet "$WORK"/rootfs/{proc,sys} 2> /dev/null || true
     rm -rf --one-file-system "$WORK"
 }
@@ -48,7 +50,8 @@ git ls-files -z | xargs -0 cp --parents -t "$WORK/project"
 (cd "$WORK/project" && "$PYTHON" finetune/run.py) > "$WORK/run.log" 2>&1 || { cat "$WORK/run.log"; exit 1; }
 wait $bootstrapping || skip "debootstrap could not fetch Debian: $(tail -1 "$WORK/debootstrap.log")"
 
-# As Docker's Python image: pip may install, and there is no cache. What a container engine puts over it at start has to be there.
+# As in Docker's Python image pip may install, and there is no cache. Container engines mount over
+# /etc/hosts, so it must exist.
 rm -rf "$WORK"/rootfs/usr/lib/python3*/EXTERNALLY-MANAGED "$WORK"/rootfs/var/cache/apt/archives/*.deb "$WORK"/rootfs/var/lib/apt/lists/*
 touch "$WORK"/rootfs/etc/hosts
 base=$(buildah from scratch)
@@ -56,7 +59,7 @@ buildah copy -q "$base" "$WORK/rootfs" / > /dev/null
 buildah commit -q --rm "$base" docker.io/library/python:3.11-slim > /dev/null
 
 step "the Bento and its image"
-# What this machine's pip needs to reach its registry goes into the build alone.
+# This machine's pip settings are secrets of the build.
 {
     printf '[global]\ncert = /etc/ssl/certs/ca-certificates.crt\n'
     for option in index-url trusted-host; do
@@ -72,7 +75,7 @@ buildah inspect --type image "graft:$FLAVOUR" > "$WORK/image.json"
 buildah mount "$(buildah from --pull-never "graft:$FLAVOUR")" > "$WORK/mounted"
 
 step "KServe's objects, as its own API knows them"
-# Its package needs another pandas than ours: an environment of its own.
+# In its own environment, because kserve needs another version of pandas.
 kserve=("$PWD/.venv/bin/uv" run --quiet --no-project --with kserve==0.21.0 python)
 if "${kserve[@]}" -c "import kserve" 2> "$WORK/kserve.log"; then
     "${kserve[@]}" tests/deploy/kserve_schema.py deploy/kubernetes/kserve/*.yaml

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pytest
 import requests
 
 from models import checkpoint as checkpoints
@@ -23,7 +24,8 @@ ROOT = Path(__file__).parent.parent
 NUM_CLIENTS = 32
 
 
-def test_folder_to_prediction(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("prepared")
+def test_folder_to_prediction(tmp_path: Path, cache_dir: Path) -> None:
     data = write_class_folders(tmp_path / "shapes", 16)
     folders = (
         "--output",
@@ -31,7 +33,7 @@ def test_folder_to_prediction(tmp_path: Path) -> None:
         "--repository",
         tmp_path / "checkpoints",
         "--cache-dir",
-        tmp_path / "cache",
+        cache_dir,
     )
     command = [sys.executable, ROOT / "finetune" / "run.py", "--data", data, *folders]
     done = subprocess.run(

@@ -27,15 +27,18 @@ LAYERS: dict[str, list[set[str]]] = {
         {"prepared"},
         {"backbone", "engine", "checkpoint"},
         {"named", "preprocess", "sources", "scores", "allowed"},
+        {"image_folder", "images"},
         {"errors", "files"},
     ],
     "finetune": [
         {"run", "compare", "audit", "publish"},
+        {"candidates"},
         {"report"},
         {"auditing", "training"},
-        {"evaluation"},
         {"resume", "probe"},
         {"data"},
+        {"tasks"},
+        {"evaluation"},
         {"config", "monitor", "terminal", "templates", "timer"},
     ],
     "service": [
@@ -118,6 +121,14 @@ def test_no_file_imports_itself_through_others() -> None:
     except CycleError as error:
         circle = [str(path.relative_to(ROOT)) for path in error.args[1]]
         raise AssertionError(f"a circle of imports: {' ← '.join(circle)}") from None
+
+
+def test_architecture_shows_the_layers() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    for room, rows in LAYERS.items():
+        table = text.partition(f"<!-- layers: {room} -->\n```\n")[2].partition("```")[0]
+        shown = [set(line.partition("│")[0].split()) for line in table.splitlines()]
+        assert shown == rows, f"docs/architecture.md, layers of {room}"
 
 
 def test_programs_hide_no_other_module() -> None:

@@ -1,1 +1,4 @@
-"""The same job in other people's hands: each script is one whole process, `--data DIR --weights FILE`, and ends with a line of JSON."""
+"""The same tasks done with other frameworks.
+
+A trainer is one whole process, `--data DIR --weights FILE`, and ends with a line of JSON.
+"""

@@ -1,12 +1,14 @@
-"""What every peer of benchmarks/serve.py puts behind its framework: the checkpoint's classifier, in torch or on Graft's engine.
+"""The classifier that every peer of benchmarks/serve.py serves: in torch or on Graft's engine.
 
 Which one the environment says, because frameworks start their workers as processes of their own:
 
 GRAFT_PEER_CHECKPOINT   a checkpoint's folder, which is a model folder of timm's
-GRAFT_PEER_ENGINE       torch   timm's model and transform on Pillow's image, in float32, and one worker, as the documentations write it
-                        tuned   the same in bf16 and channels_last, and a worker a core: what an expert would do on a CPU that has bf16
-                        graft   Graft's preprocess and OpenVINO engine: what is left is the framework's share
-GRAFT_PEER_WORKERS      another number of processes that predict, where the framework has workers; the cores are shared out among them
+GRAFT_PEER_ENGINE
+    torch   timm's model and transform on Pillow's image in float32, one worker: as documented
+    tuned   the same in bf16 and channels_last, a worker a core: an expert's choice on such a CPU
+    graft   Graft's preprocess and OpenVINO engine: only the framework differs from Graft
+GRAFT_PEER_WORKERS
+    another number of predicting processes, if the framework has workers; they share the cores
 """
 
 from __future__ import annotations
@@ -88,7 +90,7 @@ class TorchClassifier:
 
 
 class EngineClassifier:
-    """Graft's preprocess and engine, in the batch and at the precision that the checkpoint records, without the service's queue."""
+    """Graft's preprocess and engine with the checkpoint's batch and precision, without a queue."""
 
     def __init__(self, checkpoint: Path, *, num_streams: int) -> None:
         from models.checkpoint import load_checkpoint, logits
@@ -123,7 +125,7 @@ class EngineClassifier:
 
 
 def load_classifier(*, num_threads: int) -> Classifier:
-    """The classifier that the environment asks for; `num_threads` are torch's for one batch, or the engine's streams."""
+    """The classifier that the environment names; `num_threads` of torch, or engine streams."""
     checkpoint = Path(os.environ["GRAFT_PEER_CHECKPOINT"])
     engine = os.environ["GRAFT_PEER_ENGINE"]
     if engine == "graft":

@@ -1,10 +1,12 @@
-"""fastai's own recipe on a folder with train/ and val/, as its quick start writes it; run by benchmarks/finetune.py.
+"""The recipe of fastai's quick start on a folder with train/ and val/.
 
-python benchmarks/peers/fastai_learner.py --data DIR --weights FILE --recipe fit_one_cycle     the backbone frozen
-python benchmarks/peers/fastai_learner.py --data DIR --weights FILE --recipe fine_tune         one epoch frozen, then all of it
+Run by benchmarks/finetune.py:
+python benchmarks/peers/fastai_learner.py --data DIR --weights FILE --recipe RECIPE
+    fit_one_cycle   the backbone is frozen
+    fine_tune       one frozen epoch, then everything is trained
 
-Its defaults are left as they are: batches of 64, Adam, its learning rates, its head, its normalisation (timm's mean and std for the
-backbone). Augmentation is left out, as in its quick start: on a CPU that spares it time.
+Defaults are kept: batches of 64, Adam, learning rates, head, normalisation (timm's mean and std of
+the backbone). Like the quick start it does not augment, which saves it time on a CPU.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ def main() -> None:
     loaders = ImageDataLoaders.from_folder(
         args.data, train="train", valid="val", item_tfms=Resize(224), num_workers=args.workers
     )
-    # fastai hands what it does not know to timm, which then reads the weights from the file instead of its hub.
+    # fastai passes unknown arguments to timm, which then reads the weights from this file.
     learner = vision_learner(
         loaders, args.backbone, metrics=accuracy, pretrained_cfg_overlay={"file": str(args.weights)}
     )

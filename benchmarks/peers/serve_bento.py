@@ -1,8 +1,9 @@
-"""BentoML as its guide to adaptive batching writes it: one service with one batchable method that decodes and predicts.
+"""BentoML as in its guide to adaptive batching: one service, one batchable method.
 
 bentoml serve benchmarks.peers.serve_bento:Classify --port 4100
 
-In its favour: a latency goal of 10 s, because its dispatcher sheds requests that it guesses to miss a short one.
+In its favour: a latency goal of 10 s, because its dispatcher sheds requests that it expects to miss
+a short one.
 """
 
 from __future__ import annotations

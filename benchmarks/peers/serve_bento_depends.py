@@ -1,4 +1,4 @@
-"""BentoML in two services: one takes the upload and decodes, the other, in a process of its own, predicts in batches.
+"""BentoML in two services: one receives and decodes, the other, another process, predicts batches.
 
 bentoml serve benchmarks.peers.serve_bento_depends:Classify --port 4100
 """
@@ -24,7 +24,7 @@ from benchmarks.peers.classifiers import (
 
 @bentoml.service(workers=NUM_WORKERS, traffic={"timeout": 60})
 class Predict:
-    """The runner: decoded images in, as arrays, which cross the process boundary without being copied into JSON."""
+    """Predicts decoded images, which arrive as arrays rather than as JSON."""
 
     def __init__(self) -> None:
         self._classifier = load_classifier(num_threads=THREADS_PER_WORKER)

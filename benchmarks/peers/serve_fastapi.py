@@ -1,8 +1,9 @@
-"""FastAPI with a thread pool, as people serve a model without a serving framework: one image a thread, no batches.
+"""FastAPI with a thread pool, a common way without a serving framework: one image a thread.
 
 python benchmarks/peers/serve_fastapi.py 4100
 
-A thread a core and one of torch's threads each: more only take the cores from one another. torch lets go of Python's lock while it works.
+A thread a core with one torch thread each; more would compete for the cores. torch releases the
+GIL.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-# Run as a file, Python would look for modules in its own folder; the project's root is what is meant.
+# The peers' environment does not have the project installed.
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# Run as a file, Python would look for modules in its own folder; the project's root is what is meant.
+# The peers' environment does not have the project installed.
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 

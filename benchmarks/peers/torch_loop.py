@@ -1,11 +1,13 @@
-"""The loop of PyTorch's transfer learning tutorial, "ConvNet as fixed feature extractor"; run by benchmarks/finetune.py.
+"""PyTorch's transfer learning tutorial, "ConvNet as fixed feature extractor".
 
+Run by benchmarks/finetune.py:
 python benchmarks/peers/torch_loop.py --data DIR --weights FILE
 
-Kept from the tutorial: its transforms, batches of 4, SGD with a learning rate of 0.001 and momentum 0.9, a tenth of it every 7 epochs,
-the best epoch's weights kept. In its favour: 5 epochs instead of 25, and the frozen backbone's BatchNorm in eval, which the tutorial
-leaves in training, so that statistics of 4 images drift into it (--tutorial-batch-norm does as it does). Batches of 32 with a learning
-rate of 0.008, the same step an image, keep a CPU busier: --batch-size 32 --lr 0.008.
+Kept from the tutorial: its transforms, batches of 4, SGD with a learning rate of 0.001 (a tenth
+every 7 epochs) and momentum 0.9, the best epoch's weights. In its favour: 5 epochs instead of 25,
+and the frozen backbone's BatchNorm in eval, which the tutorial leaves in training, so that
+statistics of 4 images drift into it (--tutorial-batch-norm does the same). Batches of 32 keep a CPU
+busier, with the same step an image: --batch-size 32 --lr 0.008.
 """
 
 from __future__ import annotations
@@ -102,7 +104,7 @@ def fit(
     num_epochs: int,
     tutorial_batch_norm: bool,
 ) -> float:
-    """Train the head and return the best epoch's validation accuracy, whose weights are in `model` at the end."""
+    """Train the head; return the best epoch's validation accuracy and keep its weights."""
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=7, gamma=0.1)
     best = -1.0
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,4 +1,4 @@
-"""Write a backbone's pretrained weights, as Graft loads them, to a file that timm reads: the peers start from the same tensors.
+"""Write the pretrained weights that Graft loads to a file for timm, so that peers start from them.
 
 python benchmarks/peers/weights.py tf_efficientnet_lite0 FILE.safetensors
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-# Run as a file, Python would look for modules in its own folder; the project's root is what is meant.
+# The peers' environment does not have the project installed.
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
@@ -20,7 +20,7 @@ from models.backbone.build import build_backbone
 
 
 def main(name: str, path: Path) -> None:
-    """Raises AssertionError where timm, reading the file, does not end with the same tensors in every place but the classifier."""
+    """Raise AssertionError if timm does not load the same tensors, except for the classifier."""
     backbone = build_backbone(name, num_classes=2)
     prefix = f"{backbone.classifier}."
     tensors = {

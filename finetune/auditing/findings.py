@@ -1,4 +1,4 @@
-"""What an audit found: the kinds of findings in order of weight, each finding, and all of them with the score without leaks."""
+"""What an audit found: findings by kind, in order of weight, and the score without leaks."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ Kind = Literal[
     "exact_duplicate",
     "near_duplicate",
     "wrong_label",
-    "odd",
+    "outlier",
 ]
 
 
 @dataclass(frozen=True)
 class Wording:
-    """A kind of finding as a person reads it: one and many of it in a sentence, a heading, and what to do."""
+    """A kind of finding for people: one and many of it in a sentence, a heading, and what to do."""
 
     one: str
     many: str
@@ -41,13 +41,15 @@ WORDING: dict[Kind, Wording] = {
         "unreadable image",
         "unreadable images",
         "Unreadable files",
-        "They cannot be decoded, or only a part of them, and runs leave them out. Replace them, or delete them.",
+        "They cannot be decoded, or only a part of them, and runs leave them out. Replace them, or "
+        "delete them.",
     ),
     "missing_class": Wording(
         "class missing from a split",
         "classes missing from a split",
         "Classes missing from a split",
-        "What a split does not hold, it cannot teach or measure. Add images, or let Graft draw the split.",
+        "A class missing from a split cannot be trained or evaluated there. Add images, or let "
+        "Graft draw the split.",
     ),
     "small_class": Wording(
         "small class",
@@ -65,47 +67,54 @@ WORDING: dict[Kind, Wording] = {
         "exact copy across splits",
         "exact copies across splits",
         "Exact copies across splits",
-        "The same file in two splits: the score counts what was learnt by heart. Keep one of the two.",
+        "The same file in two splits: the score counts what was learnt by heart. Keep one of the "
+        "two.",
     ),
     "near_leak": Wording(
         "near copy across splits",
         "near copies across splits",
         "Near copies across splits",
-        "The same picture in two splits, encoded or sized anew: the score counts what was learnt by heart. Keep one of the two.",
+        "The same picture in two splits, encoded or resized: the score counts what was learnt by "
+        "heart. Keep one of the two.",
     ),
     "exact_duplicate": Wording(
         "exact duplicate",
         "exact duplicates",
         "Exact duplicates within a split",
-        "The same file twice weighs twice. Keep one; where the labels differ, one of them is wrong.",
+        "The same file twice weighs twice. Keep one; where the labels differ, one of them is "
+        "wrong.",
     ),
     "near_duplicate": Wording(
         "near duplicate",
         "near duplicates",
         "Near duplicates within a split",
-        "The same picture, encoded or sized anew. Keep the better one; where the labels differ, one of them is wrong.",
+        "The same picture, encoded or resized. Keep the better one; where the labels differ, one "
+        "of them is wrong.",
     ),
     "wrong_label": Wording(
         "label to check",
         "labels to check",
         "Labels that look wrong",
-        "A model that did not see the image is confident of another class. The likeliest come first; move the file where you agree.",
+        "A model that did not see the image is confident of another class. The likeliest come "
+        "first; move the file where you agree.",
     ),
-    "odd": Wording(
-        "odd one out",
-        "odd ones out",
-        "Odd ones out",
-        "Unlike all other images of the data: screenshots, placeholders, pictures of something else. Delete what does not belong.",
+    "outlier": Wording(
+        "outlier",
+        "outliers",
+        "Outliers",
+        "Unlike all other images of the data: screenshots, placeholders, pictures of something "
+        "else. Delete what does not belong.",
     ),
 }
-_LEAKS: tuple[Kind, ...] = ("exact_leak", "near_leak")
+LEAKS: tuple[Kind, ...] = ("exact_leak", "near_leak")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing to look at. `sample` is None where it is about a class; `other` is what it is a copy of, with its split and label.
+    """One thing to look at. `sample` is None where it is about a class.
 
-    `score` orders the findings of a kind: a cosine for copies, how likely a label is wrong, a distance for odd ones.
+    `other` is what the sample is a copy of, with its split and label. `score` orders the findings
+    of a kind: similarity of copies, how likely a label is wrong, distance of outliers.
     """
 
     kind: Kind
@@ -120,14 +129,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class Audit:
-    """`findings` by kind and score; `accuracy` of the probe (or what else `metric` names) on each split that it did not train on, with
-    all images and without leaks.
+    """Findings by kind and score, and the effect of the leaks on the score.
 
-    The second is None where nothing but leaks is left.
+    `scores` are the probe's on each split that it did not train on: on all images, and without
+    leaks (None if there is nothing else). `metric` is what they measure, in words.
     """
 
     findings: tuple[Finding, ...]
-    accuracy: Mapping[SplitName, tuple[float, float | None]]
+    scores: Mapping[SplitName, tuple[float, float | None]]
     num_images: int
     metric: str = "accuracy"
 
@@ -136,14 +145,14 @@ class Audit:
 
     @property
     def leaks(self) -> list[Finding]:
-        return self.of_kind(*_LEAKS)
+        return self.of_kind(*LEAKS)
 
     def count(self) -> dict[Kind, int]:
         """How many of each kind, in order of weight."""
         return {kind: len(self.of_kind(kind)) for kind in WORDING}
 
     def refuse_leaks(self) -> None:
-        """Raise GraftError where an image is in two splits."""
+        """Raise GraftError if an image is in two splits."""
         leaks = self.leaks
         if leaks:
             shown = "\n".join(
@@ -153,20 +162,20 @@ class Audit:
             )
             more = f"\n  and {len(leaks) - 10} more" if len(leaks) > 10 else ""
             raise GraftError(
-                f"{_count(len(leaks), 'image leaks', 'images leak')} from one split to another:\n{shown}{more}\n"
-                "(--strict stops here; keep one of each two)"
+                f"{_count(len(leaks), 'image leaks', 'images leak')} from one split to another:\n"
+                f"{shown}{more}\n(--strict stops here; keep one of each two)"
             )
 
     def to_dict(self) -> dict[str, Any]:
         """As metrics.json holds it."""
-        accuracy = {
+        scores = {
             split: {"all": whole, "without_leaks": clean}
-            for split, (whole, clean) in self.accuracy.items()
+            for split, (whole, clean) in self.scores.items()
         }
         return {
             "num_images": self.num_images,
             "found": self.count(),
-            self.metric.replace(" ", "_"): accuracy,
+            self.metric.replace(" ", "_"): scores,
         }
 
     def to_csv(self) -> str:
@@ -190,10 +199,10 @@ class Audit:
             for kind, number in self.count().items()
             if number
         ]
-        return f"{self.num_images:,} images: {', '.join(found) or 'nothing to complain of'}"
+        return f"{self.num_images:,} images: {', '.join(found) or 'no problems found'}"
 
     def to_lines(self) -> list[str]:
-        """What a run says: what was found, in one line, and what the leaks are worth in another."""
+        """What a run logs: findings, small classes, and the effect of the leaks on the score."""
         lines = [f"audit of {self.summary}"]
         lines += [
             f"audit: {finding.detail}"
@@ -202,9 +211,9 @@ class Audit:
         return lines + [f"audit: {line}" for line in self.describe_leaks()]
 
     def describe_leaks(self) -> list[str]:
-        """What the leaks are worth to the probe, a line for each split that has some."""
+        """Effect of the leaks on the probe's score, a line for each split with leaks."""
         lines = []
-        for split, (whole, clean) in self.accuracy.items():
+        for split, (whole, clean) in self.scores.items():
             num_leaks = sum(finding.split == split for finding in self.leaks)
             if num_leaks:
                 without = "nothing else is left" if clean is None else f"{clean:.4f} without"

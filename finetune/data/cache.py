@@ -1,11 +1,12 @@
-"""Features kept on disk between runs, by image content: a second run over the same or a grown folder computes only what is new.
+"""Features kept on disk between runs, by image content: a second run computes only what is new.
 
-One folder a backbone, precision and machine. Each run appends to a segment of its own, so that two runs at once cannot meet: `.rows` has
-fixed-size records (features `float32 [F]` and their CRC-32), `.keys` the digests of the images, written after the rows that they name. A
-run killed at any moment leaves at worst rows without a key, which nobody reads.
+One folder per backbone, precision and machine. Each run appends to a segment of its own, so that
+simultaneous runs do not conflict: `.rows` has fixed-size records (features `float32 [F]` and their
+CRC-32), `.keys` the digests of the images, written after the rows that they name. A run killed at
+any moment leaves at worst rows without a key, which nobody reads.
 
-Each segment costs its readers a file descriptor, so a run that finds too many merges the small ones first. Their features are in one
-place at least at any moment, and may for a moment be in two.
+Each segment costs its readers a file descriptor, so a run that finds too many merges the small ones
+first. Their features are always in one place at least, and for a moment in two.
 """
 
 from __future__ import annotations
@@ -35,15 +36,16 @@ logger = logging.getLogger("graft.cache")
 
 DIGEST_SIZE = 16
 _CRC_SIZE = 4
-# A folder with more segments is merged, but for those that are large already: copying them would cost more than their descriptors.
+# A folder with more segments is merged, except for large ones: copying those would cost more than
+# their descriptors.
 MAX_SEGMENTS = 32
 _LARGE_BYTES = 32_000_000
-# Merged at once; the descriptors that hold their locks are bounded by it, too.
+# Merged at once; it also bounds the descriptors that hold their locks.
 _MAX_MERGED = 256
 
 
 def digest_image(data: bytes, view: View | None = None) -> bytes:
-    """What a feature is looked up by: the encoded bytes, and the augmented view of them if it is one."""
+    """The key of a feature: a digest of the encoded bytes, and of the augmented view if any."""
     digest = hashlib.sha256(data)
     if view is not None:
         digest.update(repr(view).encode())
@@ -51,9 +53,9 @@ def digest_image(data: bytes, view: View | None = None) -> bytes:
 
 
 class FeatureCache:
-    """The features of one backbone (`fingerprint`) on one engine; a context manager that closes its files.
+    """The features of one backbone (`fingerprint`) on one engine.
 
-    Raises GraftError where the folder cannot be written.
+    A context manager that closes its files. Raises GraftError if the folder cannot be written.
     """
 
     def __init__(
@@ -80,17 +82,19 @@ class FeatureCache:
         self._readers: list[int] = []
         self._writers: tuple[int, int] | None = None
         try:
-            # Another run may trim the folder at any moment, even while it is made: what it takes away is computed anew.
+            # Another run may trim the folder at any moment, even while it is made: what is gone is
+            # computed again.
             with contextlib.suppress(FileExistsError):
                 self.folder.mkdir(parents=True)
             with contextlib.suppress(FileNotFoundError):
-                os.utime(self.folder)  # what `trim` calls recently used
+                os.utime(self.folder)  # recently used, for `trim`
                 if sum(1 for _ in self.folder.glob("*.keys")) > MAX_SEGMENTS:
                     merge_segments(self.folder, self._record_size)
                 self._index_all()
         except OSError as error:
             raise GraftError(
-                f"--cache-dir {cache_dir}: {error.strerror}: {error.filename}; name another, or say --no-cache"
+                f"--cache-dir {cache_dir}: {error.strerror}: {error.filename}; name another, or "
+                "say --no-cache"
             ) from error
 
     def __enter__(self) -> Self:
@@ -109,7 +113,7 @@ class FeatureCache:
         return digest in self._rows
 
     def read(self, digest: bytes, out: Features) -> bool:
-        """Copy an image's features to `out` `[F]`; False where they are not there, or no longer what was written."""
+        """Copy an image's features to `out` `[F]`; False if they are missing or damaged."""
         segment, row = self._rows.get(digest, (-1, 0))
         if segment >= 0:
             record = os.pread(self._readers[segment], self._record_size, row * self._record_size)
@@ -120,7 +124,7 @@ class FeatureCache:
         return False
 
     def write(self, digests: Sequence[bytes], features: Features) -> None:
-        """Append features `[B,F]`. A full disk ends the caching of this run, with a warning, and not the run."""
+        """Append features `[B,F]`. A full disk ends caching with a warning; the run goes on."""
         self.num_misses += len(digests)
         if self._is_full:
             return
@@ -146,7 +150,8 @@ class FeatureCache:
                 os.open(f"{stem}.rows", flags, 0o644),
                 os.open(f"{stem}.keys", flags, 0o644),
             )
-            # It says that a run writes here, for as long as the process lives. A merge may have been faster and taken the file away.
+            # Locked while the process lives, as a run writes here. A merge may have been faster and
+            # removed the file.
             with contextlib.suppress(OSError):
                 fcntl.flock(keys, fcntl.LOCK_EX)
             if os.fstat(keys).st_nlink:
@@ -160,7 +165,7 @@ class FeatureCache:
         indexed: set[Path] = set()
         while new := sorted(set(self.folder.glob("*.keys")) - indexed):
             for keys_path in new:
-                # Merged by another run meanwhile: what it was merged into is found in the next round.
+                # Merged by another run meanwhile: the merged segment is found in the next round.
                 with contextlib.suppress(FileNotFoundError):
                     self._index(keys_path)
             indexed.update(new)
@@ -174,15 +179,16 @@ class FeatureCache:
 
 
 def merge_segments(folder: Path, record_size: int) -> None:
-    """Write the small segments that no run writes to into one, then remove them; one process at a time, others go on without.
+    """Write the small segments that no run writes to into one, then remove them.
 
-    Killed at any moment it leaves every feature readable. What is damaged is dropped.
+    One process merges at a time, others go on without. Killed at any moment, it leaves every
+    feature readable. Damaged ones are dropped.
     """
     with contextlib.ExitStack() as stack:
         if not stack.enter_context(_locked(folder)):
             return
         for unfinished in folder.glob("*.unfinished"):
-            # A merge that was killed: its keys were not there to be read yet.
+            # A merge that was killed: its keys could not be read yet.
             unfinished.with_suffix(".rows").unlink(missing_ok=True)
             unfinished.unlink()
         merged: list[Path] = []
@@ -210,7 +216,7 @@ def merge_segments(folder: Path, record_size: int) -> None:
             )
             return
         for keys_path in merged:
-            # In this order: keys without rows are found and removed by the next merge, rows without keys by nobody.
+            # In this order: the next merge removes keys without rows, but never rows without keys.
             keys_path.with_suffix(".rows").unlink(missing_ok=True)
             keys_path.unlink()
 
@@ -234,7 +240,7 @@ def _write_merged(segments: Sequence[Path], stem: Path, record_size: int) -> Non
 
 
 def _read_keys(keys_path: Path, rows: int, record_size: int) -> list[bytes]:
-    """The digests of the rows that are there."""
+    """The digests of the rows that exist."""
     keys = keys_path.read_bytes()
     num_rows = min(len(keys) // DIGEST_SIZE, os.fstat(rows).st_size // record_size)
     return [keys[row * DIGEST_SIZE : (row + 1) * DIGEST_SIZE] for row in range(num_rows)]
@@ -247,7 +253,7 @@ def _is_whole(record: bytes, record_size: int) -> bool:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[bool]:
-    """Whether nobody else held the lock of a file or folder, which is let go of at the end, or with the process."""
+    """Whether the lock of a file or folder was free; it is held until the end, or the process's."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         try:
@@ -261,10 +267,13 @@ def _locked(path: Path) -> Iterator[bool]:
 
 
 def trim(cache_dir: Path, max_bytes: int) -> None:
-    """Remove the feature folders used longest ago until the rest fits; a run that reads one meanwhile keeps its open files."""
+    """Remove the least recently used feature folders until the rest fits.
+
+    A run that reads one of them keeps its open files.
+    """
     found: list[tuple[float, int, Path]] = []
     for path in (cache_dir / "features").glob("*"):
-        # Another run may trim at the same time: what it removed first takes no room.
+        # Another run may trim at the same time: what it removed takes no room.
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             num_bytes = sum(file.stat().st_size for file in path.iterdir())
             found.append((path.stat().st_mtime, num_bytes, path))

@@ -1,10 +1,9 @@
-"""Labelled images → Splits: what is trained on, validated on and tested on, with whatever an earlier run put where."""
+"""Labelled images → Splits: what is trained on, validated on and tested on."""
 
 from __future__ import annotations
 
 import csv
 import logging
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,11 +11,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from finetune.data.strata import stratify_val
-from models.errors import GraftError
+from finetune.tasks.choose import choose_task
+from finetune.tasks.single_label import SINGLE_LABEL
+from finetune.tasks.task import Label, Task
+from models.errors import GraftError, join_first
 from models.files import write_whole
+from models.image_folder import check_unicode_forms
+from models.scores import Labels
 from models.sources import (
-    SEPARATOR,
     EncodedImage,
     FixedSplits,
     Labelled,
@@ -27,37 +29,34 @@ from models.sources import (
 
 logger = logging.getLogger("graft.data")
 
-NO_LABEL = -1
-# As finetune/data/strata.py numbers them.
+# As the task numbers the parts that it divides images into.
 _PARTS = {"train": 0, "val": 1}
+_NUM_NAMES_SHOWN = 20
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One labelled image; `key` names it in messages, and `label` is its place in `Splits.label_names`.
-
-    In multi-label data `labels` are the places of all that it shows, perhaps none, in order, and `label` is NO_LABEL.
-    """
+    """One labelled image. `key` names it in messages; its task says what a `label` is."""
 
     key: str
-    label: int
+    label: Label
     image: Path | EncodedImage | TorchvisionImage
-    labels: tuple[int, ...] = ()
 
     @property
     def place(self) -> str:
-        """What splits.csv knows it by, from whatever folder it is read: the file's whole path, or the key."""
+        """How splits.csv names it, from any folder: the file's whole path, or the key."""
         return str(self.image.resolve()) if isinstance(self.image, Path) else self.key
 
     def read(self) -> bytes:
+        """The encoded image."""
         return self.image.read_bytes()
 
 
 @dataclass(frozen=True)
 class Splits:
-    """The labelled images of a run; `test` may be empty. `is_drawn` where Graft split train and val, and the source did not.
+    """The labelled images of a run; `test` may be empty.
 
-    `is_multi_label` where an image has any number of labels, and not just one.
+    `is_drawn` if Graft split train and val, and the source did not.
     """
 
     label_names: tuple[str, ...]
@@ -65,30 +64,32 @@ class Splits:
     val: tuple[Sample, ...]
     test: tuple[Sample, ...] = ()
     is_drawn: bool = field(default=False, compare=False)
-    is_multi_label: bool = False
+    task: Task = SINGLE_LABEL
 
     def named(self) -> Iterable[tuple[SplitName, tuple[Sample, ...]]]:
+        """Each split that has a name in metrics; "test" only if it has images."""
         yield "train", self.train
         yield "val", self.val
         if self.test:
             yield "test", self.test
 
-    def labels(self, samples: Sequence[Sample]) -> npt.NDArray[np.int64]:
-        """Of each sample its label, `[N]`; in multi-label data a row with 1 for each label that it has and 0 for the others, `[N,C]`."""
-        if self.is_multi_label:
-            return _label_rows(samples, len(self.label_names))
-        return np.array([sample.label for sample in samples], np.int64)
+    def labels(self, samples: Sequence[Sample]) -> Labels:
+        """Labels as the task encodes them: `[N]`, or `[N,C]` of 0 and 1."""
+        return self.task.encode([sample.label for sample in samples], len(self.label_names))
+
+    def count_labels(self, samples: Sequence[Sample]) -> npt.NDArray[np.int64]:
+        """How many samples have each label, `[C]`."""
+        return self.task.count(self.labels(samples), len(self.label_names))
 
     def describe(self, sample: Sample) -> str:
-        """The name of a sample's label; in multi-label data those of all its labels with `|` between them, as a CSV has them."""
-        return self.join(sample.labels) if self.is_multi_label else self.label_names[sample.label]
-
-    def join(self, labels: Iterable[int]) -> str:
-        """Names with `|` between them."""
-        return SEPARATOR.join(self.label_names[label] for label in labels)
+        """A sample's label as a CSV has it."""
+        return self.task.describe(sample.label, self.label_names)
 
     def without(self, unreadable: Iterable[str], *, check: bool = True) -> Splits:
-        """The same splits less some keys; where a class loses its last image of a split that it needs, `check` raises GraftError."""
+        """The same splits less the samples with these keys.
+
+        Raises GraftError under `check` if a class loses its last image of a split that it needs.
+        """
         gone = set(unreadable)
 
         def keep(samples: tuple[Sample, ...]) -> tuple[Sample, ...]:
@@ -100,14 +101,14 @@ class Splits:
         return kept
 
     def write_csv(self, path: Path) -> None:
-        """`path,label,split` (`labels` in multi-label data), as `--data FILE.csv` reads it; whole or not at all: a later run goes by it."""
-        write_whole(path, self._write_rows)
+        """`path,label,split` (or `labels`), as `--data FILE.csv` reads it."""
+        write_whole(path, self._write_csv)
 
-    def _write_rows(self, path: Path) -> None:
-        # A path may hold bytes that are no text.
+    def _write_csv(self, path: Path) -> None:
+        # A path may hold bytes that are not text.
         with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             rows = csv.writer(file)
-            rows.writerow(("path", "labels" if self.is_multi_label else "label", "split"))
+            rows.writerow(("path", self.task.label_column, "split"))
             for split, samples in self.named():
                 for sample in samples:
                     rows.writerow((sample.place, self.describe(sample), split))
@@ -115,7 +116,7 @@ class Splits:
 
 @dataclass(frozen=True)
 class KeptSplit:
-    """An earlier run's: the split of each image by its `place`, and the file that says so."""
+    """An earlier run's split of each image, by its `place`, and the file that it was read from."""
 
     path: Path
     split_of: Mapping[str, SplitName]
@@ -130,12 +131,36 @@ def load_splits(
     kept: KeptSplit | None = None,
     check: bool = True,
 ) -> Splits:
-    """The images of `--data`, split; where Graft has to draw the split, images stay where an earlier run had them.
+    """Read the images of `--data` and split them.
 
-    Raises GraftError with the way out where there is nothing to train on, and, unless `check` is off, where a class is missing.
+    Where Graft draws the split, images stay where `kept` has them. Raises GraftError if there is
+    nothing to train on and, under `check`, if a class has no image of a split that it needs.
     """
-    labelled, fixed = read_source(data, data_root)
-    return _to_splits(data, labelled, fixed, val_fraction, seed, kept, check)
+    source = read_source(data, data_root)
+    splits = _to_splits(data, source.labelled, source.splits, val_fraction, seed, kept)
+    _log_seen(data, splits, source.notes)
+    if check:
+        _check_classes(splits, f"--data {data}")
+    return splits
+
+
+def _log_seen(data: str, splits: Splits, notes: Sequence[str]) -> None:
+    """What was seen in the source, in one line: a warning if something was left out."""
+    sizes = ", ".join(f"{len(samples):,} {split}" for split, samples in splits.named())
+    words = splits.task.words.labels_of_images
+    names = join_first(splits.label_names, _NUM_NAMES_SHOWN)
+    left_out = f"; left out or to be looked at: {'; '.join(notes)}" if notes else ""
+    logger.log(
+        logging.WARNING if notes else logging.INFO,
+        "%s: %d %s, images: %s; %s: %s%s",
+        data,
+        len(splits.label_names),
+        words,
+        sizes,
+        splits.task.words.labels,
+        names,
+        left_out,
+    )
 
 
 def _to_splits(
@@ -145,163 +170,113 @@ def _to_splits(
     val_fraction: float,
     seed: int,
     kept: KeptSplit | None,
-    check: bool,
 ) -> Splits:
     if not labelled:
         raise GraftError(f"--data {data}: there is no image in it")
-    is_multi_label = isinstance(labelled[0][1], tuple)
-    label_names = tuple(
-        sorted(
-            {
-                name
-                for _, label, _ in labelled
-                for name in ([label] if isinstance(label, str) else label)
-            }
-        )
-    )
+    task = choose_task(labelled[0][1])
+    label_names = _collect_names(labelled)
+    task.check_label_names(label_names, data)
+    check_unicode_forms(data, label_names)
     numbers = {name: number for number, name in enumerate(label_names)}
-    samples = [
-        Sample(key, numbers[label], image)
-        if isinstance(label, str)
-        else Sample(key, NO_LABEL, image, tuple(numbers[name] for name in label))
-        for key, label, image in labelled
-    ]
+    samples = [Sample(key, task.number(named, numbers), image) for key, named, image in labelled]
     chosen: list[SplitName] = list(fixed) if fixed is not None else ["train"] * len(samples)
-    if is_multi_label and not label_names:
-        raise GraftError(
-            f"--data {data}: no image has a label; the column labels takes names with {SEPARATOR} between them"
-        )
-    if not is_multi_label and len(label_names) < 2:
-        raise GraftError(
-            f"--data {data}: only one class, {label_names[0]!r}; a classifier needs two or more"
-        )
-    is_drawn = "val" not in chosen
-    if is_drawn and is_multi_label:
-        _split_off_val_of_many(samples, len(label_names), chosen, val_fraction, seed, kept)
-    elif is_drawn:
-        _split_off_val(data, samples, label_names, chosen, val_fraction, seed, kept, check)
-    by_split = {
-        name: tuple(sample for sample, split in zip(samples, chosen, strict=True) if split == name)
-        for name in ("train", "val", "test")
-    }
-    splits = Splits(
-        label_names, by_split["train"], by_split["val"], by_split["test"], is_drawn, is_multi_label
-    )
-    if check:
-        _check_classes(splits, f"--data {data}")
+    splits = Splits(label_names, *_group(samples, chosen), is_drawn="val" not in chosen, task=task)
+    if splits.is_drawn:
+        splits = _split_off_val(splits, val_fraction, seed, kept)
     return splits
 
 
+def _collect_names(labelled: Labelled) -> tuple[str, ...]:
+    names = {
+        name for _, named, _ in labelled for name in ((named,) if isinstance(named, str) else named)
+    }
+    return tuple(sorted(names))
+
+
+def _group(
+    samples: Sequence[Sample], chosen: Sequence[SplitName]
+) -> tuple[tuple[Sample, ...], tuple[Sample, ...], tuple[Sample, ...]]:
+    """The samples of train, val and test."""
+
+    def group(name: SplitName) -> tuple[Sample, ...]:
+        return tuple(sample for sample, split in zip(samples, chosen, strict=True) if split == name)
+
+    return group("train"), group("val"), group("test")
+
+
 def _split_off_val(
-    data: str,
-    samples: list[Sample],
-    label_names: tuple[str, ...],
-    chosen: list[SplitName],
-    val_fraction: float,
-    seed: int,
-    kept: KeptSplit | None,
-    check: bool,
-) -> None:
-    """Move a seeded, stratified share of the training images to validation, at least one of each class.
+    splits: Splits, val_fraction: float, seed: int, kept: KeptSplit | None
+) -> Splits:
+    """Move a seeded, stratified fraction of the training images to validation.
 
-    What an earlier run had stays where it was, and new images make up the share.
+    Images of an earlier run stay where it had them, and new images make up the fraction.
     """
-    was = (
-        {}
-        if kept is None
-        else {index: kept.split_of.get(sample.place) for index, sample in enumerate(samples)}
+    earlier = [None if kept is None else kept.split_of.get(each.place) for each in splits.train]
+    placed = np.array([_PARTS.get(split or "", -1) for split in earlier], np.int64)
+    labels = splits.labels(splits.train)
+    is_val = splits.task.split_off_val(labels, len(splits.label_names), val_fraction, seed, placed)
+    if kept is not None:
+        _log_kept(kept.path, placed, is_val)
+    train, val = (
+        tuple(sample for sample, is_here in zip(splits.train, is_side, strict=True) if is_here)
+        for is_side in (~is_val, is_val)
     )
-    generator = np.random.default_rng(seed)
-    num_kept = num_to_train = num_to_val = 0
-    for label, name in enumerate(label_names):
-        members = [
-            index
-            for index, sample in enumerate(samples)
-            if sample.label == label and chosen[index] == "train"
-        ]
-        if len(members) == 1 and check:
-            raise GraftError(
-                f"--data {data}: class {name!r} has one image; it needs two or more, one of them to validate on"
-            )
-        in_val = [index for index in members if was.get(index) == "val"]
-        new = [index for index in members if was.get(index) not in ("train", "val")]
-        num_val = min(max(1, round(len(members) * val_fraction)), len(members) - 1)
-        num_new = min(max(0, num_val - len(in_val)), len(new))
-        for index in (*in_val, *generator.permutation(new)[:num_new]):
-            chosen[index] = "val"
-        num_kept += len(members) - len(new)
-        num_to_train += len(new) - num_new
-        num_to_val += num_new
-    _say_kept(kept, num_kept, num_to_train, num_to_val)
+    return replace(splits, train=train, val=val)
 
 
-def _split_off_val_of_many(
-    samples: list[Sample],
-    num_labels: int,
-    chosen: list[SplitName],
-    val_fraction: float,
-    seed: int,
-    kept: KeptSplit | None,
-) -> None:
-    """The same for images of any number of labels; what an earlier run had counts for the share of each label."""
-    pool = [index for index, split in enumerate(chosen) if split == "train"]
-    rows = _label_rows([samples[index] for index in pool], num_labels)
-    was = [None if kept is None else kept.split_of.get(samples[index].place) for index in pool]
-    placed = np.array([_PARTS.get(split or "", -1) for split in was], np.int64)
-    is_val = stratify_val(rows, val_fraction, seed, placed) == _PARTS["val"]
-    for index, to_val in zip(pool, is_val, strict=True):
-        chosen[index] = "val" if to_val else "train"
+def _log_kept(path: Path, placed: npt.NDArray[np.int64], is_val: npt.NDArray[np.bool_]) -> None:
     is_new = placed < 0
-    _say_kept(
-        kept, int((~is_new).sum()), int((is_new & ~is_val).sum()), int((is_new & is_val).sum())
-    )
-
-
-def _say_kept(kept: KeptSplit | None, num_kept: int, num_to_train: int, num_to_val: int) -> None:
-    if kept is not None and num_kept:
-        new_ones = (
-            f"; new: {num_to_train:,} to train, {num_to_val:,} to val"
-            if num_to_train + num_to_val
-            else ""
-        )
-        logger.info(
-            "split: %d images stay where %s has them%s (--new-split draws anew)",
-            num_kept,
-            kept.path,
-            new_ones,
-        )
-
-
-def _label_rows(samples: Sequence[Sample], num_labels: int) -> npt.NDArray[np.int64]:
-    rows = np.zeros((len(samples), num_labels), np.int64)
-    for row, sample in zip(rows, samples, strict=True):
-        row[list(sample.labels)] = 1
-    return rows
-
-
-def count_labels(samples: Iterable[Sample]) -> Counter[int]:
-    """How many samples have each label."""
-    return Counter(
-        label
-        for sample in samples
-        for label in ((sample.label,) if sample.label != NO_LABEL else sample.labels)
+    if is_new.all():
+        return
+    num_to_train, num_to_val = int((is_new & ~is_val).sum()), int((is_new & is_val).sum())
+    new = f"; new: {num_to_train:,} to train, {num_to_val:,} to val" if is_new.any() else ""
+    logger.info(
+        "split: %d images stay where %s has them%s (--new-split draws anew)",
+        int((~is_new).sum()),
+        path,
+        new,
     )
 
 
 def _check_classes(splits: Splits, where: str) -> None:
     anew = ", or say --new-split where an earlier run had it otherwise" if splits.is_drawn else ""
-    counts = {split: count_labels(samples) for split, samples in splits.named()}
-    for label, name in enumerate(splits.label_names):
-        if splits.is_multi_label and counts["train"][label] == len(splits.train) > 0:
-            raise GraftError(
-                f"{where}: every image to train on has the label {name!r}, so that it cannot be learnt; take it out{anew}"
-            )
-        if not counts["train"][label]:
-            raise GraftError(
-                f"{where}: class {name!r} has no image to train on; add some to train/, or take the class out{anew}"
-            )
-        if not counts["val"][label]:
-            raise GraftError(
-                f"{where}: class {name!r} has no image to validate on; add some to val/, or put train/ and val/ together "
-                f"in one folder of class folders and Graft splits them{anew}"
-            )
+    labels = splits.labels(splits.train)
+    if problem := splits.task.find_unlearnable(labels, splits.label_names):
+        raise GraftError(f"{where}: {problem}{anew}")
+    counts = list(
+        zip(
+            splits.label_names,
+            splits.count_labels(splits.train).tolist(),
+            splits.count_labels(splits.val).tolist(),
+            strict=True,
+        )
+    )
+    single = [name for name, *nums in counts if splits.is_drawn and sum(nums) == 1]
+    rest = [each for each in counts if each[0] not in single]
+    without_train = [name for name, num_train, _ in rest if not num_train]
+    without_val = [name for name, num_train, num_val in rest if num_train and not num_val]
+    problems = []
+    if single:
+        problems.append(
+            f"{_name_classes(single)} one image; it needs two or more, one of them to validate on: "
+            "add images, or take the class out"
+        )
+    if without_train:
+        problems.append(
+            f"{_name_classes(without_train)} no image to train on; add some to train/, or take the "
+            f"class out{anew}"
+        )
+    if without_val:
+        problems.append(
+            f"{_name_classes(without_val)} no image to validate on; add some to val/, or put "
+            f"train/ and val/ together in one folder of class folders and Graft splits them{anew}"
+        )
+    if problems:
+        raise GraftError(f"{where}: {'; '.join(problems)}")
+
+
+def _name_classes(names: Sequence[str]) -> str:
+    quoted = [repr(name) for name in names]
+    if len(names) == 1:
+        return f"class {quoted[0]} has"
+    return f"each of the {len(names)} classes {join_first(quoted, _NUM_NAMES_SHOWN)} has"

@@ -1,4 +1,7 @@
-"""How far chance may have moved a number: the percentile bootstrap over images (Efron & Tibshirani 1993, chapter 13)."""
+"""How far chance may have moved a number: the percentile bootstrap over images.
+
+Efron & Tibshirani 1993, chapter 13.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ NUM_RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Interval:
-    """The middle 95 % of what a number came to over resampled images."""
+    """The middle 95 % of a number's values over resampled images."""
 
     low: float
     high: float
@@ -31,7 +34,8 @@ def draw_counts(
 ) -> npt.NDArray[np.float64]:
     """Resampled `counts` `[K]` of N images in K kinds: `[num_resamples,K]`.
 
-    Where a statistic depends only on how many images are of which kind, drawing N of them with replacement is one multinomial draw.
+    For statistics that depend only on how many images are of each kind: drawing N of them with
+    replacement is then one multinomial draw.
     """
     shares = counts / counts.sum()
     return (
@@ -44,7 +48,7 @@ def draw_counts(
 def draw_weights(
     num_images: int, num_resamples: int = NUM_RESAMPLES, seed: int = 0
 ) -> npt.NDArray[np.float32]:
-    """How often each of N images is drawn in each resample, `[num_resamples,N]`, where a statistic depends on every single one."""
+    """How often each of N images is drawn in each resample, `[num_resamples,N]`."""
     drawn = np.random.default_rng(seed).integers(0, num_images, (num_resamples, num_images))
     drawn += num_images * np.arange(num_resamples)[:, None]
     counts = np.bincount(drawn.ravel(), minlength=num_resamples * num_images)

@@ -1,7 +1,8 @@
-"""How good a head is where an image has any number of labels: ranking by score, and answers at each label's threshold."""
+"""Metrics of any number of labels per image: ranking by score, and the labels that answers name."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -10,24 +11,21 @@ import numpy as np
 import numpy.typing as npt
 
 from finetune.evaluation.interval import NUM_RESAMPLES, Interval, draw_weights
-from finetune.probe.solve import log_loss
+from finetune.evaluation.metrics import Shares, format_with_interval
 from models.scores import Floats, Labels
 
-# Weights times labels that resamples may go through: 2,000 resamples of 2,000 images with 20 labels take a second.
+# Images times labels times resamples: 2,000 resamples of 2,000 images with 20 labels take a second.
 _MAX_WORK = 80_000_000
 _MIN_RESAMPLES = 200
-
-Shares = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class LabelMetrics:
     """Of one split: `logits` and `labels` `[N,C]`, and which labels the `answers` `[N,C]` name.
 
-    Macro averages are over the labels that some image has. A label that no answer names has precision 0.
+    Macro averages are over the labels that some image has. A label without answers has precision 0.
     """
 
-    # The averages that have intervals, by attribute; the first is what runs and epochs are judged by.
     NAMES: ClassVar[dict[str, str]] = {
         "mean_average_precision": "mean average precision",
         "macro_f1": "macro F1",
@@ -40,6 +38,7 @@ class LabelMetrics:
     logits: Floats
     labels: Labels
     answers: npt.NDArray[np.bool_]
+    confusion: None = None
 
     @property
     def num_images(self) -> int:
@@ -65,12 +64,12 @@ class LabelMetrics:
 
     @property
     def exact_match(self) -> float:
-        """The share of images whose answer names all their labels and no other."""
+        """The fraction of images whose answer names all their labels and no other."""
         return float((self.answers == self.labels).all(axis=1).mean())
 
     @property
     def hamming_loss(self) -> float:
-        """The share of wrong decisions, an image and a label each."""
+        """The fraction of wrong decisions, an image and a label each."""
         return float((self.answers != self.labels).mean())
 
     @property
@@ -100,7 +99,6 @@ class LabelMetrics:
 
     @property
     def per_class(self) -> dict[str, npt.NDArray[Any]]:
-        """The columns of a table of labels."""
         ranked = {
             "precision": self.precision,
             "recall": self.recall,
@@ -119,7 +117,6 @@ class LabelMetrics:
 
     @cached_property
     def intervals(self) -> dict[str, Interval]:
-        """95 % intervals of all that NAMES has over the images; the same at every call."""
         weights = draw_weights(len(self.labels), num_resamples(self.labels))
         right, answered, has = (
             (weights @ part.astype(np.float32)).astype(np.float64)
@@ -142,9 +139,15 @@ class LabelMetrics:
         }
         return {name: Interval.of(resampled[name]) for name in self.NAMES}
 
+    @property
+    def summary(self) -> str:
+        return f"macro F1 {self.macro_f1:.4f}, exact match {self.exact_match:.4f}"
+
+    def goal(self, *, is_balanced: bool) -> float:
+        return self.mean_average_precision
+
     def with_interval(self, name: str) -> str:
-        """`0.9833 (0.969 to 0.994)` for one of the names of `intervals`."""
-        return f"{getattr(self, name):.4f} ({self.intervals[name].low:.3f} to {self.intervals[name].high:.3f})"
+        return format_with_interval(getattr(self, name), self.intervals[name])
 
     def to_dict(self, label_names: tuple[str, ...]) -> dict[str, Any]:
         return {
@@ -167,27 +170,47 @@ class LabelMetrics:
         }
 
 
-def evaluate_labels(logits: Floats, labels: Labels, answers: npt.NDArray[np.bool_]) -> LabelMetrics:
-    """Of logits and labels `[N,C]`; the loss is the mean cross-entropy in nats of all decisions, of the logits as they are."""
-    return LabelMetrics(log_loss(logits, labels), logits, labels, answers)
+def evaluate_labels(
+    logits: Floats, labels: Labels, answers: npt.NDArray[np.bool_] | None = None
+) -> LabelMetrics:
+    """Of logits and labels `[N,C]`, with `answers` `[N,C]` or else all scores from a half."""
+    named = logits >= 0 if answers is None else answers
+    return LabelMetrics(label_log_loss(logits, labels), logits, labels, named)
+
+
+def label_log_loss(logits: Floats, labels: Labels) -> float:
+    """Mean cross-entropy in nats of all decisions, from logits and labels `[N,C]`."""
+    return float((np.logaddexp(0, logits) - labels * logits).mean())
+
+
+def resample_average_precisions(logits: Sequence[Floats], labels: Labels) -> Shares:
+    """Mean average precisions of K heads, `[≤1+B,K]`: on all images, then resampled, paired.
+
+    `logits` are `[N,C]` of each head on the same images, with `labels` `[N,C]`.
+    """
+    weights = draw_weights(len(labels), num_resamples(labels))
+    weights[0] = 1  # the images as they are
+    precisions = [measure_average_precision(each, labels, weights) for each in logits]
+    return np.stack([mean_of_present(each) for each in precisions], axis=1)
 
 
 def num_resamples(labels: Labels) -> int:
-    """How often images with labels `[N,C]` are resampled: less often where there is much of them."""
+    """How often images with labels `[N,C]` are resampled: less often if they are many."""
     return int(np.clip(_MAX_WORK / labels.size, _MIN_RESAMPLES, NUM_RESAMPLES))
 
 
 def mean_of_present(values: Shares) -> Shares:
-    """The mean over the labels of each row of `[B,C]` that are not NaN, less the rows that have nothing else: `[≤B]`."""
+    """The mean of what is not NaN in each row of `[B,C]`, without rows that are all NaN: `[≤B]`."""
     present = ~np.isnan(values)
     counts = present.sum(axis=1)
     return np.asarray(np.where(present, values, 0).sum(axis=1)[counts > 0] / counts[counts > 0])
 
 
 def measure_average_precision(logits: Floats, labels: Labels, weights: Floats) -> Shares:
-    """The average precision `[B,C]` of each label by `logits` `[N,C]` where image n counts `weights[b,n]` times; NaN without an image.
+    """The average precision of each label, `[B,C]`: image n counts `weights[b,n]` times in row b.
 
-    The mean over a label's images of the precision among all that score as high or higher (Manning, Raghavan & Schütze 2008, 8.4).
+    The mean over a label's images of the precision among all that score as high or higher
+    (Manning, Raghavan & Schütze 2008, 8.4); NaN for a label without images. `logits` are `[N,C]`.
     """
     found = np.full((len(weights), labels.shape[1]), np.nan)
     for label in np.flatnonzero(labels.any(axis=0)):

@@ -1,32 +1,59 @@
-"""Multi-label scores that mean what they say, and for each label the score from which on an answer names it.
+"""Calibration of any number of labels per image: a temperature, and a threshold for each label.
 
-There is no conformal threshold here, and no `unsure`: an image of no label is an answer like any other, and a promise that holds for whole
-sets of labels at once would need other sets than one score gives.
+There is no conformal threshold here, and no `unsure`: an image without labels is an answer like any
+other, and a per-label threshold cannot guarantee coverage of the whole label set.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from finetune.data.strata import assign_folds
-from finetune.evaluation.calibration import NUM_BINS, Reliability
-from finetune.probe.solve import NUM_FOLDS, Probe, fit_temperature
+from finetune.evaluation.calibration import (
+    Bools,
+    Reliability,
+    describe_error,
+    measure_reliability,
+    minimise_over_temperature,
+)
 from models.scores import Floats, Labels, sigmoid
 from models.sources import SplitName
 
 
 @dataclass(frozen=True)
-class LabelCalibration:
-    """What logits are divided by before sigmoid, the least score `[C]` at which an answer names a label, and what both were fitted on."""
+class ThresholdCalibration:
+    """The temperature before sigmoid, and the least score `[C]` at which an answer names a label.
+
+    `basis` names the images that both were fitted on.
+    """
 
     temperature: float
     thresholds: Floats
     basis: str
+
+    def scores(self, logits: Floats) -> Floats:
+        """Logits `[N,C]` → probabilities `[N,C]`, after temperature."""
+        return sigmoid(logits / np.float32(self.temperature))
+
+    def answers(self, logits: Floats) -> Bools:
+        """The labels whose score reaches their threshold, `[N,C]`."""
+        return np.asarray(self.scores(logits) >= self.thresholds)
+
+    def describe_answers(self) -> str:
+        """Which labels the service's answers name."""
+        low, high = self.thresholds.min(), self.thresholds.max()
+        return (
+            f"An answer names the labels whose score, after temperature {self.temperature:.3f}, "
+            f"reaches a threshold of their own ({low:.3f} to {high:.3f}): the one of best F1 on "
+            f"{self.basis}."
+        )
+
+    def to_checkpoint(self) -> dict[str, Any]:
+        return {"task": "multi-label", "thresholds": self.thresholds.tolist()}
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -37,74 +64,74 @@ class LabelCalibration:
 
 
 @dataclass(frozen=True)
-class LabelCalibrated:
-    """What a calibration came to on images that it was not fitted on: of all decisions, and the labels `[N,C]` that answers name."""
+class ThresholdQuality:
+    """Calibration error on held-out images.
+
+    Reliability is of all decisions, an image and a label each; `answers` `[N,C]` are the labels
+    that the answers name.
+    """
 
     before: Reliability
     after: Reliability
-    answers: npt.NDArray[np.bool_]
+    answers: Bools
+    columns: Mapping[str, str] = field(default_factory=dict)
+    figures: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def describe(self) -> str:
+        """One line for people."""
+        return describe_error(self)
 
     def to_dict(self) -> dict[str, Any]:
         return {"error_before_temperature": self.before.error, "error": self.after.error}
 
 
-def describe_label_calibration(calibrated: LabelCalibrated) -> str:
-    """One line for people."""
-    return f"calibration error {calibrated.after.error:.3f} ({calibrated.before.error:.3f} before temperature)"
-
-
-def describe_thresholds(calibration: LabelCalibration) -> str:
-    """What an answer names, in a sentence for people."""
-    low, high = calibration.thresholds.min(), calibration.thresholds.max()
-    return (
-        f"An answer names the labels whose score, after temperature {calibration.temperature:.3f}, reaches a threshold of their own "
-        f"({low:.3f} to {high:.3f}): the one of best F1 on {calibration.basis}."
-    )
-
-
-def calibrate_probe_of_labels(
-    probe: Probe,
+def calibrate_probe(
+    out_of_fold_logits: Floats,
+    temperature: float,
     train_labels: Labels,
     logits: Mapping[SplitName, Floats],
     labels: Mapping[SplitName, Labels],
-) -> tuple[LabelCalibration, dict[SplitName, LabelCalibrated]]:
-    """Fitted on the probe's out-of-fold predictions of its training images, and measured on every split of `logits`."""
-    thresholds = best_thresholds(
-        sigmoid(probe.out_of_fold_logits / np.float32(probe.temperature)), train_labels
-    )
+) -> tuple[ThresholdCalibration, dict[SplitName, ThresholdQuality]]:
+    """Fit on a probe's out-of-fold logits `[N,C]`, and measure on every split of `logits`."""
     basis = f"out-of-fold predictions of {len(train_labels):,} training images"
-    calibration = LabelCalibration(probe.temperature, thresholds, basis)
+    calibration = _fit(out_of_fold_logits, train_labels, basis, temperature)
     return calibration, {
         split: _measure(logits[split], labels[split], calibration) for split in logits
     }
 
 
-def calibrate_trained_of_labels(
-    logits: Mapping[SplitName, Floats], labels: Mapping[SplitName, Labels], seed: int
-) -> tuple[LabelCalibration, dict[SplitName, LabelCalibrated]]:
-    """Fitted on "val", where it is measured by cross-validation, for the reasons that `calibrate_trained` has."""
-    calibration = _fit(
-        logits["val"],
-        labels["val"],
-        f"{len(labels['val']):,} validation images, which also chose the epoch",
-    )
-    calibrated = {split: _measure(logits[split], labels[split], calibration) for split in logits}
-    folds = assign_folds(labels["val"], NUM_FOLDS, seed)
-    scores, answers = np.empty_like(logits["val"]), np.empty(logits["val"].shape, bool)
+def calibrate_trained(
+    logits: Mapping[SplitName, Floats],
+    labels: Mapping[SplitName, Labels],
+    folds: npt.NDArray[np.int64],
+) -> tuple[ThresholdCalibration, dict[SplitName, ThresholdQuality]]:
+    """Fit on "val", which is measured by cross-validation over `folds` `[N]`.
+
+    For the reasons, see `calibrate_trained` in conformal.py.
+    """
+    val_logits, val_labels = logits["val"], labels["val"]
+    basis = f"{len(val_labels):,} validation images, which also chose the epoch"
+    calibration = _fit(val_logits, val_labels, basis, fit_temperature(val_logits, val_labels))
+    quality = {split: _measure(logits[split], labels[split], calibration) for split in logits}
+    scores, answers = np.empty_like(val_logits), np.empty(val_logits.shape, bool)
     for fold in range(int(folds.max()) + 1):
         others = folds != fold
-        fitted = _fit(logits["val"][others], labels["val"][others], "")
-        scores[~others] = sigmoid(logits["val"][~others] / np.float32(fitted.temperature))
-        answers[~others] = scores[~others] >= fitted.thresholds
-    before = measure_label_reliability(sigmoid(logits["val"]), labels["val"])
-    calibrated["val"] = LabelCalibrated(
-        before, measure_label_reliability(scores, labels["val"]), answers
-    )
-    return calibration, calibrated
+        other_logits, other_labels = val_logits[others], val_labels[others]
+        temperature = fit_temperature(other_logits, other_labels)
+        fitted = _fit(other_logits, other_labels, "", temperature)
+        scores[~others] = fitted.scores(val_logits[~others])
+        answers[~others] = fitted.answers(val_logits[~others])
+    before = measure_label_reliability(sigmoid(val_logits), val_labels)
+    after = measure_label_reliability(scores, val_labels)
+    quality["val"] = ThresholdQuality(before, after, answers)
+    return calibration, quality
 
 
 def best_thresholds(scores: Floats, labels: Labels) -> Floats:
-    """For each label of scores and labels `[N,C]` the threshold of best F1, halfway to the next lower score; 0.5 where no image has it."""
+    """For each label of scores and labels `[N,C]` the threshold of best F1, `[C]`.
+
+    It is halfway to the next lower score; 0.5 for a label that no image has.
+    """
     thresholds = np.full(scores.shape[1], 0.5, np.float32)
     counts = np.arange(1, len(scores) + 1)
     for label in np.flatnonzero(labels.any(axis=0)):
@@ -119,25 +146,28 @@ def best_thresholds(scores: Floats, labels: Labels) -> Floats:
     return thresholds
 
 
+def fit_temperature(logits: Floats, labels: Labels) -> float:
+    """The temperature of sigmoid that minimises log loss; logits and labels are `[N,C]`."""
+
+    def derivatives(inverse: float) -> tuple[float, float]:
+        probabilities = sigmoid(logits * np.float32(inverse))
+        slope = float(((probabilities - labels) * logits).mean())
+        return slope, float((probabilities * (1 - probabilities) * logits**2).mean())
+
+    return minimise_over_temperature(derivatives)
+
+
 def measure_label_reliability(scores: Floats, labels: Labels) -> Reliability:
-    """Of all decisions in scores and labels `[N,C]`: in each bin, how many have the label that is scored."""
-    flat = scores.astype(np.float64).ravel()
-    bins = np.clip(np.ceil(flat * NUM_BINS).astype(int) - 1, 0, NUM_BINS - 1)
-    counts = np.bincount(bins, minlength=NUM_BINS)
-    sums = (np.bincount(bins, weights, NUM_BINS) for weights in (flat, labels.ravel()))
-    means = (np.asarray(each / counts.clip(min=1)) for each in sums)
-    return Reliability(counts, *means)
+    """Of all decisions in scores and labels `[N,C]`: how many have the label that is scored."""
+    return measure_reliability(scores.ravel(), labels.ravel())
 
 
-def _fit(logits: Floats, labels: Labels, basis: str) -> LabelCalibration:
-    temperature = fit_temperature(logits, labels)
-    return LabelCalibration(
-        temperature, best_thresholds(sigmoid(logits / np.float32(temperature)), labels), basis
-    )
+def _fit(logits: Floats, labels: Labels, basis: str, temperature: float) -> ThresholdCalibration:
+    thresholds = best_thresholds(sigmoid(logits / np.float32(temperature)), labels)
+    return ThresholdCalibration(temperature, thresholds, basis)
 
 
-def _measure(logits: Floats, labels: Labels, calibration: LabelCalibration) -> LabelCalibrated:
-    """On logits `[N,C]` of images that `calibration` was not fitted on."""
-    scores = sigmoid(logits / np.float32(calibration.temperature))
-    before, after = (measure_label_reliability(each, labels) for each in (sigmoid(logits), scores))
-    return LabelCalibrated(before, after, scores >= calibration.thresholds)
+def _measure(logits: Floats, labels: Labels, calibration: ThresholdCalibration) -> ThresholdQuality:
+    before = measure_label_reliability(sigmoid(logits), labels)
+    after = measure_label_reliability(calibration.scores(logits), labels)
+    return ThresholdQuality(before, after, calibration.answers(logits))

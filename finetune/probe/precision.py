@@ -32,6 +32,7 @@ from finetune.probe.features import (
     prepare_int8,
 )
 from finetune.probe.solve import solve_probe
+from finetune.tasks.task import Task
 from models.engine.engine import Engine, Features, Precision
 from models.engine.processor import cpu_name, supports_vnni
 from models.errors import GraftError
@@ -93,7 +94,17 @@ def extract_in_best_precision(
     Features are computed anew where fp32 shows that they cost accuracy. `digests` are those of the
     images that could be read, by key. Without `--cache` checks are kept in `scratch`.
     """
-    search = PrecisionSearch.of(backbone, options, splits.label_names, scratch)
+    folder = (options.enabled_cache_dir or scratch) / "precision"
+    search = PrecisionSearch(
+        backbone=backbone,
+        asked=options.precision,
+        device=options.device,
+        is_frozen=options.freeze == "backbone",
+        num_workers=options.workers,
+        seed=options.seed,
+        cache=options.feature_cache,
+        checks_path=folder / name_checks(backbone, options.device, options.source, splits),
+    )
     is_augmented = options.augment != "none"
     views = Views(options.views if is_augmented else 1, options.augment, options.seed)
     while True:
@@ -119,6 +130,13 @@ def extract_in_best_precision(
         chosen.engine.close()
 
 
+def name_checks(backbone: PreparedBackbone, device: Device, source: str, splits: Splits) -> str:
+    """The file of the checks of a backbone on this machine, on a source of images with labels."""
+    machine = (resolve_device(device), cpu_name())
+    parts = [backbone.fingerprint, backbone.folder.name, machine, source, splits.label_names]
+    return f"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]}.json"
+
+
 @dataclass(frozen=True)
 class PrecisionSearch:
     """Chooses and checks the precision of `backbone`, the float one, on one source of images.
@@ -135,29 +153,6 @@ class PrecisionSearch:
     seed: int
     cache: CacheSettings | None
     checks_path: Path
-
-    @classmethod
-    def of(
-        cls,
-        backbone: PreparedBackbone,
-        options: Options,
-        label_names: Sequence[str],
-        scratch: Path,
-    ) -> PrecisionSearch:
-        """As the options ask; checks are kept for this machine, backbone, source and labels."""
-        device = (resolve_device(options.device), cpu_name())
-        parts = [backbone.fingerprint, backbone.folder.name, device, options.source, label_names]
-        name = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
-        return cls(
-            backbone=backbone,
-            asked=options.precision,
-            device=options.device,
-            is_frozen=options.freeze == "backbone",
-            num_workers=options.workers,
-            seed=options.seed,
-            cache=options.feature_cache,
-            checks_path=(options.enabled_cache_dir or scratch) / "precision" / f"{name}.json",
-        )
 
     def choose_engine(
         self, splits: Splits, digests: Mapping[str, bytes], num_views: int = 1
@@ -230,6 +225,7 @@ class PrecisionSearch:
                 ("fp32", reference),
                 splits.labels(samples),
                 len(splits.label_names),
+                task=splits.task,
                 seed=self.seed,
                 tolerance=_FP32_TOLERANCE,
                 allow_chance=True,
@@ -314,6 +310,7 @@ class PrecisionSearch:
             (reference_name, reference),
             splits.labels(samples),
             len(splits.label_names),
+            task=splits.task,
             seed=self.seed,
             tolerance=_INT8_TOLERANCE,
         )
@@ -381,6 +378,7 @@ def _compare(
     labels: Labels,
     num_classes: int,
     *,
+    task: Task,
     seed: int,
     tolerance: float,
     allow_chance: bool = False,
@@ -391,7 +389,8 @@ def _compare(
     precisions differ by.
     """
     right = [
-        _is_right(features, labels, num_classes, seed) for _, features in (candidate, reference)
+        _is_right(features, labels, num_classes, task, seed)
+        for _, features in (candidate, reference)
     ]
     num_lost = int(right[1].sum()) - int(right[0].sum())
     allowed = tolerance * len(labels)
@@ -418,28 +417,17 @@ def _compare(
 
 
 def _is_right(
-    features: Features, labels: Labels, num_classes: int, seed: int
+    features: Features, labels: Labels, num_classes: int, task: Task, seed: int
 ) -> npt.NDArray[np.bool_]:
     if not np.isfinite(features).all():
         return np.zeros(len(labels), bool)
-    logits = solve_probe(features, labels, num_classes, seed=seed).out_of_fold_logits
-    if labels.ndim == 2:
-        return np.asarray(((logits >= 0) == labels).all(axis=1))
-    return np.asarray(logits.argmax(axis=1) == labels)
+    probe = solve_probe(features, labels, num_classes, task=task, seed=seed)
+    return task.is_right(probe.out_of_fold_logits, labels)
 
 
 def _draw_order(splits: Splits, seed: int) -> npt.NDArray[np.int64]:
     """The training images in a seeded order of which any first part is stratified."""
-    labels = splits.labels(splits.train)
-    generator = np.random.default_rng(seed)
-    if splits.is_multi_label:
-        # Not stratified: the first hundred or more are close to it by chance.
-        return generator.permutation(len(labels))
-    places = np.empty(len(labels))
-    for label in np.unique(labels):
-        members = generator.permutation(np.flatnonzero(labels == label))
-        places[members] = (np.arange(len(members)) + generator.random()) / len(members)
-    return np.argsort(places)
+    return splits.task.draw_order(splits.labels(splits.train), seed)
 
 
 def _check_still_readable(samples: list[Sample], readable: list[Sample]) -> None:

@@ -1,39 +1,46 @@
-"""Solve the head on features of a frozen backbone: multinomial logistic regression, its strength of regularisation by cross-validation.
+"""Solve the head on features of a frozen backbone: logistic regression, L2 by cross-validation.
 
-Labels are `[N]`, or `[N,C]` of 0 and 1 in multi-label data: then it is a logistic regression for each label, independent of the others.
+Labels are what the task encodes: `[N]`, or `[N,C]` of 0 and 1; then each label is a regression of
+its own.
 
-Full-batch L-BFGS (Nocedal & Wright, Numerical Optimization, algorithm 7.5) runs all folds in lockstep, so that one matrix product serves
-them all, and starts each strength of the path where the one before ended.
+Full-batch L-BFGS (Nocedal & Wright, Numerical Optimization, algorithm 7.5) runs all folds in
+lockstep, so that one matrix product serves them all, and starts each strength of the path where
+the one before ended. docs/finetune-benchmark.md compares it with SciPy and scikit-learn.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from finetune.data.strata import assign_folds
+from finetune.tasks.single_label import SINGLE_LABEL
+from finetune.tasks.strata import NUM_FOLDS
+from finetune.tasks.task import Task
 from models.engine.engine import Features
-from models.scores import Floats, Labels, sigmoid, softmax
+from models.scores import Floats, Labels
 
 logger = logging.getLogger("graft.probe")
-# From strong to weak, on standardised features. The path ends early once two weaker ones in a row validate worse.
+# From strong to weak, on standardised features. The path ends early where two in a row validate
+# worse than the best before them.
 L2_PATH = tuple(10.0 ** (half / 2) for half in range(0, -11, -1))
-NUM_FOLDS = 5
 _MEMORY = 6
 _MAX_STEPS = 100
-# A step that lowers the loss by less than this share of it ends the solve: 1e-5 moves no prediction.
+_MAX_HALVINGS = 12
+# A step that lowers the loss by less than this part of it is the last: 1e-5 moves no prediction.
 _TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A solved head: weight `[C,F]`, bias `[C]`, and what cross-validation on the training split alone said of it.
+    """A solved head, weight `[C,F]` and bias `[C]`, cross-validated on the training split.
 
-    `out_of_fold_logits` `[N,C]` come from the folds' heads, each sample's from the one that did not train on it. `num_views` is of each
-    image, among what it was solved on, and `class_weights` `[C]` say how much an image of each class counted there, where not the same.
+    `out_of_fold_logits` `[N,C]`: each sample's come from the head of the fold that left it out.
+    `num_views` of each image were solved on. `class_weights` `[C]`, if any, are how much an image
+    of each class counted.
     """
 
     weight: Floats
@@ -54,39 +61,36 @@ def solve_probe(
     labels: Labels,
     num_classes: int,
     *,
+    task: Task = SINGLE_LABEL,
     seed: int,
     num_views: int = 1,
     class_weights: Floats | None = None,
     l2_path: tuple[float, ...] = L2_PATH,
 ) -> Probe:
-    """Fit `features` `float32 [N,F]` to `labels` `[N]` or `[N,C]`: choose L2 by cross-validated log loss, then refit on all of them.
+    """Fit `features` `float32 [N,F]` to the labels of a task, with L2 by cross-validation.
 
-    With `num_views` V, `features` are `[V·N,F]`: all images in their first, plain view, then all in their second, and so on. An
-    image's views are never on both sides of a fold, and only plain views are predicted. `class_weights` `[C]` weigh the loss, also the
-    one that chooses; the temperature is fitted to the images as they come.
+    With `num_views` V, `features` are `[V·N,F]`: all images in their first, plain view, then all in
+    their second, and so on. All views of an image are in one fold, and only plain views are
+    predicted. `class_weights` `[C]` weigh the loss, also the one that chooses L2, but not the one
+    that the temperature is fitted by.
     """
     assert len(features) == num_views * len(labels)
-    scaling = _Scaling.of(features)
-    folds = assign_folds(labels, NUM_FOLDS, seed)
+    scaling = Scaling.of(features)
+    folds = task.assign_folds(labels, NUM_FOLDS, seed)
     num_folds = int(folds.max()) + 1
     all_labels, plain = np.concatenate([labels] * num_views), features[: len(labels)]
     weights = _image_weights(all_labels, class_weights)
-    in_training = (
-        np.tile(
-            np.stack([folds != fold for fold in range(num_folds)]).astype(np.float32), num_views
-        )
-        * weights
-    )
+    is_in_training = np.stack([folds != fold for fold in range(num_folds)]).astype(np.float32)
+    in_training = np.tile(is_in_training, num_views) * weights
     solution = np.zeros((num_folds, features.shape[1] + 1, num_classes), np.float32)
-    best_loss, best = (
-        np.inf,
-        (l2_path[0], solution, np.zeros((len(labels), num_classes), np.float32)),
-    )
+    best_loss = np.inf
+    best = (l2_path[0], solution, np.zeros((len(labels), num_classes), np.float32))
     num_worse = 0
     for l2 in l2_path:
-        solution = _minimise(features, all_labels, in_training, l2, scaling, solution)
+        objective = Objective(features, all_labels, in_training, l2, scaling, num_classes, task)
+        solution = minimise(objective, solution)
         held_out = _held_out_logits(plain, scaling, solution, folds)
-        loss = log_loss(held_out, labels, class_weights)
+        loss = task.log_loss(held_out, labels, class_weights)
         if loss < best_loss:
             best_loss, best, num_worse = loss, (l2, solution, held_out), 0
         else:
@@ -94,11 +98,10 @@ def solve_probe(
             if num_worse == 2:
                 break
     l2, solution, held_out = best
+    objective = Objective(features, all_labels, weights[None], l2, scaling, num_classes, task)
     start = solution.mean(axis=0, keepdims=True)
-    weight, bias = scaling.fold_in(
-        _minimise(features, all_labels, weights[None], l2, scaling, start)[0]
-    )
-    temperature = fit_temperature(held_out, labels)
+    weight, bias = scaling.fold_in(minimise(objective, start)[0])
+    temperature = task.fit_temperature(held_out, labels)
     return Probe(
         np.ascontiguousarray(weight.T), bias, l2, held_out, temperature, num_views, class_weights
     )
@@ -109,30 +112,46 @@ def solve_on_best_views(
     labels: Labels,
     num_classes: int,
     *,
+    task: Task = SINGLE_LABEL,
     seed: int,
     class_weights: Floats | None = None,
 ) -> Probe:
-    """`solve_probe` on all views in `features` `[V·N,F]`, or on the plain ones alone where cross-validation finds that as good."""
+    """`solve_probe` on all views in `features` `[V·N,F]`, or on the plain ones if that is as good.
+
+    Cross-validated log loss decides.
+    """
     num_views = len(features) // max(1, len(labels))
     plain = solve_probe(
-        features[: len(labels)], labels, num_classes, seed=seed, class_weights=class_weights
+        features[: len(labels)],
+        labels,
+        num_classes,
+        task=task,
+        seed=seed,
+        class_weights=class_weights,
     )
     if num_views == 1:
         return plain
     augmented = solve_probe(
-        features, labels, num_classes, seed=seed, num_views=num_views, class_weights=class_weights
+        features,
+        labels,
+        num_classes,
+        task=task,
+        seed=seed,
+        num_views=num_views,
+        class_weights=class_weights,
     )
     losses = [
-        log_loss(probe.out_of_fold_logits, labels, class_weights) for probe in (plain, augmented)
+        task.log_loss(probe.out_of_fold_logits, labels, class_weights)
+        for probe in (plain, augmented)
     ]
     helps = losses[1] < losses[0]
-    verdict = "they help" if helps else "they do not help, and the plain crop alone is used"
+    outcome = "they help" if helps else "they do not help, so only the plain crop is used"
     logger.info(
         "%d views: out-of-fold log loss %.4f, without %.4f: %s",
         num_views,
         losses[1],
         losses[0],
-        verdict,
+        outcome,
     )
     return augmented if helps else plain
 
@@ -144,92 +163,69 @@ def solve_head(
     l2: float,
     start: tuple[Floats, Floats] | None = None,
     class_weights: Floats | None = None,
+    task: Task = SINGLE_LABEL,
 ) -> tuple[Floats, Floats]:
-    """Weight `[C,F]` and bias `[C]` for `features` `[N,F]` at one strength; `start`, the head of similar features, saves steps.
+    """Weight `[C,F]` and bias `[C]` for `features` `[N,F]` at one strength of L2.
 
-    `class_weights` `[C]` weigh the loss.
+    `start`, the head of similar features, saves steps. `class_weights` `[C]` weigh the loss.
     """
-    scaling = _Scaling.of(features)
+    scaling = Scaling.of(features)
     solution = np.zeros((1, features.shape[1] + 1, num_classes), np.float32)
     if start is not None:
         weight, bias = start
         solution[0, :-1] = weight.T * np.where(np.isinf(scaling.scale), 0, scaling.scale)[:, None]
         solution[0, -1] = bias + weight @ scaling.mean
-    everything = _image_weights(labels, class_weights)[None]
-    solved, bias = scaling.fold_in(
-        _minimise(features, labels, everything, l2, scaling, solution)[0]
-    )
+    weights = _image_weights(labels, class_weights)[None]
+    objective = Objective(features, labels, weights, l2, scaling, num_classes, task)
+    solved, bias = scaling.fold_in(minimise(objective, solution)[0])
     return np.ascontiguousarray(solved.T), bias
 
 
-def soften(probe: Probe, features: Features, labels: Labels, num_classes: int) -> Probe:
-    """The same but for its head, solved on `features` `[N,F]` at the strongest L2 of the path: one to begin gradient epochs with.
+def soften(
+    probe: Probe,
+    features: Features,
+    labels: Labels,
+    num_classes: int,
+    task: Task = SINGLE_LABEL,
+) -> Probe:
+    """The probe with a head to start gradient epochs from, solved at the strongest L2 of the path.
 
-    The best head on frozen features fits its images so well, with such large weights, that the first steps spoil what they rest on and
-    little is left to learn. From the soft one 5 epochs led to 0.989 and 1.000 on the digits and 0.861 on the emoji, from the probe's to
-    0.986 and 0.840.
+    The best head on frozen features has weights so large that the first steps spoil the layers
+    below it, and fits so well that little is left to learn. From the soft head 5 epochs led to
+    0.989 and 1.000 on the digits and 0.861 on the emoji, from the probe's to 0.986 and 0.840.
     """
     weight, bias = solve_head(
-        features, labels, num_classes, max(L2_PATH), class_weights=probe.class_weights
+        features,
+        labels,
+        num_classes,
+        max(L2_PATH),
+        class_weights=probe.class_weights,
+        task=task,
     )
     return replace(probe, weight=weight, bias=bias)
 
 
-def fit_temperature(logits: Floats, labels: Labels) -> float:
-    """The temperature that minimises log loss (Guo et al., arXiv 1706.04599): Newton's method on its inverse, where it is convex."""
-    inverse = 1.0
-    rows = np.arange(len(labels))
-    for _ in range(50):
-        if labels.ndim == 2:
-            probabilities = sigmoid(logits * np.float32(inverse))
-            slope = float(((probabilities - labels) * logits).mean())
-            curvature = float((probabilities * (1 - probabilities) * logits**2).mean())
-        else:
-            probabilities = softmax(logits * inverse)
-            expected = (probabilities * logits).sum(axis=1)
-            slope = float((expected - logits[rows, labels]).mean())
-            curvature = float(((probabilities * logits**2).sum(axis=1) - expected**2).mean())
-        step = slope / max(curvature, 1e-12)
-        inverse = float(np.clip(inverse - np.clip(step, -inverse / 2, inverse), 0.05, 20.0))
-        if abs(step) < 1e-5 * inverse:
-            break
-    return 1.0 / inverse
-
-
-def log_loss(logits: Floats, labels: Labels, class_weights: Floats | None = None) -> float:
-    """Mean cross-entropy in nats of logits `[N,C]` against labels `[N]`, an image of a class counting as its weight of `[C]` says.
-
-    Against labels `[N,C]`, the mean over images and labels; there are no weights then.
-    """
-    if labels.ndim == 2:
-        return float((np.logaddexp(0, logits) - labels * logits).mean())
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    losses = np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(len(labels)), labels]
-    return float(
-        losses.mean()
-        if class_weights is None
-        else np.average(losses, weights=class_weights[labels])
-    )
-
-
 def _image_weights(labels: Labels, class_weights: Floats | None) -> Floats:
-    """How much each image of `labels` `[N]` counts, `[N]`."""
     return np.ones(len(labels), np.float32) if class_weights is None else class_weights[labels]
 
 
 @dataclass(frozen=True)
-class _Scaling:
-    """Features are standardised inside the products, (X - mean) / scale · W = X · (W / scale) - …, so that no copy of them is made."""
+class Scaling:
+    """Standardises features inside the products, so that they are not copied.
+
+    (X - mean) / scale · W = X · (W / scale) - mean · (W / scale)
+    """
 
     mean: Floats
     scale: Floats
 
     @classmethod
-    def of(cls, features: Features) -> _Scaling:
+    def of(cls, features: Features) -> Scaling:
         mean = features.mean(axis=0, dtype=np.float64)
         square = np.einsum("nf,nf->f", features, features, dtype=np.float64) / len(features)
         scale = np.sqrt(np.maximum(square - mean**2, 0))
-        # A feature that hardly varies would be blown up to noise; one that varies by float32's rounding alone has no say at all.
+        # A feature that hardly varies would be scaled up to noise, so the scale has a floor. One
+        # that varies only by float32's rounding is ignored.
         floored = np.maximum(scale, float(scale.mean()) * 1e-2)
         return cls(
             mean.astype(np.float32),
@@ -237,13 +233,13 @@ class _Scaling:
         )
 
     def fold_in(self, solution: Floats) -> tuple[Floats, Floats]:
-        """Weights `[…,F,C]` and biases `[…,C]` for features as they are, from a solution `[…,F+1,C]` for standardised ones."""
+        """Weights `[…,F,C]` and biases `[…,C]` for raw features from a solution `[…,F+1,C]`."""
         weight = solution[..., :-1, :] / self.scale[:, None]
         return weight, solution[..., -1, :] - np.einsum("f,...fc->...c", self.mean, weight)
 
 
 def _held_out_logits(
-    features: Features, scaling: _Scaling, solution: Floats, folds: npt.NDArray[np.int64]
+    features: Features, scaling: Scaling, solution: Floats, folds: npt.NDArray[np.int64]
 ) -> Floats:
     weights, biases = scaling.fold_in(solution)
     logits = np.empty((len(features), solution.shape[2]), np.float32)
@@ -252,122 +248,126 @@ def _held_out_logits(
     return logits
 
 
-def _minimise(
-    features: Features,
-    labels: Labels,
-    in_training: Floats,
-    l2: float,
-    scaling: _Scaling,
-    start: Floats,
-) -> Floats:
-    """L-BFGS on K problems at once: `in_training` `[K,N]` says how much each counts each sample, 0 for none; solutions are `[K,F+1,C]`."""
-    num_problems, size, num_classes = start.shape
-    shares = in_training / in_training.sum(axis=1, keepdims=True)
-    lose = _lose_by_softmax if labels.ndim == 1 else _lose_by_sigmoid
+@dataclass(frozen=True)
+class Objective:
+    """K regularised logistic regressions on the same features, as a function of flat points.
 
-    def evaluate(points: Floats) -> tuple[Floats, Floats]:
-        """Losses `[K]` and gradients `[K,D]` of flat points `[K,D]`."""
-        unknowns = points.reshape(num_problems, size, num_classes)
-        weights, biases = scaling.fold_in(unknowns)
-        logits = (features @ weights.transpose(1, 0, 2).reshape(size - 1, -1)).reshape(
-            len(labels), num_problems, num_classes
-        )
+    `in_training` `[K,N]` says how much each problem counts each sample, 0 for not at all. A point
+    `[(F+1)*C]` holds the weights and the bias for standardised features.
+    """
+
+    features: Features
+    labels: Labels
+    in_training: Floats
+    l2: float
+    scaling: Scaling
+    num_classes: int
+    task: Task = SINGLE_LABEL
+
+    @functools.cached_property
+    def _shares(self) -> Floats:
+        shares: Floats = self.in_training / self.in_training.sum(axis=1, keepdims=True)
+        return shares
+
+    def evaluate(self, points: Floats) -> tuple[Floats, Floats]:
+        """Losses `[K]` and gradients `[K,D]` at `points` `[K,D]`; one product serves all K."""
+        num_images, size = self.features.shape[0], self.features.shape[1] + 1
+        num_problems = len(points)
+        unknowns = points.reshape(num_problems, size, self.num_classes)
+        weights, biases = self.scaling.fold_in(unknowns)
+        flat_weights = weights.transpose(1, 0, 2).reshape(size - 1, -1)
+        logits = (self.features @ flat_weights).reshape(num_images, num_problems, self.num_classes)
         logits += biases
-        losses = lose(logits, labels, shares)
+        losses = self.task.loss_and_gradient(logits, self.labels, self._shares)
         residual = logits.sum(axis=0)
         products = (
-            (features.T @ logits.reshape(len(labels), -1))
-            .reshape(size - 1, num_problems, num_classes)
+            (self.features.T @ logits.reshape(num_images, -1))
+            .reshape(size - 1, num_problems, self.num_classes)
             .transpose(1, 0, 2)
         )
+        centred = products - self.scaling.mean[:, None] * residual[:, None]
         gradients = np.empty_like(unknowns)
-        gradients[:, :-1] = (products - scaling.mean[:, None] * residual[:, None]) / scaling.scale[
-            :, None
-        ] + l2 * unknowns[:, :-1]
+        gradients[:, :-1] = centred / self.scaling.scale[:, None] + self.l2 * unknowns[:, :-1]
         gradients[:, -1] = residual
-        losses = losses + 0.5 * l2 * np.square(unknowns[:, :-1]).sum(axis=(1, 2))
+        losses = losses + 0.5 * self.l2 * np.square(unknowns[:, :-1]).sum(axis=(1, 2))
         return losses, gradients.reshape(num_problems, -1)
 
-    points = start.reshape(num_problems, -1).copy()
-    losses, gradients = evaluate(points)
-    history: list[tuple[Floats, Floats, Floats]] = []
-    is_done = np.zeros(num_problems, bool)
+
+def minimise(objective: Objective, start: Floats) -> Floats:
+    """Solutions `[K,F+1,C]` by L-BFGS on all K problems in lockstep, from `start` `[K,F+1,C]`."""
+    points = start.reshape(len(start), -1).copy()
+    losses, gradients = objective.evaluate(points)
+    history: list[_Update] = []
+    is_done = np.zeros(len(points), bool)
     for _ in range(_MAX_STEPS):
-        directions = _direction(gradients, history)
-        slopes = np.einsum("kd,kd->k", directions, gradients)
-        uphill = slopes >= 0
-        directions[uphill] = -gradients[uphill]
-        slopes[uphill] = -np.square(gradients[uphill]).sum(axis=1)
-        steps = np.ones(num_problems, np.float32)
+        directions, slopes = _descend(gradients, history)
+        steps = np.ones(len(points), np.float32)
         if not history:
             steps /= np.maximum(np.linalg.norm(gradients, axis=1), 1.0)
         steps[is_done] = 0
-        for _ in range(12):
+        for _ in range(_MAX_HALVINGS):
             new_points = points + steps[:, None] * directions
-            new_losses, new_gradients = evaluate(new_points)
-            too_long = new_losses > losses + 1e-4 * steps * slopes
-            if not (too_long & ~is_done).any():
+            new_losses, new_gradients = objective.evaluate(new_points)
+            is_too_long = (new_losses > losses + 1e-4 * steps * slopes) & ~is_done
+            if not is_too_long.any():
                 break
-            steps = np.where(too_long & ~is_done, steps / 2, steps).astype(np.float32)
+            steps = np.where(is_too_long, steps / 2, steps).astype(np.float32)
         else:
             # float32 cannot lower these any further.
-            stuck = too_long & ~is_done
-            new_points[stuck], new_losses[stuck], new_gradients[stuck] = (
-                points[stuck],
-                losses[stuck],
-                gradients[stuck],
-            )
-        moved, turned = new_points - points, new_gradients - gradients
-        curvature = np.einsum("kd,kd->k", moved, turned)
-        history = [
-            *history[1 - _MEMORY :],
-            (moved, turned, np.where(curvature > 1e-10, 1 / np.maximum(curvature, 1e-10), 0)),
-        ]
+            new_points[is_too_long] = points[is_too_long]
+            new_losses[is_too_long] = losses[is_too_long]
+            new_gradients[is_too_long] = gradients[is_too_long]
+        update = _Update.of(new_points - points, new_gradients - gradients)
+        history = [*history[1 - _MEMORY :], update]
         is_done |= losses - new_losses <= _TOLERANCE * np.abs(losses)
         points, losses, gradients = new_points, new_losses, new_gradients
         if is_done.all():
             break
-    return points.reshape(num_problems, size, num_classes)
+    return points.reshape(start.shape)
 
 
-def _lose_by_softmax(logits: Floats, labels: Labels, shares: Floats) -> Floats:
-    """Losses `[K]` of logits `[N,K,C]`, weighted by shares `[K,N]`; the logits become the gradient by themselves."""
-    rows = np.arange(len(labels))
-    logits -= logits.max(axis=2, keepdims=True)
-    chosen = logits[rows, :, labels]
-    np.exp(logits, out=logits)
-    sums = logits.sum(axis=2)
-    losses: Floats = ((np.log(sums) - chosen) * shares.T).sum(axis=0)
-    logits *= (shares.T / sums)[:, :, None]
-    logits[rows, :, labels] -= shares.T
-    return losses
+@dataclass(frozen=True)
+class _Update:
+    """One update of each problem, `[K,D]`: step s, gradient change y; `rho` `[K]` is 1 / (s·y)."""
+
+    step: Floats
+    gradient_change: Floats
+    rho: Floats
+
+    @classmethod
+    def of(cls, step: Floats, gradient_change: Floats) -> _Update:
+        """`rho` is 0, so that the update drops out, where the curvature is not positive."""
+        curvature = np.einsum("kd,kd->k", step, gradient_change)
+        rho = np.where(curvature > 1e-10, 1 / np.maximum(curvature, 1e-10), 0)
+        return cls(step, gradient_change, rho)
 
 
-def _lose_by_sigmoid(logits: Floats, labels: Labels, shares: Floats) -> Floats:
-    """The same for labels `[N,C]`, summed over the labels, so that each is a regression of its own."""
-    targets = labels[:, None, :].astype(np.float32)
-    losses: Floats = (
-        (np.logaddexp(np.float32(0), logits) - targets * logits).sum(axis=2) * shares.T
-    ).sum(axis=0)
-    logits[:] = (sigmoid(logits) - targets) * shares.T[:, :, None]
-    return losses
+def _descend(gradients: Floats, history: list[_Update]) -> tuple[Floats, Floats]:
+    """Directions `[K,D]` and the slopes `[K]` along them; the gradient's where they lead uphill."""
+    directions = _direction(gradients, history)
+    slopes = np.einsum("kd,kd->k", directions, gradients)
+    is_uphill = slopes >= 0
+    directions[is_uphill] = -gradients[is_uphill]
+    slopes[is_uphill] = -np.square(gradients[is_uphill]).sum(axis=1)
+    return directions, slopes
 
 
-def _direction(gradients: Floats, history: list[tuple[Floats, Floats, Floats]]) -> Floats:
-    """The two-loop recursion, for each problem by itself; pairs without curvature (rho 0) drop out."""
+def _direction(gradients: Floats, history: list[_Update]) -> Floats:
+    """The two-loop recursion for each problem by itself."""
     direction = -gradients
     alphas = []
-    for moved, turned, rho in reversed(history):
-        alpha = rho * np.einsum("kd,kd->k", moved, direction)
-        direction = direction - alpha[:, None] * turned
+    for update in reversed(history):
+        alpha = update.rho * np.einsum("kd,kd->k", update.step, direction)
+        direction = direction - alpha[:, None] * update.gradient_change
         alphas.append(alpha)
     if history:
-        moved, turned, rho = history[-1]
-        norms = np.square(turned).sum(axis=1)
-        direction *= np.where(rho > 0, 1 / np.maximum(rho * norms, 1e-12), 1.0)[:, None]
-    for (moved, turned, rho), alpha in zip(history, reversed(alphas), strict=True):
-        beta = rho * np.einsum("kd,kd->k", turned, direction)
-        direction = direction + (alpha - beta)[:, None] * moved
+        last = history[-1]
+        norms = np.square(last.gradient_change).sum(axis=1)
+        scales = np.where(last.rho > 0, 1 / np.maximum(last.rho * norms, 1e-12), 1.0)
+        direction *= scales[:, None]
+    for update, alpha in zip(history, reversed(alphas), strict=True):
+        beta = update.rho * np.einsum("kd,kd->k", update.gradient_change, direction)
+        direction = direction + (alpha - beta)[:, None] * update.step
     return np.asarray(direction, np.float32)
 
 

@@ -1,139 +1,147 @@
-"""The report of a run: one HTML file that holds everything and loads nothing, for a phone or a desk, light or dark."""
+"""The report of a run: one HTML file that loads nothing, for a phone or a desk, light or dark."""
 
 from __future__ import annotations
 
-import base64
-import io
-from collections.abc import Iterable, Mapping, Sequence
-from html import escape
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
-from PIL import Image
+import numpy.typing as npt
+from markupsafe import Markup
 
-from finetune.evaluation.calibration import Calibrated, Calibration
-from finetune.evaluation.metrics import AnyMetrics, Metrics, tabulate
-from finetune.evaluation.thresholds import LabelCalibrated
-from finetune.report.charts import chart_learning_curve, chart_reliability
+from finetune.evaluation.metrics import Metrics, most_confused, tabulate
+from finetune.report.candidate import Candidate
+from finetune.report.charts import (
+    chart_learning_curve,
+    chart_losses,
+    chart_reliability,
+    chart_scores,
+)
 from finetune.report.plots import Mistake
 from finetune.report.result import Result
-from models.preprocess import Pixels
+from finetune.report.side_by_side import (
+    candidate_title,
+    command_to_publish,
+    tabulate_calibration,
+    tabulate_results,
+)
+from finetune.tasks.task import Words
+from finetune.templates import image_uri, render
 from models.sources import SplitName
 
 # A matrix of more classes is too wide to read; the most confused pairs are listed in any case.
 _MAX_MATRIX = 30
+# Two matrices of more classes do not fit side by side.
+_MAX_MATRIX_OF_PAIR = 10
 _MAX_PAIRS = 12
+_QUALITY = 85
 
-_STYLE = """
-:root { color-scheme: light dark;
-  --ink: #1f2933; --faint: #616e7c; --line: #d9dee4; --ground: #fff; --card: #f5f7fa; --accent: #0b69a3; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e7eb; --faint: #9aa5b1; --line: #323f4b; --ground: #14191f; --card: #1f2933; --accent: #4aa8e0; }
-}
-* { box-sizing: border-box; }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--ground);
-  max-width: 60rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
-h1 { margin: 0; line-height: 1.2; }
-h2 { margin: 2.5rem 0 .5rem; font-size: 1.2rem; }
-h3 { margin: 1.5rem 0 .5rem; font-size: 1rem; }
-p { margin: .5rem 0; }
-.faint, th, figcaption { color: var(--faint); }
-.warning { color: #c4441c; font-weight: 600; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .75rem; margin: 1.25rem 0; }
-.tile { background: var(--card); border-radius: .5rem; padding: .75rem 1rem; }
-.tile b { display: block; font-size: 1.6rem; line-height: 1.3; }
-.tile span { display: block; color: var(--faint); font-size: .85rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem 1.2rem .25rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
-.numbers td { white-space: nowrap; }
-.words td + td { overflow-wrap: anywhere; }
-th { font-weight: 500; font-size: .85rem; }
-.matrix td { text-align: center; vertical-align: middle; padding: 0; min-width: 2.3rem; height: 2.1rem; border: 1px solid var(--ground);
-  background: color-mix(in srgb, var(--accent) calc(var(--share) * 100%), var(--card)); }
-.matrix .deep { color: var(--ground); }
-.matrix th { text-align: right; vertical-align: middle; white-space: nowrap; border: 0; padding: 0 .6rem 0 0; }
-.matrix thead th { text-align: center; padding: 0; }
-.tall thead th { writing-mode: vertical-rl; transform: rotate(180deg); text-align: right; padding: .4rem 0 0; }
-.matrix thead td { background: none; }
-svg { display: block; width: 100%; height: auto; margin: .75rem 0; }
-svg text { fill: var(--faint); font-size: 11px; }
-svg .grid { stroke: var(--line); }
-svg .dashed, svg .whisker { stroke: var(--faint); }
-svg .dashed { stroke-dasharray: 4 4; }
-svg .bar { fill: var(--accent); opacity: .75; }
-svg .dot { fill: var(--accent); }
-svg .ring { fill: var(--ground); stroke: var(--faint); stroke-width: 1.5; }
-svg .line { fill: none; stroke: var(--accent); stroke-width: 2; }
-.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); gap: 1rem; }
-figure { margin: 0; }
-figure img { display: block; width: 100%; border-radius: .35rem; margin-bottom: .25rem; }
-figcaption { font-size: .8rem; line-height: 1.35; overflow-wrap: anywhere; }
-figcaption b { color: var(--ink); font-weight: 600; }
-pre { background: var(--card); border-radius: .5rem; padding: .75rem 1rem; overflow-x: auto; }
-"""
+
+@dataclass(frozen=True)
+class _Confusion:
+    """`rows` of a name and (count, fraction of the row) cells; none where there are too many."""
+
+    label_names: Sequence[str]
+    rows: list[tuple[str, list[tuple[int, float]]]]
+    pairs: list[tuple[str, str, str]]
+
+    @property
+    def is_tall(self) -> bool:
+        """Whether the names above the columns have to be turned."""
+        return max(map(len, self.label_names)) > 3
+
+
+@dataclass(frozen=True)
+class _CandidateView:
+    """What the report shows of each candidate, side by side."""
+
+    title: str
+    is_published: bool
+    reliability_chart: Markup
+    confusion: _Confusion | None
+    classes_head: tuple[str, ...]
+    classes: list[tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class _MistakeView:
+    true: str
+    predicted: str
+    score: str
+    key: str
+    short_key: str
+    uris: list[str]
 
 
 def write_report(
-    result: Result, mistakes: Sequence[Mistake], *, version: int, commands: str
+    result: Result,
+    mistakes: Sequence[Mistake],
+    *,
+    version: int,
+    commands: str,
+    run_dir: Path,
 ) -> str:
     """The page's text; `commands` are those that serve the model and ask it."""
-    options = result.options
-    title = f"{options.model_name}, version {version}"
-    sections = [_head(result, title), _tiles(result)]
-    if result.verdict is not None:
-        sections.append(_section("Verdict", f"<p>{escape(_sentence(str(result.verdict)))}</p>"))
-    sections += [
-        _section("Results", _results(result)),
-        _section("Calibration", _calibration(result)),
-        _section(
-            "Would more images help?",
-            f"<p>{escape(_sentence(str(result.learning_curve)))}</p>",
-            chart_learning_curve(result.learning_curve),
-        ),
-        *_confusion_section(result),
-        _section(
-            "Labels" if result.splits.is_multi_label else "Classes",
-            _classes(result.metrics, result.splits.label_names),
-        ),
-        _section("Worst mistakes", _mistakes(mistakes)),
-        _section(
-            "How it was made",
-            _making(result),
-            f"<details><summary>All options</summary><pre>{escape(options.to_yaml())}</pre></details>",
-        ),
-        _section("Serve it and ask", f"<pre>{escape(commands)}</pre>"),
-    ]
-    # The policy lets a browser prove that nothing is loaded from anywhere.
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    return f"""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<title>{escape(title)}</title>
-<style>{_STYLE}</style>
-{"".join(sections)}
-</html>
-"""
-
-
-def _head(result: Result, title: str) -> str:
-    splits, options = result.splits, result.options
+    splits, chosen = result.splits, result.chosen
     sizes = ", ".join(f"{len(samples):,} {split}" for split, samples in splits.named())
-    classes = "labels, any number an image," if splits.is_multi_label else "classes"
-    about = f"{len(splits.label_names)} {classes} of {options.data} ({sizes} images) on {result.backbone.name}, --freeze {options.freeze}"
-    warning = (
-        ""
-        if result.backbone.is_pretrained
-        else "<p class='warning'>No pretrained weights: the backbone started from random values.</p>"
+    title = f"{result.options.model_name}, version {version}"
+    words, label_names = splits.task.words, splits.label_names
+    results_head, results = tabulate_results(result.candidates, chosen)
+    calibration_head, calibration_rows = tabulate_calibration(result.candidates, chosen)
+    return render(
+        "report/report.html.j2",
+        title=title,
+        about=(
+            f"{len(label_names)} {words.labels_of_images} of {result.options.data} "
+            f"({sizes} images) on {chosen.backbone.name}, --freeze {result.options.freeze}"
+        ),
+        is_pretrained=chosen.backbone.is_pretrained,
+        tiles=_tiles(chosen, result.seconds["total"]),
+        verdict=None if result.verdict is None else _sentence(str(result.verdict)),
+        publish_other=command_to_publish(run_dir, result.candidates, chosen),
+        epoch_charts=_epoch_charts(result.tuned, result.probe_metrics.score, result.metric_name),
+        results_head=results_head,
+        results=results,
+        leaks=result.audit.describe_leaks(),
+        probe_alone=(
+            f"val {result.metric_name} {result.probe_metrics.score:.4f}"
+            if result.tuned is None
+            else None
+        ),
+        calibration=(
+            f"{_sentence(chosen.calibrated['val'].describe())} "
+            f"{chosen.calibration.describe_answers()}"
+        ),
+        calibration_head=calibration_head,
+        calibration_rows=calibration_rows,
+        learning_curve=_sentence(str(result.learning_curve)),
+        learning_curve_chart=chart_learning_curve(result.learning_curve),
+        candidates=[
+            _view_candidate(candidate, candidate is chosen, label_names, words)
+            for candidate in result.candidates
+        ],
+        label_names_fit_twice=len(label_names) <= _MAX_MATRIX_OF_PAIR,
+        labels_heading=words.labels.capitalize(),
+        classes_split=_headline_split(chosen.metrics),
+        mistakes=[_view_mistake(mistake) for mistake in mistakes],
+        has_heat_maps=any(mistake.heat_map is not None for mistake in mistakes),
+        making=_making(result),
+        has_findings=bool(result.audit.findings),
+        options=result.options.to_yaml(),
+        commands=commands,
     )
-    return f"<h1>{escape(title)}</h1><p class='faint'>{escape(about)}</p>{warning}"
 
 
-def _tiles(result: Result) -> str:
-    split: SplitName = "test" if "test" in result.metrics else "val"
-    metrics, calibrated = result.metrics[split], result.calibrated[split]
-    tiles = [
+def _headline_split(metrics: Mapping[SplitName, Metrics]) -> SplitName:
+    return "test" if "test" in metrics else "val"
+
+
+def _tiles(chosen: Candidate, total_seconds: float) -> list[tuple[str, str, str]]:
+    """Headline figures: value, name, note."""
+    split = _headline_split(chosen.metrics)
+    metrics, calibrated = chosen.metrics[split], chosen.calibrated[split]
+    averages = [
         (
             f"{getattr(metrics, name):.1%}",
             f"{shown} on {split}",
@@ -141,163 +149,78 @@ def _tiles(result: Result) -> str:
         )
         for name, shown in metrics.NAMES.items()
     ]
-    tiles.append(
-        (
-            f"{calibrated.after.error:.3f}",
-            "calibration error",
-            f"{calibrated.before.error:.3f} before temperature",
-        )
+    error = (
+        f"{calibrated.after.error:.3f}",
+        "calibration error",
+        f"{calibrated.before.error:.3f} before temperature",
     )
-    if isinstance(calibrated, Calibrated) and isinstance(result.calibration, Calibration):
-        tiles.append(
-            (
-                f"{calibrated.unsure:.1%}",
-                "unsure answers",
-                f"at {100 * result.calibration.coverage:.4g}% coverage",
-            )
-        )
-    tiles += [
-        (
-            f"{result.seconds['total']:.1f} s",
-            "the whole run",
-            f"{result.engine.precision} on {result.engine.device}",
-        ),
+    engine = f"{chosen.engine.precision} on {chosen.engine.device}"
+    return [*averages, error, *calibrated.figures, (f"{total_seconds:.1f} s", "whole run", engine)]
+
+
+def _epoch_charts(tuned: Candidate | None, probe_score: float, metric_name: str) -> list[Markup]:
+    if tuned is None or not tuned.epochs:
+        return []
+    best_epoch = tuned.best_epoch or 0
+    return [
+        chart_scores(tuned.epochs, best_epoch, probe_score, metric_name),
+        chart_losses(tuned.epochs, best_epoch),
     ]
-    drawn = (
-        f"<div class='tile'><span>{name}</span><b>{value}</b><span>{below}</span></div>"
-        for value, name, below in tiles
-    )
-    return f"<div class='tiles'>{''.join(drawn)}</div>"
 
 
-def _results(result: Result) -> str:
-    rows = [
-        (
-            split,
-            *(metrics.with_interval(name) for name in metrics.intervals),
-            f"{metrics.loss:.4f}",
-            f"{metrics.num_images:,}",
-        )
-        for split, metrics in result.metrics.items()
-    ]
-    alone = f"val {result.metric_name} {result.probe_metrics.score:.4f}"
-    note = f"In brackets, 95 % intervals over resampled images. The probe alone: {alone}."
-    head = ("split", *result.probe_metrics.NAMES.values(), "log loss", "images")
-    leaks = "".join(
-        f"<p class='warning'>Images leak: {escape(line)}.</p>"
-        for line in result.audit.describe_leaks()
-    )
-    return f"{_table(head, rows)}{leaks}<p class='faint'>{note}</p>"
-
-
-def _calibration(result: Result) -> str:
-    calibrated, is_multi_label = result.calibrated["val"], result.splits.is_multi_label
-    rows = [
-        (split, f"{one.before.error:.3f}", f"{one.after.error:.3f}", *_coverage(one))
-        for split, one in result.calibrated.items()
-    ]
-    of_sets = () if is_multi_label else ("covered", "unsure", "right where sure")
-    head = ("split", "error before temperature", "error", *of_sets)
-    legend = "<p class='faint'>On val: bars are after temperature, rings before; on the dashed line, scores are what they say.</p>"
-    summary = escape(f"{_sentence(result.describe_calibration())} {result.describe_answers()}")
-    chart = chart_reliability(calibrated.before, calibrated.after, is_multi_label=is_multi_label)
-    return f"<p>{summary}</p>{_table(head, rows)}{chart}{legend}"
-
-
-def _coverage(one: Calibrated | LabelCalibrated) -> tuple[str, ...]:
-    if isinstance(one, LabelCalibrated):
-        return ()
-    sure = "none" if one.sure_accuracy != one.sure_accuracy else f"{one.sure_accuracy:.1%}"
-    return f"{one.covered:.1%}", f"{one.unsure:.1%}", sure
-
-
-def _confusion_section(result: Result) -> list[str]:
-    val = result.metrics["val"]
-    return (
-        [_section("Confusion", _confusion(val, result.splits.label_names))]
-        if isinstance(val, Metrics)
-        else []
+def _view_candidate(
+    candidate: Candidate, is_published: bool, label_names: Sequence[str], words: Words
+) -> _CandidateView:
+    val, split = candidate.calibrated["val"], _headline_split(candidate.metrics)
+    shown, confusion = candidate.metrics[split], candidate.metrics["val"].confusion
+    head, *rows = tabulate(shown, label_names, words.label)
+    return _CandidateView(
+        title=candidate_title(candidate),
+        is_published=is_published,
+        reliability_chart=chart_reliability(val.before, val.after, words),
+        confusion=None if confusion is None else _view_confusion(confusion, label_names),
+        classes_head=head,
+        classes=[rows[label] for label in np.argsort(shown.f1, kind="stable")],
     )
 
 
-def _confusion(metrics: Metrics, label_names: Sequence[str]) -> str:
+def _view_confusion(confusion: npt.NDArray[np.int64], label_names: Sequence[str]) -> _Confusion:
     pairs = [
         (label_names[true], label_names[predicted], f"{count:,}")
-        for true, predicted, count in metrics.most_confused(_MAX_PAIRS)
+        for true, predicted, count in most_confused(confusion, _MAX_PAIRS)
     ]
-    listed = _table(("true", "answered", "images"), pairs) if pairs else "<p>No mistake on val.</p>"
-    if len(label_names) > _MAX_MATRIX:
-        return listed
-    heads = "".join(f"<th>{escape(name)}</th>" for name in label_names)
-    rows = []
-    for true, name in enumerate(label_names):
-        total = max(int(metrics.support[true]), 1)
-        cells = (_cell(int(count), int(count) / total) for count in metrics.confusion[true])
-        rows.append(f"<tr><th>{escape(name)}</th>{''.join(cells)}</tr>")
-    kind = "matrix tall" if max(map(len, label_names)) > 3 else "matrix"
-    matrix = f"<div class='wide'><table class='{kind}'><thead><tr><td></td>{heads}</tr></thead>{''.join(rows)}</table></div>"
-    return f"<p class='faint'>On val: rows are true labels, columns answers.</p>{matrix}<h3>Most confused</h3>{listed}"
-
-
-def _cell(count: int, share: float) -> str:
-    return (
-        f"<td{' class=deep' if share > 0.55 else ''} style='--share:{share:.3f}'>{count or ''}</td>"
-    )
-
-
-def _classes(metrics: Mapping[SplitName, AnyMetrics], label_names: Sequence[str]) -> str:
-    split: SplitName = "test" if "test" in metrics else "val"
-    shown = metrics[split]
-    head, *rows = tabulate(shown, label_names)
-    table = _table(head, (rows[label] for label in np.argsort(shown.f1, kind="stable")))
-    return f"<p class='faint'>On {split}, the hardest first.</p>{table}"
-
-
-def _mistakes(mistakes: Sequence[Mistake]) -> str:
-    if not mistakes:
-        return "<p>None on val.</p>"
-    drawn = (
-        f"<figure>{_pictures(mistake)}<figcaption><b>{escape(mistake.true)}</b>, answered "
-        f"<b>{escape(mistake.predicted)}</b> at {mistake.score:.0%}<br>{escape(_shorten(mistake.key))}</figcaption></figure>"
-        for mistake in mistakes
-    )
-    words = "The wrong answers of highest score on val, as the model sees the images."
-    if any(mistake.looked_at is not None for mistake in mistakes):
-        words += " Below each, where it looked: the redder a place, the more it spoke for the wrong answer (Grad-CAM)."
-    return f"<p class='faint'>{words}</p><div class='pictures'>{''.join(drawn)}</div>"
-
-
-def _shorten(key: str) -> str:
-    """A file's name and its folder's."""
-    return "/".join(key.split("/")[-2:])
-
-
-def _pictures(mistake: Mistake) -> str:
-    crops = (crop for crop in (mistake.crop, mistake.looked_at) if crop is not None)
-    return "".join(
-        f"<img alt='' title='{escape(mistake.key)}' src='{_to_uri(crop)}'>" for crop in crops
-    )
-
-
-def _to_uri(crop: Pixels) -> str:
-    buffer = io.BytesIO()
-    Image.fromarray(crop).save(buffer, "JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def _making(result: Result) -> str:
-    backbone, preprocess = result.backbone, result.backbone.preprocess
+    fractions = confusion / confusion.sum(axis=1, keepdims=True).clip(min=1)
     rows = [
+        (name, list(zip(map(int, counts), map(float, row), strict=True)))
+        for name, counts, row in zip(label_names, confusion, fractions, strict=True)
+    ]
+    return _Confusion(label_names, rows if len(label_names) <= _MAX_MATRIX else [], pairs)
+
+
+def _view_mistake(mistake: Mistake) -> _MistakeView:
+    crops = (crop for crop in (mistake.crop, mistake.heat_map) if crop is not None)
+    return _MistakeView(
+        true=mistake.true,
+        predicted=mistake.predicted,
+        score=f"{mistake.score:.0%}",
+        key=mistake.key,
+        # The file's name and its folder's.
+        short_key="/".join(mistake.key.split("/")[-2:]),
+        uris=[image_uri(crop, "JPEG", _QUALITY) for crop in crops],
+    )
+
+
+def _making(result: Result) -> list[tuple[str, str]]:
+    """How the published model was made: name and value."""
+    backbone, preprocess = result.backbone, result.backbone.preprocess
+    began = [] if result.tuned is None else [("training began from", result.options.first_head)]
+    return [
         ("backbone", backbone.name),
         ("pretrained weights", backbone.weights),
         ("licence of the weights", backbone.license or "not known; ask whoever made them"),
         ("frozen", f"--freeze {result.freeze}"),
         ("trained with", result.trained_with),
-        *(
-            [("training began from", result.options.first_head)]
-            if result.best_epoch is not None
-            else []
-        ),
+        *began,
         ("data", result.options.data),
         ("audit of the data", result.audit.summary),
         ("input", f"{preprocess.width}x{preprocess.height}, {preprocess.interpolation}"),
@@ -306,25 +229,6 @@ def _making(result: Result) -> str:
         ("probe", f"L2 {result.l2:.0e}"),
         ("seconds", ", ".join(f"{name} {seconds:.1f}" for name, seconds in result.seconds.items())),
     ]
-    beside = "<p class='faint'>Every finding, with its picture: <a href='audit.html'>audit.html</a>, beside this page.</p>"
-    return _table((), rows) + (beside if result.audit.findings else "")
-
-
-def _section(title: str, *parts: str) -> str:
-    return f"<section><h2>{title}</h2>{''.join(parts)}</section>"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    heads = (
-        f"<thead><tr>{''.join(f'<th>{escape(name)}</th>' for name in head)}</tr></thead>"
-        if head
-        else ""
-    )
-    body = "".join(
-        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows
-    )
-    kind = "numbers" if head else "words"
-    return f"<div class='wide'><table class='{kind}'>{heads}{body}</table></div>"
 
 
 def _sentence(text: str) -> str:

@@ -1,8 +1,8 @@
 """Pictures as PNG, drawn with Pillow: what TensorBoard shows of a run, and the plot of backbones.
 
-The report's charts are SVG (charts.py), which follows the page's light or dark colours and which
-TensorBoard does not show. matplotlib would take 1.3 s to import and to lay out a figure, a quarter of
-a run on cached features.
+The report's charts are SVG (charts.py), which follows the page's light or dark colours and
+which TensorBoard does not show. matplotlib would take 1.3 s to import and to lay out a figure, a
+quarter of a run on cached features.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from finetune.evaluation.metrics import Metrics
 from finetune.monitor import Picture
 from finetune.report.ticks import nice_ticks
-from models.preprocess import Pixels
+from models.images import Pixels
 from models.scores import Floats
 
 _INK, _FAINT, _GRID, _ACCENT = "#1f2933", "#9aa5b1", "#e4e7eb", "#0b69a3"
 _PAD = 12
 _TEXT, _SMALL_TEXT = 14, 11
-# The shades of a cell: no image, half, and all of a true class's.
+# Of a cell with none, half and all of a class's images.
 _SHADES = ((247, 251, 255), (107, 174, 214), (8, 48, 107))
-# From what hardly counts to what counts most.
+# From the least to the most.
 _HEAT = ((50, 70, 200), (40, 190, 200), (240, 215, 60), (205, 25, 25))
 _LONGEST_NAME = 170
 _TILE = 160
@@ -40,10 +40,10 @@ _Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 @dataclass(frozen=True)
 class Mistake:
-    """A wrong answer: its crop, the true and the predicted label's name, the predicted one's score, and the sample's key.
+    """A wrong answer, with the names of the true and the predicted label and the latter's score.
 
-    `label` is the number of the label that the answer is about; `looked_at` is the crop under a heat map of what spoke for the answer,
-    where that was computed.
+    `key` is the sample's, `label` the place of the label that the answer is about. `heat_map` is
+    the crop under colours that show what spoke for the answer, if that was computed.
     """
 
     crop: Pixels
@@ -51,12 +51,12 @@ class Mistake:
     predicted: str
     score: float
     key: str = ""
-    looked_at: Pixels | None = None
+    heat_map: Pixels | None = None
     label: int = 0
 
 
-def draw_confusion(metrics: Metrics, label_names: tuple[str, ...]) -> Picture:
-    """Rows are true labels, shaded by their share; counts stand in the cells where there is room for them."""
+def draw_confusion(confusion: npt.NDArray[np.int64], label_names: tuple[str, ...]) -> Picture:
+    """`confusion` `[C,C]`: rows are true labels, shaded by their share; counts if they fit."""
     num_classes = len(label_names)
     cell = 38 if num_classes <= 30 else 18 if num_classes <= 60 else max(1, 1000 // num_classes)
     side, font = max(cell * num_classes, 260), _font(_TEXT if num_classes <= 30 else _SMALL_TEXT)
@@ -70,24 +70,24 @@ def draw_confusion(metrics: Metrics, label_names: tuple[str, ...]) -> Picture:
     bottom = top + side + (0 if not names else widest if are_upright else _TEXT) + _PAD
     image = Image.new("RGB", (left + side + _PAD, bottom + _TEXT + 2 * _PAD), "white")
     draw = ImageDraw.Draw(image)
-    shares = metrics.confusion / metrics.confusion.sum(axis=1, keepdims=True).clip(min=1)
+    shares = confusion / confusion.sum(axis=1, keepdims=True).clip(min=1)
     cells = Image.fromarray(_shade(shares, _SHADES).round().astype(np.uint8)).resize(
         (cell * num_classes,) * 2, Image.Resampling.NEAREST
     )
     image.paste(cells, (left, top))
     centre = [cell * label + cell // 2 for label in range(num_classes)]
     if num_classes <= 30:
-        for true, predicted in zip(*np.nonzero(metrics.confusion), strict=True):
+        for true, predicted in zip(*np.nonzero(confusion), strict=True):
             color = "white" if shares[true, predicted] > 0.55 else _INK
             at = (left + centre[predicted], top + centre[true])
-            draw.text(at, str(metrics.confusion[true, predicted]), color, _font(13), anchor="mm")
+            draw.text(at, str(confusion[true, predicted]), color, _font(13), anchor="mm")
     for name, middle in zip(names, centre, strict=False):
         draw.text((left - 6, top + middle), name, _INK, font, anchor="rm")
         if are_upright:
             _draw_upwards(image, name, font, _INK, left + middle, top + side + 6)
         else:
             draw.text((left + middle, top + side + 6), name, _INK, font, anchor="ma")
-    title = f"accuracy {metrics.accuracy:.1%} of {metrics.confusion.sum():,} images"
+    title = f"accuracy {confusion.trace() / confusion.sum():.1%} of {confusion.sum():,} images"
     draw.text((left + side / 2, _PAD), title, _INK, _font(_TEXT), anchor="ma")
     draw.text((left + side / 2, bottom + _PAD), "predicted", _FAINT, _font(_TEXT), anchor="ma")
     _draw_upwards(image, "true", _font(_TEXT), _FAINT, _PAD + _TEXT // 2, top + side // 2 - 14)
@@ -118,14 +118,14 @@ def draw_mistakes(mistakes: Sequence[Mistake]) -> Picture:
 
 
 def draw_heat(crop: Pixels, heat: Floats) -> Pixels:
-    """A crop `uint8 [H,W,3]` in grey, with `heat` `[H,W]` from 0 to 1 in colours over it; what is cold stays grey."""
+    """A crop `uint8 [H,W,3]` in grey under the colours of `heat` `[H,W]` from 0 to 1."""
     grey = crop.mean(axis=2, keepdims=True)
     opacity = 0.7 * heat[..., None]
     return np.asarray((1 - opacity) * grey + opacity * _shade(heat, _HEAT), np.uint8)
 
 
 def _shade(values: Floats, shades: Sequence[tuple[int, int, int]]) -> Floats:
-    """Values from 0 to 1, of any shape, as colours between `shades`, with a last axis for red, green and blue."""
+    """Values from 0 to 1 as colours between `shades`; adds a last axis of red, green and blue."""
     at = np.linspace(0, 1, len(shades))
     return np.stack(
         [np.interp(values, at, channel) for channel in zip(*shades, strict=True)], axis=-1
@@ -134,8 +134,8 @@ def _shade(values: Floats, shades: Sequence[tuple[int, int, int]]) -> Floats:
 
 @cache
 def _font(size: int) -> _Font:
-    # captum depends on matplotlib, which ships DejaVu Sans: it has Greek, Cyrillic, Arabic and more,
-    # where the font in Pillow has Latin letters only.
+    # captum depends on matplotlib, which ships DejaVu Sans: it has Greek, Cyrillic, Arabic and
+    # more; the font in Pillow has Latin letters only.
     spec = importlib.util.find_spec("matplotlib")
     for folder in spec.submodule_search_locations or () if spec else ():
         path = Path(folder) / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"

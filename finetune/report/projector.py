@@ -1,6 +1,6 @@
-"""Validation images as points in TensorBoard's projector: their features, with label, answer and file, and thumbnails where wanted.
+"""Validation images as points in TensorBoard's projector: features, labels, answers, thumbnails.
 
-TensorBoard looks for `projector_config.pbtxt` beside a run's events, and reads what that names.
+TensorBoard looks for `projector_config.pbtxt` beside a run's events, and reads the files it names.
 """
 
 from __future__ import annotations
@@ -12,54 +12,73 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from finetune.data.splits import Sample
-from finetune.evaluation.label_metrics import LabelMetrics
-from finetune.report.result import Result
+from finetune.data.splits import Sample, Splits
+from finetune.report.candidate import Candidate
 from models.errors import GraftError
 from models.files import write_whole
-from models.preprocess import ImageError, Pixels, Preprocess
-from models.scores import Floats, softmax
+from models.images import ImageError, Pixels
+from models.preprocess import Preprocess
+from models.scores import Floats
 
-# Beyond, a browser turns slowly.
+# With more, a browser becomes slow.
 _MAX_POINTS = 2000
-# The projector makes its own views of no more than these; all 1,280 of a backbone would take a second to write as text.
+# The projector reduces them further; all 1,280 of a backbone would take a second to write as text.
 _NUM_COMPONENTS = 50
 _SIDE = 48
 _THUMBNAIL = Preprocess(height=_SIDE, width=_SIDE, crop_fraction=1.0)
-_CONFIG = 'embeddings {{\n  tensor_name: "val"\n  tensor_path: "projector/tensors.tsv"\n  metadata_path: "projector/metadata.tsv"\n{sprite}}}\n'
-_SPRITE = f'  sprite {{ image_path: "projector/sprite.jpg" single_image_dim: {_SIDE} single_image_dim: {_SIDE} }}\n'
+_CONFIG = """\
+embeddings {{
+  tensor_name: "val"
+  tensor_path: "projector/tensors.tsv"
+  metadata_path: "projector/metadata.tsv"
+{sprite}}}
+"""
+_SPRITE = f"""\
+  sprite {{
+    image_path: "projector/sprite.jpg"
+    single_image_dim: {_SIDE}
+    single_image_dim: {_SIDE}
+  }}
+"""
 
 
-def write_projector(run_dir: Path, result: Result, *, with_thumbnails: bool) -> None:
-    """Points of all validation images, or of 2,000 spread over them. Raises GraftError where they cannot be written."""
-    samples = result.splits.val
-    shown = np.unique(
-        np.linspace(0, len(samples) - 1, min(len(samples), _MAX_POINTS)).round().astype(int)
-    )
-    points = _principal_components(result.val_features[shown])
+def write_projector(
+    run_dir: Path,
+    splits: Splits,
+    candidate: Candidate,
+    *,
+    with_thumbnails: bool,
+    num_workers: int,
+) -> None:
+    """Points of all validation images, or of 2,000 spread over them.
+
+    Thumbnails are read by `num_workers` threads. Raises GraftError if a file cannot be written.
+    """
+    num_shown = min(len(splits.val), _MAX_POINTS)
+    shown = np.unique(np.linspace(0, len(splits.val) - 1, num_shown).round().astype(int))
+    points = _principal_components(candidate.features["val"][shown])
     folder = run_dir / "projector"
     try:
         folder.mkdir(exist_ok=True)
-        _write(
-            folder / "tensors.tsv",
-            ["\t".join(f"{value:.4g}" for value in row) for row in points.tolist()],
-        )
-        _write(folder / "metadata.tsv", _describe(result, shown))
+        numbers = ["\t".join(f"{value:.4g}" for value in row) for row in points.tolist()]
+        _write(folder / "tensors.tsv", numbers)
+        _write(folder / "metadata.tsv", _describe(splits, candidate, shown))
         if with_thumbnails:
-            sprite = _draw_sprite([samples[index] for index in shown], result.options.workers)
+            sprite = _draw_sprite([splits.val[index] for index in shown], num_workers)
             write_whole(
                 folder / "sprite.jpg", lambda temporary: sprite.save(temporary, "JPEG", quality=85)
             )
         config = _CONFIG.format(sprite=_SPRITE if with_thumbnails else "")
-        write_whole(
-            run_dir / "projector_config.pbtxt", lambda temporary: temporary.write_text(config)
-        )
+        write_whole(run_dir / "projector_config.pbtxt", config)
     except OSError as error:
         raise GraftError(f"{folder}: it cannot be written: {error.strerror}") from error
 
 
 def _principal_components(features: Floats) -> Floats:
-    """Features `[N,F]` → `[N,K]`, by one step of a randomised decomposition (Halko, Martinsson & Tropp 2011): milliseconds, not seconds."""
+    """Features `[N,F]` → `[N,K]`, by one step of a randomised decomposition.
+
+    It takes milliseconds where an exact one takes seconds (Halko, Martinsson & Tropp 2011).
+    """
     centred = features - features.mean(axis=0)
     num_components = min(_NUM_COMPONENTS, *centred.shape)
     drawn = np.random.default_rng(0).standard_normal(
@@ -70,39 +89,23 @@ def _principal_components(features: Floats) -> Floats:
     return np.asarray(centred @ directions[:num_components].T, np.float32)
 
 
-def _describe(result: Result, shown: npt.NDArray[np.int_]) -> list[str]:
-    val = result.metrics["val"]
-    if isinstance(val, LabelMetrics):
-        return _describe_labels(result, val, shown)
-    names, scores = (
-        result.splits.label_names,
-        softmax(result.val_logits[shown] / result.calibration.temperature),
+def _describe(splits: Splits, candidate: Candidate, shown: npt.NDArray[np.int_]) -> list[str]:
+    """A heading, then a row for each image."""
+    answers = candidate.calibrated["val"].answers
+    samples = [splits.val[index] for index in shown]
+    columns = splits.task.answer_columns(
+        candidate.calibration.scores(candidate.logits["val"][shown]),
+        None if answers is None else answers[shown],
+        splits.labels(samples),
+        splits.label_names,
     )
-    rows = [("label", "answer", "is it right", "score", "file")]
-    for index, row in zip(shown, scores, strict=True):
-        sample, answer = result.splits.val[index], int(row.argmax())
-        is_right = "right" if answer == sample.label else "wrong"
-        rows.append(
-            (names[sample.label], names[answer], is_right, f"{row[answer]:.3f}", sample.key)
-        )
-    return ["\t".join(" ".join(cell.split()) for cell in row) for row in rows]
-
-
-def _describe_labels(result: Result, val: LabelMetrics, shown: npt.NDArray[np.int_]) -> list[str]:
-    """In multi-label data all labels of an image, and all that its answer names."""
-    rows = [("labels", "answer", "is it right", "file")]
-    for index in shown:
-        sample, answer = (
-            result.splits.val[index],
-            tuple(map(int, np.flatnonzero(val.answers[index]))),
-        )
-        names = (result.splits.describe(sample) or "none", result.splits.join(answer) or "none")
-        rows.append((*names, "right" if answer == sample.labels else "wrong", sample.key))
+    columns["file"] = [sample.key for sample in samples]
+    rows = [tuple(columns), *zip(*columns.values(), strict=True)]
     return ["\t".join(" ".join(cell.split()) for cell in row) for row in rows]
 
 
 def _draw_sprite(samples: list[Sample], num_workers: int) -> Image.Image:
-    """All thumbnails in rows, as many to a row as there are rows."""
+    """All thumbnails in a square grid."""
     columns = int(np.ceil(np.sqrt(len(samples))))
     tiles = np.full((columns * columns, _SIDE, _SIDE, 3), 255, np.uint8)
     with ThreadPoolExecutor(num_workers) as pool:
@@ -114,7 +117,7 @@ def _draw_sprite(samples: list[Sample], num_workers: int) -> Image.Image:
 
 
 def _read_thumbnail(sample: Sample) -> Pixels | None:
-    """None where a file is no longer there to be read."""
+    """None if the file can no longer be read."""
     try:
         return _THUMBNAIL(sample.read())
     except (ImageError, OSError):
@@ -122,8 +125,6 @@ def _read_thumbnail(sample: Sample) -> Pixels | None:
 
 
 def _write(path: Path, lines: list[str]) -> None:
-    # A path may hold bytes that are no text.
+    # A path may hold bytes that are not text.
     text = "\n".join(lines) + "\n"
-    write_whole(
-        path, lambda temporary: temporary.write_text(text, encoding="utf-8", errors="replace")
-    )
+    write_whole(path, text.encode("utf-8", "replace"))

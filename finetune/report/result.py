@@ -1,4 +1,4 @@
-"""What a run came to: everything that its metrics.json, its checkpoint, its card, its report and its last words are made from."""
+"""The result of a run, from which its metrics.json, checkpoint, model card and report are made."""
 
 from __future__ import annotations
 
@@ -9,28 +9,18 @@ from typing import Any
 from finetune.auditing.findings import Audit
 from finetune.config import Options
 from finetune.data.splits import Splits
-from finetune.evaluation.calibration import (
-    Calibrated,
-    Calibration,
-    describe_calibration,
-    describe_unsure,
-)
-from finetune.evaluation.learning_curve import LearningCurve
-from finetune.evaluation.metrics import AnyMetrics
-from finetune.evaluation.thresholds import (
-    LabelCalibrated,
-    LabelCalibration,
-    describe_label_calibration,
-    describe_thresholds,
-)
-from finetune.evaluation.verdict import Verdict
+from finetune.evaluation.calibration import Calibration, CalibrationQuality
+from finetune.evaluation.comparison import Comparison
+from finetune.evaluation.metrics import Metrics
+from finetune.probe.learning_curve import LearningCurve
 from finetune.probe.solve import Head
-from models.engine.engine import EngineInfo
+from finetune.report.candidate import Candidate
+from models.engine.engine import EngineInfo, Features
 from models.prepared import PreparedBackbone
 from models.scores import Floats
 from models.sources import SplitName
 
-# What shapes a probe, and what shapes the gradient epochs besides.
+# Options that shape a probe, and those that shape gradient epochs besides.
 _PROBE_OPTIONS = ("balance", "augment", "views")
 _EPOCH_OPTIONS = (
     *("epochs", "batch_size", "lr", "backbone_lr", "weight_decay", "batch_norm"),
@@ -40,94 +30,125 @@ _EPOCH_OPTIONS = (
 
 @dataclass(frozen=True)
 class Result:
-    """`metrics` and `calibrated` are of the published model by split, "val" always among them; `probe_metrics` of the probe on "val".
+    """A run's candidates, the one `chosen` to be published, and what they have in common.
 
-    `why_precision` says what spoke for the engine's. `best_epoch` and `verdict` are None for a run without gradient epochs; the epoch
-    is 0 where none of them was better than the probe. `val_logits` `[N,C]` and `val_features` `[N,F]` are the published model's.
+    `candidates` are the probe and, where layers were trained, the fine-tuned one, which `verdict`
+    compares. `replace(result, chosen=other)` describes the other one. `why_precision` is the reason
+    for the engine's precision.
     """
 
     options: Options
     splits: Splits
-    backbone: PreparedBackbone
-    engine: EngineInfo
+    probe: Candidate
+    tuned: Candidate | None
+    chosen: Candidate
+    verdict: Comparison | None
     why_precision: str
-    head: Head
-    metrics: dict[SplitName, AnyMetrics]
-    calibration: Calibration | LabelCalibration
-    calibrated: Mapping[SplitName, Calibrated | LabelCalibrated]
-    probe_metrics: AnyMetrics
-    l2: float
     learning_curve: LearningCurve
-    val_logits: Floats
-    val_features: Floats
     audit: Audit
-    best_epoch: int | None
-    verdict: Verdict | None
-    seconds: dict[str, float]
+    seconds: Mapping[str, float]
+
+    @property
+    def candidates(self) -> tuple[Candidate, ...]:
+        return (self.probe,) if self.tuned is None else (self.probe, self.tuned)
+
+    @property
+    def backbone(self) -> PreparedBackbone:
+        return self.chosen.backbone
+
+    @property
+    def engine(self) -> EngineInfo:
+        return self.chosen.engine
 
     @property
     def freeze(self) -> str:
-        """The policy of the published model: where the probe won, its backbone is frozen whatever was asked for."""
-        return (
-            "backbone"
-            if self.verdict is not None and self.verdict.publishes == "probe"
-            else self.options.freeze
-        )
+        return self.chosen.freeze
+
+    @property
+    def head(self) -> Head:
+        return self.chosen.head
+
+    @property
+    def metrics(self) -> Mapping[SplitName, Metrics]:
+        return self.chosen.metrics
+
+    @property
+    def calibration(self) -> Calibration:
+        return self.chosen.calibration
+
+    @property
+    def calibrated(self) -> Mapping[SplitName, CalibrationQuality]:
+        return self.chosen.calibrated
+
+    @property
+    def val_logits(self) -> Floats:
+        return self.chosen.logits["val"]
+
+    @property
+    def val_features(self) -> Features:
+        return self.chosen.features["val"]
+
+    @property
+    def probe_metrics(self) -> Metrics:
+        return self.probe.metrics["val"]
+
+    @property
+    def l2(self) -> float:
+        return self.probe.solution.l2
+
+    @property
+    def best_epoch(self) -> int | None:
+        return None if self.tuned is None else self.tuned.best_epoch
 
     @property
     def metric(self) -> str:
-        """The attribute of metrics that the run is judged by; `metric_name` in words."""
-        return next(iter(self.probe_metrics.NAMES))
+        """The attribute of metrics that runs are judged by; people read `metric_name`."""
+        return self.splits.task.metric
 
     @property
     def metric_name(self) -> str:
-        return self.probe_metrics.NAMES[self.metric]
+        return self.splits.task.metric_name
 
     def describe_calibration(self) -> str:
         """One line for people, on val."""
-        calibrated = self.calibrated["val"]
-        if isinstance(self.calibration, Calibration) and isinstance(calibrated, Calibrated):
-            return describe_calibration(self.calibration, calibrated)
-        assert isinstance(calibrated, LabelCalibrated)
-        return describe_label_calibration(calibrated)
+        return self.calibrated["val"].describe()
 
     def describe_answers(self) -> str:
-        """What the service's answers mean: which are unsure, or which labels they name."""
-        if isinstance(self.calibration, LabelCalibration):
-            return describe_thresholds(self.calibration)
-        return describe_unsure(self.calibration)
+        """Which answers of the service are unsure, or which labels they name."""
+        return self.calibration.describe_answers()
 
     @property
     def trained_with(self) -> str:
-        """The options that shaped the published model and are not at their defaults, as flags."""
-        is_probe = self.freeze == "backbone"
-        chosen = self.options.model_dump(
-            include={*_PROBE_OPTIONS, *(() if is_probe else _EPOCH_OPTIONS)}, exclude_defaults=True
+        """The options that shaped the chosen candidate and are not at their defaults, as flags."""
+        epoch_options = () if self.chosen.name == "probe" else _EPOCH_OPTIONS
+        changed = self.options.model_dump(
+            include={*_PROBE_OPTIONS, *epoch_options}, exclude_defaults=True
         )
         return (
-            " ".join(f"--{name.replace('_', '-')} {value}" for name, value in chosen.items())
+            " ".join(f"--{name.replace('_', '-')} {value}" for name, value in changed.items())
             or "the default options"
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """As metrics.json holds it."""
+        """As metrics.json has it: metrics of the chosen candidate, and of both if there are two."""
         names = self.splits.label_names
         return {
-            **{
-                split: {**metrics.to_dict(names), "calibration": self.calibrated[split].to_dict()}
-                for split, metrics in self.metrics.items()
-            },
+            **self.chosen.metrics_to_dict(names),
             "probe": {
                 self.metric: self.probe_metrics.score,
                 "loss": self.probe_metrics.loss,
                 "l2": self.l2,
             },
-            "training": None if self.best_epoch is None else {"best_epoch": self.best_epoch},
+            "training": None if self.tuned is None else {"best_epoch": self.best_epoch},
+            "published": self.chosen.name,
+            "candidates": None
+            if self.tuned is None
+            else {candidate.name: candidate.to_dict(names) for candidate in self.candidates},
             "audit": self.audit.to_dict(),
             "verdict": None if self.verdict is None else self.verdict.to_dict(),
             "calibration": self.calibration.to_dict(),
             "learning_curve": self.learning_curve.to_dict(),
             "engine": self.engine.to_dict(),
             "precision": {"chosen": self.engine.precision, "reason": self.why_precision},
-            "seconds": self.seconds,
+            "seconds": dict(self.seconds),
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 
-def nice_ticks(low: float, high: float, num_steps: int = 4) -> list[tuple[float, str]]:
+def nice_ticks(low: float, high: float, num_steps: int = 5) -> list[tuple[float, str]]:
     """Multiples of 1, 2 or 5 times a power of ten within a range, and how they are written.
 
     There are up to `num_steps` + 1, with as many decimals as tell them apart.

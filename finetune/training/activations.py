@@ -18,16 +18,16 @@ from models.engine.engine import Features
 from models.errors import GraftError
 from models.files import move_whole
 
-logger = logging.getLogger("graft.train")
+logger = logging.getLogger("graft.inputs")
 
 _DIGEST_SIZE = 32
-# A label's number or, in multi-label data, a row of zeros and ones `float32 [C]`.
+# A label's index or, in multi-label data, a row of zeros and ones `float32 [C]`.
 Target = int | npt.NDArray[np.float32]
 Batch = tuple[torch.Tensor, Target]
 
 
 class Activations(Dataset[Batch]):
-    """Activations `bfloat16 [D]` with their targets, on disk; with several views, each epoch reads the next one."""
+    """Activations `bfloat16 [D]` on disk, with targets; each epoch reads the next view."""
 
     def __init__(self, views: Sequence[Bf16File], targets: Sequence[Target]) -> None:
         self._views = views
@@ -42,13 +42,13 @@ class Activations(Dataset[Batch]):
 
 
 class Bf16File:
-    """An array `[N,D]` of bfloat16 in a memory-mapped file, written as float32, which numpy has no other word for."""
+    """A memory-mapped array `[N,D]` of bfloat16, which numpy lacks; assigned as float32."""
 
     def __init__(self, path: Path, num_rows: int, size: int, what: str = "") -> None:
-        """The array in `path`, which `keep` has put there, or a new one beside it; `what` tells it from others of its shape."""
+        """The array that `keep` put at `path`, or a new one; `what` identifies its content."""
         self._path = path
         self._what = what
-        self.is_kept = path.exists() and self._is_what_was_kept((num_rows, size))
+        self.is_kept = path.exists() and self._is_whole((num_rows, size))
         if self.is_kept:
             self._bits: npt.NDArray[np.uint16] = np.lib.format.open_memmap(path, mode="r")
             return
@@ -56,18 +56,20 @@ class Bf16File:
             self._bits = np.lib.format.open_memmap(
                 self._unfinished, mode="w+", dtype=np.uint16, shape=(num_rows, size)
             )
-            # On a disk that is full, a mapped file without its blocks ends the process by SIGBUS.
+            # On a full disk, writing to a mapped file without its blocks ends the process by
+            # SIGBUS.
             with self._unfinished.open("rb+") as file:
                 os.posix_fallocate(file.fileno(), 0, file.seek(0, os.SEEK_END))
         except OSError as error:
             self._unfinished.unlink(missing_ok=True)
             raise GraftError(
-                f"{path}: the activations take {2 * num_rows * size / 1e6:,.1f} MB and cannot be written: {error.strerror}; make room, "
-                "name another --output, or say --no-cache, which keeps none"
+                f"{path}: the activations take {2 * num_rows * size / 1e6:,.1f} MB and cannot be "
+                f"written: {error.strerror}; make room, name another --output, or say --no-cache, "
+                "which keeps none"
             ) from error
 
-    def _is_what_was_kept(self, shape: tuple[int, int]) -> bool:
-        """Not cut short, say, or another run's: it can be computed again."""
+    def _is_whole(self, shape: tuple[int, int]) -> bool:
+        """Of the right shape and digest; a file that is not is computed again."""
         try:
             bits = np.lib.format.open_memmap(self._path, mode="r")
             with self._path.open("rb") as file:
@@ -93,7 +95,7 @@ class Bf16File:
         return self._path.with_suffix(".part")
 
     def keep(self) -> None:
-        """All rows are written: from now on the file is in its place, and behind the array is the digest of what it is and holds."""
+        """All rows are written: append the digest, and move the file to its place."""
         self._bits.flush()  # type: ignore[attr-defined]
         with self._unfinished.open("ab") as file:
             file.write(self._digest(self._bits))
@@ -101,9 +103,8 @@ class Bf16File:
         self.is_kept = True
 
     def __setitem__(self, rows: Any, values: Features) -> None:
-        bits = values.view(np.uint32)
-        # Round to nearest even, as the hardware does.
-        self._bits[rows] = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+        rounded = torch.from_numpy(values).to(torch.bfloat16)
+        self._bits[rows] = rounded.view(torch.uint16).numpy()
 
     def read(self, row: int) -> torch.Tensor:
         return torch.from_numpy(self._bits[row].view(np.int16).copy()).view(torch.bfloat16)

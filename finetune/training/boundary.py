@@ -1,12 +1,14 @@
-"""Cut a network at its freeze boundary: the frozen part once per image, the rest on what it gave.
+"""Cut a network at its freeze boundary: the frozen part runs once per image.
 
-The rest runs the network's own forward, with every frozen module answering at once: the last with the kept activation, the earlier ones
-with NaN of the right shape that nothing reads. So no architecture needs to be known, and whether a network can be cut (no connection
-leaps over the boundary, not even one whose weight is still zero) is found by comparing outputs.
+The rest runs the network's own forward, in which frozen modules return placeholders: the last one
+the kept activation, the earlier ones NaN of the right shape, which nothing may read. So no
+architecture needs to be known, and whether a network can be cut (no connection skips the boundary,
+not even one whose weight is still zero) is found by comparing outputs.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -40,7 +42,7 @@ class FrozenPart(nn.Module):
 
 
 class TrainablePart(nn.Module):
-    """Activations `[B,D]` → logits `[B,C]`; while it is open, the network's frozen modules only pretend."""
+    """Activations `[B,D]` → logits `[B,C]`; while open, frozen modules return placeholders."""
 
     def __init__(
         self,
@@ -61,6 +63,11 @@ class TrainablePart(nn.Module):
     def boundary_shape(self) -> tuple[int, ...]:
         """The activation's, without the batch."""
         return self._shapes[self.boundary]
+
+    @property
+    def boundary_size(self) -> int:
+        """Values of the activation an image."""
+        return math.prod(self.boundary_shape)
 
     def open(self) -> None:
         for name, shape in self._shapes.items():
@@ -100,9 +107,10 @@ def cut(
     images: torch.Tensor,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> TrainablePart | None:
-    """The rest of a frozen network, not yet open; None where nothing is frozen, or where it cannot be cut.
+    """The trainable part of a network, not yet open; None where nothing can be cut off.
 
-    `images` `[B,3,H,W]` are what it is tried on, and `memory_format` what the rest works in. The network is left in eval.
+    The cut is tried on `images` `[B,3,H,W]`; the trainable part works in `memory_format`. The
+    network is left in eval.
     """
     model.eval()
     shapes: dict[str, tuple[int, ...]] = {}
@@ -124,7 +132,7 @@ def cut(
         expected = model(images)
     for hook in hooks:
         hook.remove()
-    # A unit that gave no tensor, or that was called twice, does not fit the picture of one line of modules.
+    # A unit that gave no tensor, or that was called twice, has no single activation to keep.
     if not order or len(order) != len(shapes):
         return None
     rest = TrainablePart(model, order, shapes, memory_format)
@@ -135,7 +143,8 @@ def cut(
             fits = torch.allclose(
                 rest(activation), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())
             )
-        # Whatever the network's own forward raises on an image of one pixel; timm's patch embedding, an AssertionError.
+        # The network's own forward may raise anything on an image of one pixel; timm's patch
+        # embedding raises AssertionError.
         except Exception:
             fits = False
         finally:

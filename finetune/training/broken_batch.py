@@ -1,4 +1,4 @@
-"""A batch whose loss is no number, kept for a person to look at: its images, their labels and what each one's loss was."""
+"""The batch of a broken loss, kept for a person to inspect: images, labels, losses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from PIL import Image
 
 from finetune.data.splits import Sample, Splits
 from models.errors import GraftError, describe_error, join_first
-from models.preprocess import ImageError, Preprocess
+from models.images import ImageError
+from models.preprocess import Preprocess
 
 FOLDER = "broken-batch"
 
@@ -29,7 +30,7 @@ def keep_broken_batch(
     losses: Sequence[float],
     preprocess: Preprocess,
 ) -> str:
-    """Write each image's plain crop as a PNG and `batch.csv`, and say in words where they are."""
+    """Write each image's plain crop as a PNG, and `batch.csv`; gives a sentence that says where."""
     folder = run_dir / FOLDER
     try:
         shutil.rmtree(folder, ignore_errors=True)
@@ -43,9 +44,15 @@ def keep_broken_batch(
                     Image.fromarray(preprocess(sample.read())).save(folder / name)
                 rows.writerow((name, sample.key, splits.describe(sample), loss))
     except OSError as error:
-        return f"the {len(samples)} images of the batch could not be written to {folder}: {describe_error(error)}"
+        return (
+            f"the {len(samples)} images of the batch could not be written to {folder}: "
+            f"{describe_error(error)}"
+        )
     broken = [
         sample.key for sample, loss in zip(samples, losses, strict=True) if not math.isfinite(loss)
     ]
-    which = f": no number for {join_first(broken, 3)}" if broken else ""
-    return f"the {len(samples)} images of the batch are in {folder}, with each one's loss in batch.csv{which}"
+    which = f": NaN or infinite for {join_first(broken, 3)}" if broken else ""
+    return (
+        f"the {len(samples)} images of the batch are in {folder}, with each one's loss in "
+        f"batch.csv{which}"
+    )

@@ -1,9 +1,10 @@
-"""Depthwise convolutions whose gradients on the CPU do not take longer than all the rest of the network.
+"""Faster gradients of depthwise convolutions in bfloat16 on the CPU.
 
-oneDNN has no fast bfloat16 kernel for the gradients of a depthwise convolution with a large window or a stride. Measured (torch 2.14,
-2 cores of an AMD EPYC, 32 images): 5 x 5 over 672 x 14 x 14, the weight's 46 ms in bfloat16 and 10 in float32; with stride 2, the input's
-76 and 0.6. In channels_last EfficientNet-Lite0 trains 1.3 times as fast with these gradients in float32, MobileNetV3 1.6 times
-(benchmarks/training_step.py).
+oneDNN has no fast bfloat16 kernel for the gradients of a depthwise convolution with a large window
+or a stride. Measured (torch 2.14, 2 cores of an AMD EPYC, 32 images): 5 x 5 over 672 x 14 x 14, the
+weight's 46 ms in bfloat16 and 10 in float32; with stride 2, the input's 76 and 0.6. In
+channels_last EfficientNet-Lite0 trains 1.3 times as fast with these gradients in float32,
+MobileNetV3 1.6 times (benchmarks/training_step.py).
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ _SLOW_FROM = 4
 
 
 class DepthwiseGradientsInFloat32(TorchFunctionMode):
-    """While it is entered, the slow ones of depthwise convolutions in bfloat16 on the CPU take a backward pass in float32.
+    """Within, slow bfloat16 depthwise convolutions on the CPU get their gradients in float32.
 
-    What the network is made of does not matter: `torch.conv2d` is caught, from whichever module, also under autocast.
+    `torch.conv2d` is intercepted, whichever module calls it, also under autocast.
     """
 
     def __torch_function__(

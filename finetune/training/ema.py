@@ -1,4 +1,4 @@
-"""The average of the weights over the steps (`--ema`), which is mostly a better network than the weights after the last one."""
+"""The exponential moving average of the weights (`--ema`)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from finetune.training.tensors import Tensors, copy_tensors
 
 
-class Average:
-    """An exponential moving average of `current`, a network's own tensors by name, beside them.
+class Ema:
+    """A moving average of `current`, a network's own tensors by name, kept beside them.
 
-    It begins with what they are now. Whole numbers, such as BatchNorm's count of batches, are those of the last step.
+    It begins with their values now. Integer tensors, such as BatchNorm's count of batches, are
+    those of the last step.
     """
 
     def __init__(self, current: Tensors, decay: float) -> None:
@@ -24,7 +25,8 @@ class Average:
     def update(self, step: int) -> None:
         """Take in the tensors after `step` steps, from 1 up.
 
-        The decay rises to its value as (1 + step) / (10 + step), so that what the training began with is soon forgotten.
+        The decay rises to its value as (1 + step) / (10 + step), so that the initial weights soon
+        count little.
         """
         decay = min(self._decay, (1 + step) / (10 + step))
         names = [name for name, tensor in self._current.items() if tensor.is_floating_point()]
@@ -34,18 +36,14 @@ class Average:
             [self._current[name].detach() for name in names],
             None,
         )
-        copy_tensors(
-            self._current,
-            {
-                name: tensor
-                for name, tensor in self.tensors.items()
-                if not tensor.is_floating_point()
-            },
-        )
+        integers = {
+            name: tensor for name, tensor in self.tensors.items() if not tensor.is_floating_point()
+        }
+        copy_tensors(self._current, integers)
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within, the network is the average."""
+        """Within, the network has the averaged tensors."""
         own = {name: tensor.detach().clone() for name, tensor in self._current.items()}
         copy_tensors(self.tensors, self._current)
         try:

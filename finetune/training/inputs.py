@@ -1,8 +1,8 @@
-"""What gradient epochs read: crops decoded anew in every epoch, or activations kept at the freeze boundary, computed once."""
+"""What gradient epochs read: crops, or activations kept at the freeze boundary."""
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import json
 import logging
 import shutil
@@ -10,17 +10,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from finetune.config import Options
+from finetune.config import Augment
 from finetune.data.splits import Sample, Splits
-from finetune.data.views import Augment, draw_view
+from finetune.data.views import draw_view
 from finetune.probe.features import extract_features
 from finetune.training.activations import Activations, Batch, Bf16File, Target
 from finetune.training.boundary import FrozenPart, TrainablePart, cut
+from finetune.training.settings import TrainingSettings
 from models.backbone.build import Backbone
 from models.backbone.export import export_openvino
 from models.backbone.freezing import Freezing
@@ -28,11 +28,12 @@ from models.engine.engine import Engine
 from models.engine.openvino_engine import OpenVINOEngine
 from models.engine.torch_engine import TorchEngine
 from models.errors import GraftError
-from models.preprocess import ImageError, Preprocess, View
+from models.images import ImageError
+from models.preprocess import Preprocess, View
 
 logger = logging.getLogger("graft.inputs")
 
-# Of augmented views kept at the boundary, when `--views` does not say: epochs beyond see the first ones again.
+# Augmented views kept at the boundary without `--views`: later epochs see the first ones again.
 _MAX_VIEWS = 4
 # Never more than this share of what is free where the activations go.
 _MAX_DISK_FRACTION = 0.5
@@ -43,8 +44,9 @@ class ImageGoneError(GraftError):
 
 
 class Crops(Dataset[Batch]):
-    """Samples as `uint8 [H,W,3]` crops with their `targets`, by default their labels; each epoch draws views of its own, the same in
-    every worker.
+    """Samples as `uint8 [H,W,3]` crops with their `targets`.
+
+    Each epoch draws its own augmented views, the same in every worker.
     """
 
     def __init__(
@@ -52,12 +54,12 @@ class Crops(Dataset[Batch]):
         samples: Sequence[Sample],
         preprocess: Preprocess,
         *,
-        targets: Sequence[Target] | None = None,
+        targets: Sequence[Target],
         augment: Augment = "none",
         seed: int = 0,
     ) -> None:
         self._samples = samples
-        self._targets = [sample.label for sample in samples] if targets is None else targets
+        self._targets = targets
         self._preprocess = preprocess
         self._augment: Augment = augment
         self._seed = seed
@@ -74,7 +76,7 @@ class Crops(Dataset[Batch]):
 
 @dataclass(frozen=True)
 class Inputs:
-    """Data sets for training and validation, the network that takes them, and what makes a batch of them ready for it."""
+    """Data sets, the network that reads them, and `prepare`, which turns a batch into its input."""
 
     train: Crops | Activations
     val: Crops | Activations
@@ -83,7 +85,7 @@ class Inputs:
     num_workers: int
 
     def close(self) -> None:
-        """Give the frozen modules their own forward back."""
+        """Restore the forward of the frozen modules."""
         if isinstance(self.network, TrainablePart):
             self.network.close()
 
@@ -92,56 +94,40 @@ def open_inputs(
     backbone: Backbone,
     freezing: Freezing,
     splits: Splits,
-    options: Options,
+    settings: TrainingSettings,
     scratch: Path,
     device: torch.device,
 ) -> Inputs:
-    """Activations at the boundary where they can be kept, else crops; says which, and why.
+    """Activations at the freeze boundary where they can be kept, else crops; logs which, and why.
 
-    `scratch` is the run's own: whole files of activations in it are not computed again.
+    `scratch` is the run's own: whole files of activations in it are not computed again. Raises
+    ImageGoneError where an image can no longer be read.
     """
-    # On the CPU, too: ResNet-18 trains 1.2 times as fast as in torch's own order, EfficientNet-Lite0, with finetune.training.depthwise, twice.
+    # On the CPU, too: ResNet-18 trains 1.2 times as fast as in torch's own order,
+    # EfficientNet-Lite0, with finetune.training.depthwise, twice.
     memory_format = _try_channels_last(backbone, splits)
-    rest = _try_cut(backbone, freezing, splits, options, memory_format)
-    if rest is not None:
-        num_views = (
-            1
-            if options.augment == "none"
-            else options.views
-            if options.views > 1
-            else min(options.epochs, _MAX_VIEWS)
-        )
-        size = int(np.prod(rest.boundary_shape))
-        already = sum(path.stat().st_size for path in scratch.glob("*.npy"))
-        num_bytes = max(0, 2 * size * (len(splits.train) * num_views + len(splits.val)) - already)
-        free = shutil.disk_usage(scratch).free * _MAX_DISK_FRACTION
-        if num_bytes <= free:
-            return _keep_activations(
-                backbone, rest, freezing, splits, options, scratch, num_views, size, device
-            )
-        logger.warning(
-            "activations at %s would take %.1f GB, half of the free disk is %.1f GB: the frozen layers run anew in each epoch",
-            rest.boundary,
-            num_bytes / 1e9,
-            free / 1e9,
-        )
+    rest = None
+    if settings.cache and freezing.frozen_modules:
+        rest = _try_cut(backbone, freezing, splits, memory_format)
+    if rest is not None and _fits_on_disk(rest, splits, settings, scratch):
+        return _keep_activations(backbone, freezing, rest, splits, settings, scratch, device)
     return Inputs(
         Crops(
             splits.train,
             backbone.preprocess,
             targets=_targets(splits, splits.train),
-            augment=options.augment,
-            seed=options.seed,
+            augment=settings.augment,
+            seed=settings.seed,
         ),
         Crops(splits.val, backbone.preprocess, targets=_targets(splits, splits.val)),
         backbone.model,
         Normalise(backbone.preprocess, device, memory_format),
-        options.workers,
+        settings.workers,
     )
 
 
 class Normalise:
-    """`uint8 [B,H,W,3]` → `float32 [B,3,H,W]` with the backbone's mean and std, on the device and in its memory format."""
+    """`uint8 [B,H,W,3]` → `float32 [B,3,H,W]`, normalised, on the device, in the memory format."""
 
     def __init__(
         self, preprocess: Preprocess, device: torch.device, memory_format: torch.memory_format
@@ -159,7 +145,7 @@ class Normalise:
 
 
 def _try_channels_last(backbone: Backbone, splits: Splits) -> torch.memory_format:
-    """Lay the network out for channels_last, unless a module of its own cannot take that (`view` on what a convolution gave, say)."""
+    """Lay the network out in channels_last, unless a module of its own cannot run in it."""
     memory_format: torch.memory_format = torch.channels_last
     backbone.model.eval().to(memory_format=memory_format)
     try:
@@ -169,28 +155,48 @@ def _try_channels_last(backbone: Backbone, splits: Splits) -> torch.memory_forma
         memory_format = torch.contiguous_format
         backbone.model.to(memory_format=memory_format)
         logger.info(
-            "the network cannot take images in channels_last, the faster order: it trains in torch's own"
+            "the network cannot take images in channels_last, the faster order: it trains in "
+            "torch's own order"
         )
     return memory_format
 
 
 def _try_cut(
-    backbone: Backbone,
-    freezing: Freezing,
-    splits: Splits,
-    options: Options,
-    memory_format: torch.memory_format,
+    backbone: Backbone, freezing: Freezing, splits: Splits, memory_format: torch.memory_format
 ) -> TrainablePart | None:
-    if not options.cache or not freezing.frozen_modules:
-        return None
-    rest = cut(
-        backbone.model, freezing, _two_images(backbone, splits, memory_format), memory_format
-    )
+    images = _two_images(backbone, splits, memory_format)
+    rest = cut(backbone.model, freezing, images, memory_format)
     if rest is None:
         logger.warning(
-            "this network cannot be cut at its freeze boundary: the frozen layers run anew in each epoch"
+            "this network cannot be cut at its freeze boundary: the frozen layers run anew in "
+            "each epoch"
         )
     return rest
+
+
+def _fits_on_disk(
+    rest: TrainablePart, splits: Splits, settings: TrainingSettings, scratch: Path
+) -> bool:
+    num_values = rest.boundary_size * (len(splits.train) * _num_views(settings) + len(splits.val))
+    already = sum(path.stat().st_size for path in scratch.glob("*.npy"))
+    num_bytes = max(0, 2 * num_values - already)
+    free = shutil.disk_usage(scratch).free * _MAX_DISK_FRACTION
+    if num_bytes > free:
+        logger.warning(
+            "activations at %s would take %.1f GB, half of the free disk is %.1f GB: the frozen "
+            "layers run anew in each epoch",
+            rest.boundary,
+            num_bytes / 1e9,
+            free / 1e9,
+        )
+    return num_bytes <= free
+
+
+def _num_views(settings: TrainingSettings) -> int:
+    """Of each training image, kept at the boundary."""
+    if settings.augment == "none":
+        return 1
+    return settings.views if settings.views > 1 else min(settings.epochs, _MAX_VIEWS)
 
 
 def _two_images(
@@ -202,55 +208,30 @@ def _two_images(
 
 def _keep_activations(
     backbone: Backbone,
-    rest: TrainablePart,
     freezing: Freezing,
+    rest: TrainablePart,
     splits: Splits,
-    options: Options,
+    settings: TrainingSettings,
     scratch: Path,
-    num_views: int,
-    size: int,
     device: torch.device,
 ) -> Inputs:
-    engine = functools.cache(
-        lambda: _frozen_engine(backbone, rest.boundary, options, scratch, device)
-    )
-
-    def keep(samples: Sequence[Sample], name: str, view: int) -> Bf16File:
-        augment: Augment = options.augment if view else "none"
-        drawn = (augment, view, options.seed) if view else ()
-        what = [
-            freezing.digests,
-            rest.boundary,
-            backbone.preprocess.to_dict(),
-            drawn,
-            [sample.key for sample in samples],
-        ]
-        kept = Bf16File(scratch / f"{name}.npy", len(samples), size, json.dumps(what))
-        if kept.is_kept:
-            return kept
-        unreadable = extract_features(
-            samples,
-            backbone.preprocess,
-            engine(),
-            num_workers=options.workers,
-            description=f"activations of {name}",
-            out=kept,
-            draw=lambda index: draw_view(augment, options.seed, view, index),
-        ).unreadable
-        # They could be read for the probe. Left out here, they would shift the rows behind them against the labels.
-        for key, reason in unreadable.items():
-            raise ImageGoneError(_say_gone(key, reason))
-        kept.keep()
-        return kept
-
-    # With one view it is the plain crop; with several they are all augmented, as they would be in epochs without the cache.
+    num_views = _num_views(settings)
+    # With one view it is the plain crop; with several all are augmented, as in epochs without the
+    # cache.
     first = 0 if num_views == 1 else 1
-    views = [keep(splits.train, f"train-{view}", view) for view in range(first, first + num_views)]
-    val = keep(splits.val, "val", 0)
-    if engine.cache_info().currsize:
-        engine().close()
+    with contextlib.closing(
+        _ActivationKeeper(backbone, freezing, rest, settings, scratch, device)
+    ) as keeper:
+        views = [
+            keeper.keep(splits.train, f"train-{view}", view)
+            for view in range(first, first + num_views)
+        ]
+        val = keeper.keep(splits.val, "val", 0)
     logger.info(
-        "kept activations at %s: %d values an image, %d views", rest.boundary, size, num_views
+        "kept activations at %s: %d values an image, %d views",
+        rest.boundary,
+        rest.boundary_size,
+        num_views,
     )
     rest.open()
     return Inputs(
@@ -262,39 +243,94 @@ def _keep_activations(
     )
 
 
+class _ActivationKeeper:
+    """Writes activations at the boundary to `scratch`; opens the engine if a file is missing."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        freezing: Freezing,
+        rest: TrainablePart,
+        settings: TrainingSettings,
+        scratch: Path,
+        device: torch.device,
+    ) -> None:
+        self._backbone = backbone
+        self._freezing = freezing
+        self._rest = rest
+        self._settings = settings
+        self._scratch = scratch
+        self._device = device
+        self._engine: Engine | None = None
+
+    def keep(self, samples: Sequence[Sample], name: str, view: int) -> Bf16File:
+        """Activations of the samples' `view`-th views, 0 the plain crop, in a file of that name."""
+        settings, preprocess = self._settings, self._backbone.preprocess
+        augment: Augment = settings.augment if view else "none"
+        drawn = (augment, view, settings.seed) if view else ()
+        what = [
+            self._freezing.digests,
+            self._rest.boundary,
+            preprocess.to_dict(),
+            drawn,
+            [sample.key for sample in samples],
+        ]
+        kept = Bf16File(
+            self._scratch / f"{name}.npy", len(samples), self._rest.boundary_size, json.dumps(what)
+        )
+        if kept.is_kept:
+            return kept
+        unreadable = extract_features(
+            samples,
+            preprocess,
+            self._open_engine(),
+            num_workers=settings.workers,
+            description=f"activations of {name}",
+            out=kept,
+            draw=lambda index: draw_view(augment, settings.seed, view, index),
+        ).unreadable
+        # They could be read for the probe. Left out here, they would shift the rows behind them
+        # against the labels.
+        for key, reason in unreadable.items():
+            raise ImageGoneError(_describe_gone(key, reason))
+        kept.keep()
+        return kept
+
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+
+    def _open_engine(self) -> Engine:
+        if self._engine is None:
+            self._engine = self._build_engine()
+        return self._engine
+
+    def _build_engine(self) -> Engine:
+        backbone, boundary = self._backbone, self._rest.boundary
+        logger.info("converting the frozen layers, up to %s, for the engine …", boundary)
+        frozen = FrozenPart(backbone.model, boundary)
+        precision = self._settings.precision
+        if self._device.type == "cuda":
+            return TorchEngine(frozen, backbone.preprocess, precision=precision)
+        path = self._scratch / "frozen.xml"
+        export_openvino(frozen, backbone.name, backbone.preprocess, path)
+        return OpenVINOEngine(path, backbone.preprocess, precision=precision)
+
+
 def _read_crop(sample: Sample, preprocess: Preprocess, view: View | None = None) -> torch.Tensor:
     """`uint8 [H,W,3]`. Raises ImageGoneError."""
     try:
         return torch.from_numpy(preprocess(sample.read(), view=view).copy())
-    except (ImageError, OSError) as error:
-        raise ImageGoneError(
-            _say_gone(
-                sample.key,
-                error.strerror or str(error) if isinstance(error, OSError) else str(error),
-            )
-        ) from None
+    except ImageError as error:
+        reason = str(error)
+    except OSError as error:
+        reason = error.strerror or str(error)
+    raise ImageGoneError(_describe_gone(sample.key, reason))
 
 
-def _say_gone(key: str, reason: str) -> str:
+def _describe_gone(key: str, reason: str) -> str:
     return f"{key}: gone or changed since the run began ({reason}); put back what was there"
 
 
 def _targets(splits: Splits, samples: Sequence[Sample]) -> Sequence[Target]:
-    labels = splits.labels(samples)
-    return (
-        list(labels.astype(np.float32))
-        if splits.is_multi_label
-        else [int(label) for label in labels]
-    )
-
-
-def _frozen_engine(
-    backbone: Backbone, boundary: str, options: Options, scratch: Path, device: torch.device
-) -> Engine:
-    logger.info("converting the frozen layers, up to %s, for the engine …", boundary)
-    frozen = FrozenPart(backbone.model, boundary)
-    if device.type == "cuda":
-        return TorchEngine(frozen, backbone.preprocess, precision=options.precision)
-    path = scratch / "frozen.xml"
-    export_openvino(frozen, backbone.name, backbone.preprocess, path)
-    return OpenVINOEngine(path, backbone.preprocess, precision=options.precision)
+    return splits.task.training_targets(splits.labels(samples))

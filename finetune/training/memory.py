@@ -1,4 +1,4 @@
-"""When memory runs out: fewer images go through the network at once, and the result stays."""
+"""Out of memory: fewer images go through the network at once, with the same result."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from models.errors import GraftError
 logger = logging.getLogger("graft.memory")
 
 _Done = TypeVar("_Done")
-# What torch says with a plain RuntimeError: its CPU allocator, the system behind it, oneDNN, and CUDA's libraries.
+# Parts of plain RuntimeErrors: of torch's CPU allocator, the system behind it, oneDNN, and CUDA's
+# libraries.
 _WORDS = (
     "can't allocate memory",
     "cannot allocate memory",
@@ -27,7 +28,7 @@ _WORDS = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of torch's, of its libraries or of Python itself means that memory ran out, on the CPU or on a GPU."""
+    """Whether an error means that memory ran out, on the CPU or on a GPU."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _WORDS)
@@ -40,9 +41,10 @@ def run_in_parts(
     work: Callable[[torch.Tensor, torch.Tensor], _Done],
     undo: Callable[[], None] = lambda: None,
 ) -> tuple[list[_Done], int]:
-    """What `work` gives for each `at_once` of a batch, and how many that are in the end: half as many each time memory runs out.
+    """Results of `work` on parts of `at_once` images; and that number, halved where memory ran out.
 
-    `undo` takes back what `work` left behind before the batch begins again. Raises GraftError where a single image is too much.
+    `undo` reverts what `work` did before the batch starts again. Raises GraftError where a single
+    image is too much.
     """
     while True:
         try:
@@ -63,12 +65,14 @@ def run_in_parts(
             torch.cuda.empty_cache()
         if min(at_once, len(images)) == 1:
             raise GraftError(
-                f"out of memory with a single image ({reason}); try a smaller --image-size or --backbone, --freeze until:NAME with a later "
-                "module, or a machine with more memory"
+                f"out of memory with a single image ({reason}); try a smaller --image-size or "
+                "--backbone, --freeze until:NAME with a later module, or a machine with more "
+                "memory"
             )
         at_once = (min(at_once, len(images)) + 1) // 2
         logger.warning(
-            "out of memory (%s): from here on %d images at once; the result is that of the whole batch",
+            "out of memory (%s): from here on %d images at once; the result is that of the whole "
+            "batch",
             reason,
             at_once,
         )

@@ -1,7 +1,8 @@
 """Blends of two images with blended labels (`--mix`).
 
-MixUp (arXiv 1710.09412) and CutMix (arXiv 1905.04899) are torchvision's. They draw from torch's generator, which the state of a training
-keeps. MixUp is linear, so activations can be blended as images are (manifold mixup, arXiv 1806.05236); what CutMix pastes are pixels.
+MixUp (arXiv 1710.09412) and CutMix (arXiv 1905.04899) are torchvision's. They draw from torch's
+generator, which the training state holds. MixUp is linear, so activations can be blended like
+images (manifold mixup, arXiv 1806.05236); CutMix pastes pixels.
 """
 
 from __future__ import annotations
@@ -13,16 +14,17 @@ import torch
 from torchvision.transforms import v2
 
 Mix = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-# Of the Beta distributions that shares are drawn from, as in torchvision's own recipes: most MixUps are nearly one image.
+# Of the Beta distributions that shares are drawn from, as in torchvision's recipes: most MixUps are
+# nearly one image.
 _MIXUP_ALPHA = 0.2
 _CUTMIX_ALPHA = 1.0
 
 
 def build_mix(kind: str, num_classes: int) -> Mix:
-    """What a batch goes through, by the value of `--mix`.
+    """The function that blends a batch, by the value of `--mix`; with none it changes nothing.
 
-    Images `uint8 [B,H,W,3]` or activations `[B,D]`, and labels `[B]` → the same as `float32`, each blended with the one before it, and
-    the shares of the classes `[B,C]`. Without mixing both stay as they are.
+    Images `uint8 [B,H,W,3]` or activations `[B,D]`, and labels `[B]` → the same as `float32`, each
+    blended with the one before it, and the shares of the classes `[B,C]`.
     """
     mixup = v2.MixUp(alpha=_MIXUP_ALPHA, num_classes=num_classes)
     cutmix = v2.CutMix(alpha=_CUTMIX_ALPHA, num_classes=num_classes)
@@ -34,8 +36,9 @@ def build_mix(kind: str, num_classes: int) -> Mix:
 
     def mix(batch: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # torchvision wants [B,3,H,W].
-        images = batch.float()[:, :, None, None] if batch.ndim == 2 else batch.float().movedim(3, 1)
+        are_activations = batch.dim() == 2
+        images = batch.float()[:, :, None, None] if are_activations else batch.float().movedim(3, 1)
         mixed, shares = transforms[kind](images, labels)
-        return (mixed.flatten(1) if batch.ndim == 2 else mixed.movedim(1, 3)), shares
+        return (mixed.flatten(1) if are_activations else mixed.movedim(1, 3)), shares
 
     return (lambda batch, labels: (batch, labels)) if kind == "none" else mix

@@ -1,4 +1,4 @@
-"""What can be known of a training before it starts: whether it learns, where it runs, what it writes, how long it will take."""
+"""Checks before a training: does it learn, on what device, with disk enough, in what time."""
 
 from __future__ import annotations
 
@@ -20,37 +20,41 @@ from models.errors import GraftError
 logger = logging.getLogger("graft.preflight")
 
 _NUM_STEPS = 20
-# Batches read to see how fast they come; the first ones are late, while the processes that decode them start.
+# Batches read to measure how fast they come; the first are late, while the decoding processes
+# start.
 _NUM_READ = 10
 _NUM_LATE = 2
-# A probe may know the batch by heart already, and a loss as low as this has nowhere to fall.
+# The first head may fit the batch already: a loss as low as this need not fall.
 _KNOWN_LOSS = 0.05
-# Above this share of the time, the run says how to shorten it.
+# Above this share of the time, a warning says how to shorten it.
 _MAX_WAITING = 0.3
 # A validation batch is twice as large and has no backward pass.
 _VALIDATION_COST = 2 / 3
 
 
 def check_disk(
-    run_dir: Path, repository: Path, changing: Tensors, model_bytes: int, *, has_average: bool
+    run_dir: Path, repository: Path, changing: Tensors, model_bytes: int, *, has_ema: bool
 ) -> None:
-    """Raise GraftError where a run's folder or the repository has no room for what the run will write."""
-    # The state has the tensors, their best and perhaps their average, and the optimizer's two moments, and is written beside the one
-    # before. A checkpoint has the network as tensors and as the engine's backbone.
+    """Raise GraftError where the run's folder or the repository has too little room."""
+    # The state has the tensors, their best and perhaps their moving average, and the optimizer's
+    # two moments, and is written beside the one before. A checkpoint has the network as tensors and
+    # as the engine's backbone; so has the candidate that is not published.
     state_bytes = (
         2
-        * (4 + has_average)
+        * (4 + has_ema)
         * sum(tensor.numel() * tensor.element_size() for tensor in changing.values())
     )
     for what, folder, num_bytes in (
         ("the state of the training", run_dir, state_bytes),
+        ("the candidate that is not published", run_dir, 2 * model_bytes),
         ("the checkpoint", repository, 2 * model_bytes),
     ):
         free = shutil.disk_usage(folder).free
         if num_bytes > free:
             raise GraftError(
-                f"--preflight: {what} takes {num_bytes / 1e6:,.0f} MB in {folder}, where {free / 1e6:,.0f} MB are free; make room, or name "
-                f"another {'--output' if folder == run_dir else '--repository'}"
+                f"--preflight: {what} takes {num_bytes / 1e6:,.0f} MB in {folder}, where "
+                f"{free / 1e6:,.0f} MB are free; make room, or name another "
+                f"{'--output' if folder == run_dir else '--repository'}"
             )
         logger.info(
             "preflight: disk: %s takes %.0f MB of %.0f MB free in %s",
@@ -64,9 +68,10 @@ def check_disk(
 def check_learning(
     learn: Callable[[], float], optimizer: torch.optim.Optimizer, changing: Tensors
 ) -> float:
-    """Take `_NUM_STEPS` on one batch, whose loss must fall, and put everything back; gives the seconds of a step.
+    """Take `_NUM_STEPS` on one batch, whose loss must fall, and undo them; gives seconds per step.
 
-    `learn` leaves gradients and gives the loss; the optimizer's rates are the peak ones. Raises GraftError where the loss does not fall.
+    `learn` leaves gradients and gives the loss; the optimizer has the peak rates. Raises GraftError
+    where the loss does not fall.
     """
     before, states = (
         {name: tensor.detach().clone() for name, tensor in changing.items()},
@@ -85,13 +90,14 @@ def check_learning(
     copy_tensors(before, changing)
     set_random_states(*states)
     first, last = losses[0], float(np.median(losses[-3:]))
-    told = f"the loss on one batch went from {first:.4f} to {last:.4f} in {_NUM_STEPS} steps"
+    outcome = f"the loss on one batch went from {first:.4f} to {last:.4f} in {_NUM_STEPS} steps"
     if not (last < first or last < _KNOWN_LOSS):
         raise GraftError(
-            f"--preflight: {told}, and should have fallen: a network that cannot learn one batch by heart will not learn them all. Lower "
-            "--lr and --backbone-lr, to a tenth for a start; if that does not help, look for labels or images that are mixed up"
+            f"--preflight: {outcome}, and should have fallen: a network that cannot overfit one "
+            "batch will not learn the others. Lower --lr and --backbone-lr, to a tenth for a "
+            "start; if that does not help, look for labels or images that are mixed up"
         )
-    logger.info("preflight: %s", told)
+    logger.info("preflight: %s", outcome)
     return float(np.median(seconds[1:]))
 
 
@@ -105,7 +111,7 @@ def estimate_time(
     is_read_ahead: bool,
     device: torch.device,
 ) -> None:
-    """Say on which device the run is, how long it will take, and whether it will wait for data."""
+    """Log the device, how long the training will take, and whether it will wait for data."""
     seconds, asked = [], time.perf_counter()
     for _ in itertools.islice(batches, _NUM_READ):
         seconds.append(time.perf_counter() - asked)
@@ -126,8 +132,9 @@ def estimate_time(
         else f"{cpu_name()}, {torch.get_num_threads()} threads"
     )
     logger.info(
-        "preflight: training will take about %s on %s: %d epochs of %d steps, %.3f s a step, %.3f s to read its images",
-        _in_words(total),
+        "preflight: training will take about %s on %s: %d epochs of %d steps, %.3f s a step, "
+        "%.3f s to read its images",
+        _format_duration(total),
         name,
         num_epochs,
         num_batches,
@@ -138,14 +145,15 @@ def estimate_time(
 
 
 def warn_if_starved(waiting_fraction: float) -> None:
-    """Say what helps where a training spends more than `_MAX_WAITING` of its time waiting for data."""
+    """Warn, with remedies, where training waits for data more than `_MAX_WAITING` of its time."""
     if waiting_fraction > _MAX_WAITING:
         logger.warning(
-            "the training waits for data: more --workers, smaller image files, or --views to decode them once would help"
+            "the training waits for data: more --workers, smaller image files, or --views to "
+            "decode them once would help"
         )
 
 
-def _in_words(seconds: float) -> str:
+def _format_duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

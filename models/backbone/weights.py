@@ -1,4 +1,4 @@
-"""State dicts from files, loaded strictly."""
+"""Weights: read from a file, and loaded into a network where every tensor fits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class WeightsError(GraftError):
 
 
 def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
-    """Read a state_dict from safetensors or from a `.pth`, never unpickling code. Raises WeightsError."""
+    """Read a state_dict from safetensors or `.pth`; no code in it is run. Raises WeightsError."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -30,11 +30,12 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     except FileNotFoundError:
         raise WeightsError(f"{path}: there is no such weights file") from None
     except pickle.UnpicklingError:
-        # torch's own words recommend to switch the check off.
+        # torch's own message recommends to switch the check off.
         raise WeightsError(
-            f"{path}: not a state_dict file that can be read without running code from it; save model.state_dict(), or safetensors"
+            f"{path}: not a state_dict file that can be read without running code from it; "
+            "save model.state_dict(), or safetensors"
         ) from None
-    # weights_only refuses code with UnpicklingError; a file of another kind comes out as one of the others.
+    # A file of another kind raises any of torch's, zipfile's or safetensors' errors.
     except Exception as error:
         kind = "safetensors" if isinstance(error, SafetensorError) else "state_dict"
         reason = (str(error).strip().splitlines() or [""])[0]
@@ -52,10 +53,13 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     return {key.removeprefix("module."): tensor for key, tensor in loaded.items()}
 
 
-def _load_strictly(
+def load_strictly(
     model: nn.Module, tensors: Mapping[str, torch.Tensor], source: str, classifier: str
 ) -> None:
-    """Load every tensor or raise with the keys that are missing, extra or misshaped; only `classifier`'s may be."""
+    """Load every tensor into `model`; those of `classifier` may be missing, extra or misshaped.
+
+    Raises WeightsError with the keys, where others are.
+    """
     own = model.state_dict()
     head = f"{classifier}." if classifier else None
 

@@ -1,4 +1,4 @@
-"""An engine that is loaded when the first batch comes."""
+"""An engine that is loaded with its first batch."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from models.engine.engine import NUM_SPARE_SLOTS, Crops, Engine, EngineInfo, Fea
 
 
 class DeferredEngine:
-    """An engine of which everything is known but the answers: where the cache has all of them, OpenVINO (0.4 s) is never loaded.
+    """Stands for an engine whose info is known, and opens it with the first batch.
 
-    `open_engine` may raise what opening one raises; `submit` lets it through.
+    Where the feature cache has every image, OpenVINO (0.4 s) is not loaded at all. What
+    `open_engine` raises, `submit` raises.
     """
 
     def __init__(

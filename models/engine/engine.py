@@ -1,7 +1,7 @@
-"""What runs a backbone for inference, as fast as the hardware allows: OpenVINO on the CPU, torch on CUDA.
+"""The interface of what runs a backbone for inference: OpenVINO on the CPU, torch on CUDA.
 
-One interface for the features of a probe and for the requests of the service: `uint8 [B,H,W,3]` in, `float32 [B,F]` out, mean
-and std inside, several batches in flight. Torch is imported by `TorchEngine` alone, so that a CPU deployment needs none.
+The same for a probe's features and the service's requests: crops `uint8 [B,H,W,3]` in, features
+`float32 [B,F]` out, mean and std inside, several batches in flight.
 """
 
 from __future__ import annotations
@@ -14,19 +14,23 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from models.preprocess import Pixels
+from models.images import Pixels
 
 Features = npt.NDArray[np.float32]
-# One after the other `uint8 [H,W,3]`, or `[B,H,W,3]` in one.
+# `uint8 [H,W,3]` each, or one array `[B,H,W,3]`.
 Crops = Sequence[Pixels] | Pixels
 Precision = Literal["auto", "fp32", "bf16", "fp16", "int8"]
 
+# How many batches more than streams an OpenVINO engine takes before `submit` blocks.
 NUM_SPARE_SLOTS = 3
 
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What an engine chose, for logs, the model card and `GET /v1/models`; `images_per_second` is measured on noise."""
+    """What an engine chose, for logs, the model card and `GET /v1/models`.
+
+    `images_per_second` is measured on noise.
+    """
 
     engine: str
     device: str
@@ -37,8 +41,8 @@ class EngineInfo:
 
     def __str__(self) -> str:
         return (
-            f"{self.engine} on {self.device}, {self.precision}, batch {self.batch_size}, {self.num_streams} streams, "
-            f"{self.images_per_second:.0f} images/s"
+            f"{self.engine} on {self.device}, {self.precision}, batch {self.batch_size}, "
+            f"{self.num_streams} streams, {self.images_per_second:.0f} images/s"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -46,7 +50,11 @@ class EngineInfo:
 
 
 class Engine(Protocol):
-    """A backbone ready to run. `submit` may be called from any thread; results do not depend on what else is in flight."""
+    """A backbone ready to run.
+
+    `submit` may be called from any thread. An image's features do not depend on what else is in
+    flight.
+    """
 
     info: EngineInfo
     num_features: int
@@ -59,12 +67,15 @@ class Engine(Protocol):
         """Start `uint8 [B,H,W,3]` → `float32 [B,F]`; blocks only while every slot is taken."""
 
     def run_here(self, crops: Crops, *, is_alone: bool = True) -> Features:
-        """The same, waiting for it; where too many do so at once, one waits for another. `is_alone` says that all cores may be used."""
+        """As `submit`, but wait for the features; more callers than slots wait for one another.
+
+        `is_alone` says that nothing else needs the cores.
+        """
 
     def close(self) -> None:
-        """Wait for what is in flight and let go of the memory."""
+        """Wait for what is in flight, and free the memory."""
 
 
 def run(engine: Engine, images: Pixels) -> Features:
-    """`uint8 [B,H,W,3]` → `float32 [B,F]`, waiting for the answer."""
+    """Wait for the features of images: `uint8 [B,H,W,3]` → `float32 [B,F]`."""
     return engine.submit(images).result()

@@ -15,38 +15,41 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from models.engine.engine import NUM_SPARE_SLOTS, Crops, EngineInfo, Features, Precision
 from models.engine.processor import cpu_name, num_cpus
 from models.errors import GraftError
 from models.preprocess import Preprocess
 
 if TYPE_CHECKING:
     import openvino as ov
-from models.engine.engine import NUM_SPARE_SLOTS, Crops, EngineInfo, Features, Precision
 
 _OPENVINO_PRECISION = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
-# What the search tries on the CPU. One image at a time fits the cache, larger batches amortise big weights and what a batch costs. Where
-# four at a time gain less than this share over one, and have less than it left to gain, sixteen are not tried: they gave 5 % at most.
+# What the search tries. One image fits the processor's cache; larger batches read weights less
+# often and share a batch's own cost. 16 is tried only where 4 gain at least this fraction over 1,
+# or have as much left to gain: elsewhere it gave 5 % at most.
 _BATCH_SIZES = ((1, 4), (16,))
-_WORTH_MORE = 0.15
+_MIN_GAIN = 0.15
 _SEARCH_ROUNDS = 3
 _ROUND_SECONDS = 0.08
-# What a batch costs outside the engine: one image at a time, which the engine runs as fast as four, gave 466 images a second for 558.
+# A batch's cost outside the engine. Without it the search chose batches of 1 where the engine runs
+# them as fast as 4, and a run had 466 images/s instead of 558.
 _SECONDS_PER_BATCH = 0.0004
 
 
 def openvino_name() -> str:
-    """The engine's name with its version, without loading it."""
+    """The engine's name and version, without loading it."""
     return f"openvino {importlib.metadata.version('openvino')}"
 
 
 @cache
 def openvino_core() -> ov.Core:
-    """The process's one `Core`, never let go of.
+    """The process's one `Core`, which is never freed.
 
-    Each one's CPU plugin gives the thread a stack for signals and takes it back when it goes; where a second came in between, the
-    thread is left with the address of freed memory, and its next signal ends the process (OpenVINO 2026.4).
+    The CPU plugin of a Core gives the thread a stack for signals and frees it with the Core. With
+    two Cores the thread can keep the address of the freed stack, and its next signal ends the
+    process (OpenVINO 2026.4).
     """
-    # Imported here, as elsewhere in this file: the CUDA engine's users need not have it, and it costs 0.2 s.
+    # Imported here, as elsewhere in this file: it takes 0.2 s, and CUDA needs none.
     import openvino as ov
 
     return ov.Core()
@@ -54,20 +57,17 @@ def openvino_core() -> ov.Core:
 
 @cache
 def supports_bf16() -> bool:
-    """Whether the CPU computes in bf16 by itself (AVX-512 BF16 or AMX), as OpenVINO sees it."""
+    """Whether the CPU has instructions for bf16 (AVX-512 BF16 or AMX), as OpenVINO finds it."""
     return "BF16" in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-
-
-def _is_quantised(model: ov.Model) -> bool:
-    return any(operation.get_type_name() == "FakeQuantize" for operation in model.get_ops())
 
 
 class OpenVINOEngine:
     """A backbone saved as OpenVINO IR (input `u8 [?,H,W,3]`, output `f32 [?,F]`), run on the CPU.
 
-    It is compiled twice, for the best batch and for one image: what does not fill a batch runs image by image, which is less work
-    than padding it and answers a lone image in a quarter of the time (4.8 against 15.6 ms, EfficientNet-Lite0 in bf16, batch 4);
-    `use_all_cores_for_one` adds a third. All are static, and an image's features are the same bits from each, in whatever company it comes.
+    It is compiled for the best batch and for one image. Images that do not fill a batch run one by
+    one, which is less work than padding: a lone image is answered in 4.8 ms instead of 15.6
+    (EfficientNet-Lite0 in bf16, batch 4). `use_all_cores_for_one` compiles a third time. All have
+    static shapes, and an image's features are the same bits from each.
     """
 
     def __init__(
@@ -81,38 +81,22 @@ class OpenVINOEngine:
         images_per_second: float | None = None,
         in_callers_thread: bool = False,
     ) -> None:
-        """What is given of batch, streams and speed (all three: as recorded on this machine) is not searched for.
+        """Open the IR. Where batch size, streams and speed are all given, nothing is searched for.
 
-        With `in_callers_thread`, `run_here` computes in the thread that calls it, on one core, `num_streams` of them at once: nothing is
-        handed over, so no core waits for a thread that the kernel left queued on the other (3 to 5 % on two cores). Each stream then has
-        weights of its own.
+        With `in_callers_thread`, `run_here` computes in the calling thread on one core, in
+        `num_streams` threads at once, each with its own copy of the weights. No core then waits for
+        a thread that the kernel queued on another (3 to 5 % on two cores).
 
-        Raises GraftError where the IR cannot be read or the precision is not to be had on this CPU."""
-
+        Raises GraftError where the IR cannot be read or the CPU does not run the precision.
+        """
         self._model_path = model_path
         self._in_callers_thread = in_callers_thread
         self._image_shape = (preprocess.height, preprocess.width, 3)
         chosen = self._choose_precision(precision)
         try:
-            by_size: dict[int, ov.CompiledModel] = {}
-            if not (batch_size and num_streams and images_per_second):
-                num_streams = num_streams or num_cpus()
-                sizes = ((batch_size,),) if batch_size else _BATCH_SIZES
-                by_size, batch_size, images_per_second = self._search(chosen, sizes, num_streams)
-            sizes_used = {1, batch_size}
-            if in_callers_thread:
-                models = [
-                    {size: self._compile(chosen, size) for size in sizes_used}
-                    for _ in range(num_streams)
-                ]
-            else:
-                shared = {
-                    size: by_size.get(size) or self._compile(chosen, size, num_streams)
-                    for size in sizes_used
-                }
-                # Streams do not wait while images are made, results copied out and the next batch is fetched from an event loop: 8 %
-                # more requests/s than with one slot more than streams, on two cores.
-                models = [shared] * (num_streams + NUM_SPARE_SLOTS)
+            models, batch_size, num_streams, images_per_second = self._compile_slots(
+                chosen, batch_size, num_streams, images_per_second
+            )
         except RuntimeError as error:
             raise GraftError(
                 f"{model_path}: OpenVINO cannot load it: {str(error).strip().splitlines()[-1]}"
@@ -123,30 +107,25 @@ class OpenVINOEngine:
         )
         self._slots = [
             {
-                size: _Request(compiled, size, self.num_features, in_callers_thread)
+                size: BoundRequest(compiled, size, self.num_features, in_callers_thread)
                 for size, compiled in one.items()
             }
             for one in models
         ]
-        # A thread a slot waits for its requests. Callbacks of OpenVINO's would run on its streams, which then wait for Python's lock, and
-        # a request that is let go of before its callback is (2026.4) ends in a deadlock or in the process's abort.
+        # One thread per slot waits for its requests. OpenVINO's callbacks would run on its streams,
+        # which then wait for Python's lock; and a request that is freed before its callback
+        # deadlocks or aborts the process (2026.4).
         self._threads = ThreadPoolExecutor(self.num_slots, thread_name_prefix="openvino-engine")
-        self._idle: queue.SimpleQueue[dict[int, _Request]] = queue.SimpleQueue()
+        self._idle: queue.SimpleQueue[dict[int, BoundRequest]] = queue.SimpleQueue()
         for slot in self._slots:
             self._idle.put(slot)
-        self._alone: queue.SimpleQueue[_Request] = queue.SimpleQueue()
+        self._alone: queue.SimpleQueue[BoundRequest] = queue.SimpleQueue()
 
     def use_all_cores_for_one(self) -> None:
-        """Compile it once more (half a second), to run an image that is the only one in flight on every core: 1.9 for 3.4 ms."""
+        """Compile once more (0.5 s): an image alone in flight then takes 1.9 ms instead of 3.4."""
         if self.info.num_streams > 1:
-            self._alone.put(
-                _Request(
-                    self._compile(self.info.precision, 1, num_streams=1),
-                    1,
-                    self.num_features,
-                    False,
-                )
-            )
+            compiled = self._compile(self.info.precision, 1, num_streams=1)
+            self._alone.put(BoundRequest(compiled, 1, self.num_features, in_callers_thread=False))
 
     @property
     def num_slots(self) -> int:
@@ -175,19 +154,19 @@ class OpenVINOEngine:
         return features
 
     def _run(
-        self, slot: dict[int, _Request], chunk: Crops, out: Features, pending: _Countdown
+        self, slot: dict[int, BoundRequest], chunk: Crops, out: Features, pending: _Countdown
     ) -> None:
         error = None
         try:
             self._run_on(slot, chunk, out)
-        # It is the future's to raise, and the slot goes back whatever it is: the last one lost would block `submit` for ever.
+        # The future raises it. The slot goes back in any case, or `submit` would block for ever.
         except Exception as raised:
             error = raised
         self._idle.put(slot)
         pending.finish_one(error)
 
     def _run_on(
-        self, slot: dict[int, _Request], crops: Crops, out: Features, *, is_alone: bool = True
+        self, slot: dict[int, BoundRequest], crops: Crops, out: Features, *, is_alone: bool = True
     ) -> None:
         size = self.info.batch_size
         num_whole = len(crops) - len(crops) % size if size > 1 else 0
@@ -203,8 +182,8 @@ class OpenVINOEngine:
             if alone is not None:
                 self._alone.put(alone)
 
-    def _take_alone(self) -> _Request | None:
-        """The request that runs on every core, where no other slot is taken."""
+    def _take_alone(self) -> BoundRequest | None:
+        """The request that runs on all cores; None where another slot is in use."""
         if self._idle.qsize() < len(self._slots) - 1:
             return None
         with contextlib.suppress(queue.Empty):
@@ -214,7 +193,7 @@ class OpenVINOEngine:
     def close(self) -> None:
         self._threads.shutdown()
         self._slots, self._idle, self._alone = [], queue.SimpleQueue(), queue.SimpleQueue()
-        # So that a late `submit` is refused by the threads, and does not wait for ever.
+        # A later `submit` finds a slot and is refused by the threads, instead of waiting for ever.
         self._idle.put({})
 
     def _choose_precision(self, precision: Precision) -> str:
@@ -228,14 +207,44 @@ class OpenVINOEngine:
         if precision not in ("fp32", "bf16") or (precision == "bf16" and not has_bf16):
             allowed = "fp32, bf16" if has_bf16 else "fp32"
             raise GraftError(
-                f"--precision {precision}: {cpu_name()} runs {allowed} through OpenVINO; or leave it at auto"
+                f"--precision {precision}: {cpu_name()} runs {allowed} through OpenVINO; "
+                "or leave it at auto"
             )
         return precision
+
+    def _compile_slots(
+        self,
+        precision: str,
+        batch_size: int | None,
+        num_streams: int | None,
+        images_per_second: float | None,
+    ) -> tuple[list[dict[int, ov.CompiledModel]], int, int, float]:
+        """For each slot the models by batch size; and batch size, streams and speed."""
+        by_size: dict[int, ov.CompiledModel] = {}
+        if not (batch_size and num_streams and images_per_second):
+            num_streams = num_streams or num_cpus()
+            sizes = ((batch_size,),) if batch_size else _BATCH_SIZES
+            by_size, batch_size, images_per_second = self._search(precision, sizes, num_streams)
+        sizes_used = {1, batch_size}
+        if self._in_callers_thread:
+            slots = [
+                {size: self._compile(precision, size) for size in sizes_used}
+                for _ in range(num_streams)
+            ]
+        else:
+            shared = {
+                size: by_size.get(size) or self._compile(precision, size, num_streams)
+                for size in sizes_used
+            }
+            # So that streams do not wait while images are decoded, results copied and the next
+            # batch fetched: 8 % more requests/s than with one spare slot, on two cores.
+            slots = [shared] * (num_streams + NUM_SPARE_SLOTS)
+        return slots, batch_size, num_streams, images_per_second
 
     def _compile(
         self, precision: str, batch_size: int, num_streams: int | None = None
     ) -> ov.CompiledModel:
-        """With no `num_streams`, for whichever thread calls, and it alone."""
+        """For `num_streams` streams; for the calling thread and one core where None."""
         model = openvino_core().read_model(self._model_path)
         model.reshape([batch_size, *self._image_shape])
         if num_streams is None:
@@ -252,7 +261,7 @@ class OpenVINOEngine:
             "CPU",
             {
                 **parallel,
-                # In a quantised network it is what the layers left in floating point run in.
+                # In a quantised network: of the layers that stay in floating point.
                 "INFERENCE_PRECISION_HINT": _OPENVINO_PRECISION[
                     precision if precision != "int8" else "bf16" if supports_bf16() else "fp32"
                 ],
@@ -262,8 +271,11 @@ class OpenVINOEngine:
     def _search(
         self, precision: str, sizes: Sequence[Sequence[int]], num_streams: int
     ) -> tuple[dict[int, ov.CompiledModel], int, float]:
-        """What was compiled, the best batch size and its images a second: of rounds in which the sizes take turns the fastest, because
-        what else runs on the machine only ever slows a round down. One round a size chose 466 images a second over 640."""
+        """The compiled models by size, the best batch size and its images/s.
+
+        The sizes take turns, and each one's fastest round counts: other processes only slow rounds
+        down. By one round per size, 466 images/s were once chosen over 640.
+        """
         by_size: dict[int, ov.CompiledModel] = {}
         speeds: dict[int, float] = {}
         for some in sizes:
@@ -275,8 +287,8 @@ class OpenVINOEngine:
                     )
             fastest = max(speeds.values())
             if (
-                fastest < (1 + _WORTH_MORE) * speeds[some[0]]
-                and fastest * _SECONDS_PER_BATCH / some[-1] < _WORTH_MORE
+                fastest < (1 + _MIN_GAIN) * speeds[some[0]]
+                and fastest * _SECONDS_PER_BATCH / some[-1] < _MIN_GAIN
             ):
                 break
         best = min(speeds, key=lambda size: 1 / speeds[size] + _SECONDS_PER_BATCH / size)
@@ -300,8 +312,15 @@ class OpenVINOEngine:
         return num_done / (time.perf_counter() - start)
 
 
-class _Request:
-    """A request of OpenVINO's with arrays of its own, which cost less to copy to than others to bind; one thread at a time runs it."""
+def _is_quantised(model: ov.Model) -> bool:
+    return any(operation.get_type_name() == "FakeQuantize" for operation in model.get_ops())
+
+
+class BoundRequest:
+    """OpenVINO's request with its own arrays: copying to them is faster than binding others.
+
+    One thread at a time may run it.
+    """
 
     def __init__(
         self, compiled: ov.CompiledModel, size: int, num_features: int, in_callers_thread: bool
@@ -317,7 +336,7 @@ class _Request:
 
     def run(self, crops: Crops, out: Features) -> None:
         for row, crop in zip(self._input, crops, strict=True):
-            # An assignment would stretch what is smaller.
+            # An assignment would broadcast a smaller one.
             if crop.shape != row.shape:
                 raise ValueError(
                     f"a crop is of shape {list(crop.shape)}, the engine takes {list(row.shape)}"
@@ -332,7 +351,9 @@ class _Request:
 
 
 class _Countdown:
-    """Completes a future when the last chunk of its batch has come, or fails it with the first error."""
+    """Completes a future with the last chunk of its batch; with the first error, if there is
+    one.
+    """
 
     def __init__(self, num_chunks: int, future: Future[Features], features: Features) -> None:
         self._left = num_chunks

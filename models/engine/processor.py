@@ -1,4 +1,4 @@
-"""What this machine's processor is and can do."""
+"""The processor of this machine: its name, its number of cores, what it supports."""
 
 from __future__ import annotations
 
@@ -9,26 +9,17 @@ from pathlib import Path
 
 
 def cpu_name() -> str:
-    """The processor's own name, or the architecture where the system does not tell."""
+    """The processor's model name, or its architecture where the system gives none."""
     return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
 def cpu_flags() -> frozenset[str]:
-    """What the processor can, in Linux' words ("avx2"); elsewhere nothing is known of it."""
+    """The processor's features as Linux names them ("avx2"); empty on other systems."""
     return frozenset(_cpuinfo("flags").split())
 
 
-def _cpuinfo(field: str) -> str:
-    """The first processor's `field` as Linux gives it; empty where there is none."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return ""
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(field)), "")
-
-
 def num_cpus() -> int:
-    """The processors this process may use (a container's affinity counts, its quota does not)."""
+    """How many processors this process may use, by its affinity, not by a container's quota."""
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:
@@ -37,8 +28,18 @@ def num_cpus() -> int:
 
 @cache
 def supports_vnni() -> bool:
-    """Whether the CPU multiplies int8 by itself (VNNI or AMX); only Linux tells.
+    """Whether the CPU has instructions for int8 products (VNNI or AMX); False but on Linux.
 
-    OpenVINO's own INT8 capability says no more than that it can run int8, which CPUs without VNNI do hardly faster than floats.
+    OpenVINO's capability INT8 says only that it runs int8, which is hardly faster than floats on
+    CPUs without VNNI.
     """
     return not {"avx512_vnni", "avx_vnni", "amx_int8"}.isdisjoint(cpu_flags())
+
+
+def _cpuinfo(field: str) -> str:
+    # Of the first processor.
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(field)), "")

@@ -1,93 +1,122 @@
-"""What the server and its engine process send one another."""
+"""What the server and its engine's process send one another: MessagePack on a socket, no pickle.
+
+job      [[is encoded, data], …]: an encoded file or the pixels of a crop for each image
+outcome  [engine seconds, [decode seconds, …], [features or [error, message], …]]
+"""
 
 from __future__ import annotations
 
 import socket
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+import msgpack
 import numpy as np
 
 from models.engine.engine import Features
-from models.preprocess import ImageError, ImageTooLargeError, Pixels
+from models.images import ImageError, ImageTooLargeError, Pixels
 
-# An encoded file, or the crop itself.
+# An encoded file, or a crop.
 Image = bytes | Pixels
-# Features `float32 [F]`, or why there are none: the image cannot be read, or the engine failed on it.
+# Features `float32 [F]`, or why there are none: the image is unreadable, or the engine failed.
 Result = Features | Exception
+
+_ERRORS: dict[str, type[Exception]] = {
+    "unreadable": ImageError,
+    "too_large": ImageTooLargeError,
+    "failed": RuntimeError,
+}
+_RECEIVE_BYTES = 1 << 18
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a batch: a result and the seconds of decoding for each image, and the engine's seconds for all of them."""
+    """The results of a batch, the seconds to decode each image, and the engine's seconds."""
 
     results: Sequence[Result]
     decode_seconds: Sequence[float]
     engine_seconds: float
 
 
-def _job(images: Sequence[Image]) -> list[bytes | memoryview]:
-    parts = [
-        image if isinstance(image, bytes) else np.ascontiguousarray(image).data.cast("B")
-        for image in images
-    ]
-    kinds = [ENCODED if isinstance(image, bytes) else CROP for image in images]
-    head = [JOB.pack(len(parts), sum(map(len, parts)))]
-    head += [JOB_IMAGE.pack(kind, len(part)) for kind, part in zip(kinds, parts, strict=True)]
-    return [b"".join(head), *parts]
+class JobImage(NamedTuple):
+    """An image as the engine's process gets it: an encoded file, or the bytes of a crop."""
+
+    is_encoded: bool
+    data: bytes
 
 
-def _outcome(answer: memoryview, num_images: int) -> Outcome:
-    (engine_seconds,) = ANSWER_SECONDS.unpack_from(answer)
-    heads = answer[ANSWER_SECONDS.size : ANSWER_SECONDS.size + num_images * ANSWER_IMAGE.size]
-    at = ANSWER_SECONDS.size + len(heads)
-    results: list[Result] = []
-    seconds = []
-    for kind, decode_seconds, size in ANSWER_IMAGE.iter_unpack(heads):
-        body = answer[at : at + size]
-        at += size
-        seconds.append(decode_seconds)
-        if kind == FEATURES:
-            results.append(np.frombuffer(body, np.float32))
-        elif kind == FAILED:
-            results.append(RuntimeError(str(body, "utf-8")))
-        else:
-            results.append(
-                (ImageTooLargeError if kind == TOO_LARGE else ImageError)(str(body, "utf-8"))
-            )
-    return Outcome(results, seconds, engine_seconds)
+class Channel:
+    """One end of a connection. One thread at a time sends a message and awaits the answer."""
 
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        # Without a limit: the size of a job is bounded by those of requests and batches.
+        self._unpacker = msgpack.Unpacker(max_buffer_size=0)
 
-JOB = struct.Struct("<IQ")
-JOB_IMAGE = struct.Struct("<BI")
-ANSWER = struct.Struct("<I")
-ANSWER_SECONDS = struct.Struct("<d")
-ANSWER_IMAGE = struct.Struct("<BdI")
+    def fileno(self) -> int:
+        return self.connection.fileno()
 
+    def send(self, message: bytes) -> None:
+        """Blocks until all is sent; raises OSError where the other end is closed."""
+        self.connection.sendall(message)
 
-ENCODED, CROP = range(2)
+    def receive(self) -> Any:
+        """Blocks until a message is whole; raises EOFError or OSError where the end is closed."""
+        while (message := self.receive_part()) is None:
+            pass
+        return message
 
+    def receive_part(self) -> Any:
+        """Reads what is there: the message where it is whole now, else None.
 
-FEATURES, UNREADABLE, TOO_LARGE, FAILED = range(4)
-
-
-def _pack(result: Features | Exception) -> tuple[int, bytes]:
-    if not isinstance(result, Exception):
-        return FEATURES, result.tobytes()
-    if isinstance(result, ImageError):
-        return TOO_LARGE if isinstance(result, ImageTooLargeError) else UNREADABLE, str(
-            result
-        ).encode()
-    return FAILED, b"the engine failed"
-
-
-def _receive(connection: socket.socket, num_bytes: int) -> bytes:
-    parts = []
-    while num_bytes:
-        part = connection.recv(num_bytes, socket.MSG_WAITALL)
-        if not part:
+        Raises BlockingIOError where nothing is there, else as `receive`.
+        """
+        received = self.connection.recv(_RECEIVE_BYTES)
+        if not received:
             raise EOFError
-        parts.append(part)
-        num_bytes -= len(part)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
+        self._unpacker.feed(received)
+        return next(self._unpacker, None)
+
+    def close(self) -> None:
+        self.connection.close()
+
+
+def pack_job(images: Sequence[Image]) -> bytes:
+    packed: bytes = msgpack.packb(
+        [
+            (True, image) if isinstance(image, bytes) else (False, image.tobytes())
+            for image in images
+        ]
+    )
+    return packed
+
+
+def unpack_job(message: Any) -> list[JobImage]:
+    return [JobImage(*image) for image in message]
+
+
+def pack_outcome(outcome: Outcome) -> bytes:
+    results = [
+        _describe(one) if isinstance(one, Exception) else one.tobytes() for one in outcome.results
+    ]
+    packed: bytes = msgpack.packb((outcome.engine_seconds, outcome.decode_seconds, results))
+    return packed
+
+
+def unpack_outcome(message: Any) -> Outcome:
+    engine_seconds, decode_seconds, packed = message
+    results: list[Result] = [
+        np.frombuffer(one, np.float32) if isinstance(one, bytes) else _ERRORS[one[0]](one[1])
+        for one in packed
+    ]
+    return Outcome(results, decode_seconds, engine_seconds)
+
+
+def _describe(error: Exception) -> tuple[str, str]:
+    if isinstance(error, ImageTooLargeError):
+        return "too_large", str(error)
+    if isinstance(error, ImageError):
+        return "unreadable", str(error)
+    # What the engine raised is in its log.
+    return "failed", "the engine failed"

@@ -1,17 +1,15 @@
-"""A backbone's engine in a process of its own: encoded images in, features out. `EngineProcess` starts it.
+"""A backbone's engine in a process of its own: encoded images in, features out.
 
     python -m service.engine.worker FD
 
-Decoding, the engine and HTTP in one process share Python's lock, and each waits for it: with the engine out of the way the service
-answers 12 % more requests on two cores, and what crashes the engine cannot take the answers with it.
+`EngineProcess` starts it. Decoding, the engine and HTTP in one process would share Python's lock:
+apart from the engine the service answers 12 % more requests on two cores, and a crash of the engine
+does not end the answers of others.
 
-FD is a socket. On it comes what to load, as a line of JSON; back goes what was loaded or why not, with a socket for each batch that may be
-in flight. As many threads as compute at once then do what comes on any of them. When the other end is closed, by whatever happened
-there, this process ends.
-
-    job     images u32, bytes u64; for each image: what it is u8 (0 encoded, 1 the crop itself), bytes u32; then all of them
-    answer  bytes u32; then the engine's seconds f64, for each image: what it is u8 (0 features `float32 [F]`, else why there are
-            none: 1 unreadable, 2 too large, 3 the engine failed), seconds to decode f64, bytes u32; then all of them
+FD is a socket. It receives what to load, as a line of JSON, and sends back what was loaded or why
+not, with a channel for each batch that may be in flight. Then as many threads as compute at once
+take the jobs of these channels; wire.py has their format. The process ends when the server's end of
+the socket or of a channel is closed, for whatever reason.
 """
 
 from __future__ import annotations
@@ -27,11 +25,12 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -39,19 +38,12 @@ from models.engine.engine import Engine, Features
 from models.engine.openvino_engine import OpenVINOEngine
 from models.engine.processor import num_cpus
 from models.errors import GraftError
+from models.images import ImageError, Pixels
 from models.prepared import build_engine
-from models.preprocess import ImageError, Pixels, Preprocess
-from service.engine.wire import (
-    ANSWER,
-    ANSWER_IMAGE,
-    ANSWER_SECONDS,
-    CROP,
-    JOB,
-    JOB_IMAGE,
-    _pack,
-    _receive,
-)
+from models.preprocess import Preprocess
+from service.engine.wire import Channel, JobImage, Outcome, Result, pack_outcome, unpack_job
 
+# A batch of photographs; the system may allow less.
 _JOB_BUFFER_BYTES = 1 << 20
 
 logger = logging.getLogger("graft.engine")
@@ -63,110 +55,106 @@ class _Decoded:
     seconds: float
 
 
-class _Worker:
-    """As many threads as compute at once, each of which takes the next job from whichever socket has one, and so never sleeps while
-    there is work: a thread a socket had two of five waiting on one core while the other was idle."""
+class Worker:
+    """Threads that each take the next job of any channel, as many as compute at once.
+
+    Any thread takes any job, so no core idles. With one thread per channel, threads queued for one
+    core while another was idle.
+    """
 
     def __init__(
         self,
         engine: Engine,
         preprocess: Preprocess,
         max_pixels: int,
-        connections: Sequence[socket.socket],
+        channels: Sequence[Channel],
     ) -> None:
         self._engine = engine
         self._preprocess = preprocess
         self._max_pixels = max_pixels
         self.num_threads = (
-            engine.info.num_streams if isinstance(engine, OpenVINOEngine) else len(connections)
+            engine.info.num_streams if isinstance(engine, OpenVINOEngine) else len(channels)
         )
-        # Where those threads alone would leave cores idle while they decode (a GPU has two), a batch is decoded by as many.
+        # Where these threads would leave cores idle while they decode, as the two of a GPU would,
+        # more threads decode each batch.
         has_idle_cores = engine.info.batch_size > 1 and self.num_threads < num_cpus()
         self._decoders = (
             ThreadPoolExecutor(num_cpus(), thread_name_prefix="decode") if has_idle_cores else None
         )
-        # An entry for each job under way: a list, because its length changes in one step.
+        # An entry per running job: the length of a list changes atomically.
         self._jobs: list[None] = []
-        self._waiting = selectors.DefaultSelector()
+        self._with_jobs = selectors.DefaultSelector()
         self._one_selects = threading.Lock()
-        for connection in connections:
-            self._waiting.register(connection, selectors.EVENT_READ)
+        for channel in channels:
+            self._with_jobs.register(channel, selectors.EVENT_READ)
 
     def serve(self) -> None:
-        """Do what comes, until a connection's other end is closed, and end the process then."""
+        """Do jobs until a channel's other end is closed, then end the process."""
         try:
             while True:
-                connection = self._next()
-                num_images, num_bytes = JOB.unpack(_receive(connection, JOB.size))
-                job = _receive(connection, num_images * JOB_IMAGE.size + num_bytes)
+                channel = self._next()
+                images = unpack_job(channel.receive())
                 self._jobs.append(None)
-                answer = self._answer(num_images, job)
+                outcome = self._run(images)
                 self._jobs.pop()
-                connection.sendall(answer)
-                self._waiting.register(connection, selectors.EVENT_READ)
+                channel.send(pack_outcome(outcome))
+                self._with_jobs.register(channel, selectors.EVENT_READ)
         except (EOFError, OSError):
             os._exit(0)
 
-    def _next(self) -> socket.socket:
-        """A connection with a job, which is this thread's alone until it is registered again."""
+    def _next(self) -> Channel:
+        """A channel with a job, for this thread alone until it registers it again."""
         with self._one_selects:
-            while not (ready := self._waiting.select()):
+            while not (ready := self._with_jobs.select()):
                 pass
-            connection = ready[0][0].fileobj
-            assert isinstance(connection, socket.socket)
-            self._waiting.unregister(connection)
-            return connection
+            channel = ready[0][0].fileobj
+            assert isinstance(channel, Channel)
+            self._with_jobs.unregister(channel)
+            return channel
 
-    def _answer(self, num_images: int, job: bytes) -> bytes:
-        at = num_images * JOB_IMAGE.size
-        images = []
-        for kind, size in JOB_IMAGE.iter_unpack(job[:at]):
-            images.append((kind, job[at : at + size]))
-            at += size
-        apply = map if self._decoders is None or num_images == 1 else self._decoders.map
+    def _run(self, images: Sequence[JobImage]) -> Outcome:
+        apply = map if self._decoders is None or len(images) == 1 else self._decoders.map
         decoded = list(apply(self._decode, images))
         started = time.monotonic()
-        crops = [one.crop for one in decoded if not isinstance(one.crop, Exception)]
-        rows: Iterator[Features | Exception]
+        rows = self._run_engine(
+            [one.crop for one in decoded if not isinstance(one.crop, Exception)]
+        )
+        seconds = time.monotonic() - started
+        results: list[Result] = [
+            one.crop if isinstance(one.crop, Exception) else next(rows) for one in decoded
+        ]
+        return Outcome(results, [one.seconds for one in decoded], seconds)
+
+    def _run_engine(self, crops: Sequence[Pixels]) -> Iterator[Features | Exception]:
+        if not crops:
+            return iter(())
         try:
-            rows = iter(
-                self._engine.run_here(crops, is_alone=len(self._jobs) == 1) if crops else ()
-            )
-        # It concerns this batch alone: whatever an engine raises, the next one is tried.
+            return iter(self._engine.run_here(crops, is_alone=len(self._jobs) == 1))
+        # Whatever an engine raises concerns this batch alone: the next one is tried.
         except Exception as error:
             logger.exception("the engine failed on a batch of %d images", len(crops))
-            rows = repeat(error)
-        seconds = time.monotonic() - started
-        heads, bodies = [ANSWER_SECONDS.pack(seconds)], []
-        for one in decoded:
-            result = one.crop if isinstance(one.crop, Exception) else next(rows)
-            kind, body = _pack(result)
-            heads.append(ANSWER_IMAGE.pack(kind, one.seconds, len(body)))
-            bodies.append(body)
-        answer = b"".join(heads + bodies)
-        return ANSWER.pack(len(answer)) + answer
+            return repeat(error)
 
-    def _decode(self, image: tuple[int, bytes]) -> _Decoded:
-        kind, data = image
+    def _decode(self, image: JobImage) -> _Decoded:
         started = time.monotonic()
         try:
-            if kind == CROP:
-                crop: Pixels | Exception = np.frombuffer(data, np.uint8).reshape(
+            if image.is_encoded:
+                crop: Pixels | Exception = self._preprocess(image.data, max_pixels=self._max_pixels)
+            else:
+                crop = np.frombuffer(image.data, np.uint8).reshape(
                     self._preprocess.height, self._preprocess.width, 3
                 )
-            else:
-                crop = self._preprocess(data, max_pixels=self._max_pixels)
         except ImageError as error:
             crop = error
-        # The others of its batch are nobody's fault.
+        # Whatever the image made a library raise, the others of its batch are computed.
         except Exception as error:
-            logger.exception("an image of %d bytes cannot be made a crop", len(data))
+            logger.exception("an image of %d bytes cannot be made a crop", len(image.data))
             crop = error
         return _Decoded(crop, time.monotonic() - started)
 
 
 def _speed_up_lone_images(engine: OpenVINOEngine) -> None:
-    """Once requests are served, so that nobody waits for it, and they are served without where it fails."""
+    """After the start, so that no request waits for it; without it they are slower."""
     try:
         engine.use_all_cores_for_one()
     except Exception:
@@ -183,54 +171,40 @@ def _read_line(control: socket.socket) -> bytes:
     return line
 
 
-def _let_http_go_first() -> None:
-    """Threads that compute for milliseconds, and all that they start, do not interrupt the process that feeds them when they wake:
-    2 % more requests/s on two cores (sched(7))."""
+def _yield_to_http() -> None:
+    """Threads that wake up do not preempt the server's process: 2 % more requests/s on two cores.
+
+    They compute for milliseconds, the server for microseconds (SCHED_BATCH, sched(7)).
+    """
     # Linux alone has it, and a sandbox may forbid it.
     with contextlib.suppress(AttributeError, OSError):
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    (fd,) = sys.argv[1:] if arguments is None else arguments
-    # Ctrl-C and SIGTERM reach the whole group; what is in flight is finished, and this process ends when the other one has.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    _let_http_go_first()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    control = socket.socket(fileno=int(fd))
+def _load(request: Mapping[str, Any], preprocess: Preprocess) -> Engine | str:
+    """The engine, or why it cannot be loaded."""
     try:
-        asked = json.loads(_read_line(control))
-    except EOFError:
-        return
-    preprocess = Preprocess.from_dict(asked["preprocess"])
-    try:
-        engine = build_engine(
-            Path(asked["folder"]),
+        return build_engine(
+            Path(request["folder"]),
             preprocess,
-            asked["config"],
+            request["config"],
             in_callers_thread=True,
-            **asked["options"],
+            **request["options"],
         )
+    except GraftError as error:
+        return str(error)
     except Exception as error:
-        if not isinstance(error, GraftError):
-            logger.exception("the engine cannot be loaded")
-        reason = (
-            str(error)
-            if isinstance(error, GraftError)
-            else f"it cannot be loaded ({type(error).__name__})"
-        )
-        control.sendall(json.dumps({"error": reason}).encode() + b"\n")
-        return
-    # One more than the engine takes at once: for the golden images of checkpoints that come later.
+        logger.exception("the engine cannot be loaded")
+        return f"it cannot be loaded ({type(error).__name__})"
+
+
+def _connect(control: socket.socket, engine: Engine) -> list[Channel]:
+    """Send what was loaded, with the other ends of the channels that are returned."""
+    # One more than the engine takes at once: for the golden images of later checkpoints.
     pairs = [socket.socketpair() for _ in range(engine.num_slots + 1)]
     for _, outer in pairs:
-        # A batch of photographs goes in at once, where the system lets it.
+        # The server writes a whole batch at once.
         outer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _JOB_BUFFER_BYTES)
-    worker = _Worker(engine, preprocess, asked["max_pixels"], [inner for inner, _ in pairs])
-    threads = [
-        threading.Thread(target=worker.serve, daemon=True) for _ in range(worker.num_threads)
-    ]
     loaded = {
         "info": engine.info.to_dict(),
         "num_features": engine.num_features,
@@ -241,13 +215,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     for _, outer in pairs:
         outer.close()
+    return [Channel(inner) for inner, _ in pairs]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    (fd,) = sys.argv[1:] if arguments is None else arguments
+    # Ctrl-C and SIGTERM reach the whole group: this process ends after the server, which finishes
+    # its requests first.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    _yield_to_http()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    control = socket.socket(fileno=int(fd))
+    try:
+        request = json.loads(_read_line(control))
+    except EOFError:
+        return
+    preprocess = Preprocess.from_dict(request["preprocess"])
+    engine = _load(request, preprocess)
+    if isinstance(engine, str):
+        control.sendall(json.dumps({"error": engine}).encode() + b"\n")
+        return
+    worker = Worker(engine, preprocess, request["max_pixels"], _connect(control, engine))
     gc.collect()
     gc.freeze()
-    for thread in threads:
-        thread.start()
+    for _ in range(worker.num_threads):
+        threading.Thread(target=worker.serve, daemon=True).start()
     if isinstance(engine, OpenVINOEngine):
         _speed_up_lone_images(engine)
-    # Nothing more is said on it: it ends with the other process.
+    # Nothing more comes but the end of the server.
     control.recv(1)
     os._exit(0)
 

@@ -1,4 +1,4 @@
-"""How many bytes of uploads may be in memory at once."""
+"""How many bytes of request bodies may be in memory at once."""
 
 from __future__ import annotations
 
@@ -8,22 +8,24 @@ from contextlib import contextmanager
 from service.errors import RequestError
 
 
-class Buffered:
-    """How many bytes of bodies this process holds; beyond the limit requests are refused, so that memory stays bounded."""
+class MemoryBudget:
+    """The bytes of bodies that this process holds; what would exceed the limit is refused."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self.num_bytes = 0
 
     @contextmanager
-    def hold(self) -> Iterator[Hold]:
-        hold = Hold(self)
+    def reserve(self) -> Iterator[Reservation]:
+        """One request's share, empty at first and released at the end."""
+        reservation = Reservation(self)
         try:
-            yield hold
+            yield reservation
         finally:
-            self.num_bytes -= hold.num_bytes
+            self.num_bytes -= reservation.num_bytes
 
     def add(self, num_bytes: int) -> None:
+        """Raises RequestError (overloaded) beyond the limit."""
         if self.num_bytes + num_bytes > self._max_bytes:
             raise RequestError(
                 "overloaded",
@@ -33,13 +35,14 @@ class Buffered:
         self.num_bytes += num_bytes
 
 
-class Hold:
-    """One request's share of what is buffered, given back when it ends."""
+class Reservation:
+    """One request's share of the budget."""
 
-    def __init__(self, buffered: Buffered) -> None:
-        self._buffered = buffered
+    def __init__(self, budget: MemoryBudget) -> None:
+        self._budget = budget
         self.num_bytes = 0
 
     def add(self, num_bytes: int) -> None:
-        self._buffered.add(num_bytes)
+        """Raises RequestError (overloaded) beyond the budget's limit."""
+        self._budget.add(num_bytes)
         self.num_bytes += num_bytes

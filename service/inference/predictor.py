@@ -1,4 +1,4 @@
-"""Encoded images → scores, without HTTP: the queue of each backbone, every head, calibrated scores."""
+"""Encoded images → scores, without HTTP: through the queue of each backbone, then every head."""
 
 from __future__ import annotations
 
@@ -6,34 +6,29 @@ import asyncio
 import hashlib
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from opentelemetry import trace
 
-from models.checkpoint import Checkpoint, logits
+from models.checkpoint import logits
 from models.engine.engine import Features
-from models.preprocess import ImageError, Pixels
-from models.scores import sigmoid
+from models.images import ImageError, Pixels
 from service import metrics
-from service.engine.batcher import Ticket, deadline_exceeded
+from service.engine.batcher import Admission, deadline_exceeded
 from service.inference.repository import Backbone, Model
+from service.tasks.task import Scores
 
-Scores = npt.NDArray[np.float32]
-# By fingerprint, the features that each backbone gives for one image.
+# The features of one image, by the fingerprint of the backbone.
 FeaturesByBackbone = dict[str, Features]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What one model says: calibrated probabilities `[C]` for each image in order, or why that image could not be read.
-
-    Those of a multi-label model are each label's own, and do not add up to one.
-    """
+    """One model's probabilities `[C]` of each image in order, or why the image is unreadable."""
 
     model: Model
     results: tuple[Scores | ImageError, ...]
@@ -49,10 +44,11 @@ class Predictor:
     async def predict(
         self, models: Sequence[Model], images: Sequence[bytes | Pixels], *, deadline: float
     ) -> list[Answer]:
-        """One answer per model: each image is decoded once, and runs once through each backbone. An image is an encoded file or
-        the crop itself, and one that cannot be read fails alone, as the ImageError in its place.
+        """One answer per model: each image is decoded once and runs once through each backbone.
 
-        Raises RequestError where a queue is full, or the time of `deadline` (on `time.monotonic()`) has come.
+        An image is an encoded file or a crop. One that cannot be read fails alone, as the
+        ImageError in its place. Raises RequestError where a queue is full, or at the time of
+        `deadline` (on `time.monotonic()`).
         """
         backbones = {model.backbone.fingerprint: model.backbone for model in models}
         names = [model.checkpoint.name for model in models]
@@ -60,14 +56,15 @@ class Predictor:
             ExitStack() as stack,
             self._span("predict", {"graft.models": names, "graft.images": len(images)}),
         ):
-            # Admitted before anything is awaited: a backbone cannot be closed between the choice of a model and its place in the queue.
-            tickets = {
+            # Before anything is awaited: a backbone must not be closed between the choice of a
+            # model and the admission to its queue.
+            admissions = {
                 name: stack.enter_context(one.batcher.admit(len(images), deadline))
                 for name, one in backbones.items()
             }
             try:
                 async with asyncio.timeout(deadline - time.monotonic()):
-                    features = await self._features(backbones, tickets, images)
+                    features = await self._features(backbones, admissions, images)
             except TimeoutError:
                 raise deadline_exceeded() from None
         return [_answer(model, features) for model in models]
@@ -75,18 +72,18 @@ class Predictor:
     async def _features(
         self,
         backbones: Mapping[str, Backbone],
-        tickets: Mapping[str, Ticket],
+        admissions: Mapping[str, Admission],
         images: Sequence[bytes | Pixels],
     ) -> list[FeaturesByBackbone | ImageError]:
-        """Features of each image, with no more under way than keeps the engines busy: what several ask for is held as crops."""
+        """Features of each image; no more images are under way than keep the engines busy."""
         if len(images) == 1:
-            return [await self._features_of_one(backbones, tickets, images[0])]
+            return [await self._features_of_one(backbones, admissions, images[0])]
         results: list[FeaturesByBackbone | ImageError] = [ImageError("not decoded")] * len(images)
         pending = iter(enumerate(images))
 
         async def work() -> None:
             for index, image in pending:
-                results[index] = await self._features_of_one(backbones, tickets, image)
+                results[index] = await self._features_of_one(backbones, admissions, image)
 
         engines = [backbone.engine for backbone in backbones.values()]
         num_workers = min(
@@ -96,7 +93,7 @@ class Predictor:
             async with asyncio.TaskGroup() as group:
                 for _ in range(num_workers):
                     group.create_task(work())
-        # One failure cancels the rest; what it was is what the request is answered with.
+        # The first failure cancels the rest and is the request's answer.
         except BaseExceptionGroup as failed:
             raise failed.exceptions[0] from None
         return results
@@ -104,7 +101,7 @@ class Predictor:
     async def _features_of_one(
         self,
         backbones: Mapping[str, Backbone],
-        tickets: Mapping[str, Ticket],
+        admissions: Mapping[str, Admission],
         image: bytes | Pixels,
     ) -> FeaturesByBackbone | ImageError:
         key = b""
@@ -113,9 +110,9 @@ class Predictor:
             if found := self._cache.find(backbones, key):
                 return found
         try:
-            # One after the other: a request takes one place at a time, however many backbones it asks.
+            # One after the other: an image waits in one queue at a time.
             found = {
-                name: await self._features_by(backbone, tickets[name], image)
+                name: await self._features_by(backbone, admissions[name], image)
                 for name, backbone in backbones.items()
             }
         except ImageError as error:
@@ -125,7 +122,7 @@ class Predictor:
         return found
 
     async def _features_by(
-        self, backbone: Backbone, ticket: Ticket, image: bytes | Pixels
+        self, backbone: Backbone, admission: Admission, image: bytes | Pixels
     ) -> Features:
         if not isinstance(image, bytes):
             wanted = (backbone.preprocess.height, backbone.preprocess.width, 3)
@@ -134,10 +131,10 @@ class Predictor:
                     f"pixels are of shape {list(image.shape)}, this model takes {list(wanted)}"
                 )
         with self._span("features", {"graft.backbone": backbone.fingerprint[:12]}):
-            return await ticket.features(image)
+            return await admission.features(image)
 
     def _span(self, name: str, attributes: Mapping[str, Any]) -> AbstractContextManager[object]:
-        # A span that goes nowhere still costs 50 µs.
+        # Without an exporter a span still costs 50 µs.
         return (
             trace.get_tracer("graft").start_as_current_span(name, attributes=attributes)
             if self._is_traced
@@ -146,14 +143,14 @@ class Predictor:
 
 
 class FeatureCache:
-    """The features of the images asked about last, by their bytes: an image that comes again costs neither decode nor engine."""
+    """Features of the latest images, by a hash of their bytes: a repeated one is not run again."""
 
     def __init__(self, max_images: int) -> None:
         self._max_images = max_images
         self._entries: OrderedDict[tuple[str, bytes], Features] = OrderedDict()
 
     def find(self, fingerprints: Mapping[str, object], key: bytes) -> FeaturesByBackbone | None:
-        """The features of every one of these backbones, or None where one is missing."""
+        """The features from each of these backbones, or None where one is missing."""
         found = {name: self._entries.get((name, key)) for name in fingerprints}
         is_complete = all(features is not None for features in found.values())
         metrics.note(metrics.CACHED_FEATURES, ("yes" if is_complete else "no",))
@@ -175,11 +172,10 @@ class FeatureCache:
 def _answer(model: Model, features: Sequence[FeaturesByBackbone | ImageError]) -> Answer:
     fingerprint = model.backbone.fingerprint
     readable = [one[fingerprint] for one in features if not isinstance(one, ImageError)]
-    rows = (
-        iter(scores(model, readable[0][None] if len(readable) == 1 else np.stack(readable)))
-        if readable
-        else iter(())
-    )
+    rows: Iterator[Scores] = iter(())
+    if readable:
+        # A copy only where there is something to join.
+        rows = iter(scores(model, readable[0][None] if len(readable) == 1 else np.stack(readable)))
     return Answer(
         model, tuple(one if isinstance(one, ImageError) else next(rows) for one in features)
     )
@@ -187,20 +183,4 @@ def _answer(model: Model, features: Sequence[FeaturesByBackbone | ImageError]) -
 
 def scores(model: Model, features: Features) -> Scores:
     """Features `[B,F]` → calibrated probabilities `[B,C]`."""
-    scaled = logits(model.checkpoint, features)
-    scaled /= model.checkpoint.temperature
-    if model.checkpoint.thresholds is not None:
-        return sigmoid(scaled)
-    scaled -= np.maximum.reduce(scaled, axis=1, keepdims=True)
-    np.exp(scaled, out=scaled)
-    scaled /= np.add.reduce(scaled, axis=1, keepdims=True)
-    return scaled
-
-
-def named_labels(row: Scores, checkpoint: Checkpoint) -> tuple[str, ...]:
-    """What an answer of probabilities `[C]` names: the best label; of a multi-label model those that reach their thresholds."""
-    if checkpoint.thresholds is None:
-        return (checkpoint.label_names[int(np.argmax(row))],)
-    return tuple(
-        checkpoint.label_names[column] for column in np.flatnonzero(row >= checkpoint.thresholds)
-    )
+    return model.task.scores(logits(model.checkpoint, features))

@@ -1,8 +1,9 @@
-"""Which checkpoints are served: the versions that each model's rollout asks for, grouped by backbone, and swapped while running.
+"""Which checkpoints are served: the versions that each model's rollout asks for.
 
-Checkpoints with one fingerprint share an engine and a queue. Before a checkpoint serves, its golden images are replayed through
-the engine that will serve it; one that drifts or cannot be read is refused, with its reason, and what served before goes on. The
-folder is looked at every second: a request keeps the models that it started with, and an engine closes when its last one ends.
+Checkpoints with one fingerprint share an engine and a queue. Before a checkpoint serves, its golden
+images are replayed through the engine that will serve it. One that drifts or cannot be read is
+refused, with the reason, and the version before goes on serving. The folder is read every second.
+A request keeps the models that it started with, and an engine closes after its last request.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from models import checkpoint as checkpoints
 from models.checkpoint import Checkpoint, Golden
 from models.engine.engine import EngineInfo, Precision
 from models.engine.processor import cpu_name
-from models.errors import GraftError
+from models.errors import GraftError, join_first
 from models.prepared import resolve_device
 from models.preprocess import Preprocess
 from service import metrics
@@ -32,20 +33,22 @@ from service.engine.process import EngineProcess
 from service.errors import RequestError
 from service.inference.rollout import ROLLOUT_FILE, Rollout, read_rollout, write_rollout
 from service.settings import Settings
+from service.tasks.choose import task_of
+from service.tasks.task import Task
 
 logger = logging.getLogger("bentoml.graft")
 
 Device = Literal["cpu", "cuda"]
-# Of a file or folder: what changes when somebody replaces it. None where it is not there.
+# What changes when a file or folder is replaced; None where it is missing.
 Stamp = tuple[int, int, int] | None
-# Of no file.
-_REFUSED: Stamp = (-1, -1, -1)
+# The stamp of no file: a rollout with it is read again every time.
+_NEVER_CURRENT: Stamp = (-1, -1, -1)
 _NO_GOLDEN = Golden((), np.empty((0, 0), np.float32))
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """One engine, its queue, and the images it wants; shared by every model with this fingerprint."""
+    """An engine, its queue and its preprocess, shared by the models with this fingerprint."""
 
     fingerprint: str
     preprocess: Preprocess
@@ -58,6 +61,7 @@ class Model:
     """A checkpoint that serves on a backbone."""
 
     checkpoint: Checkpoint
+    task: Task
     backbone: Backbone
     stamp: Stamp = None
 
@@ -68,7 +72,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A version that is not served, or with no version a rollout, and why."""
+    """A version that is not served, or a rollout (no version) that is not followed, and why."""
 
     name: str
     version: int | None
@@ -78,7 +82,7 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Served:
-    """Everything that is served under one name: its versions, and who gets which."""
+    """The versions that are served under one name, and the rollout that chooses among them."""
 
     name: str
     versions: Mapping[int, Model]
@@ -87,21 +91,24 @@ class Served:
     rollout_stamp: Stamp = None
 
     def choose(self, version: str = "") -> Model:
-        """The model for a number, a label, `latest`, or "" for the default and its canary. Raises RequestError where it is not served."""
+        """The model for a number, a label, `latest`, or "" for the default and its canary.
+
+        Raises RequestError where it is not served.
+        """
         model = self.versions.get(self.rollout.resolve(version, self.latest) or 0)
         if model is None:
-            there = ", ".join(
+            served = ", ".join(
                 [f"latest ({self.latest})", *self.rollout.labels, *map(str, sorted(self.versions))]
             )
             raise RequestError(
                 "no_such_version",
-                f"model {self.name!r} has no version {version[:100]!r} here; there is {there}",
+                f"model {self.name!r} has no version {version[:100]!r} here; available: {served}",
             )
         return model
 
     @property
     def default(self) -> Model:
-        """What answers when the canary does not."""
+        """The model that answers where the canary does not."""
         return self.choose(str(self.rollout.default))
 
     @property
@@ -125,6 +132,12 @@ class Snapshot:
         }
         return list(found.values())
 
+    def shadow_of(self, model: Model) -> Model | None:
+        """The shadow version that is asked about the requests of `model` too."""
+        served = self.models.get(model.checkpoint.name)
+        shadow = served.shadow if served is not None else None
+        return shadow if shadow is not model else None
+
     @property
     def versions(self) -> set[tuple[str, int]]:
         return {
@@ -133,12 +146,12 @@ class Snapshot:
 
 
 class Repository:
-    """The folder `root` as it is served now. Everything but the loading itself happens on one event loop."""
+    """The folder `root` as it is served now, for one event loop; loading takes another thread."""
 
     def __init__(
         self, settings: Settings, *, on_engine_death: Callable[[], None] = lambda: None
     ) -> None:
-        """`on_engine_death` is called on the event loop when an engine's process ends without having been asked to."""
+        """`on_engine_death` is called on the event loop when an engine's process dies."""
         self._on_engine_death = on_engine_death
         self.root = settings.checkpoints
         self.current = Snapshot()
@@ -148,10 +161,12 @@ class Repository:
         self._closing: set[asyncio.Task[None]] = set()
 
     async def refresh(self, rollouts: Mapping[str, Rollout] | None = None) -> Snapshot:
-        """Serve what the folder holds now, and where given, these rollouts in place of their models' files.
+        """Serve what the folder holds now; `rollouts` override the rollout.json files of their
+        models.
 
-        Raises GraftError where the asked-for device is not there, or one of `rollouts` cannot be served; nothing has changed then.
-        Bad checkpoints and files are refused one by one.
+        Bad checkpoints and rollout files are refused one by one. Raises GraftError where the
+        configured device is missing or one of `rollouts` cannot be served; nothing has changed
+        then.
         """
         async with self._loading:
             before = self.current
@@ -161,34 +176,34 @@ class Repository:
             for backbone in after.backbones:
                 backbone.engine.attach()
             self.current = after
-            self._let_go(before, after)
+            _note_label_changes(before, after)
+            self._close_unused(before, after)
             return after
 
     async def watch(self) -> None:
-        """Refresh for ever, every `poll_seconds`; whatever goes wrong is logged once, and tried again."""
+        """Refresh every `poll_seconds`, for ever; an error is logged once, and retried."""
         last_error = ""
         while True:
             await asyncio.sleep(self._settings.poll_seconds)
             try:
                 await self.refresh()
                 last_error = ""
-            # The one thing that must not happen here is that nobody looks any more.
+            # Whatever the error, the folder must go on being watched.
             except Exception as error:
                 if repr(error) != last_error:
-                    logger.exception("%s could not be looked through", self.root)
+                    logger.exception("%s could not be read", self.root)
                 last_error = repr(error)
 
     async def change_rollout(self, name: str, change: Callable[[Rollout], Rollout]) -> bool:
-        """Change a model's rollout; whether it could be written to the folder, so that it outlives the process.
+        """Change a model's rollout. False where it could not be written and ends with this process.
 
-        Raises RequestError where there is no such model, or the rollout asks for what cannot be served; nothing has changed then.
+        Raises RequestError where there is no such model or the rollout cannot be served; nothing
+        has changed then.
         """
         if not checkpoints.NAME_PATTERN.fullmatch(name) or not checkpoints.list_versions(
             self.root, name
         ):
-            raise RequestError(
-                "no_such_model", f"there is no model {name[:100]!r} in the repository"
-            )
+            raise RequestError("no_such_model", f"no model {name[:100]!r} is in the repository")
         async with self._changing:
             served = self.current.models.get(name)
             try:
@@ -201,17 +216,17 @@ class Repository:
             try:
                 await asyncio.to_thread(write_rollout, self.root / name, rollout)
             except OSError as error:
-                logger.warning("the rollout of %s holds until this process ends: %s", name, error)
+                logger.warning("the rollout of %s ends with this process: %s", name, error)
                 return False
             return True
 
     async def close(self) -> None:
-        """Finish what is in every queue and close the engines."""
+        """Finish what is in the queues, then close the engines."""
         async with self._loading:
-            self._let_go(self.current, Snapshot())
+            self._close_unused(self.current, Snapshot())
             await asyncio.gather(*self._closing)
 
-    def _let_go(self, before: Snapshot, after: Snapshot) -> None:
+    def _close_unused(self, before: Snapshot, after: Snapshot) -> None:
         kept = [backbone.engine for backbone in after.backbones]
         for backbone in before.backbones:
             if backbone.engine not in kept:
@@ -223,16 +238,33 @@ class Repository:
             metrics.forget(name, version)
 
 
+def _note_label_changes(before: Snapshot, after: Snapshot) -> None:
+    """Log and count the models whose default version now answers with other labels."""
+    for name in before.models.keys() & after.models.keys():
+        old, new = (snapshot.models[name].default.checkpoint for snapshot in (before, after))
+        if old.label_names == new.label_names:
+            continue
+        logger.warning(
+            "the labels of %s changed: version %d answers with %s, version %d before it with %s",
+            name,
+            new.version,
+            join_first(new.label_names, 10),
+            old.version,
+            join_first(old.label_names, 10),
+        )
+        metrics.LABEL_CHANGES.labels(name).inc()
+
+
 def load_snapshot(
     settings: Settings,
     before: Snapshot | None = None,
     rollouts: Mapping[str, Rollout] | None = None,
     on_engine_death: Callable[[], None] = lambda: None,
 ) -> Snapshot:
-    """What the folder holds now; what `before` has loaded or refused and has not changed is taken over.
+    """What the folder holds now; what has not changed is taken over from `before`.
 
-    Takes seconds where a backbone is new: not for the event loop. Raises GraftError where the asked-for device is not there, or one
-    of `rollouts` cannot be served.
+    Takes seconds where a backbone is new: not for the event loop. Raises GraftError where the
+    configured device is missing or one of `rollouts` cannot be served.
     """
     loader = _Loader(settings, before or Snapshot(), on_engine_death)
     models: dict[str, Served] = {}
@@ -245,7 +277,7 @@ def load_snapshot(
 
 
 class _Loader:
-    """One look through the repository."""
+    """Reads the repository once."""
 
     def __init__(
         self, settings: Settings, before: Snapshot, on_engine_death: Callable[[], None]
@@ -262,26 +294,23 @@ class _Loader:
     def load(self, name: str, rollout: Rollout | None) -> Served | None:
         """The model with every version its rollout asks for; None where no version can be served.
 
-        Raises GraftError where `rollout`, which then goes before the file's, asks for what cannot be served.
+        `rollout` goes before the file's. Raises GraftError where it cannot be served.
         """
         before = self._before.models.get(name)
         stamp = _stamp(self._root / name / ROLLOUT_FILE)
         if rollout is not None:
             return self._load_versions(name, rollout, stamp)
         try:
-            # What was set over HTTP where nothing can be written holds until the file changes.
-            is_known = before is not None and before.rollout_stamp == stamp
-            return self._load_versions(
-                name,
-                before.rollout if before and is_known else read_rollout(self._root / name),
-                stamp,
-            )
+            # A rollout set over HTTP that could not be written holds until the file changes.
+            if before is not None and before.rollout_stamp == stamp:
+                return self._load_versions(name, before.rollout, stamp)
+            return self._load_versions(name, read_rollout(self._root / name), stamp)
         except GraftError as error:
             self._refuse_rollout(name, str(error))
         for fallback in (before.rollout if before is not None else Rollout(), Rollout()):
-            # Refused, it is looked at every time: the version that is missing may come.
+            # The file is read again every time: the version that is missing may come.
             with contextlib.suppress(GraftError):
-                return self._load_versions(name, fallback, _REFUSED)
+                return self._load_versions(name, fallback, _NEVER_CURRENT)
         return None
 
     def _load_versions(self, name: str, rollout: Rollout, stamp: Stamp) -> Served | None:
@@ -297,14 +326,13 @@ class _Loader:
                 versions[version] = model
                 latest = latest or version
         if missing := sorted(rollout.named_versions - versions.keys()):
-            reasons = [
+            reasons = (
                 refusal.reason
                 for refusal in self.refused
                 if (refusal.name, refusal.version) == (name, missing[0])
-            ]
-            raise GraftError(
-                f"the rollout asks for version {missing[0]}: {reasons[0] if reasons else 'there is no such version'}"
             )
+            reason = next(reasons, "there is no such version")
+            raise GraftError(f"the rollout asks for version {missing[0]}: {reason}")
         return Served(name, versions, latest, rollout, stamp) if versions else None
 
     def _load_version(self, name: str, version: int) -> Model | None:
@@ -314,7 +342,7 @@ class _Loader:
         loaded = before.versions.get(version) if before is not None else None
         if loaded is not None and loaded.stamp == stamp:
             return loaded
-        # A folder that is still being copied is refused, and looked at again as soon as it has changed.
+        # A folder that is still being copied is refused, and tried again once it has changed.
         stamp_of_files = _stamp_of_files(path)
         if known := self._known.get((name, version, stamp_of_files)):
             if known not in self.refused:
@@ -323,7 +351,7 @@ class _Loader:
         start = time.perf_counter()
         try:
             model = replace(self._start_model(path), stamp=stamp)
-        # One checkpoint must not keep the others from being served, whatever its files make the libraries raise.
+        # Whatever its files make the libraries raise, the other checkpoints must be served.
         except Exception as error:
             refusal = Refusal(name, version, self._describe(name, version, error), stamp_of_files)
             self.refused.append(refusal)
@@ -354,24 +382,26 @@ class _Loader:
             if is_new:
                 backbone.engine.close()
             raise
-        # Shared only once its golden images passed: an engine built from broken files must not serve the checkpoints that follow.
+        # Shared only now: an engine from broken files must not serve other checkpoints.
         self._backbones[checkpoint.fingerprint] = backbone
-        # Kept for every model would be what only its loading needs.
-        return Model(replace(checkpoint, golden=_NO_GOLDEN, config={}), backbone)
+        # Without what only loading needs.
+        return Model(
+            replace(checkpoint, golden=_NO_GOLDEN, config={}), task_of(checkpoint), backbone
+        )
 
     def _build_engine(self, checkpoint: Checkpoint) -> EngineProcess:
-        """The engine in the precision asked for, else in the recorded one, else in what this device can."""
+        """In the configured precision, else in the recorded one, else in what the device has."""
         if self._settings.precision is not None:
             return self._start_engine(checkpoint, self._settings.precision)
         recorded = cast(Precision, checkpoint.engine.get("precision", "auto"))
         try:
             return self._start_engine(checkpoint, recorded)
         except GraftError as error:
-            # Features of a quantised backbone are others than those of the float one, so its heads fit no other precision.
+            # The head was solved on the features of this precision: int8's differ from float's.
             if recorded in ("auto", "int8"):
                 raise
             logger.warning(
-                "%s was saved in %s (%s): taking what this device can",
+                "%s was saved in %s, which this device lacks (%s): its best precision is used",
                 checkpoint.path,
                 recorded,
                 error,
@@ -380,7 +410,7 @@ class _Loader:
 
     def _start_engine(self, checkpoint: Checkpoint, precision: Precision) -> EngineProcess:
         recorded = checkpoint.engine
-        # What the search found on this very processor holds, and searching again would cost most of the start.
+        # On the same processor the recorded search holds; searching again takes most of a start.
         is_same = (
             self._device == "cpu"
             and recorded.get("device") == cpu_name()
@@ -408,7 +438,7 @@ class _Loader:
     def _describe(self, name: str, version: int, error: Exception) -> str:
         if isinstance(error, GraftError):
             logger.error("refused %s version %d: %s", name, version, error)
-            # The reason is shown over HTTP, where the paths of this machine are nobody's business.
+            # The reason is shown over HTTP: without this machine's paths.
             return (
                 str(error)
                 .replace(f"{self._root}/{name}/{version}: ", "")
@@ -439,7 +469,6 @@ def _stamp(path: Path) -> Stamp:
 
 
 def _stamp_of_files(folder: Path) -> Stamp:
-    """Of all files of a version together."""
     try:
         stamps: Iterable[Stamp] = [_stamp(path) for path in folder.iterdir()]
     except OSError:

@@ -1,8 +1,10 @@
-"""Which versions of a model are served, and to whom: `<repository>/<name>/rollout.json`, written by hand or over HTTP.
+"""Which versions of a model are served to whom: `<repository>/<name>/rollout.json`.
 
-Without the file the newest good version answers everything. A version is named by its number, by a label, or as `latest`:
+It is written by hand or over HTTP. Without it the newest good version answers everything. A version
+is named by its number, by a label, or as `latest`:
 
-    {"default": "stable", "labels": {"stable": 3}, "canary": {"version": 4, "share": 0.05}, "shadow": 5}
+    {"default": "stable", "labels": {"stable": 3}, "canary": {"version": 4, "share": 0.05},
+     "shadow": 5}
 """
 
 from __future__ import annotations
@@ -63,25 +65,28 @@ class Rollout(BaseModel):
     def _check_references(self) -> Self:
         if LATEST in self.labels:
             raise ValueError(
-                "the label 'latest' is the newest version and cannot be set; unload what must not be it"
+                "the label 'latest' is the newest version and cannot be set; "
+                "unload what must not be it"
             )
         if (
             isinstance(self.default, str)
             and self.default != LATEST
             and self.default not in self.labels
         ):
+            labels = ", ".join(self.labels) or "there is none"
             raise ValueError(
-                f"default is {self.default!r}, which is not one of the labels ({', '.join(self.labels) or 'there is none'})"
+                f"default is {self.default!r}, which is not one of the labels ({labels})"
             )
         if gone := sorted(self.named_versions & self.unloaded):
             raise ValueError(
-                f"version {gone[0]} is unloaded and still referred to; point default, labels, canary or shadow elsewhere first"
+                f"version {gone[0]} is unloaded and still referred to; "
+                "point default, labels, canary or shadow elsewhere first"
             )
         return self
 
     @property
     def named_versions(self) -> frozenset[int]:
-        """The versions that must be loaded whatever the newest is."""
+        """The versions that must be loaded, whichever is the newest."""
         named = {*self.labels.values(), *self.loaded}
         if isinstance(self.default, int):
             named.add(self.default)
@@ -92,7 +97,10 @@ class Rollout(BaseModel):
         return frozenset(named)
 
     def resolve(self, version: str, latest: int) -> int | None:
-        """The number that a label, a number or `latest` stands for; the default, or the canary's share of it, for ""."""
+        """The version that a number, a label or `latest` stands for, None where there is none.
+
+        "" stands for the default, or for the canary by its share of chance.
+        """
         if not version:
             if self.canary is not None and random.random() < self.canary.share:
                 return self.canary.version
@@ -104,12 +112,15 @@ class Rollout(BaseModel):
         return self.labels.get(version)
 
     def patched(self, patch: Mapping[str, Any]) -> Rollout:
-        """With a JSON merge patch (RFC 7396) applied: null takes away. Raises GraftError where the result makes no sense."""
+        """With a JSON merge patch (RFC 7396) applied; raises GraftError if that is invalid."""
         return _validate(_merge(self.model_dump(mode="json"), patch), "the rollout")
 
 
 def read_rollout(folder: Path) -> Rollout:
-    """The rollout of the model in `folder`, the plain one where there is no file. Raises GraftError where the file makes no sense."""
+    """The rollout of the model in `folder`, the default one where there is no file.
+
+    Raises GraftError where the file is invalid.
+    """
     path = folder / ROLLOUT_FILE
     try:
         with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""What this process serves, and whether it may: one `Server` per process, shared by the service's hooks and its routes."""
+"""What this process serves and whether it is healthy: one `Server`, shared by hooks and routes."""
 
 from __future__ import annotations
 
@@ -18,65 +18,65 @@ from typing import TypeVar
 from starlette.requests import ClientDisconnect, Request
 
 from models.errors import GraftError
-from models.preprocess import ImageError, Pixels
+from models.images import ImageError, Pixels
 from service import metrics
 from service.errors import RequestError
-from service.inference.memory_budget import Buffered
-from service.inference.predictor import Answer, Predictor, named_labels
+from service.inference.memory_budget import MemoryBudget
+from service.inference.predictor import Answer, Predictor
 from service.inference.repository import Model, Repository, Snapshot
+from service.inference.shadows import Shadows, shadows_on_same_backbone
 from service.settings import Settings
 
 logger = logging.getLogger("bentoml.graft")
 
-# A batch takes milliseconds; one that is in the engine for so long will not come back, and the process must be replaced.
-_WEDGED_SECONDS = 60.0
-# Requests that a shadow version is asked about at once; what comes meanwhile is not put to it.
-_MAX_SHADOWS = 16
+# A batch takes milliseconds: one that is in the engine for so long will not end.
+_STALLED_SECONDS = 60.0
 ALL_MODELS = "all"
-# How long the event loop may keep Python's lock from the threads that decode: with Python's own 5 ms a storm starves the engine.
+# How long the event loop may keep Python's lock from other threads; under overload Python's default
+# of 5 ms starved the engine.
 _SWITCH_SECONDS = 0.0005
-# Requests leave hardly any cycles behind; Python's own 700 are those of two requests.
+# Requests leave hardly any cycles behind; Python's default of 700 objects is two requests.
 _OBJECTS_BETWEEN_COLLECTIONS = 20_000
-# What is answered sooner is not worth the task that watches whether its client is still there.
+# Most requests are answered sooner, without the cost of a task that watches their connection.
 _WATCH_AFTER_SECONDS = 0.1
 
 T = TypeVar("T")
 
 
 class Server:
-    """The repository, the predictor, and this process's life from start to SIGTERM."""
+    """The repository and the predictor, from the start of the process to SIGTERM."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.repository = Repository(settings, on_engine_death=self._end)
+        self.repository = Repository(settings, on_engine_death=_terminate)
         self.predictor = Predictor(
             cached_images=settings.cached_images,
             is_traced=settings.tracing,
         )
-        self.buffered = Buffered(settings.max_buffered_bytes)
+        self.memory_budget = MemoryBudget(settings.max_buffered_bytes)
         self.is_draining = False
         self.started = time.time()
         self.is_loaded = False
         self._load_error = ""
         self._watching: asyncio.Task[None] | None = None
-        self._shadows: set[asyncio.Task[None]] = set()
+        self._shadows = Shadows(self.predictor, settings.deadline_seconds)
 
     async def start(self) -> None:
-        """Load in the background: /livez answers meanwhile, and /readyz says what is missing."""
+        """Load in the background; meanwhile /livez answers 200 and /readyz says what is missing."""
         self._drain_on_sigterm()
         sys.setswitchinterval(_SWITCH_SECONDS)
         self._watching = asyncio.create_task(self._load_and_watch())
 
     async def stop(self) -> None:
-        """Finish what is in, then let go of engines and threads."""
+        """Finish the admitted requests, then close the engines."""
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.wait([self._watching])
-        await asyncio.gather(*self._shadows)
+        await self._shadows.finish()
         await self.repository.close()
 
     def check_ready(self) -> Snapshot:
-        """What is served, at least one model; raises RequestError with what to do otherwise."""
+        """What is served, at least one model; raises RequestError with the way out otherwise."""
         if self._load_error:
             raise RequestError("no_model", self._load_error)
         if not self.is_loaded:
@@ -84,11 +84,11 @@ class Server:
                 "not_ready", "the models are being loaded; try again in 1 s", retry_after_seconds=1
             )
         if not self.repository.current.models:
-            raise RequestError("no_model", self._how_to_get_a_model())
+            raise RequestError("no_model", self._no_model_message())
         return self.repository.current
 
     def check_healthy(self) -> None:
-        """Raises RequestError with the reason where this process should be sent no requests."""
+        """Raises RequestError with the reason where this process should get no requests."""
         if self.is_draining:
             raise RequestError(
                 "shutting_down", "this server is shutting down; send requests to another"
@@ -97,8 +97,11 @@ class Server:
         self.check_alive()
 
     def check_room(self) -> None:
-        """Raises RequestError where nothing is served, or every queue is too long for one image more: to be asked before a body is
-        read, for in a storm reading and parsing what is then refused would take the time of what is answered."""
+        """Raises RequestError where nothing is served, or no queue has room for one image.
+
+        Called before a body is read: under overload, reading what is then refused would take time
+        from the requests that are answered.
+        """
         deadline = time.monotonic() + self.settings.deadline_seconds
         *others, last = (backbone.batcher for backbone in self.check_ready().backbones)
         for batcher in others:
@@ -108,21 +111,22 @@ class Server:
         last.check(1, deadline)
 
     def check_alive(self) -> None:
-        """Raises RequestError where an engine has stopped answering, so that an orchestrator replaces the process."""
-        if self.is_wedged():
+        """Raises RequestError where an engine has stopped: the process must be replaced."""
+        if self.is_stalled():
             raise RequestError("not_ready", "the engine does not answer; restart this server")
 
-    def is_wedged(self) -> bool:
+    def is_stalled(self) -> bool:
         backbones = self.repository.current.backbones
         return any(
-            one.engine.is_dead or one.batcher.stalled_seconds() > _WEDGED_SECONDS
-            for one in backbones
+            backbone.engine.is_dead or backbone.batcher.stalled_seconds() > _STALLED_SECONDS
+            for backbone in backbones
         )
 
     def choose(self, name: str, version: str = "") -> list[Model]:
-        """The model of this name and version, the only one for "", and every one's default for `all`.
+        """The model of this name and version; for `all`, every model's default.
 
-        Raises RequestError where there is no such model, or none is named and there are several.
+        No name stands for the only model. Raises RequestError where there is no such model, or
+        several and none is named.
         """
         models = self.check_ready().models
         if name == ALL_MODELS and name not in models:
@@ -132,14 +136,15 @@ class Server:
                     "model=all takes no version: each model answers with its default",
                 )
             return [served.choose() for served in models.values()]
-        if name in models or (not name and len(models) == 1):
-            served = models[name] if name else next(iter(models.values()))
-            return [served.choose(version)]
+        if not name and len(models) == 1:
+            (name,) = models
+        if name in models:
+            return [models[name].choose(version)]
         names = ", ".join(sorted(models)[:50])
         if name:
             raise RequestError(
                 "no_such_model",
-                f"there is no model {name[:100]!r} that can be served; there is {names}",
+                f"no model {name[:100]!r} is served; available models: {names or 'none'}",
             )
         raise RequestError(
             "model_required", f"several models are served; say which in 'model' (or 'all'): {names}"
@@ -148,13 +153,15 @@ class Server:
     async def classify(
         self, request: Request, models: Sequence[Model], images: Sequence[bytes | Pixels]
     ) -> list[Answer]:
-        """One answer per model, in time or not at all: the work ends as soon as the client hangs up.
+        """One answer per model, before the deadline; cancelled as soon as the client hangs up.
 
-        Raises RequestError for the whole request, and ClientDisconnect; images that cannot be read are in the answers.
+        Raises RequestError for the whole request, and ClientDisconnect. Images that cannot be read
+        are in the answers.
         """
         start = time.monotonic()
         deadline = start + self.settings.deadline_seconds
-        asked = [*models, *self._shadows_beside(models)]
+        snapshot = self.repository.current
+        asked = [*models, *shadows_on_same_backbone(snapshot, models)]
         request.state.log.update(
             model=[model.checkpoint.name for model in models],
             version=[model.checkpoint.version for model in models],
@@ -165,59 +172,11 @@ class Server:
         )
         seconds = time.monotonic() - start
         request.state.log["predict_ms"] = round(1000 * seconds, 1)
-        for answer in answers[: len(models)]:
-            labels = (answer.model.checkpoint.name, str(answer.model.checkpoint.version))
-            num_unreadable = sum(isinstance(result, ImageError) for result in answer.results)
-            metrics.note(metrics.PREDICT_SECONDS, labels, seconds)
-            metrics.note(metrics.IMAGES, (*labels, "answered"), len(images) - num_unreadable)
-            if num_unreadable:
-                metrics.note(metrics.IMAGES, (*labels, "unreadable"), num_unreadable)
-        self._compare_shadows(answers[: len(models)], answers[len(models) :], images)
-        return answers[: len(models)]
-
-    def _shadow_of(self, model: Model) -> Model | None:
-        served = self.repository.current.models.get(model.checkpoint.name)
-        shadow = served.shadow if served is not None else None
-        return shadow if shadow is not model else None
-
-    def _shadows_beside(self, models: Sequence[Model]) -> list[Model]:
-        """Shadows on a backbone that is asked anyway: they cost their head."""
-        backbones = {model.backbone.fingerprint for model in models}
-        shadows = (self._shadow_of(model) for model in models)
-        return [
-            shadow
-            for shadow in shadows
-            if shadow is not None and shadow.backbone.fingerprint in backbones
-        ]
-
-    def _compare_shadows(
-        self, answers: Sequence[Answer], beside: Sequence[Answer], images: Sequence[bytes | Pixels]
-    ) -> None:
-        known = {answer.model.checkpoint.name: answer for answer in beside}
-        for answer in answers:
-            shadow = self._shadow_of(answer.model)
-            if shadow is None:
-                continue
-            if answer.model.checkpoint.name in known:
-                _count_shadow(answer, known[answer.model.checkpoint.name])
-            elif len(self._shadows) < _MAX_SHADOWS:
-                # On another backbone it costs a pass of its own, and nobody waits for it.
-                task = asyncio.create_task(self._ask_shadow(shadow, answer, images))
-                self._shadows.add(task)
-                task.add_done_callback(self._shadows.discard)
-            else:
-                _count_skipped(shadow, len(images))
-
-    async def _ask_shadow(
-        self, shadow: Model, answer: Answer, images: Sequence[bytes | Pixels]
-    ) -> None:
-        try:
-            deadline = time.monotonic() + self.settings.deadline_seconds
-            (other,) = await self.predictor.predict([shadow], images, deadline=deadline)
-        except RequestError:
-            _count_skipped(shadow, len(images))
-        else:
-            _count_shadow(answer, other)
+        sent, shadow_answers = answers[: len(models)], answers[len(models) :]
+        for answer in sent:
+            _count_images(answer, seconds)
+        self._shadows.compare(snapshot, sent, shadow_answers, images)
+        return sent
 
     async def _load_and_watch(self) -> None:
         try:
@@ -226,35 +185,32 @@ class Server:
             self._load_error = str(error)
             logger.error("%s", error)
             return
-        # The process stays up to say that it is not ready; the cause is in the log.
+        # The process stays up and says that it is not ready.
         except Exception:
             self._load_error = "the models could not be loaded; the server's log says why"
             logger.exception("the models could not be loaded from %s", self.settings.checkpoints)
             return
         self.is_loaded = True
-        _spare_the_collector()
+        _spare_garbage_collection()
         if not current.models:
             logger.warning(
-                "%s (CHECKPOINTS is %s)", self._how_to_get_a_model(), self.settings.checkpoints
+                "%s (CHECKPOINTS is %s)", self._no_model_message(), self.settings.checkpoints
             )
         if self.settings.poll_seconds:
             await self.repository.watch()
 
-    def _how_to_get_a_model(self) -> str:
-        what = (
-            "no checkpoint could be loaded, GET /v1/models says why"
-            if self.repository.current.refused
-            else "there is no checkpoint yet"
-        )
+    def _no_model_message(self) -> str:
+        what = "there is no checkpoint yet"
+        if self.repository.current.refused:
+            what = "no checkpoint could be loaded, GET /v1/models says why"
         then = "it is served as soon as it is there" if self.settings.poll_seconds else "restart"
-        return f"{what}: make one with `make run`, or put one at <name>/<version>/ in the folder CHECKPOINTS; {then}"
-
-    def _end(self) -> None:
-        """Without an engine this process is of no use: it answers what it has, and ends for its parent to start another."""
-        os.kill(os.getpid(), signal.SIGTERM)
+        return (
+            f"{what}: make one with `make run`, or put one at <name>/<version>/ in the folder "
+            f"CHECKPOINTS; {then}"
+        )
 
     def _drain_on_sigterm(self) -> None:
-        """On SIGTERM turn /readyz first, and let uvicorn stop accepting when load balancers had time to see it."""
+        """On SIGTERM /readyz fails at once; uvicorn stops accepting once load balancers saw it."""
         if threading.current_thread() is not threading.main_thread():
             return
         loop = asyncio.get_running_loop()
@@ -264,7 +220,7 @@ class Server:
             if self.is_draining or not callable(stop):
                 return
             self.is_draining = True
-            # A connection that never ends would hold uvicorn for ever.
+            # uvicorn would wait for a connection that never ends.
             limit = threading.Timer(self.settings.shutdown_seconds, os._exit, (0,))
             limit.daemon = True
             limit.start()
@@ -275,43 +231,36 @@ class Server:
         signal.signal(signal.SIGTERM, drain)
 
 
-def _spare_the_collector() -> None:
-    """What was loaded stays, and is not looked through again and again: in a storm that took a fifth of the event loop's time."""
+def _spare_garbage_collection() -> None:
+    """Exempt what was loaded, which stays: collecting took a fifth of the event loop's time under
+    overload."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS)
 
 
-def _count_shadow(answer: Answer, other: Answer) -> None:
-    """Whether the shadow names the labels that were sent, image by image."""
-    model = other.model.checkpoint
-    for result, shadowed in zip(answer.results, other.results, strict=True):
-        if isinstance(result, ImageError) or isinstance(shadowed, ImageError):
-            continue
-        agrees = set(named_labels(result, answer.model.checkpoint)) == set(
-            named_labels(shadowed, model)
-        )
-        metrics.note(
-            metrics.SHADOW, (model.name, str(model.version), "agrees" if agrees else "differs")
-        )
+def _count_images(answer: Answer, seconds: float) -> None:
+    labels = (answer.model.checkpoint.name, str(answer.model.checkpoint.version))
+    num_unreadable = sum(isinstance(result, ImageError) for result in answer.results)
+    metrics.note(metrics.PREDICT_SECONDS, labels, seconds)
+    metrics.note(metrics.IMAGES, (*labels, "answered"), len(answer.results) - num_unreadable)
+    if num_unreadable:
+        metrics.note(metrics.IMAGES, (*labels, "unreadable"), num_unreadable)
 
 
-def _count_skipped(shadow: Model, num_images: int) -> None:
-    metrics.note(
-        metrics.SHADOW,
-        (shadow.checkpoint.name, str(shadow.checkpoint.version), "skipped"),
-        num_images,
-    )
+def _terminate() -> None:
+    """Without an engine: answer what is admitted and end, so that the parent starts another."""
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 async def _unless_disconnected(request: Request, work: Awaitable[T]) -> T:
-    """Await `work`, cancelled as soon as the client hangs up: nobody would read the answer. Raises ClientDisconnect then."""
+    """Await `work`, which is cancelled when the client hangs up; raises ClientDisconnect then."""
     working = asyncio.current_task()
     assert working is not None
     watching: asyncio.Task[None] | None = None
 
     async def watch() -> None:
-        # The body has been read, so the next message is the end of the connection.
+        # The body has been read: the next message is the end of the connection.
         await request.receive()
         working.cancel()
 

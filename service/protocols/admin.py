@@ -1,6 +1,6 @@
-"""Changing what is served while it runs: load, unload and roll out versions that are in the repository. Needs GRAFT_ADMIN_TOKEN.
+"""Load, unload and roll out versions of the repository while it is served.
 
-Names and numbers only: no path, no URL, nothing is fetched.
+These routes need GRAFT_ADMIN_TOKEN. They take names and numbers only: no path, no URL.
 
     curl -X PATCH -H "Authorization: Bearer $TOKEN" localhost:3000/v1/models/digits/rollout \
         -d '{"default": "stable", "labels": {"stable": 3}, "canary": {"version": 4, "share": 0.05}}'
@@ -23,7 +23,7 @@ from service.web.uploads import read_body
 
 
 async def load_version(request: Request, server: Server) -> Response:
-    """`POST /v1/models/NAME/versions/V:load`: serve this version to who asks for it, and as `latest` if it is the newest."""
+    """`POST /v1/models/NAME/versions/V:load`: serve a version, and as `latest` if newest."""
     version = _version(request)
     return await _change(
         request,
@@ -38,7 +38,7 @@ async def load_version(request: Request, server: Server) -> Response:
 
 
 async def unload_version(request: Request, server: Server) -> Response:
-    """`POST /v1/models/NAME/versions/V:unload`: serve it no more; where it was `latest`, the version before is."""
+    """`POST /v1/models/NAME/versions/V:unload`: stop serving a version."""
     version = _version(request)
     return await _change(
         request,
@@ -54,8 +54,8 @@ async def unload_version(request: Request, server: Server) -> Response:
 
 async def patch_rollout(request: Request, server: Server) -> Response:
     """`PATCH /v1/models/NAME/rollout`: a JSON merge patch of default, labels, canary and shadow."""
-    with server.buffered.hold() as hold:
-        body = await read_body(request, server.settings, hold)
+    with server.memory_budget.reserve() as reservation:
+        body = await read_body(request, server.settings, reservation)
     try:
         patch = json.loads(body)
     except (ValueError, RecursionError):

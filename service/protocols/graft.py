@@ -1,40 +1,35 @@
-"""Our own face: `POST /predict`, images in by multipart or as the body, and `GET /v1/models`."""
+"""Graft's own protocol: `POST /predict`, images as a form or as the body, and `GET /v1/models`."""
 
 from __future__ import annotations
 
+from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
-from models.checkpoint import Checkpoint
-from models.preprocess import ImageError
+from models.images import ImageError
 from service.errors import RequestError, image_error_code
-from service.inference.predictor import Answer, Scores
+from service.inference.predictor import Answer
 from service.inference.repository import Served
 from service.inference.server import ALL_MODELS, Server
-from service.protocols.predictions import multi_label_prediction, top_prediction
 from service.protocols.schemas import (
     AllResponse,
     ErrorDetail,
     ErrorResponse,
     ModelInfo,
     ModelsResponse,
-    MultiLabelPrediction,
-    Prediction,
     PredictResponse,
     RefusedModel,
 )
-from service.protocols.shared import rounded
+from service.tasks.task import Scores, Task
 from service.web.responses import json_response
 from service.web.uploads import NamedImage, read_upload
-
-DEFAULT_TOP_K = 5
 
 
 async def predict(request: Request, server: Server) -> Response:
     """`POST /predict`: images in, predictions out; with model=all, every model's."""
     server.check_room()
-    with server.buffered.hold() as hold:
-        upload = await read_upload(request, server.settings, hold)
+    with server.memory_budget.reserve() as reservation:
+        upload = await read_upload(request, server.settings, reservation)
         name = upload.options.get("model", "")
         models = server.choose(name, upload.options.get("version", ""))
         top_k = parse_top_k(upload.options.get("top_k", ""))
@@ -85,24 +80,22 @@ def _predict_response(
     check_readable(answer, [image.name for image in images])
     checkpoint = answer.model.checkpoint
     entries = [
-        _entry(image, result, checkpoint, top_k)
+        _entry(image, result, answer.model.task, top_k)
         for image, result in zip(images, answer.results, strict=True)
     ]
-    return PredictResponse(model=checkpoint.name, version=checkpoint.version, predictions=entries)
+    return PredictResponse.model_validate(
+        {"model": checkpoint.name, "version": checkpoint.version, "predictions": entries}
+    )
 
 
 def _entry(
-    image: NamedImage, result: Scores | ImageError, checkpoint: Checkpoint, top_k: int | None
-) -> Prediction | MultiLabelPrediction | ErrorResponse:
+    image: NamedImage, result: Scores | ImageError, task: Task, top_k: int | None
+) -> BaseModel:
     if isinstance(result, ImageError):
         return ErrorResponse(
             error=ErrorDetail(code=image_error_code(result), message=f"{image.name}: {result}")
         )
-    if checkpoint.thresholds is not None:
-        return multi_label_prediction(result, checkpoint, top_k)
-    return top_prediction(
-        result, checkpoint.label_names, top_k or DEFAULT_TOP_K, checkpoint.threshold
-    )
+    return task.prediction(result, top_k)
 
 
 def _model_info(served: Served) -> ModelInfo:
@@ -117,9 +110,7 @@ def _model_info(served: Served) -> ModelInfo:
         architecture=checkpoint.architecture,
         fingerprint=checkpoint.fingerprint,
         metrics=dict(checkpoint.metrics),
-        coverage=checkpoint.coverage,
-        threshold=checkpoint.threshold,
-        thresholds=None if checkpoint.thresholds is None else rounded(checkpoint.thresholds),
+        **model.task.limits(),
         device=info.device,
         engine=info.engine,
         precision=info.precision,

@@ -1,14 +1,16 @@
-"""Hugging Face's image classification API: `POST /hf/NAME`, an image in, labels and scores out, best first.
+"""Hugging Face's image classification API: `POST /hf/NAME`.
 
-    InferenceClient().image_classification("photo.jpg", model="http://localhost:3000/hf/photos", top_k=3)
+    InferenceClient().image_classification(
+        "photo.jpg", model="http://localhost:3000/hf/photos", top_k=3
+    )
 
-https://huggingface.co/docs/inference-providers/tasks/image-classification. The body is the image itself, or JSON with the image in
-base64; which of the two is seen by its first byte, whatever the content type says.
+https://huggingface.co/docs/inference-providers/tasks/image-classification. The body is the image
+itself, or JSON with the image in base64: the first byte decides, not the content type.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
@@ -16,8 +18,6 @@ from starlette.responses import Response
 
 from service.errors import RequestError
 from service.inference.server import Server
-from service.protocols.graft import DEFAULT_TOP_K
-from service.protocols.predictions import rank
 from service.protocols.shared import (
     check_uncompressed,
     choose_one,
@@ -25,6 +25,7 @@ from service.protocols.shared import (
     parse_json,
     read_scores,
 )
+from service.tasks.task import DEFAULT_TOP_K, Activation, rank
 from service.web.responses import json_response
 from service.web.uploads import read_body
 
@@ -35,18 +36,18 @@ _MAX_KEYS = 100
 
 
 class ImageClassificationParameters(BaseModel):
-    """How many labels; the scores are calibrated probabilities, so there is no other function to apply than the model's own."""
+    """How many labels. The scores are calibrated, by the model's own function and no other."""
 
     model_config = ConfigDict(extra="forbid")
 
     top_k: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
-    function_to_apply: Literal["softmax", "sigmoid"] | None = Field(
+    function_to_apply: Activation | None = Field(
         default=None, description="sigmoid for a multi-label model, softmax for others."
     )
 
 
 class ImageClassificationRequest(BaseModel):
-    """An image and what is wanted of it."""
+    """An image and its parameters."""
 
     inputs: str = Field(description="An image file in base64.")
     parameters: ImageClassificationParameters | None = None
@@ -57,11 +58,11 @@ async def classify_image(request: Request, server: Server) -> Response:
     server.check_room()
     check_uncompressed(request)
     parameters = ImageClassificationParameters()
-    with server.buffered.hold() as hold:
-        image = await read_body(request, server.settings, hold)
+    with server.memory_budget.reserve() as reservation:
+        image = await read_body(request, server.settings, reservation)
         if not image:
             raise RequestError("no_image", f"the body is empty; send {_EXAMPLE}")
-        # No image format starts so.
+        # No image format starts with a brace.
         if image.lstrip()[:1] == b"{":
             asked = parse_json(
                 image,
@@ -75,14 +76,13 @@ async def classify_image(request: Request, server: Server) -> Response:
         model = choose_one(
             server, request.path_params["name"], request.path_params.get("version", "")
         )
-        function = "softmax" if model.checkpoint.thresholds is None else "sigmoid"
-        if parameters.function_to_apply not in (None, function):
-            asked_for = parameters.function_to_apply
+        if parameters.function_to_apply not in (None, model.task.activation):
             raise RequestError(
                 "bad_parameter",
-                f"function_to_apply={asked_for}: this model's is {function!r}; leave it out",
+                f"function_to_apply={parameters.function_to_apply}: this model's is "
+                f"{model.task.activation!r}; leave it out",
             )
         (answer,) = await server.classify(request, [model], [image])
     (scores,) = read_scores(answer, lambda index: "the image")
-    ranked = rank(scores, model.checkpoint.label_names, parameters.top_k or DEFAULT_TOP_K)
+    ranked = rank(scores, model.task.label_names, parameters.top_k or DEFAULT_TOP_K)
     return json_response([one.model_dump() for one in ranked])

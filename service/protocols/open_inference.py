@@ -1,12 +1,13 @@
-"""The Open Inference Protocol (v2) of KServe, Triton and others over HTTP: `POST /v2/models/NAME/infer`, metadata, health.
+"""The Open Inference Protocol (v2) of KServe, Triton and others, over HTTP.
 
     tritonclient.http.InferenceServerClient("localhost:3000").infer("photos", [image])
 
-https://kserve.github.io/website/docs/concepts/architecture/data-plane/v2-protocol, with Triton's extensions for binary data and for
-classification. One input, either of two:
+https://kserve.github.io/website/docs/concepts/architecture/data-plane/v2-protocol, with Triton's
+extensions for binary data and for classification. A request has one of two inputs:
 
-- `image`, BYTES [N] or [N,1]: encoded files. In JSON, which holds no bytes, as base64.
-- `pixels`, UINT8 or FP32 [N,H,W,3]: crops of the model's size, RGB, values 0 to 255; FP32 is rounded and clipped.
+- `image`, BYTES [N] or [N,1]: encoded files; in JSON as base64.
+- `pixels`, UINT8 or FP32 [N,H,W,3]: crops of the model's size, RGB, values 0 to 255; FP32 is
+  rounded and clipped.
 
 The protocol has no error per image: one that cannot be read fails the request, with its index.
 """
@@ -26,9 +27,9 @@ from pydantic import BaseModel, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from models.preprocess import Pixels, Preprocess
+from models.images import Pixels
+from models.preprocess import Preprocess
 from service.errors import RequestError
-from service.inference.predictor import Scores
 from service.inference.repository import Model
 from service.inference.server import Server
 from service.protocols.shared import (
@@ -38,30 +39,35 @@ from service.protocols.shared import (
     decode_base64,
     parse_json,
     read_scores,
-    rounded,
 )
+from service.tasks.task import OutputName, Scores, Task, rounded
 from service.web.responses import json_response
 from service.web.uploads import read_body
 
-# Of these addresses, not of the models.
+# Of these routes, not of the models.
 _API_VERSION = "1"
 _EXTENSIONS = ["binary_tensor_data", "classification"]
 _HEADER_LENGTH = "Inference-Header-Content-Length"
-_EXAMPLE = '{"inputs": [{"name": "image", "shape": [1], "datatype": "BYTES", "data": ["<an image file in base64>"]}]}'
-# Of each output, and which have a value for every class.
-_DATATYPES = {"label": "BYTES", "score": "FP32", "probabilities": "FP32", "present": "BOOL"}
-_BY_CLASS = {"probabilities", "present"}
+_EXAMPLE = (
+    '{"inputs": [{"name": "image", "shape": [1], "datatype": "BYTES", '
+    '"data": ["<an image file in base64>"]}]}'
+)
+# By NumPy's kind of array; texts are objects.
+_DATATYPES: dict[str, Literal["BYTES", "FP32", "BOOL"]] = {"O": "BYTES", "f": "FP32", "b": "BOOL"}
 _MAX_KEYS = 1000
 # Three crops of 224x224; more come as binary data.
 _MAX_VALUES = 500_000
-# Pixels normalised with any mean and std are within, and not whole.
-_NORMALISED = 4.0
+# Pixels that were normalised with a mean and std are within, and are not whole numbers.
+_MAX_NORMALISED = 4.0
 
 FewDimensions = Annotated[list[int], Field(fail_fast=True, max_length=8)]
 
 
 class RequestInput(BaseModel):
-    """A tensor; its elements are in `data`, flat or nested, or follow the JSON as `binary_data_size` bytes."""
+    """A tensor. Its elements are in `data`, flat or nested, or follow the JSON as binary data.
+
+    The parameter `binary_data_size` is the number of those bytes.
+    """
 
     name: Literal["image", "pixels"]
     shape: FewDimensions
@@ -71,14 +77,20 @@ class RequestInput(BaseModel):
 
 
 class RequestOutput(BaseModel):
-    """An output that is wanted, one of the model's; its parameters are `binary_data` and, for `probabilities`, `classification`."""
+    """One of the model's outputs to answer with.
 
-    name: Literal["label", "score", "probabilities", "present"]
+    Its parameters are `binary_data` and, for `probabilities`, `classification`.
+    """
+
+    name: OutputName
     parameters: dict[str, Any] = {}
 
 
 class InferRequest(BaseModel):
-    """One input, and the outputs that are wanted, by default all; of the parameters `binary_data_output` means something here."""
+    """One input, and the outputs to answer with, by default all.
+
+    Of the parameters only `binary_data_output` has a meaning.
+    """
 
     id: str | None = None
     parameters: dict[str, Any] = {}
@@ -87,7 +99,10 @@ class InferRequest(BaseModel):
 
 
 class ResponseOutput(BaseModel):
-    """A tensor; its elements are in `data`, flat, or follow the JSON as `binary_data_size` bytes."""
+    """A tensor. Its elements are in `data`, flat, or follow the JSON as binary data.
+
+    The parameter `binary_data_size` is the number of those bytes.
+    """
 
     name: str
     datatype: Literal["BYTES", "FP32", "BOOL"]
@@ -97,9 +112,10 @@ class ResponseOutput(BaseModel):
 
 
 class InferResponse(BaseModel):
-    """Label BYTES [N], score FP32 [N] and probabilities FP32 [N,C], or those of them that were wanted.
+    """Label BYTES [N], score FP32 [N] and probabilities FP32 [N,C], or those that were asked for.
 
-    A multi-label model has probabilities and present BOOL [N,C]: whether each label's probability reaches its threshold.
+    A multi-label model has probabilities and present BOOL [N,C]: whether each label's probability
+    reaches its threshold.
     """
 
     model_name: str
@@ -127,7 +143,7 @@ class InferMetadata(BaseModel):
 
 
 class ServerMetadata(BaseModel):
-    """This server and the extensions that it knows."""
+    """This server and the extensions that it has."""
 
     name: str
     version: str
@@ -135,19 +151,19 @@ class ServerMetadata(BaseModel):
 
 
 class ServerLive(BaseModel):
-    """It is up."""
+    """Whether the server is up."""
 
     live: bool
 
 
 class ServerReady(BaseModel):
-    """It takes requests."""
+    """Whether the server takes requests."""
 
     ready: bool
 
 
 class ModelReady(BaseModel):
-    """This model takes requests."""
+    """Whether the model takes requests."""
 
     name: str
     ready: bool
@@ -155,15 +171,15 @@ class ModelReady(BaseModel):
 
 @dataclass(frozen=True)
 class Wanted:
-    """One output of a request; with `num_classes`, as that many texts `probability:index:label`, the best first."""
+    """One output of a request; with `num_classes`, so many texts `probability:index:label`."""
 
-    name: str
+    name: OutputName
     is_binary: bool
     num_classes: int | None = None
 
 
 async def server_metadata(request: Request, server: Server) -> Response:
-    """`GET /v2`: the server's name and the extensions that it knows."""
+    """`GET /v2`: the server's name and the extensions that it has."""
     return json_response(ServerMetadata(name="graft", version=_API_VERSION, extensions=_EXTENSIONS))
 
 
@@ -187,13 +203,13 @@ async def model_ready(request: Request, server: Server) -> Response:
 
 
 async def model_metadata(request: Request, server: Server) -> Response:
-    """`GET /v2/models/NAME`: the versions of a model, and the names, types and shapes of its tensors."""
+    """`GET /v2/models/NAME`: a model's versions, and the names, types and shapes of its tensors."""
     name, version = request.path_params["name"], request.path_params.get("version", "")
     model = choose_one(server, name, version)
     served = server.repository.current.models[name]
     if not version:
         model = served.default
-    preprocess, num_classes = model.backbone.preprocess, len(model.checkpoint.label_names)
+    preprocess = model.backbone.preprocess
     return json_response(
         InferMetadata(
             name=name,
@@ -209,11 +225,11 @@ async def model_metadata(request: Request, server: Server) -> Response:
             ],
             outputs=[
                 TensorMetadata(
-                    name=one,
-                    datatype=_DATATYPES[one],
-                    shape=[-1, num_classes] if one in _BY_CLASS else [-1],
+                    name=output.name,
+                    datatype=_DATATYPES[output.kind],
+                    shape=[-1, len(model.task.label_names)] if output.is_per_label else [-1],
                 )
-                for one in _outputs_of(model)
+                for output in model.task.outputs
             ],
         )
     )
@@ -223,8 +239,8 @@ async def infer(request: Request, server: Server) -> Response:
     """`POST /v2/models/NAME/infer`: classify encoded images, or crops that are pixels already."""
     server.check_room()
     check_uncompressed(request)
-    with server.buffered.hold() as hold:
-        body = await read_body(request, server.settings, hold)
+    with server.memory_budget.reserve() as reservation:
+        body = await read_body(request, server.settings, reservation)
         text, binary = _split(body, request.headers.get(_HEADER_LENGTH))
         asked = parse_json(
             text, InferRequest, example=_EXAMPLE, max_keys=_MAX_KEYS, max_values=_MAX_VALUES
@@ -232,21 +248,12 @@ async def infer(request: Request, server: Server) -> Response:
         wanted = _read_outputs(asked)
         (tensor,) = asked.inputs
         elements = _read_elements(tensor, binary)
-        if not tensor.shape or min(tensor.shape) < 0:
-            raise RequestError(
-                "bad_request",
-                f"shape {str(tensor.shape)[:100]} is none; its first size is the number of images",
-            )
+        _check_shape(tensor.shape)
         check_num_images(tensor.shape[0], server)
         model = choose_one(
             server, request.path_params["name"], request.path_params.get("version", "")
         )
-        wanted = wanted or [Wanted(name, _is_binary(asked)) for name in _outputs_of(model)]
-        if foreign := [one.name for one in wanted if one.name not in _outputs_of(model)]:
-            raise RequestError(
-                "bad_parameter",
-                f"outputs: this model has no {foreign[0]!r}; it has {', '.join(_outputs_of(model))}",
-            )
+        wanted = _choose_outputs(wanted, model.task, is_binary=_is_binary(asked))
         images = (
             _read_images(tensor, elements)
             if tensor.name == "image"
@@ -269,13 +276,14 @@ def _split(body: bytes, header_length: str | None) -> tuple[bytes, memoryview]:
     ):
         raise RequestError(
             "bad_request",
-            f"{_HEADER_LENGTH}: {header_length[:20]} is not the length of the JSON in a body of {len(body)} bytes",
+            f"{_HEADER_LENGTH}: {header_length[:20]} is not the length of the JSON in a body of "
+            f"{len(body)} bytes",
         )
     return body[: int(header_length)], memoryview(body)[int(header_length) :]
 
 
 def _read_outputs(asked: InferRequest) -> list[Wanted]:
-    """Those that are named; none of them stands for all of the model's."""
+    """The outputs that the request names, perhaps none."""
     default = _is_binary(asked)
     if not asked.outputs:
         return []
@@ -284,16 +292,27 @@ def _read_outputs(asked: InferRequest) -> list[Wanted]:
     return [_read_output(output, default) for output in asked.outputs]
 
 
+def _choose_outputs(wanted: list[Wanted], task: Task, *, is_binary: bool) -> list[Wanted]:
+    """`wanted`, or all of the task's; raises RequestError for one that the task does not have."""
+    names = [output.name for output in task.outputs]
+    if missing := [one.name for one in wanted if one.name not in names]:
+        raise RequestError(
+            "bad_parameter",
+            f"outputs: this model has no {missing[0]!r}; it has {', '.join(names)}",
+        )
+    return wanted or [Wanted(name, is_binary) for name in names]
+
+
+def _check_shape(shape: list[int]) -> None:
+    if not shape or min(shape) < 0:
+        raise RequestError(
+            "bad_request",
+            f"shape {str(shape)[:100]} is none; its first size is the number of images",
+        )
+
+
 def _is_binary(asked: InferRequest) -> bool:
     return _flag(asked.parameters, "binary_data_output", default=False)
-
-
-def _outputs_of(model: Model) -> tuple[str, ...]:
-    return (
-        ("label", "score", "probabilities")
-        if model.checkpoint.thresholds is None
-        else ("probabilities", "present")
-    )
 
 
 def _read_output(output: RequestOutput, default: bool) -> Wanted:
@@ -331,7 +350,8 @@ def _read_elements(tensor: RequestInput, binary: memoryview) -> list[Any] | memo
     if type(size) is not int or size != len(binary):
         raise RequestError(
             "bad_request",
-            f"binary_data_size is {str(size)[:20]}, and {len(binary)} bytes follow the JSON, whose length is the header {_HEADER_LENGTH}",
+            f"binary_data_size is {str(size)[:20]}, and {len(binary)} bytes follow the JSON, "
+            f"whose length is the header {_HEADER_LENGTH}",
         )
     return tensor.data if tensor.data is not None else binary
 
@@ -368,7 +388,8 @@ def _split_bytes(data: memoryview, num_elements: int) -> list[bytes]:
     if start != len(data):
         raise RequestError(
             "bad_request",
-            f"image: {len(data)} bytes are not {num_elements} elements, each after its length in 4 bytes, little-endian",
+            f"image: {len(data)} bytes are not {num_elements} elements, each after its length in "
+            "4 bytes, little-endian",
         )
     return elements
 
@@ -382,8 +403,8 @@ def _read_pixels(
     if tensor.datatype == "BYTES" or tuple(tensor.shape) != shape:
         raise RequestError(
             "bad_request",
-            f"pixels are {tensor.datatype} of shape {str(tensor.shape)[:100]}; this model takes UINT8 or FP32 of shape {list(shape)}, "
-            "or files of any size as 'image'",
+            f"pixels are {tensor.datatype} of shape {str(tensor.shape)[:100]}; this model takes "
+            f"UINT8 or FP32 of shape {list(shape)}, or files of any size as 'image'",
         )
     if isinstance(elements, memoryview):
         dtype = np.dtype("u1" if tensor.datatype == "UINT8" else "<f4")
@@ -391,7 +412,8 @@ def _read_pixels(
         if len(elements) != wanted:
             raise RequestError(
                 "bad_request",
-                f"pixels: {tensor.datatype} of shape {list(shape)} are {wanted} bytes, not {len(elements)}",
+                f"pixels: {tensor.datatype} of shape {list(shape)} are {wanted} bytes, "
+                f"not {len(elements)}",
             )
         values: npt.NDArray[Any] = np.frombuffer(elements, dtype)
     else:
@@ -409,7 +431,7 @@ def _read_numbers(tensor: RequestInput, elements: list[Any]) -> npt.NDArray[Any]
             "bad_request", f"pixels: an element is not a number of type {tensor.datatype}"
         )
     try:
-        # Whole numbers stay whole: 256 is out of range, not 0.
+        # NumPy raises for 256 here; a cast would make it 0.
         return np.array(numbers, np.uint8 if tensor.datatype == "UINT8" else np.float64)
     except OverflowError:
         raise RequestError(
@@ -418,16 +440,20 @@ def _read_numbers(tensor: RequestInput, elements: list[Any]) -> npt.NDArray[Any]
 
 
 def _check_range(values: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.floating[Any]]:
-    """FP32 as whole numbers from 0 to 255. A resize may leave them a little outside; NaN is no colour, nor are normalised values."""
+    """FP32 rounded and clipped to 0 to 255, for a resize may leave values a little outside.
+
+    Raises RequestError for NaN, infinite and normalised values.
+    """
     if not np.isfinite(values).all():
         raise RequestError(
             "bad_request", "pixels: an element is NaN or infinite; values are 0 to 255"
         )
     whole = np.rint(values)
-    if np.abs(values).max() <= _NORMALISED and (whole != values).any():
+    if np.abs(values).max() <= _MAX_NORMALISED and (whole != values).any():
         raise RequestError(
             "bad_request",
-            "pixels: the values look normalised; send them as 0 to 255, mean and std are the model's part",
+            "pixels: the values look normalised; send them as 0 to 255: the model subtracts its "
+            "mean and divides by its std",
         )
     return np.asarray(np.clip(whole, 0, 255))
 
@@ -446,7 +472,8 @@ def _flatten(tensor: RequestInput, elements: list[Any]) -> list[Any]:
     if len(rows) != math.prod(tensor.shape):
         raise RequestError(
             "bad_request",
-            f"{tensor.name}: shape {tensor.shape} has {math.prod(tensor.shape)} elements, data has {len(rows)}",
+            f"{tensor.name}: shape {tensor.shape} has {math.prod(tensor.shape)} elements, "
+            f"data has {len(rows)}",
         )
     return rows
 
@@ -456,23 +483,10 @@ def _respond(
 ) -> Response:
     outputs, parts = [], []
     for one in wanted:
-        texts, numbers, shape = _compute(one, model.checkpoint.label_names, scores)
-        output = ResponseOutput(
-            name=one.name, datatype="FP32" if texts is None else "BYTES", shape=shape
-        )
-        if one.name == "present" and model.checkpoint.thresholds is not None:
-            output.datatype, present = "BOOL", scores >= model.checkpoint.thresholds
-            if one.is_binary:
-                parts.append(present.tobytes())
-                output.parameters = {"binary_data_size": present.size}
-            else:
-                output.data = present.ravel().tolist()
-        elif one.is_binary:
-            parts.append(numbers.astype("<f4").tobytes() if texts is None else _join_bytes(texts))
-            output.parameters = {"binary_data_size": len(parts[-1])}
-        else:
-            output.data = rounded(numbers.ravel()) if texts is None else texts
+        output, binary = _encode_output(one, _compute(one, model.task, scores))
         outputs.append(output)
+        if binary is not None:
+            parts.append(binary)
     checkpoint = model.checkpoint
     answer = InferResponse(
         model_name=checkpoint.name,
@@ -480,7 +494,7 @@ def _respond(
         id=request_id,
         outputs=outputs,
     )
-    # Not pydantic's JSON: it fails on an id that is half of a pair of surrogates, which a request may hold.
+    # Not pydantic's JSON, which fails on half of a surrogate pair: a request's id may hold one.
     text = json.dumps(answer.model_dump(exclude_none=True)).encode()
     if not parts:
         return Response(text, media_type="application/json")
@@ -491,23 +505,36 @@ def _respond(
     )
 
 
-def _compute(
-    wanted: Wanted, names: tuple[str, ...], scores: Scores
-) -> tuple[list[str] | None, Scores, list[int]]:
-    """An output's texts (or None), its numbers, its shape."""
-    if wanted.num_classes is not None:
-        order = np.argsort(-scores, axis=1, kind="stable")[:, : wanted.num_classes]
-        texts = [
-            f"{row[index]:.6f}:{index}:{names[index]}"
-            for row, best in zip(scores, order, strict=True)
-            for index in best
-        ]
-        return texts, scores, list(order.shape)
-    if wanted.name in _BY_CLASS:
-        return None, scores, list(scores.shape)
-    if wanted.name == "score":
-        return None, scores.max(axis=1), [len(scores)]
-    return [names[index] for index in scores.argmax(axis=1)], scores, [len(scores)]
+def _compute(wanted: Wanted, task: Task, scores: Scores) -> npt.NDArray[Any]:
+    """An output's values: texts as objects, numbers or booleans."""
+    if wanted.num_classes is None:
+        return task.output(wanted.name, scores)
+    order = np.argsort(-scores, axis=1, kind="stable")[:, : wanted.num_classes]
+    texts = [
+        [f"{row[index]:.6f}:{index}:{task.label_names[index]}" for index in best]
+        for row, best in zip(scores, order, strict=True)
+    ]
+    return np.array(texts, object)
+
+
+def _encode_output(wanted: Wanted, values: npt.NDArray[Any]) -> tuple[ResponseOutput, bytes | None]:
+    """The output with its elements, or with the number of the bytes that hold them."""
+    output = ResponseOutput(
+        name=wanted.name, datatype=_DATATYPES[values.dtype.kind], shape=list(values.shape)
+    )
+    if not wanted.is_binary:
+        is_float = values.dtype.kind == "f"
+        output.data = rounded(values.ravel()) if is_float else values.ravel().tolist()
+        return output, None
+    binary = _to_bytes(values)
+    output.parameters = {"binary_data_size": len(binary)}
+    return output, binary
+
+
+def _to_bytes(values: npt.NDArray[Any]) -> bytes:
+    if values.dtype.kind == "O":
+        return _join_bytes(values.ravel().tolist())
+    return (values.astype("<f4") if values.dtype.kind == "f" else values).tobytes()
 
 
 def _join_bytes(texts: Sequence[str]) -> bytes:
@@ -526,5 +553,6 @@ def _refuse_shared_memory(parameters: dict[str, Any]) -> None:
     if "shared_memory_region" in parameters:
         raise RequestError(
             "bad_parameter",
-            "this server has no shared memory; send the data itself, as binary data where it is large",
+            "this server has no shared memory; send the data itself, as binary data where it is "
+            "large",
         )

@@ -1,4 +1,4 @@
-"""What goes out, as pydantic models: the answers' shapes and the OpenAPI page's. What comes in is read by `uploads`."""
+"""The answers of Graft's own routes, as pydantic models, which are also the OpenAPI schemas."""
 
 from __future__ import annotations
 
@@ -7,60 +7,34 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from service.inference.rollout import Rollout
+from service.tasks.choose import AnyPrediction
 
 
 class ErrorDetail(BaseModel):
-    """Why there is no answer: `code` for programs, `message` with what to do for people."""
+    """Why there is no answer: `code` for programs, `message` with the way out for people."""
 
     code: str
     message: str
 
 
 class ErrorResponse(BaseModel):
-    """The shape of every error of our own routes."""
+    """Every error of Graft's own routes."""
 
     error: ErrorDetail
 
 
 class ProtocolError(BaseModel):
-    """The shape of every error of TF-Serving, the Open Inference Protocol and Hugging Face."""
+    """Every error of TF-Serving, the Open Inference Protocol and Hugging Face."""
 
     error: str
 
 
-class LabelScore(BaseModel):
-    """A label and its calibrated probability."""
-
-    label: str
-    score: float
-
-
-class Prediction(LabelScore):
-    """The best label of an image and its `top_k` labels, best first."""
-
-    unsure: bool | None = Field(
-        default=None,
-        description="Whether no label's score, or more than one's, reaches the model's threshold: none fits, or several could be true at "
-        "the coverage that the model was made for. null where the model has no threshold.",
-    )
-    top: list[LabelScore]
-
-
-class MultiLabelPrediction(BaseModel):
-    """What a model whose images have any number of labels says of one: each score is a label's own, and they do not add up to one."""
-
-    labels: list[LabelScore] = Field(
-        description="The labels whose score reaches the model's threshold for it, best first; perhaps none, perhaps several."
-    )
-    top: list[LabelScore] = Field(description="All labels, or the `top_k` asked for, best first.")
-
-
 class PredictResponse(BaseModel):
-    """One entry per image, in the order of the request; an image that could not be read has an `error` in its place."""
+    """One entry per image, in the order of the request; an unreadable image has an `error`."""
 
     model: str
     version: int
-    predictions: list[Prediction | MultiLabelPrediction | ErrorResponse]
+    predictions: list[AnyPrediction | ErrorResponse]
 
 
 class AllResponse(BaseModel):
@@ -83,13 +57,15 @@ class ModelInfo(BaseModel):
     )
     metrics: dict[str, Any]
     coverage: float | None = Field(
-        description="For how many images like those it was made with the labels that reach the threshold hold the true one."
+        description="For which fraction of images like those of its training the true label is "
+        "among those that reach the threshold."
     )
     threshold: float | None = Field(
         description="An answer is unsure unless the score of exactly one label is at least this."
     )
     thresholds: list[float] | None = Field(
-        description="For each of the labels the score from which on a multi-label model's answer names it; null for other models."
+        description="The least score at which a multi-label model's answer names each label; null "
+        "for other models."
     )
     device: str
     engine: str
@@ -102,7 +78,7 @@ class ModelInfo(BaseModel):
 
 
 class RefusedModel(BaseModel):
-    """A version that is in the repository and not served; with no version, a rollout that is not followed."""
+    """A version that is not served, or a rollout (no version) that is not followed, and why."""
 
     name: str
     version: int | None
@@ -110,14 +86,17 @@ class RefusedModel(BaseModel):
 
 
 class ModelsResponse(BaseModel):
-    """What is served, and what is not and why."""
+    """The models that are served, and those that were refused."""
 
     models: list[ModelInfo]
     refused: list[RefusedModel]
 
 
 class RolloutResponse(BaseModel):
-    """A model's rollout after a change; not `persisted`, it ends with the process, because the repository cannot be written."""
+    """A model's rollout after a change.
+
+    Not `persisted`, it ends with the process: the repository cannot be written.
+    """
 
     model: str
     rollout: Rollout
@@ -141,7 +120,7 @@ class BackboneStatus(BaseModel):
 
 
 class StatusResponse(BaseModel):
-    """How this process is."""
+    """The health and the load of this process."""
 
     ready: bool
     alive: bool

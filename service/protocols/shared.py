@@ -1,4 +1,7 @@
-"""What the faces of other servers' protocols share: strict JSON, images in base64, one model per address, no error per image."""
+"""What the protocols of other servers share.
+
+They have strict JSON, images in base64, one model per route, and no error per image.
+"""
 
 from __future__ import annotations
 
@@ -11,29 +14,33 @@ import numpy as np
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
-from models.preprocess import ImageError
+from models.images import ImageError
 from service.errors import RequestError, image_error_code
-from service.inference.predictor import Answer, Scores
+from service.inference.predictor import Answer
 from service.inference.repository import Model
 from service.inference.server import ALL_MODELS, Server
+from service.tasks.task import Scores
 from service.web.uploads import too_many_images
 
 Shape = TypeVar("Shape", bound=BaseModel)
 
 
 def choose_one(server: Server, name: str, version: str = "") -> Model:
-    """The model that an address names: `all`, which /predict knows, is none here. Raises RequestError where there is none."""
+    """The model that a route's path names; raises RequestError where there is none.
+
+    `all`, which /predict takes, names no model here.
+    """
     if name == ALL_MODELS and name not in server.check_ready().models:
         raise RequestError(
             "no_such_model",
-            f"there is no model {ALL_MODELS!r} here; POST /predict?model=all asks every model",
+            f"no model {ALL_MODELS!r} has this route; POST /predict?model=all asks every model",
         )
     (model,) = server.choose(name, version)
     return model
 
 
 def check_uncompressed(request: Request) -> None:
-    """Raises RequestError for a compressed body: its size in memory would be known too late."""
+    """Raises RequestError for a compressed body, whose size in memory is not known in advance."""
     encoding = request.headers.get("content-encoding", "identity")
     if encoding.lower() != "identity":
         raise RequestError(
@@ -55,13 +62,14 @@ def parse_json(
 ) -> Shape:
     """Strict JSON as `shape`; raises RequestError with the place that is wrong, and `example`.
 
-    Keys and values are counted before anything is parsed: ten bytes of JSON can become a hundred of Python, and nobody else is
-    served meanwhile. Measured: a million keys take 1 s, a million numbers 0.1 s, nested three by three 0.2 s.
+    Keys and values are counted before the JSON is parsed, which blocks the event loop: a million
+    keys take 1 s, a million numbers 0.1 s, and ten bytes of JSON can become a hundred of Python.
     """
     if data.count(b":") > max_keys or sum(map(data.count, (b",", b"[", b"{"))) > max_values:
         raise RequestError(
             "body_too_large",
-            f"the JSON has more than {max_keys} keys or {max_values} values; send fewer images, or binary data instead",
+            f"the JSON has more than {max_keys} keys or {max_values} values; send fewer images, or "
+            "binary data instead",
         )
     try:
         content = json.loads(data, parse_constant=_refuse_constant)
@@ -81,29 +89,27 @@ def parse_json(
 
 
 def decode_base64(text: str, place: str) -> bytes:
-    """The bytes behind `text`, whose lines may be wrapped; raises RequestError that names `place`."""
+    """The bytes of base64, whose lines may be wrapped; raises RequestError that names `place`."""
     try:
         return base64.b64decode(text.replace("\n", "").replace("\r", ""), validate=True)
     except ValueError as error:
         raise RequestError(
             "bad_request",
-            f"{place} is not base64 ({error}); encode the image file itself: addresses are not fetched",
+            f"{place} is not base64 ({error}); encode the image file itself: URLs are not fetched",
         ) from None
 
 
 def read_scores(answer: Answer, place: Callable[[int], str]) -> Scores:
-    """Probabilities `[N,C]`; raises RequestError for the first image that could not be read, which `place` names by its index."""
+    """Probabilities `[N,C]`; raises RequestError for the first unreadable image.
+
+    `place` names an image by its index.
+    """
     rows = []
     for index, result in enumerate(answer.results):
         if isinstance(result, ImageError):
             raise RequestError(image_error_code(result), f"{place(index)}: {result}")
         rows.append(result)
     return np.stack(rows)
-
-
-def rounded(scores: Scores) -> list[float]:
-    """As /predict writes them: six digits."""
-    return [round(score, 6) for score in scores.astype(np.float64).tolist()]
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -1,23 +1,21 @@
-"""TensorFlow Serving's REST API: `POST /v1/models/NAME:predict`, the status of its versions, their signature.
+"""TensorFlow Serving's REST API: predictions, the status of versions, and their signatures.
 
-    curl localhost:3000/v1/models/photos:predict -d '{"instances": [{"b64": "'$(base64 -w0 photo.jpg)'"}]}'
+    curl localhost:3000/v1/models/photos:predict \
+        -d '{"instances": [{"b64": "'$(base64 -w0 photo.jpg)'"}]}'
 
-https://www.tensorflow.org/tfx/serving/api_rest. The one input is `image_bytes`. The protocol has no error per image: one that
-cannot be read fails the request, with its index.
+https://www.tensorflow.org/tfx/serving/api_rest. The one input is `image_bytes`. The protocol has no
+error per image: one that cannot be read fails the request, with its index.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from starlette.requests import Request
 from starlette.responses import Response
 
 from service.errors import RequestError
-from service.inference.predictor import Scores
-from service.inference.repository import Model
 from service.inference.server import Server
 from service.protocols.shared import (
     check_num_images,
@@ -26,13 +24,16 @@ from service.protocols.shared import (
     decode_base64,
     parse_json,
     read_scores,
-    rounded,
 )
+from service.tasks.choose import AnyColumns, AnyRows
+from service.tasks.task import Task
 from service.web.responses import json_response
 from service.web.uploads import read_body
 
 _EXAMPLE = '{"instances": [{"b64": "<an image file in base64>"}]}'
 _INPUT = "image_bytes"
+# By NumPy's kind of array; texts are objects.
+_DTYPES = {"O": "DT_STRING", "f": "DT_FLOAT", "b": "DT_BOOL"}
 
 
 class Base64Bytes(BaseModel):
@@ -84,50 +85,16 @@ class PredictRequest(BaseModel):
         return self
 
 
-class PredictRow(BaseModel):
-    """One image: its best label, and every class with its calibrated probability, in the model's order."""
-
-    label: str
-    score: float
-    classes: list[str]
-    scores: list[float]
-
-
-class MultiLabelRow(BaseModel):
-    """One image of a multi-label model: every class with its own calibrated probability, and whether that reaches its threshold."""
-
-    classes: list[str]
-    scores: list[float]
-    present: list[bool]
-
-
 class PredictRows(BaseModel):
     """The answer to `instances`."""
 
-    predictions: list[PredictRow] | list[MultiLabelRow]
-
-
-class PredictColumns(BaseModel):
-    """The same, as columns."""
-
-    label: list[str]
-    score: list[float]
-    classes: list[list[str]]
-    scores: list[list[float]]
-
-
-class MultiLabelColumns(BaseModel):
-    """The same of a multi-label model."""
-
-    classes: list[list[str]]
-    scores: list[list[float]]
-    present: list[list[bool]]
+    predictions: AnyRows
 
 
 class PredictOutputs(BaseModel):
     """The answer to `inputs`."""
 
-    outputs: PredictColumns | MultiLabelColumns
+    outputs: AnyColumns
 
 
 class VersionError(BaseModel):
@@ -152,7 +119,7 @@ class ModelStatus(BaseModel):
 
 
 class ModelMetadata(BaseModel):
-    """A version, and `signature_def` with the names, types and shapes of its input and its outputs."""
+    """A version, and `signature_def`: the names, types and shapes of its input and outputs."""
 
     model_spec: dict[str, str]
     metadata: dict[str, Any]
@@ -163,9 +130,9 @@ async def predict(request: Request, server: Server) -> Response:
     server.check_room()
     check_uncompressed(request)
     settings = server.settings
-    with server.buffered.hold() as hold:
-        body = await read_body(request, settings, hold)
-        # Room for a few images too many, which are refused by their number.
+    with server.memory_budget.reserve() as reservation:
+        body = await read_body(request, settings, reservation)
+        # Enough for a few images too many, which are then refused by their number.
         max_keys = 100 + 8 * settings.max_images
         asked = parse_json(
             body, PredictRequest, example=_EXAMPLE, max_keys=max_keys, max_values=max_keys
@@ -179,22 +146,13 @@ async def predict(request: Request, server: Server) -> Response:
         images = [decode_base64(one.b64, f"{key}[{index}]") for index, one in enumerate(encoded)]
         model = choose_one(server, request.path_params["name"], _version(request))
         (answer,) = await server.classify(request, [model], images)
-    names = list(model.checkpoint.label_names)
-    found = read_scores(answer, lambda index: f"{key}[{index}]")
-    if model.checkpoint.thresholds is not None:
-        return _respond_multi_label(
-            names, found, model.checkpoint.thresholds, as_rows=key == "instances"
-        )
-    rows = [_row(names, scores) for scores in found]
+    scores = read_scores(answer, lambda index: f"{key}[{index}]")
+    rows = [model.task.tensorflow_row(row) for row in scores]
     if key == "instances":
-        return json_response(PredictRows(predictions=rows))
-    columns = PredictColumns(
-        label=[row.label for row in rows],
-        score=[row.score for row in rows],
-        classes=[row.classes for row in rows],
-        scores=[row.scores for row in rows],
-    )
-    return json_response(PredictOutputs(outputs=columns))
+        return json_response(PredictRows.model_validate({"predictions": rows}))
+    names = type(rows[0]).model_fields
+    columns = {name: [getattr(row, name) for row in rows] for name in names}
+    return json_response(PredictOutputs.model_validate({"outputs": columns}))
 
 
 async def model_status(request: Request, server: Server) -> Response:
@@ -218,7 +176,7 @@ async def model_status(request: Request, server: Server) -> Response:
             for one in current.models[name].versions
         }
     if version and not (version.isdigit() and int(version) in statuses):
-        # A label, or nothing that is here: then this says so.
+        # A label, or a version that is not served, which raises.
         version = str(choose_one(server, name, version).checkpoint.version)
     if not statuses:
         choose_one(server, name)
@@ -227,7 +185,7 @@ async def model_status(request: Request, server: Server) -> Response:
 
 
 async def model_metadata(request: Request, server: Server) -> Response:
-    """`GET /v1/models/NAME/metadata`: the signature of a version, by default the one that answers."""
+    """`GET /v1/models/NAME/metadata`: the signature of a version, by default of the default one."""
     name, version = request.path_params["name"], _version(request)
     model = choose_one(server, name, version)
     if not version:
@@ -239,18 +197,24 @@ async def model_metadata(request: Request, server: Server) -> Response:
                 "signature_name": "",
                 "version": str(model.checkpoint.version),
             },
-            metadata={"signature_def": {"signature_def": {"serving_default": _signature(model)}}},
+            metadata={
+                "signature_def": {"signature_def": {"serving_default": _signature(model.task)}}
+            },
         )
     )
 
 
 def _version(request: Request) -> str:
-    """The number or the label of the address, "" where it has neither; raises RequestError where one stands in the other's place."""
+    """The version's number or label in the path, "" where it has neither.
+
+    Raises RequestError for a label in the place of a number, and the other way round.
+    """
     version = request.path_params.get("version", "")
     if version and not (version.isascii() and version.isdigit() and len(version) < 10):
         raise RequestError(
             "bad_parameter",
-            f"{version[:50]!r} is not a version's number; labels are asked for as /labels/{version[:50]}",
+            f"{version[:50]!r} is not a version's number; "
+            f"labels are asked for as /labels/{version[:50]}",
         )
     label = request.path_params.get("label", "")
     if label.isdigit():
@@ -261,45 +225,18 @@ def _version(request: Request) -> str:
     return str(int(version)) if version else str(label)
 
 
-def _row(names: list[str], scores: Scores) -> PredictRow:
-    numbers = rounded(scores)
-    best = int(np.argmax(scores))
-    return PredictRow(label=names[best], score=numbers[best], classes=names, scores=numbers)
-
-
-def _respond_multi_label(
-    names: list[str], found: Scores, thresholds: Scores, *, as_rows: bool
-) -> Response:
-    rows = [
-        MultiLabelRow(classes=names, scores=rounded(row), present=(row >= thresholds).tolist())
-        for row in found
-    ]
-    if as_rows:
-        return json_response(PredictRows(predictions=rows))
-    columns = MultiLabelColumns(
-        classes=[row.classes for row in rows],
-        scores=[row.scores for row in rows],
-        present=[row.present for row in rows],
-    )
-    return json_response(PredictOutputs(outputs=columns))
-
-
-def _signature(model: Model) -> dict[str, Any]:
-    num_classes = len(model.checkpoint.label_names)
-    classes = {
-        "classes": _tensor("classes", "DT_STRING", -1, num_classes),
-        "scores": _tensor("scores", "DT_FLOAT", -1, num_classes),
-    }
-    if model.checkpoint.thresholds is None:
-        outputs = {
-            "label": _tensor("label", "DT_STRING", -1),
-            "score": _tensor("score", "DT_FLOAT", -1),
-            **classes,
-        }
-    else:
-        outputs = {**classes, "present": _tensor("present", "DT_BOOL", -1, num_classes)}
+def _signature(task: Task) -> dict[str, Any]:
+    outputs: dict[str, Any] = {}
+    for output in task.outputs:
+        sizes = (-1, len(task.label_names)) if output.is_per_label else (-1,)
+        name: str = output.name
+        if name == "probabilities":
+            # TensorFlow Serving's own names: its classifiers answer with classes and their scores.
+            outputs["classes"] = _tensor("classes", _DTYPES["O"], *sizes)
+            name = "scores"
+        outputs[name] = _tensor(name, _DTYPES[output.kind], *sizes)
     return {
-        "inputs": {_INPUT: _tensor(_INPUT, "DT_STRING", -1)},
+        "inputs": {_INPUT: _tensor(_INPUT, _DTYPES["O"], -1)},
         "outputs": outputs,
         "method_name": "tensorflow/serving/predict",
     }

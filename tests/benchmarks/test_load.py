@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -18,7 +19,7 @@ class Recorder(BaseHTTPRequestHandler):
     """Answers 200, every third request 429, and a path with "slow" late."""
 
     protocol_version = "HTTP/1.1"
-    seen: list[tuple[str, bytes]]
+    seen: ClassVar[list[tuple[str, bytes]]]
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -36,12 +37,14 @@ class Recorder(BaseHTTPRequestHandler):
 
 @contextmanager
 def record() -> Iterator[tuple[str, list[tuple[str, bytes]]]]:
-    handler = type("OwnRecorder", (Recorder,), {"seen": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    class OwnRecorder(Recorder):
+        seen: ClassVar[list[tuple[str, bytes]]] = []
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), OwnRecorder)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}", handler.seen
+        yield f"http://127.0.0.1:{server.server_port}", OwnRecorder.seen
     finally:
         server.shutdown()
         thread.join()

@@ -1,6 +1,7 @@
-"""Whether KServe's own API knows every field of the objects in the files named: run with `kserve` installed, by tests/image.sh.
+"""Check that KServe's own API knows every field of the objects in the given files.
 
-uv run --no-project --with kserve==0.21.0 python tests/deploy/kserve_schema.py deploy/kubernetes/kserve/*.yaml
+tests/image.sh runs it where `kserve` is installed:
+uv run --no-project --with kserve==0.21.0 python tests/deploy/kserve_schema.py FILES
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def main() -> None:
 
 
 def check(value: Any, kind: str, where: str) -> None:
-    """`kind` is written as the generated clients write it: a class of either, `list[…]`, `dict(str, …)`, or a primitive."""
+    """`kind` as in the generated clients: a class, `list[…]`, `dict(str, …)` or a primitive."""
     if inner := re.fullmatch(r"[lL]ist\[(.+)\]", kind):
         for index, element in enumerate(value):
             check(element, inner[1], f"{where}[{index}]")

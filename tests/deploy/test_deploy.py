@@ -1,4 +1,4 @@
-"""What stands in deploy/: whole by its own tools' word, and about metrics, variables, paths and files that there are."""
+"""deploy/ is valid by its own tools, and names metrics, variables, paths and files that exist."""
 
 from __future__ import annotations
 
@@ -23,9 +23,15 @@ from tests.support.servers import PROJECT_DIR
 DEPLOY_DIR = PROJECT_DIR / "deploy"
 KUBERNETES_DIR = DEPLOY_DIR / "kubernetes"
 DASHBOARD_PATH = DEPLOY_DIR / "grafana" / "dashboards" / "graft.json"
-# Not the settings of the service: the builder's, the tests' own, and where it writes itself.
-OTHER_VARIABLES = {"GRAFT_IMAGE", "GRAFT_IMAGE_DIR", "GRAFT_KILLS", "GRAFT_PARENT_PID"}
-# Of the scrape itself, and of the adapter's rule.
+# Not settings of the service: of the image's build, of tests, set by the service itself, of 0.1.0.
+OTHER_VARIABLES = {
+    "GRAFT_IMAGE",
+    "GRAFT_IMAGE_DIR",
+    "GRAFT_KILLS",
+    "GRAFT_PARENT_PID",
+    "GRAFT_KEEP_ALIVE_SECONDS",
+}
+# From the scrape itself, and from the adapter's rule.
 OTHER_METRICS = {"up", "graft_queue_seconds_mean"}
 
 Document = dict[str, Any]
@@ -47,7 +53,7 @@ def variables() -> set[str]:
 
 
 def metric_names() -> set[str]:
-    """Every series that /metrics can have, those without a label yet too."""
+    """Every series that /metrics can have, also those that have no labels yet."""
     names = set()
     for family in REGISTRY.collect():
         suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}.get(
@@ -58,7 +64,7 @@ def metric_names() -> set[str]:
 
 
 def expressions() -> Iterator[tuple[str, str]]:
-    """Where each PromQL expression stands, and it, with Grafana's and the adapter's placeholders filled."""
+    """Each PromQL expression with its place; Grafana's and the adapter's placeholders filled."""
     for panel in json.loads(DASHBOARD_PATH.read_text())["panels"]:
         for target in panel["targets"]:
             yield panel["title"], target["expr"].replace("$__rate_interval", "1m")
@@ -75,7 +81,7 @@ def expressions() -> Iterator[tuple[str, str]]:
         )
 
 
-def test_every_expression_asks_for_metrics_that_there_are() -> None:
+def test_every_expression_asks_for_existing_metrics() -> None:
     found = set()
     for where, expression in expressions():
         names = set(
@@ -86,7 +92,7 @@ def test_every_expression_asks_for_metrics_that_there_are() -> None:
         assert names, where
         assert names <= metric_names() | OTHER_METRICS, f"{where}: {names - metric_names()}"
         found |= names
-    # And what /metrics has of ours is on the dashboard.
+    # And all of our metrics are on the dashboard.
     ours = {
         name
         for name in metric_names()
@@ -130,8 +136,8 @@ def test_the_dashboard_is_one_that_grafana_can_provision() -> None:
     assert {panel["datasource"]["uid"] for panel in panels} == {source["uid"]}
 
 
-def test_grafanas_own_model_knows_all_of_the_dashboard() -> None:
-    """What Grafana's SDK does not know it drops, so that what comes back would be less."""
+def test_grafanas_own_model_knows_the_whole_dashboard() -> None:
+    """Grafana's SDK drops what it does not know, so that less would come back."""
     plugins = pytest.importorskip(
         "grafana_foundation_sdk.cog.plugins", reason="grafana-foundation-sdk is not installed"
     )
@@ -149,7 +155,7 @@ def test_grafanas_own_model_knows_all_of_the_dashboard() -> None:
 
 
 def missing(whole: Any, part: Any, where: str = "") -> Iterator[str]:
-    """Where something of `whole` is not in `part`, or is another there."""
+    """Where something of `whole` is missing in `part` or differs."""
     if isinstance(whole, dict) and isinstance(part, dict):
         for key, value in whole.items():
             yield from (
@@ -177,7 +183,7 @@ def test_manifests_match_kuberneteses_schemas() -> None:
 
 
 def merge(base: Any, patch: Any) -> Any:
-    """Kubernetes' strategic merge, as far as these patches go: maps by key, lists of named things by name."""
+    """Kubernetes' strategic merge as these patches need it: maps by key, named items by name."""
     if isinstance(base, dict) and isinstance(patch, dict):
         return {
             key: merge(base[key], patch[key])
@@ -283,7 +289,7 @@ def test_compose_is_what_compose_reads() -> None:
 
 
 def find_compose() -> list[str] | None:
-    """As docker's plugin or as a program of its own; not version 1, which is not kept any more and knows no `dockerfile_inline`."""
+    """Docker's plugin or its own program, not version 1, which has no `dockerfile_inline`."""
     for command in (["docker", "compose"], ["docker-compose"]):
         if shutil.which(command[0]) is not None:
             version = subprocess.run(

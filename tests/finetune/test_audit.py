@@ -1,4 +1,4 @@
-"""An audit finds what is wrong with real images, says so in a table, a CSV and a page, and stops a strict run on leaks."""
+"""An audit finds what is wrong with real images; --strict stops a run on leaks."""
 
 from __future__ import annotations
 
@@ -93,14 +93,15 @@ def test_copies_across_the_split_are_leaks_and_others_are_not(found: Audit, faul
 
 
 def test_the_score_is_told_with_and_without_leaks(found: Audit) -> None:
-    whole, clean = found.accuracy["val"]
+    whole, clean = found.scores["val"]
     assert clean is not None
     assert clean < whole
     (line,) = (line for line in found.to_lines() if "accuracy" in line)
     num_leaks = len(found.leaks)
     assert (
         line
-        == f"audit: the probe's val accuracy is {whole:.4f} with {num_leaks} images of another split, {clean:.4f} without"
+        == f"audit: the probe's val accuracy is {whole:.4f} with {num_leaks} images of another "
+        f"split, {clean:.4f} without"
     )
     assert found.to_dict()["accuracy"] == {"val": {"all": whole, "without_leaks": clean}}
 
@@ -296,13 +297,13 @@ def test_a_run_is_audited_and_its_split_keeps_duplicates_together(
     assert f"audit: look at {run_dir / 'audit.html'}" in caplog.messages
 
 
-def test_an_image_of_something_else_is_the_odd_one(
+def test_an_image_of_something_else_is_an_outlier(
     prepared: PreparedBackbone, tmp_path: Path, cache_dir: Path
 ) -> None:
     data = write_class_folders(tmp_path / "data", 30)
     photo = next(Path(datasets.__file__).parent.glob("images/china.jpg"))
     shutil.copy(photo, data / "cross" / "holiday.jpg")
-    assert found_paths(audit_of(data, tmp_path, cache_dir), "odd") == ["holiday.jpg"]
+    assert found_paths(audit_of(data, tmp_path, cache_dir), "outlier") == ["holiday.jpg"]
 
 
 def test_a_later_run_on_a_grown_folder_moves_no_image(
@@ -332,7 +333,8 @@ def test_a_strict_run_stops_on_a_leak(
     shutil.copy(data / "train" / "circle" / "0.jpeg", data / "val" / "circle" / "same.jpeg")
     with pytest.raises(
         GraftError,
-        match=r"1 image leaks .*\n  .*same.jpeg: the same file as .*0.jpeg in train\n.*--strict stops here",
+        match=r"1 image leaks .*\n  .*same.jpeg: the same file as .*0.jpeg in train\n.*--strict "
+        "stops here",
     ):
         run(options_of(data, tmp_path, cache_dir, strict=True))
     run(options_of(data, tmp_path, cache_dir))

@@ -1,4 +1,4 @@
-"""`python finetune/compare.py` measures what it can, names what it cannot, and recommends by accuracy and speed."""
+"""`python finetune/compare.py` measures backbones, logs those it cannot, and recommends one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ NETWORK = """
 from torch import nn
 
 def build():
-    trunk = nn.Sequential(nn.Conv2d(3, 4, 9, stride=8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    trunk = nn.Sequential(
+        nn.Conv2d(3, 4, 9, stride=8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()
+    )
     trunk.pretrained_cfg = {"input_size": (3, 48, 48)}
     return trunk
 """
@@ -37,7 +39,7 @@ def candidate(
 
 @dataclass(frozen=True)
 class Compared:
-    """What a comparison gave, printed and wrote."""
+    """A comparison, what it printed and logged, and the file of its plot."""
 
     comparison: Comparison
     printed: str
@@ -61,7 +63,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def own_network(
     tmp_path_factory: pytest.TempPathFactory, patch: pytest.MonkeyPatch
 ) -> Iterator[str]:
-    """A tiny network of the user's own, by its name."""
+    """The name of a tiny network in the user's own module."""
     package = tmp_path_factory.mktemp("own") / "graftcompared"
     package.mkdir()
     (package / "__init__.py").touch()
@@ -86,7 +88,7 @@ def compared(
     cache_dir: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Compared:
-    """The embedded backbone, one without weights here, one that does not exist, and a user's own."""
+    """The embedded backbone, one without weights, one that does not exist, and the user's own."""
     output = tmp_path_factory.mktemp("output")
     backbones = f"tf_efficientnet_lite0, resnet18,resnet81,{own_network}"
     printed, said = io.StringIO(), []
@@ -149,10 +151,8 @@ def test_the_table_has_a_line_for_each_and_marks_one(compared: Compared) -> None
 
 def test_the_next_command_is_one_that_a_shell_takes(compared: Compared) -> None:
     last = compared.printed.strip().splitlines()[-1].strip()
-    assert (
-        last
-        == f"python finetune/run.py --data '{compared.data}' --backbone {compared.comparison.recommended.name}"
-    )
+    recommended = compared.comparison.recommended.name
+    assert last == f"python finetune/run.py --data '{compared.data}' --backbone {recommended}"
 
 
 def test_the_plot_is_a_png_that_says_where_it_is(compared: Compared) -> None:
@@ -192,7 +192,7 @@ def test_the_fastest_within_the_best_ones_reach_is_recommended() -> None:
     ],
 )
 def test_the_interval_is_wilsons(num_right: int, num_images: int, low: float, high: float) -> None:
-    """Values of Newcombe, Statistics in Medicine 17, 1998, table I, method 3; the last by symmetry of 0 of 29."""
+    """Newcombe, Statistics in Medicine 17, 1998, table I, method 3; the last mirrors 0 of 29."""
     assert wilson_interval(num_right, num_images) == pytest.approx((low, high), abs=5e-5)
 
 
@@ -202,7 +202,7 @@ def test_the_interval_holds_its_share_to_the_last_bit() -> None:
         assert wilson_interval(0, num_images)[0] == 0
 
 
-def test_none_left_is_an_error(data: Path, cache_dir: Path, tmp_path: Path) -> None:
+def test_no_measurable_backbone_is_an_error(data: Path, cache_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(
         GraftError, match="--backbones: none of them could be measured; the lines above say why"
     ):

@@ -1,13 +1,23 @@
-"""Options come from flags, then the file, then the defaults; nothing else, and what is wrong is named by its flag."""
+"""Options come from flags, then the file, then the defaults; errors name the flag."""
 
 from __future__ import annotations
 
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
-from finetune.config import Options, parse_options
+from finetune.config import (
+    AuditOptions,
+    CompareOptions,
+    Options,
+    SharedOptions,
+    flag_of,
+    parse_options,
+)
+from finetune.probe.precision import INT8_MIN_SECONDS
 from models.errors import GraftError
 
 
@@ -34,10 +44,11 @@ def test_without_flags_the_defaults_hold() -> None:
 
 def test_flags_of_every_kind_are_read() -> None:
     options = parse(
-        "--data photos/ --data-root d --val-fraction 0.3 --strict --backbone resnet18 --weights w.pth --no-pretrained --image-size 96 "
-        "--freeze until:layer3 --epochs 7 --batch-size 16 --lr 0.01 --backbone-lr 1e-5 --weight-decay 0 --batch-norm update "
-        "--augment flip --device cpu --precision fp32 --workers 3 --seed 9 --name cats --output o --repository r --cache-dir c "
-        "--no-cache --coverage 0.9"
+        "--data photos/ --data-root d --val-fraction 0.3 --strict --backbone resnet18 "
+        "--weights w.pth --no-pretrained --image-size 96 --freeze until:layer3 --epochs 7 "
+        "--batch-size 16 --lr 0.01 --backbone-lr 1e-5 --weight-decay 0 --batch-norm update "
+        "--augment flip --device cpu --precision fp32 --workers 3 --seed 9 --name cats --output o "
+        "--repository r --cache-dir c --no-cache --coverage 0.9"
     )
     expected = {
         "data": "photos/",
@@ -77,7 +88,8 @@ def test_flags_of_every_kind_are_read() -> None:
 
 def test_a_runs_config_reads_back_as_the_same_options(tmp_path: Path) -> None:
     options = parse(
-        "--data photos/ --freeze until:layer3 --lr 0.01 --no-pretrained --image-size 96 --seed 3 --name cats"
+        "--data photos/ --freeze until:layer3 --lr 0.01 --no-pretrained --image-size 96 --seed 3 "
+        "--name cats"
     )
     path = write_config(tmp_path / "config.yaml", options.to_yaml())
     again = parse_options(Options, ["--config", str(path)])
@@ -92,7 +104,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) 
     assert (options.lr, options.epochs, options.strict, options.seed) == (0.5, 2, False, 0)
 
 
-def test_an_empty_config_changes_nothing_or_is_refused_in_words(tmp_path: Path) -> None:
+def test_an_empty_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(GraftError, match="it must hold one `option: value` a line"):
         parse_options(Options, ["--config", str(write_config(tmp_path / "config.yaml", ""))])
 
@@ -111,12 +123,12 @@ def test_an_empty_config_changes_nothing_or_is_refused_in_words(tmp_path: Path) 
         ("output: 3\n", "^--output 3: it must be a path$"),
     ],
 )
-def test_what_is_wrong_in_a_file_is_named(tmp_path: Path, text: str, message: str) -> None:
+def test_errors_in_a_file_name_the_option(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(GraftError, match=message):
         parse_options(Options, ["--config", str(write_config(tmp_path / "config.yaml", text))])
 
 
-def test_a_config_that_is_not_there_or_no_text_is_named_once(tmp_path: Path) -> None:
+def test_a_config_that_cannot_be_read_is_named_once(tmp_path: Path) -> None:
     for name, message in (
         ("gone.yaml", "No such file or directory"),
         ("", "Is a directory"),
@@ -159,7 +171,7 @@ def test_a_bad_value_is_named_by_its_flag(arguments: str, message: str) -> None:
         parse(arguments)
 
 
-def test_every_bad_value_is_told_at_once() -> None:
+def test_all_bad_values_are_reported_together() -> None:
     with pytest.raises(GraftError) as caught:
         parse("--epochs 0 --lr -1 --device tpu")
     assert {line.split()[0] for line in str(caught.value).splitlines()} == {
@@ -189,7 +201,8 @@ def test_every_bad_value_is_told_at_once() -> None:
         ("-e 3", "-e: there is no such option; --help lists them"),
         (
             "photos/ --lr 1",
-            "photos/: it belongs to no option; options are given as --name VALUE, --help lists them",
+            "photos/: it belongs to no option; options are given as --name VALUE, "
+            "--help lists them",
         ),
         ("--epochs", "--epochs: it needs a value, a whole number from 1 up"),
         ("--data --strict", "--data: it needs a value, text"),
@@ -197,7 +210,7 @@ def test_every_bad_value_is_told_at_once() -> None:
         ("--strict=perhaps", "--strict: it takes no value; say --strict or --no-strict"),
     ],
 )
-def test_a_flag_that_is_not_understood_is_answered_in_one_line(
+def test_a_flag_that_cannot_be_parsed_is_explained_in_one_line(
     arguments: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(GraftError) as caught:
@@ -206,15 +219,44 @@ def test_a_flag_that_is_not_understood_is_answered_in_one_line(
     assert capsys.readouterr() == ("", "")
 
 
-def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+def read_help(
+    kind: type[SharedOptions], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> str:
+    monkeypatch.setenv("COLUMNS", "1000")
     with pytest.raises(SystemExit) as caught:
-        parse_options(Options, ["--help"])
+        parse_options(kind, ["--help"])
     assert caught.value.code == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    for name, field in Options.model_fields.items():
-        assert f"--{name.replace('_', '-')}" in shown
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", [Options, CompareOptions, AuditOptions])
+def test_help_explains_every_option(
+    kind: type[SharedOptions],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shown = " ".join(read_help(kind, capsys, monkeypatch).split())
+    for name, field in kind.model_fields.items():
+        assert f" {flag_of(name)} " in shown.replace(",", " ")
         assert field.description
-        assert field.description.split(",")[0].split(";")[0][:30] in shown
+        assert " ".join(field.description.split()) in shown
+
+
+def test_help_states_limits_and_defaults(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = read_help(Options, capsys, monkeypatch)
+    assert "images per gradient step (a whole number from 1 up; default: 32)" in shown
+    assert "--device {auto,cpu,cuda}" in shown
+    assert "--cache, --no-cache " in shown
+    assert "(default: on)" in shown
+    assert shown.startswith("usage: python finetune/run.py ")
+
+
+def test_help_states_the_rule_for_int8() -> None:
+    assert INT8_MIN_SECONDS == 60
+    description = str(Options.model_fields["precision"].description)
+    assert "take a minute or more to compute" in " ".join(description.split())
 
 
 def test_the_shells_variables_do_not_become_options(
@@ -255,9 +297,11 @@ def test_the_folder_here_gives_its_own_name(
     assert Options(data=".", name="other").model_name == "other"
 
 
-def test_the_cache_is_where_the_system_keeps_caches(run_python: object) -> None:
+def test_the_cache_is_where_the_system_keeps_caches(
+    run_python: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
     program = "from finetune.config import Options; print(Options().cache_dir)"
-    assert run_python(program, XDG_CACHE_HOME="/somewhere").stdout == "/somewhere/graft\n"  # type: ignore[operator]
+    assert run_python(program, XDG_CACHE_HOME="/somewhere").stdout == "/somewhere/graft\n"
 
 
 def test_data_that_no_name_can_be_made_from_asks_for_one() -> None:

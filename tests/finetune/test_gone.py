@@ -1,4 +1,4 @@
-"""Images that vanish, break or change while a run works on them, or before it is resumed, are named; nothing else is published for them."""
+"""Images that vanish, break or change during a run or before its resumption are named."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+import finetune.candidates
+import finetune.report.publishing
 import finetune.run
-import finetune.training.train
 from finetune.resume import STATE_DIR, TRAINING_FILE
+from finetune.training.loop import Training
 from models.checkpoint import load_checkpoint
 from tests.support.images import draw_noise, write_noise_folders
 
@@ -87,7 +89,7 @@ def test_a_checkpoint_is_not_published_with_images_that_were_not_measured(
     capsys: pytest.CaptureFixture[str],
     spoil: Callable[[Path], None],
 ) -> None:
-    before(monkeypatch, finetune.run, "choose_golden", lambda: spoil(tmp_path))
+    before(monkeypatch, finetune.report.publishing, "choose_golden", lambda: spoil(tmp_path))
     assert finetune.run.main(arguments) == 2
     assert f"{tmp_path}/photos" in (said := capsys.readouterr().err)
     assert "gone or changed since the run began; nothing was published" in said
@@ -97,13 +99,13 @@ def test_a_checkpoint_is_not_published_with_images_that_were_not_measured(
 def test_one_that_changed_is_left_out_of_the_golden_images(
     tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    choose = finetune.run.choose_golden
+    choose = finetune.report.publishing.choose_golden
 
     def change_first(result: Any, *rest: Any) -> Any:
         Path(result.splits.val[0].key).write_bytes(draw_noise(0, 1000))
         return choose(result, *rest)
 
-    monkeypatch.setattr(finetune.run, "choose_golden", change_first)
+    monkeypatch.setattr(finetune.report.publishing, "choose_golden", change_first)
     assert finetune.run.main(arguments) == 0
     golden = load_checkpoint(tmp_path / "checkpoints" / "photos" / "1").golden
     assert draw_noise(0, 1000) not in golden.images
@@ -125,7 +127,7 @@ def test_pictures_of_mistakes_go_without_images_that_are_gone(
 
 @pytest.mark.parametrize("spoil", [remove_all, break_all])
 @pytest.mark.parametrize(
-    ("name", "flags"), [("_train", []), ("_train_epoch", ["--no-cache"]), ("_train_epoch", [])]
+    ("name", "flags"), [("_first_head", []), ("_train_epoch", ["--no-cache"]), ("_train_epoch", [])]
 )
 def test_an_image_that_cannot_be_read_again_is_named(
     tmp_path: Path,
@@ -138,7 +140,7 @@ def test_an_image_that_cannot_be_read_again_is_named(
 ) -> None:
     before(
         monkeypatch,
-        finetune.training.train if name == "_train_epoch" else finetune.run,
+        Training if name == "_train_epoch" else finetune.candidates,
         name,
         lambda: spoil(tmp_path),
     )
@@ -151,13 +153,13 @@ def test_an_image_that_cannot_be_read_again_is_named(
     assert ("--resume" in printed) == (name == "_train_epoch")
 
 
-def test_what_was_trained_is_not_measured_on_other_images_than_the_probe(
+def test_the_tuned_candidate_is_not_measured_on_other_images_than_the_probe(
     tmp_path: Path,
     arguments: list[str],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    before(monkeypatch, finetune.training.train, "_train_epoch", lambda: change_all(tmp_path))
+    before(monkeypatch, Training, "_train_epoch", lambda: change_all(tmp_path))
     assert finetune.run.main([*arguments, *TRAINED]) == 2
     assert "gone or changed since the run began; put back what was there" in capsys.readouterr().err
     assert not (tmp_path / "checkpoints" / "photos").exists()
@@ -175,10 +177,10 @@ def test_a_resume_refuses_images_that_changed(
     with monkeypatch.context() as patch:
         before(
             patch,
-            finetune.training.train,
+            Training,
             "_train_epoch",
             stop,
-            lambda training: training.at.epoch == 2,
+            lambda training: training.progress.epoch == 2,
         )
         assert finetune.run.main([*arguments, *TRAINED]) == 130
     (run_dir,) = (tmp_path / "runs").iterdir()

@@ -1,4 +1,4 @@
-"""From a CSV of labels to the service's answer: runs on drawn images that show any number of shapes."""
+"""From a CSV of labels to the service's answer: images that show any number of shapes."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ import torch
 from PIL import Image
 
 from finetune.config import Options
-from finetune.data.splits import NO_LABEL, Sample, Splits
-from finetune.evaluation.metrics import evaluate
+from finetune.data.splits import Sample, Splits
+from finetune.evaluation.label_metrics import evaluate_labels
 from finetune.resume import Choices, keep_choices, lock, restore_splits
 from finetune.run import run
-from finetune.training.loss import label_losses
-from finetune.training.train import train
+from finetune.tasks.multi_label import MULTI_LABEL
 from models.checkpoint import load_checkpoint
 from models.errors import GraftError
 from models.sources import EncodedImage
 from tests.support import tiny
 from tests.support.images import SHAPES, draw_shape
 from tests.support.servers import serve
+from tests.support.shared import HANG_SECONDS
 
 NUM_TRAIN, NUM_VAL = 90, 30
 
 
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two panels an image, each with a shape or with noise alone; the last training image is labelled wrongly."""
+    """Two panels an image, each a shape or only noise; the last training image's label is wrong."""
     root = tmp_path_factory.mktemp("panels")
     generator = np.random.default_rng(0)
     with (root / "panels.csv").open("w", newline="") as file:
@@ -116,7 +116,7 @@ def test_a_probe_is_served_as_it_was_measured(
         tmp_path / "log",
         {"CHECKPOINTS": str(tmp_path / "checkpoints"), "GRAFT_MAX_IMAGES": str(NUM_VAL)},
     ) as server:
-        predictions = httpx.post(f"{server.url}/predict", files=files, timeout=60).json()[
+        predictions = httpx.post(f"{server.url}/predict", files=files, timeout=HANG_SECONDS).json()[
             "predictions"
         ]
     answers = np.array(
@@ -135,7 +135,7 @@ def test_a_probe_is_served_as_it_was_measured(
             for score in scores
         ]
     ).astype(np.float32)
-    served = evaluate(ranked, truth, answers)
+    served = evaluate_labels(ranked, truth, answers)
     # bf16 in batches of another size moves a score that lies at a threshold.
     assert served.to_dict(SHAPES)["exact_match"] == pytest.approx(
         val["exact_match"], abs=1.5 / NUM_VAL
@@ -172,14 +172,13 @@ def draw_splits() -> Splits:
             samples.append(
                 Sample(
                     f"{split} {index}",
-                    NO_LABEL,
-                    EncodedImage(buffer.getvalue()),
                     tuple(map(int, labels)),
+                    EncodedImage(buffer.getvalue()),
                 )
             )
         return tuple(samples)
 
-    return Splits(tiny.LABELS, draw("train", 24, 0), draw("val", 12, 1), is_multi_label=True)
+    return Splits(tiny.LABELS, draw("train", 24, 0), draw("val", 12, 1), task=MULTI_LABEL)
 
 
 @pytest.mark.parametrize("cache", [True, False])
@@ -192,7 +191,7 @@ def test_a_training_learns_and_can_be_stopped_and_resumed(tmp_path: Path, cache:
         folder.mkdir(exist_ok=True)
         backbone, monitor = tiny.build(), tiny.Recorder(folder, after)
         try:
-            train(
+            tiny.train_tiny(
                 backbone,
                 splits,
                 tiny.probe_of(backbone),
@@ -223,13 +222,13 @@ def test_a_training_learns_and_can_be_stopped_and_resumed(tmp_path: Path, cache:
 def test_a_resumed_run_has_its_own_labels(tmp_path: Path) -> None:
     splits = draw_splits()
     with lock(tmp_path):
-        keep_choices(tmp_path, Choices(Options(), splits, splits, "fp32", "it was asked for"))
+        keep_choices(tmp_path, Choices({}, splits, splits, "fp32", "it was asked for"))
     restored = restore_splits(tmp_path, splits)
     assert restored is not None
-    assert [(sample.key, sample.label, sample.labels) for sample in restored.train] == [
-        (sample.key, NO_LABEL, sample.labels) for sample in splits.train
+    assert [(sample.key, sample.label) for sample in restored.train] == [
+        (sample.key, sample.label) for sample in splits.train
     ]
-    assert restored.is_multi_label
+    assert restored.task is MULTI_LABEL
 
 
 def test_the_loss_of_an_image_is_the_mean_of_its_labels() -> None:
@@ -237,7 +236,7 @@ def test_the_loss_of_an_image_is_the_mean_of_its_labels() -> None:
     expected = -(
         labels * torch.sigmoid(logits).log() + (1 - labels) * (1 - torch.sigmoid(logits)).log()
     ).mean(dim=1)
-    assert torch.allclose(label_losses(logits, labels), expected)
+    assert torch.allclose(MULTI_LABEL.losses(logits, labels, None, 0), expected)
 
 
 @pytest.mark.parametrize(
@@ -263,6 +262,7 @@ def test_comparing_backbones_says_why_not(labelled: Path, tmp_path: Path) -> Non
 
     with pytest.raises(
         GraftError,
-        match="backbones are compared by the accuracy of single labels, and its images have several",
+        match="backbones are compared by the accuracy of single labels, and its images have "
+        "several",
     ):
         compare(CompareOptions(data=str(labelled), output=tmp_path, cache_dir=tmp_path / "cache"))

@@ -1,4 +1,4 @@
-"""A run that was stopped, or killed, ends bit by bit as one that never was; and what does not fit the run is refused in words."""
+"""A resumed run ends bit by bit as one that was never stopped; what does not fit is refused."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from finetune.resume import (
     Choices,
     event_sizes,
     find_published,
+    fix_options,
     keep_choices,
     lock,
     read_id,
@@ -39,12 +40,11 @@ from finetune.resume import (
 from finetune.run import main
 from finetune.terminal import Terminated
 from finetune.training.state import draw_batches
-from finetune.training.train import train
 from models.backbone.build import Backbone
 from models.checkpoint import list_versions
 from models.errors import GraftError
 from tests.support.images import write_noise_folders
-from tests.support.tiny import Recorder, build, draw_splits, options, probe_of, snapshot
+from tests.support.tiny import Recorder, build, draw_splits, options, probe_of, snapshot, train_tiny
 
 PROJECT_DIR = Path(__file__).parents[2]
 # What depends on the clock.
@@ -79,7 +79,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Fitted:
-    """A training from beginning to end in one folder, stopped once after some step and begun again, or not."""
+    """A training in one folder, stopped once after some step and resumed, or not."""
 
     def __init__(
         self,
@@ -108,7 +108,7 @@ class Fitted:
         trim_events(self.folder)
         monitor = Recorder(self.folder, stop)
         try:
-            return train(
+            return train_tiny(
                 backbone,
                 draw_splits(),
                 probe_of(build()),
@@ -116,7 +116,7 @@ class Fitted:
                 monitor,
                 self.folder,
                 state_dir=self.folder / STATE_DIR,
-            )
+            ).best_epoch
         finally:
             monitor.close()
             self.curves.append(monitor.curves)
@@ -199,7 +199,7 @@ def stopped(tmp_path: Path) -> Path:
     )
     (tmp_path / STATE_DIR).mkdir()
     with pytest.raises(Terminated):
-        train(
+        train_tiny(
             build(),
             draw_splits(),
             probe_of(build()),
@@ -216,7 +216,7 @@ def go_on(state_dir: Path, backbone: Backbone | None = None, **changes: Any) -> 
     monitor = Recorder(state_dir.parent)
     try:
         backbone = backbone or build()
-        return train(
+        return train_tiny(
             backbone,
             draw_splits(),
             probe_of(build()),
@@ -224,7 +224,7 @@ def go_on(state_dir: Path, backbone: Backbone | None = None, **changes: Any) -> 
             monitor,
             state_dir,
             state_dir=state_dir,
-        )
+        ).best_epoch
     finally:
         monitor.close()
 
@@ -234,7 +234,8 @@ def test_a_backbone_whose_frozen_weights_are_others_is_refused(stopped: Path) ->
     backbone.model.get_buffer("backbone.stem.1.running_mean").add_(1e-6)
     with pytest.raises(
         GraftError,
-        match=r"1 of 7 frozen tensors are not what they were when the run began \(backbone\.stem\.1\.running_m",
+        match=r"1 of 7 frozen tensors are not what they were when the run began "
+        r"\(backbone\.stem\.1\.running_m",
     ):
         go_on(stopped, backbone)
 
@@ -247,7 +248,8 @@ def test_a_run_that_would_freeze_something_else_is_refused(stopped: Path) -> Non
 def test_a_run_that_would_read_something_else_is_refused(stopped: Path) -> None:
     with pytest.raises(
         GraftError,
-        match=r"what the epochs read was activations at backbone\.stem when the run began, and is crops now",
+        match=r"what the epochs read was activations at backbone\.stem when the run began, and is "
+        r"crops now",
     ):
         go_on(stopped, cache=False)
 
@@ -284,9 +286,10 @@ def test_the_state_of_a_run_on_other_images_is_refused(stopped: Path) -> None:
     try:
         with pytest.raises(
             GraftError,
-            match=r"its list of images and labels was 24 to train on, 12 .* and is 24 to train on, 12 .* now",
+            match=r"its list of images and labels was 24 to train on, 12 .* and is 24 to train on, "
+            r"12 .* now",
         ):
-            train(
+            train_tiny(
                 build(), others, probe_of(build()), options(), monitor, stopped, state_dir=stopped
             )
     finally:
@@ -307,26 +310,27 @@ def flip_a_bit(path: Path, at: int) -> None:
         lambda path: flip_a_bit(path, -5000),
     ],
 )
-def test_a_damaged_state_is_named_with_the_way_out(
+def test_a_damaged_state_raises_with_the_way_out(
     stopped: Path, damage: Callable[[Path], None]
 ) -> None:
     damage(stopped / TRAINING_FILE)
     with pytest.raises(
         GraftError,
-        match=r"training\.safetensors: the saved state cannot be read: .*; remove it, and --resume begins again",
+        match=r"training\.safetensors: the saved state cannot be read: .*; remove it, and --resume "
+        r"begins again",
     ):
         go_on(stopped)
 
 
-def test_kept_activations_that_are_not_what_was_kept_are_computed_again(
+def test_damaged_kept_activations_are_computed_again(
     stopped: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     was = (stopped / "val.npy").read_bytes()
     flip_a_bit(stopped / "val.npy", 400)
     assert go_on(stopped) >= 0
     assert (
-        "val.npy: the kept activations cannot be used (they are damaged, or of something else): they are computed again"
-        in caplog.text
+        "val.npy: the kept activations cannot be used (they are damaged, or of something else): "
+        "they are computed again" in caplog.text
     )
     assert (stopped / "val.npy").read_bytes() == was
 
@@ -339,7 +343,7 @@ def test_the_seconds_of_every_process_count(stopped: Path) -> None:
     assert seconds_trained(stopped.parent.parent) == 0
 
 
-def test_a_state_that_cannot_be_saved_is_told_of_and_ends_nothing(
+def test_a_state_that_cannot_be_saved_is_logged_and_training_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
@@ -360,16 +364,19 @@ def test_nothing_that_was_saved_is_a_pickle(stopped: Path) -> None:
     assert header == b"{"
 
 
-# ---------------------------------------------------------------------------------------------------------------------------- whole runs
+# --------------------------------------------------------------------------------------- whole runs
 
 
 @pytest.fixture
 def arguments(tmp_path: Path, cache_dir: Path) -> list[str]:
     data = write_noise_folders(tmp_path / "data", 16)
     (data / "red" / "broken.png").write_text("an image that cannot be read")
-    given = f"--data {data} --backbone tests.support.tiny:build_trunk --freeze until:stem --epochs 3 --batch-size 6 --workers 1 --precision fp32"
-    folders = f"--output {tmp_path / 'runs'} --repository {tmp_path / 'checkpoints'} --cache-dir {cache_dir} --name tiny"
-    return f"{given} {folders} --augment light --lr 0.05 --backbone-lr 0.02 --save-minutes 0 --device cpu --no-cache --seed 2".split()
+    return (
+        f"--data {data} --backbone tests.support.tiny:build_trunk --freeze until:stem --epochs 3 "
+        "--batch-size 6 --workers 1 --precision fp32 --augment light --lr 0.05 --backbone-lr 0.02 "
+        "--save-minutes 0 --device cpu --no-cache --seed 2 --name tiny --cache-dir "
+        f"{cache_dir} --output {tmp_path / 'runs'} --repository {tmp_path / 'checkpoints'}"
+    ).split()
 
 
 def only_run(tmp_path: Path) -> Path:
@@ -380,8 +387,9 @@ def only_run(tmp_path: Path) -> Path:
 def read_outcome(run_dir: Path, repository: Path, version: int) -> dict[str, Any]:
     """Everything that two equal runs must share."""
     metrics = json.loads((run_dir / "metrics.json").read_text())
-    for timed in ("seconds", "engine"):
-        del metrics[timed]
+    for described in (metrics, *metrics["candidates"].values()):
+        for timed in ("seconds", "engine"):
+            del described[timed]
     metrics["verdict"] = {
         key: value for key, value in metrics["verdict"].items() if not key.endswith("seconds")
     }
@@ -404,12 +412,15 @@ def read_outcome(run_dir: Path, repository: Path, version: int) -> dict[str, Any
 def test_a_run_killed_again_and_again_ends_as_one_that_never_was(
     tmp_path: Path, arguments: list[str], run_forked: RunForked
 ) -> None:
-    """With every option, and without the cache, so that processes decode images, and outlive the killed one.
+    """With every option and no cache, so that processes decode images and outlive the killed one.
 
     Three times; GRAFT_KILLS=20 asks for more.
     """
     num_kills = int(os.environ.get("GRAFT_KILLS", "3"))
-    every_option = "--balance sampler --label-smoothing 0.1 --mix mixup --ema 0.6 --gradual 1 --layer-decay 0.5"
+    every_option = (
+        "--balance sampler --label-smoothing 0.1 --mix mixup --ema 0.6 --gradual 1 "
+        "--layer-decay 0.5"
+    )
     arguments = f"{' '.join(arguments)} {every_option}".replace(
         "--epochs 3 ", f"--epochs {max(3, num_kills)} "
     ).split()
@@ -482,12 +493,12 @@ def test_a_probe_that_failed_after_it_published_is_kept_and_publishes_nothing_tw
         patch.setattr("finetune.run.write_report", refuse)
         assert main([*arguments, "--freeze", "backbone"]) == 2
     run_dir = only_run(tmp_path)
-    assert f"{run_dir} is kept; when that is mended, go on with\n  " in capsys.readouterr().err
+    assert f"{run_dir} is kept; after fixing this, go on with\n  " in capsys.readouterr().err
     # Another run's folder of the same name, elsewhere, is not this one.
     config = tmp_path / "checkpoints" / "tiny" / "1" / "config.json"
-    assert find_published(read_options(Options(resume=run_dir)), run_dir) == config.parent
+    assert find_published(tmp_path / "checkpoints", "tiny", read_id(run_dir)) == config.parent
     config.write_text(config.read_text().replace(read_id(run_dir) or "", "0" * 32))
-    assert find_published(read_options(Options(resume=run_dir)), run_dir) is None
+    assert find_published(tmp_path / "checkpoints", "tiny", read_id(run_dir)) is None
     config.write_text(config.read_text().replace("0" * 32, read_id(run_dir) or ""))
     assert main(["--resume", str(run_dir)]) == 0
     assert list_versions(tmp_path / "checkpoints", "tiny") == [1]
@@ -508,7 +519,7 @@ def test_a_run_whose_options_cannot_be_written_leaves_no_folder(
     assert list((tmp_path / "runs").iterdir()) == []
 
 
-# --------------------------------------------------------------------------------------------------------------- what a run folder says
+# --------------------------------------------------------------------------- what a run folder says
 
 
 @pytest.fixture
@@ -529,7 +540,8 @@ def left(tmp_path: Path) -> Path:
     [
         (
             ["--lr", "0.5"],
-            "--lr 0.5: the run in {} has 0.25, and a resumed run goes on as it began; leave the flag out",
+            "--lr 0.5: the run in {} has 0.25, and a resumed run goes on as it began; leave the "
+            "flag out",
         ),
         (["--freeze", "none"], "--freeze none: the run in {} has until:stem"),
         (["--no-pretrained"], "--pretrained False: the run in {} has True"),
@@ -544,7 +556,7 @@ def test_a_flag_that_contradicts_the_run_is_refused(
     assert left.exists()
 
 
-def test_a_flag_that_says_what_the_run_says_is_let_through(left: Path) -> None:
+def test_a_flag_equal_to_the_runs_own_is_accepted(left: Path) -> None:
     again = read_options(Options(resume=left, lr=0.25, name="tiny"))
     assert (
         again.model_dump()
@@ -568,8 +580,8 @@ def test_an_option_edited_before_anything_was_trained_is_refused(
     config.write_text(config.read_text().replace("until:stem", "backbone"))
     assert main(["--resume", str(left)]) == 2
     assert (
-        f"--resume {left}: --freeze was until:stem when the run began, and is backbone now; put it back"
-        in capsys.readouterr().err
+        f"--resume {left}: --freeze was until:stem when the run began, and is backbone now; put "
+        "it back" in capsys.readouterr().err
     )
 
 
@@ -584,13 +596,13 @@ def test_a_folder_that_is_no_run_or_is_done_is_refused(
     (left / "metrics.json").write_text("{}")
     assert main(["--resume", str(left)]) == 2
     assert (
-        f"--resume {left}: that run is done, its metrics.json says how; --config {left}/config.yaml repeats it"
-        in capsys.readouterr().err
+        f"--resume {left}: that run is done, its results are in metrics.json; --config "
+        f"{left}/config.yaml repeats it" in capsys.readouterr().err
     )
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"folder": "/tm'])
-def test_what_a_run_kept_is_named_where_it_is_damaged(
+def test_damaged_choices_of_a_run_raise(
     left: Path, capsys: pytest.CaptureFixture[str], content: str
 ) -> None:
     (left / STATE_DIR).mkdir(exist_ok=True)
@@ -619,7 +631,8 @@ def test_a_run_that_is_at_work_cannot_be_resumed(left: Path) -> None:
 
 def choose(left: Path, splits: Splits, readable: Splits | None = None) -> str:
     its_own = parse_options(Options, ["--config", str(left / "config.yaml")])
-    return keep_choices(left, Choices(its_own, splits, readable or splits, "bf16", "because"))
+    fixed = fix_options(its_own.model_dump(mode="json"))
+    return keep_choices(left, Choices(fixed, splits, readable or splits, "bf16", "because"))
 
 
 def test_a_resumed_run_has_its_own_images_though_the_folder_grew(left: Path) -> None:
@@ -653,7 +666,8 @@ def test_images_that_are_gone_are_named(left: Path) -> None:
         restore_splits(left, Splits(splits.label_names, splits.train[1:], splits.val))
     with pytest.raises(
         GraftError,
-        match="train 0 0: whether it can be read has changed since the run began; put it back as it was",
+        match="train 0 0: whether it can be read has changed since the run began; put it back as "
+        "it was",
     ):
         choose(left, splits, Splits(splits.label_names, splits.train[1:], splits.val))
 

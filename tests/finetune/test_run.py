@@ -1,4 +1,4 @@
-"""`python finetune/run.py` as a person types it: what it leaves behind, and what it says when something is wrong."""
+"""`python finetune/run.py` as it is typed: what it leaves behind, and how it fails."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from models.engine.engine import run
 from models.engine.processor import supports_vnni
 from models.prepared import build_engine
 from tests.support.images import draw_shape, write_class_folders
+from tests.support.shared import HANG_SECONDS
 
 ROOT = Path(__file__).parents[2]
 Finetune = Callable[..., subprocess.CompletedProcess[str]]
@@ -32,7 +33,7 @@ Finetune = Callable[..., subprocess.CompletedProcess[str]]
 @pytest.fixture
 def finetune(tmp_path: Path, cache_dir: Path) -> Finetune:
     def run(
-        *arguments: object, cwd: Path | None = None, **options: object
+        *arguments: object, cwd: Path | None = None, **options: Any
     ) -> subprocess.CompletedProcess[str]:
         folders = (
             "--output",
@@ -54,9 +55,9 @@ def finetune(tmp_path: Path, cache_dir: Path) -> Finetune:
             env=env,
             capture_output=True,
             text=True,
-            timeout=600,
+            timeout=HANG_SECONDS,
             **options,
-        )  # type: ignore[call-overload, no-any-return]
+        )
 
     return run
 
@@ -102,11 +103,11 @@ def test_defaults_fit_the_digits(finetune: Finetune, tmp_path: Path) -> None:
     low, high = metrics["val"]["intervals"]["accuracy"]
     assert low < metrics["val"]["accuracy"] < high
     assert f"val accuracy {metrics['val']['accuracy']:.4f} ({low:.3f} to {high:.3f})" in done.stdout
-    assert metrics["verdict"] is None
+    assert metrics.get("verdict", 0) is None
     assert metrics["val"]["calibration"]["covered"] == pytest.approx(0.95, abs=0.03)
     assert metrics["learning_curve"]["num_images"][-1] == 1797 - metrics["val"]["num_images"]
-    assert "half the images would have given" in done.stdout
-    reason = "int8 would not pay for 1,797 images" if supports_vnni() else "this CPU has no VNNI"
+    assert "with half the images the probe scores" in done.stdout
+    reason = "int8 is tried where" if supports_vnni() else "this CPU has no VNNI"
     assert reason in metrics["precision"]["reason"]
     checkpoint = load_checkpoint(tmp_path / "checkpoints" / "digits" / "1")
     assert checkpoint.label_names == tuple("0123456789")
@@ -161,12 +162,11 @@ def test_second_run_publishes_the_next_version(
 
 
 def test_where_training_wins_it_is_published(finetune: Finetune, tmp_path: Path) -> None:
-    """Random convolutions get 94 % of the digits right; training all but the first gets more, and that one stays as it was."""
+    """Random convolutions get 94 % of the digits right; training all but the first gets more."""
     (tmp_path / "small_net.py").write_text(
-        "from torch import nn\n"
-        "def build():\n"
-        "    pooled = (nn.AvgPool2d(8), nn.Conv2d(3, 16, 3, 2), nn.ReLU())\n"
-        "    return nn.Sequential(*pooled, nn.Conv2d(16, 16, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten())\n"
+        "from torch import nn\ndef build():\n    pooled = (nn.AvgPool2d(8), nn.Conv2d(3, 16, 3, "
+        "2), nn.ReLU())\n    return nn.Sequential(*pooled, nn.Conv2d(16, 16, 3, 2), nn.ReLU(), "
+        "nn.AdaptiveAvgPool2d(2), nn.Flatten())\n"
     )
     options = ("--backbone", "small_net:build", "--image-size", 96, "--name", "small")
     done = finetune(
@@ -253,9 +253,8 @@ def test_own_module_by_its_name(finetune: Finetune, tmp_path: Path, shapes: Path
     package.mkdir()
     (package / "__init__.py").touch()
     (package / "net.py").write_text(
-        "from torch import nn\n"
-        "def build():\n"
-        "    return nn.Sequential(nn.Conv2d(3, 8, 9, 8), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten())\n"
+        "from torch import nn\ndef build():\n    return nn.Sequential(nn.Conv2d(3, 8, 9, 8), "
+        "nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten())\n"
     )
     done = finetune(
         "--data",
@@ -286,7 +285,8 @@ def test_own_module_whose_code_changed_gets_features_of_its_own(
 ) -> None:
     for number, expression in enumerate(("images.mean((2, 3))", "images.mean((2, 3)) * 0 + 1")):
         (tmp_path / "changing.py").write_text(
-            f"from torch import nn\nclass Net(nn.Module):\n    def forward(self, images):\n        return {expression}\nbuild = Net\n"
+            "from torch import nn\nclass Net(nn.Module):\n    def forward(self, images):\n       "
+            f" return {expression}\nbuild = Net\n"
         )
         done = finetune(
             "--data", shapes, "--backbone", "changing:build", "--name", f"changing{number}"
@@ -299,9 +299,7 @@ def test_own_module_whose_code_changed_gets_features_of_its_own(
     assert "0 from the cache" in done.stderr
 
 
-def test_features_that_are_no_numbers_stop_the_run(
-    finetune: Finetune, tmp_path: Path, shapes: Path
-) -> None:
+def test_nan_features_stop_the_run(finetune: Finetune, tmp_path: Path, shapes: Path) -> None:
     (tmp_path / "nan_net.py").write_text(
         "from torch import nn\nclass Net(nn.Module):\n    def forward(self, images):\n"
         "        return images.mean((2, 3)) * float('nan')\nbuild = Net\n"
@@ -340,9 +338,7 @@ def test_weights_file_written_by_timm(finetune: Finetune, tmp_path: Path, shapes
     assert "No pretrained weights" not in card
 
 
-def test_no_pretrained_says_so_in_log_and_card(
-    finetune: Finetune, tmp_path: Path, shapes: Path
-) -> None:
+def test_no_pretrained_is_in_log_and_card(finetune: Finetune, tmp_path: Path, shapes: Path) -> None:
     done = finetune("--data", shapes, "--backbone", "resnet18", "--no-pretrained")
     assert done.returncode == 0, done.stderr
     assert "RANDOM weights" in done.stderr
@@ -428,7 +424,8 @@ def test_full_disk_publishes_nothing(finetune: Finetune, tmp_path: Path, shapes:
     assert finetune("--data", shapes, "--name", "warm").returncode == 0
 
     def limit_file_size() -> None:
-        # As ENOSPC does, EFBIG stops the write of the checkpoint's weights (14 MB) after a part of them.
+        # As ENOSPC does, EFBIG stops the write of the checkpoint's weights (14 MB) after a part of
+        # them.
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, 4_000_000))
 
@@ -438,7 +435,7 @@ def test_full_disk_publishes_nothing(finetune: Finetune, tmp_path: Path, shapes:
 
 
 def test_ctrl_c_ends_with_a_line(tmp_path: Path, cache_dir: Path) -> None:
-    command = [
+    command: list[str | Path] = [
         sys.executable,
         str(ROOT / "finetune" / "run.py"),
         "--output",

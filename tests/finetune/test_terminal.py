@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.shared import HANG_SECONDS
+
 ROOT = Path(__file__).parents[2]
-# A signal that comes while a destructor runs, which Python would let the program do no more than mention.
+# A signal that comes while a destructor runs, which Python would let the program do no more than
+# mention.
 PROGRAM = """
 import os, signal, sys, time
 from finetune.terminal import run_program
@@ -37,7 +40,7 @@ def test_a_signal_in_a_destructor_is_not_lost(number: signal.Signals) -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANG_SECONDS,
         check=False,
     )
     assert (ended.returncode, ended.stderr) == (128 + number, "stopped; nothing was published\n")

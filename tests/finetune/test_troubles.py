@@ -1,4 +1,4 @@
-"""What goes wrong on the way is met, or ends the run in words: stops, memory, numbers that are none, batches that cannot be learnt."""
+"""Stops, memory, NaN and batches that cannot be learnt are handled, or end the run in words."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ from finetune.terminal import Terminated, run_program
 from finetune.training.broken_batch import FOLDER, BrokenLossError
 from finetune.training.memory import is_out_of_memory, run_in_parts
 from finetune.training.preflight import estimate_time, warn_if_starved
-from finetune.training.train import train
 from models.backbone.build import Backbone
 from models.errors import GraftError
 from tests.support.tiny import (
@@ -37,6 +36,7 @@ from tests.support.tiny import (
     options,
     probe_of,
     snapshot,
+    train_tiny,
 )
 
 RunForked = Callable[[list[tuple[str, dict[str, str]]]], list[tuple[int, str]]]
@@ -52,7 +52,7 @@ def fit(
     (folder / STATE_DIR).mkdir(parents=True, exist_ok=True)
     backbone, monitor = backbone or build(), Recorder(folder, after)
     try:
-        train(
+        train_tiny(
             backbone,
             draw_splits(),
             probe_of(backbone),
@@ -66,7 +66,7 @@ def fit(
     return backbone, monitor
 
 
-# ------------------------------------------------------------------------------------------------------------------------------- signals
+# ------------------------------------------------------------------------------------------ signals
 
 
 @pytest.mark.parametrize(
@@ -100,10 +100,10 @@ def test_a_signal_saves_and_ends_with_its_code(
 
 def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, run_forked: RunForked) -> None:
     code = (
-        "import os, signal, time\nfrom finetune.terminal import stop_softly\n"
-        "with stop_softly() as asked:\n"
-        "    os.kill(os.getpid(), signal.SIGINT); time.sleep(0.05); print(type(asked()).__name__, flush=True)\n"
-        "    os.kill(os.getpid(), signal.SIGINT); time.sleep(30)\n"
+        "import os, signal, time\nfrom finetune.terminal import stop_softly\nwith stop_softly() "
+        "as asked:\n    os.kill(os.getpid(), signal.SIGINT); time.sleep(0.05); "
+        "print(type(asked()).__name__, flush=True)\n    os.kill(os.getpid(), signal.SIGINT); "
+        "time.sleep(30)\n"
     )
     ((exit_code, said),) = run_forked([(code, {})])
     assert exit_code == 130
@@ -122,7 +122,7 @@ def test_sigterm_outside_of_the_training_ends_the_program_too(
     assert "nothing was published" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------------------------------- numbers that are no numbers
+# -------------------------------------------------------------------------- NaN and infinite values
 
 
 class Poisoned(nn.Module):
@@ -134,7 +134,7 @@ class Poisoned(nn.Module):
         self.where = where
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        features = self.trunk(images)
+        features: torch.Tensor = self.trunk(images)
         if self.training and self.where == "image":
             brightness = images.mean(dim=(1, 2, 3))
             features = (
@@ -151,7 +151,7 @@ def read_broken_batch(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_a_loss_that_is_no_number_leaves_the_batch_to_look_at(tmp_path: Path) -> None:
+def test_a_nan_loss_keeps_the_batch_for_inspection(tmp_path: Path) -> None:
     with pytest.raises(BrokenLossError) as caught:
         fit(tmp_path, build(lambda: Poisoned("image")), freeze="none", epochs=1)
     rows = read_broken_batch(tmp_path)
@@ -161,19 +161,20 @@ def test_a_loss_that_is_no_number_leaves_the_batch_to_look_at(tmp_path: Path) ->
     assert said.startswith("epoch 1, step 0: the loss is nan at a rate of ")
     assert "lower --lr and --backbone-lr, to a tenth for a start (now 5.0e-02 and 2.0e-02)" in said
     assert said.endswith(
-        f"the 6 images of the batch are in {tmp_path / FOLDER}, with each one's loss in batch.csv: no number for {broken['path']}"
+        f"the 6 images of the batch are in {tmp_path / FOLDER}, with each one's loss in "
+        f"batch.csv: NaN or infinite for {broken['path']}"
     )
     by_key = {sample.key: sample for sample in draw_splits().train}
     for row in rows:
         sample = by_key[row["path"]]
-        assert row["label"] == draw_splits().label_names[sample.label]
+        assert row["label"] == draw_splits().describe(sample)
         assert np.array_equal(
             np.asarray(Image.open(tmp_path / FOLDER / row["file"])), PREPROCESS(sample.read())
         )
     assert not (tmp_path / STATE_DIR / TRAINING_FILE).exists()
 
 
-def test_a_gradient_that_is_no_number_is_found_before_it_is_in_the_weights(tmp_path: Path) -> None:
+def test_a_nan_gradient_is_found_before_the_step(tmp_path: Path) -> None:
     backbone = build(lambda: Poisoned("gradient"))
     with pytest.raises(
         BrokenLossError, match=r"^epoch 1, step 0: the gradient is (nan|inf) at a rate of"
@@ -182,7 +183,7 @@ def test_a_gradient_that_is_no_number_is_found_before_it_is_in_the_weights(tmp_p
     assert all(tensor.isfinite().all() for tensor in backbone.model.parameters())
 
 
-# -------------------------------------------------------------------------------------------------------------------------------- memory
+# ------------------------------------------------------------------------------------------- memory
 
 
 class Greedy(nn.Module):
@@ -198,14 +199,16 @@ class Greedy(nn.Module):
         # While it is traced and tried it behaves.
         if torch.is_grad_enabled() and self.training and len(images) > self.most:
             raise self.error
-        return self.trunk(images)
+        features: torch.Tensor = self.trunk(images)
+        return features
 
 
 ERRORS = [
     MemoryError(),
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     RuntimeError(
-        "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+        "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate "
+        "memory: you tried to allocate 9 bytes."
     ),
     RuntimeError("std::bad_alloc"),
     RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
@@ -253,10 +256,11 @@ def test_out_of_memory_halves_the_batch_and_moves_the_weights_as_the_whole_would
         assert loss == pytest.approx(same_loss, rel=1e-4)
 
 
-def test_a_single_image_that_does_not_fit_ends_the_run_with_the_way_out(tmp_path: Path) -> None:
+def test_a_single_image_that_does_not_fit_raises_with_the_way_out(tmp_path: Path) -> None:
     with pytest.raises(
         GraftError,
-        match=r"^out of memory with a single image \(no room\); try a smaller --image-size or --backbone, --freeze",
+        match=r"^out of memory with a single image \(no room\); try a smaller --image-size or "
+        r"--backbone, --freeze",
     ):
         fit(tmp_path, build(lambda: Greedy(0, MemoryError("no room"))), freeze="none")
 
@@ -268,7 +272,7 @@ def test_an_error_that_is_none_of_memory_is_not_hidden(tmp_path: Path) -> None:
         fit(tmp_path, build(lambda: Greedy(2, error)), freeze="none")
 
 
-def test_what_the_failed_part_left_is_undone_and_a_short_batch_changes_nothing() -> None:
+def test_a_failed_part_is_undone_and_a_short_batch_keeps_the_limit() -> None:
     images, done = torch.arange(6.0), []
 
     def work(part: torch.Tensor, _: torch.Tensor) -> float:
@@ -282,15 +286,15 @@ def test_what_the_failed_part_left_is_undone_and_a_short_batch_changes_nothing()
     assert run_in_parts(images[:3], images[:3], 4, lambda part, _: len(part)) == ([3], 4)
 
 
-# A limit on the process, a little above what it has: the whole batch does not fit, a part of it does.
+# A limit on the process, a little above what it has: the whole batch does not fit, a part of it
+# does.
 STARVE = """
 import logging, os, resource, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from torch import nn
-from tests.support.tiny import Recorder, Trunk, build, draw_splits, options, probe_of
-from finetune.training.train import train
+from tests.support.tiny import Recorder, Trunk, build, draw_splits, options, probe_of, train_tiny
 
 class Hungry(nn.Module):
     def __init__(self):
@@ -303,7 +307,8 @@ class Hungry(nn.Module):
         if self.training and "limit" not in globals():
             globals()["limit"] = True
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (used + int(os.environ["SPARE_MB"]) * 2**20, resource.RLIM_INFINITY))
+            limit = used + int(os.environ["SPARE_MB"]) * 2**20
+            resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
         wide = self.wide(nn.functional.interpolate(images, scale_factor=2)).relu()
         return self.trunk(images) + wide.mean(dim=(1, 2, 3))[:, None]
 
@@ -311,10 +316,15 @@ logging.basicConfig(format="%(message)s")
 folder = Path(os.environ["FOLDER"])
 backbone = build(Hungry)
 before = backbone.model.backbone.wide.weight.clone()
-best = train(
-    backbone, draw_splits(), probe_of(backbone), options(freeze="none", epochs=1, batch_size=16, cache=False), Recorder(folder), folder
+trained = train_tiny(
+    backbone,
+    draw_splits(),
+    probe_of(backbone),
+    options(freeze="none", epochs=1, batch_size=16, cache=False),
+    Recorder(folder),
+    folder,
 )
-print("finished", best >= 0)
+print("finished", trained.best_epoch >= 0)
 """
 
 
@@ -327,13 +337,13 @@ def test_memory_that_really_runs_out_ends_in_a_finished_run(
     assert said.endswith("finished True\n")
 
 
-def test_memory_for_not_even_one_image_ends_in_words(tmp_path: Path, run_forked: RunForked) -> None:
+def test_memory_for_less_than_one_image_raises(tmp_path: Path, run_forked: RunForked) -> None:
     ((code, said),) = run_forked([(STARVE, {"SPARE_MB": "4", "FOLDER": str(tmp_path)})])
     assert code == 1
     assert "GraftError: out of memory with a single image (" in said
 
 
-# ----------------------------------------------------------------------------------------------------------------------------- preflight
+# ---------------------------------------------------------------------------------------- preflight
 
 
 @pytest.mark.parametrize(
@@ -341,7 +351,7 @@ def test_memory_for_not_even_one_image_ends_in_words(tmp_path: Path, run_forked:
     [{}, {"cache": False}, {**EVERY_OPTION, "freeze": "none", "gradual": 1}],
     ids=["activations", "crops", "every option"],
 )
-def test_preflight_says_what_to_expect_and_leaves_no_trace(
+def test_preflight_logs_what_to_expect_and_changes_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, changes: dict[str, Any]
 ) -> None:
     plain, _ = fit(tmp_path / "plain", **changes)
@@ -359,7 +369,8 @@ def test_preflight_says_what_to_expect_and_leaves_no_trace(
 def test_preflight_stops_a_run_whose_loss_does_not_fall(tmp_path: Path) -> None:
     with pytest.raises(
         GraftError,
-        match=r"^--preflight: the loss on one batch went from \S+ to \S+ in 20 steps, and should have fallen",
+        match=r"^--preflight: the loss on one batch went from \S+ to \S+ in 20 steps, and should "
+        r"have fallen",
     ):
         fit(tmp_path, preflight=True, repository=tmp_path, lr=50.0, backbone_lr=50.0)
 
@@ -371,7 +382,8 @@ def test_preflight_stops_a_run_that_the_disk_has_no_room_for(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10_000, 0, 10_000))
     with pytest.raises(
         GraftError,
-        match=r"--preflight: .* MB in .*, where 0 MB are free; make room, or name another --(output|repository)",
+        match=r"--preflight: .* MB in .*, where 0 MB are free; make room, or name another "
+        r"--(output|repository)",
     ):
         fit(tmp_path, preflight=True, repository=tmp_path, cache=False)
 

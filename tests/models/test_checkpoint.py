@@ -1,4 +1,4 @@
-"""Checkpoints are published whole or not at all, never over another, and refused where they are not what was published."""
+"""Checkpoints are published whole, never over another, and refused where files were changed."""
 
 from __future__ import annotations
 
@@ -35,11 +35,12 @@ from models.errors import GraftError
 from models.prepared import PreparedBackbone
 from models.preprocess import Preprocess
 from tests.support.images import SHAPES, draw_shape
+from tests.support.shared import HANG_SECONDS
 
 PROJECT_DIR = Path(__file__).resolve().parents[2]
 LABELS = ["circle", "cross", "square"]
 
-# A program that publishes a small checkpoint, for what must be seen from outside: killing it, racing it, filling its disk.
+# A program that publishes a small checkpoint: to be killed, raced, or left without disk space.
 PUBLISH = """
 import sys, time
 from pathlib import Path
@@ -54,14 +55,25 @@ def write_engine(path):
     during(path)
 
 def run(repository, num_weights=100):
-    graft = {"format_version": 1, "fingerprint": "f", "head": "head", "temperature": 1.0, "metrics": {}, "engine": {},
-             "preprocess": Preprocess().to_dict()}
-    config = {"architecture": "own:net", "num_features": 2, "label_names": ["a", "b"], "graft": graft}
-    state = {"trunk": np.ones(num_weights, np.float32), "head.weight": np.eye(2, dtype=np.float32), "head.bias": np.zeros(2, np.float32)}
+    graft = {
+        "format_version": 1, "fingerprint": "f", "head": "head", "temperature": 1.0,
+        "metrics": {}, "engine": {}, "preprocess": Preprocess().to_dict(),
+    }
+    config = {
+        "architecture": "own:net", "num_features": 2, "label_names": ["a", "b"], "graft": graft
+    }
+    state = {
+        "trunk": np.ones(num_weights, np.float32),
+        "head.weight": np.eye(2, dtype=np.float32),
+        "head.bias": np.zeros(2, np.float32),
+    }
     golden = Golden((b"image",), np.zeros((1, 2), np.float32))
     try:
-        print(publish(Path(repository), "small", state=state, config=config, golden=golden, write_engine=write_engine,
-                      card=lambda version: f"# small {version}\\n").name, flush=True)
+        folder = publish(
+            Path(repository), "small", state=state, config=config, golden=golden,
+            write_engine=write_engine, card=lambda version: f"# small {version}\\n",
+        )
+        print(folder.name, flush=True)
     except GraftError as error:
         print("error", error, flush=True)
         raise SystemExit(2)
@@ -74,7 +86,7 @@ during = lambda path: None
 def published(
     prepared: PreparedBackbone, engine: OpenVINOEngine, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """The embedded backbone with a random head of three labels, published as version 1 by an fp32 engine."""
+    """Version 1 of a model: the embedded backbone in fp32 with a random head of three labels."""
     repository = tmp_path_factory.mktemp("repository")
     generator = np.random.default_rng(3)
     weight = generator.normal(0, 0.1, (3, prepared.num_features)).astype(np.float32)
@@ -182,7 +194,7 @@ def test_nothing_in_it_is_a_pickle(published: Path) -> None:
         assert all(golden[name].dtype != object for name in golden.files)
         arrays = [golden.zip.read(f"{name}.npy") for name in golden.files]
     for content in [*arrays, *(path.read_bytes() for path in published.iterdir())]:
-        # A pickle starts with a protocol and ends with a stop; torch.save writes a zip archive with a data.pkl.
+        # A pickle starts with its protocol and ends with a stop; torch.save writes a data.pkl.
         assert not (content[:1] == b"\x80" and content.rstrip().endswith(b"."))
         assert b"data.pkl" not in content
 
@@ -207,7 +219,11 @@ def publish_small(
 ) -> subprocess.CompletedProcess[str]:
     program = f"{PUBLISH}\n{preparation}\nrun({str(repository)!r}{arguments})"
     return subprocess.run(
-        [sys.executable, "-c", program], cwd=PROJECT_DIR, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", program],
+        cwd=PROJECT_DIR,
+        capture_output=True,
+        text=True,
+        timeout=HANG_SECONDS,
     )
 
 
@@ -225,7 +241,8 @@ def test_two_processes_that_publish_at_once_make_two_versions(tmp_path: Path) ->
         "import pathlib, os\n"
         "def during(path):\n"
         f"    pathlib.Path({str(tmp_path)!r}, f'ready-{{os.getpid()}}').touch()\n"
-        f"    while len(list(pathlib.Path({str(tmp_path)!r}).glob('ready-*'))) < 4: time.sleep(0.001)\n"
+        f"    folder = pathlib.Path({str(tmp_path)!r})\n"
+        "    while len(list(folder.glob('ready-*'))) < 4: time.sleep(0.001)\n"
     )
     program = f"{PUBLISH}\n{meet}\nrun({str(tmp_path / 'repository')!r})"
     processes = [
@@ -234,7 +251,7 @@ def test_two_processes_that_publish_at_once_make_two_versions(tmp_path: Path) ->
         )
         for _ in range(4)
     ]
-    versions = sorted(int(process.communicate(timeout=60)[0]) for process in processes)
+    versions = sorted(int(process.communicate(timeout=HANG_SECONDS)[0]) for process in processes)
     assert versions == [1, 2, 3, 4]
     for version in versions:
         assert load_checkpoint(tmp_path / "repository" / "small" / str(version)).version == version
@@ -276,14 +293,15 @@ def test_a_repository_that_cannot_be_made_is_an_error_in_words(tmp_path: Path) -
 
 
 def test_a_killed_run_leaves_no_version(tmp_path: Path) -> None:
-    program = f"{PUBLISH}\ndef during(path):\n    print('writing', flush=True)\n    time.sleep(60)\nrun({str(tmp_path)!r})"
+    during = "def during(path):\n    print('writing', flush=True)\n    time.sleep(60)\n"
+    program = f"{PUBLISH}\n{during}run({str(tmp_path)!r})"
     process = subprocess.Popen(
         [sys.executable, "-c", program], cwd=PROJECT_DIR, stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "writing\n"
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=20)
+    process.communicate(timeout=HANG_SECONDS)
     assert list_versions(tmp_path, "small") == []
     assert list_names(tmp_path) == []
     assert publish_small(tmp_path, "").stdout.split() == ["1"]
@@ -405,7 +423,7 @@ def test_logits_that_drifted_are_refused_and_rounding_is_not(
     checkpoint, computed = replay(published, engine)
     with pytest.raises(CheckpointError, match="golden images"):
         check_golden(checkpoint, spoil(computed))
-    check_golden(checkpoint, computed * (1 + 2**-8))
+    check_golden(checkpoint, computed * np.float32(1 + 2**-8))
 
 
 def test_another_preprocess_is_seen_by_the_golden_images(
@@ -421,7 +439,10 @@ def test_another_preprocess_is_seen_by_the_golden_images(
 
 
 def test_the_fingerprint_changes_with_everything_that_shapes_features() -> None:
-    tensors = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.zeros((), np.int64)}
+    tensors: dict[str, np.ndarray[Any, Any]] = {
+        "a": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "b": np.zeros((), np.int64),
+    }
     base = fingerprint("net", tensors, Preprocess())
     assert base == fingerprint("net", dict(reversed(tensors.items())), Preprocess())
     assert base == fingerprint(

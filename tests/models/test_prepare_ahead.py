@@ -1,4 +1,4 @@
-"""A backbone is prepared beside the reading of images, and where that fails the run says why, as it would without."""
+"""A backbone is prepared while images are read; what fails there, the run reports as ever."""
 
 from __future__ import annotations
 

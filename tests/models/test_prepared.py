@@ -1,4 +1,4 @@
-"""A prepared backbone is made once, kept by what shapes it, whole or not at all, and used without torch."""
+"""A prepared backbone is made once, kept whole by what shapes it, and used without torch."""
 
 from __future__ import annotations
 
@@ -15,16 +15,19 @@ import timm
 import torch
 from torch import nn
 
-from models.backbone.build import Backbone, CustomNetwork, backbone_tensors, build_backbone
+from models.backbone.build import Backbone, backbone_tensors, build_backbone
+from models.backbone.custom import CustomNetwork
 from models.checkpoint import fingerprint
 from models.engine.engine import run
-from models.engine.openvino_engine import OpenVINOEngine
+from models.engine.openvino_engine import OpenVINOEngine, supports_bf16
+from models.engine.processor import cpu_name, num_cpus
 from models.errors import GraftError
 from models.prepared import (
     PreparedBackbone,
     build_engine,
     prepare_backbone,
     read_prepared,
+    resolve_device,
     write_prepared,
 )
 from models.preprocess import Preprocess
@@ -34,7 +37,12 @@ import sys, time
 from pathlib import Path
 from models.prepared import prepare_backbone
 prepared = prepare_backbone(
-    {name!r}, weights={weights}, pretrained=True, image_size=None, cache_dir=Path({cache_dir!r}), scratch_dir=Path({scratch_dir!r})
+    {name!r},
+    weights={weights},
+    pretrained=True,
+    image_size=None,
+    cache_dir=Path({cache_dir!r}),
+    scratch_dir=Path({scratch_dir!r}),
 )
 print(prepared.folder)
 print(prepared.fingerprint)
@@ -187,7 +195,10 @@ def test_random_weights_are_not_kept(tmp_path: Path) -> None:
 
 def test_a_users_own_network_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "ownnet.py").write_text(
-        "from torch import nn\ndef build(): return nn.Sequential(nn.Conv2d(3, 4, 9, stride=8), nn.AdaptiveAvgPool2d(1), nn.Flatten())\n"
+        "from torch import nn\n"
+        "def build():\n"
+        "    conv = nn.Conv2d(3, 4, 9, stride=8)\n"
+        "    return nn.Sequential(conv, nn.AdaptiveAvgPool2d(1), nn.Flatten())\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     prepared = prepare("ownnet:build", tmp_path / "cache", tmp_path / "scratch", image_size=48)
@@ -230,7 +241,8 @@ def test_a_cache_that_cannot_be_written_is_an_error_in_words(tmp_path: Path) -> 
 def test_a_conversion_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
     class Unconvertible(nn.Module):
         def forward(self, images: torch.Tensor) -> torch.Tensor:
-            return torch.linalg.eigvals(images.mean(dim=1)).real
+            eigenvalues: torch.Tensor = torch.linalg.eigvals(images.mean(dim=1))
+            return eigenvalues.real
 
     backbone = dataclasses.replace(tiny_backbone(), model=CustomNetwork(Unconvertible(), 48))
     with pytest.raises(GraftError, match=r"OpenVINO cannot convert own:tiny: ."):
@@ -291,11 +303,13 @@ def test_an_engine_that_is_known_is_loaded_with_its_first_batch(
     prepared: PreparedBackbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepared.open_engine("cpu", "fp32").close()
-    loaded = []
-    monkeypatch.setattr(
-        "models.prepared.OpenVINOEngine",
-        lambda *args, **options: loaded.append(1) or OpenVINOEngine(*args, **options),
-    )
+    loaded: list[OpenVINOEngine] = []
+
+    def open_it(*args: Any, **options: Any) -> OpenVINOEngine:
+        loaded.append(OpenVINOEngine(*args, **options))
+        return loaded[-1]
+
+    monkeypatch.setattr("models.prepared.OpenVINOEngine", open_it)
     never = prepared.open_engine("cpu", "fp32")
     never.close()
     assert not loaded
@@ -351,3 +365,32 @@ def test_the_wait_for_a_conversion_is_announced_before_it(
         assert not caplog.messages
         prepare("test_resnet", None, tmp_path, weights=weights)
         assert caplog.messages[0] == "converting test_resnet for this machine …"
+
+
+def test_an_engine_says_what_it_chose(prepared: PreparedBackbone) -> None:
+    engine = build_engine(prepared.folder, prepared.preprocess, prepared.config, device="cpu")
+    info = engine.info
+    assert info.engine.startswith("openvino 20")
+    assert (info.device, info.precision) == (cpu_name(), "bf16" if supports_bf16() else "fp32")
+    assert info.batch_size in (1, 4, 16)
+    assert info.num_streams == num_cpus()
+    assert info.images_per_second > 1
+    assert all(
+        str(part) in str(info)
+        for part in (
+            info.engine,
+            info.device,
+            info.precision,
+            f"batch {info.batch_size}",
+            "images/s",
+        )
+    )
+    assert info.to_dict()["precision"] == info.precision
+    engine.close()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
+def test_cuda_is_refused_where_there_is_none_and_auto_is_the_cpu() -> None:
+    with pytest.raises(GraftError, match=r"--device.* torch .*no CUDA device.*auto, or say cpu"):
+        resolve_device("cuda")
+    assert resolve_device("auto") == "cpu"

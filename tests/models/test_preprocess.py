@@ -1,4 +1,4 @@
-"""Encoded bytes to crops: every format, orientation and mode, and only ImageError for all that is broken or hostile."""
+"""Every format, orientation and mode gives its crop; what is broken or hostile gives ImageError."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ import pytest
 from PIL import Image
 
 from models.errors import GraftError
-from models.preprocess import FORMATS, MAX_PIXELS, ImageError, Pixels, Preprocess, View, begins_as
+from models.images import FORMATS, MAX_PIXELS, ImageError, Pixels, begins_as
+from models.preprocess import Preprocess, View
 
 PREPROCESS = Preprocess(height=48, width=48, crop_fraction=1.0)
 # Pillow says so where an EXIF block is broken; what matters here is the crop.
@@ -24,7 +25,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 
 
 def picture(width: int = 120, height: int = 80) -> Image.Image:
-    """Smooth, and no two of its eight orientations alike: red grows to the right, green downwards, the upper left corner is blue."""
+    """A smooth image, different in each of its eight orientations.
+
+    Red grows to the right, green downwards, and the upper left corner is blue.
+    """
     x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
     pixels = np.stack([255 * x, 255 * y, 255 * np.exp(-8 * (x**2 + y**2))], axis=2)
     return Image.fromarray(pixels.astype(np.uint8))
@@ -33,6 +37,8 @@ def picture(width: int = 120, height: int = 80) -> Image.Image:
 def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
     if kind == "WEBP" and "quality" not in options:
         options["lossless"] = True
+    if kind == "AVIF":
+        options = {"quality": 100, "subsampling": "4:4:4", "speed": 10, **options}
     if kind == "JPEG":
         options = {"quality": 95, "subsampling": 0, **options}
     buffer = io.BytesIO()
@@ -80,7 +86,8 @@ UPRIGHT = {
     3: lambda image: image.transpose(Image.Transpose.ROTATE_180),
     4: lambda image: image.transpose(Image.Transpose.FLIP_TOP_BOTTOM),
     5: lambda image: image.transpose(Image.Transpose.TRANSPOSE),
-    # A camera held so that the file must be turned by 90° clockwise stores the picture turned by 90° counter-clockwise, and so on.
+    # Where the viewer must turn the image by 90° clockwise, the camera stored it turned by 90°
+    # counter-clockwise, and so on.
     6: lambda image: image.transpose(Image.Transpose.ROTATE_90),
     7: lambda image: image.transpose(Image.Transpose.TRANSVERSE),
     8: lambda image: image.transpose(Image.Transpose.ROTATE_270),
@@ -307,7 +314,7 @@ def test_views_shift_scale_and_mirror() -> None:
     plain = preprocess(data)
     assert np.array_equal(preprocess(data, view=View()), plain)
     assert np.array_equal(preprocess(data, view=View(mirror=True)), plain[:, ::-1])
-    # Red grows to the right over 200 pixels: a quarter of the crop's 100 to the right is 25 of them.
+    # Red grows to the right over 200 pixels: a quarter of the crop's 100 is 25 of them.
     assert preprocess(data, view=View(center_x=0.25))[..., 0].mean() - plain[
         ..., 0
     ].mean() == pytest.approx(255 * 25 / 200, abs=2)
@@ -348,7 +355,8 @@ def test_the_record_survives_a_round_trip() -> None:
         b"\x00",
         b"hello, I am a text file\n" * 50,
         b"<!DOCTYPE html><html><body>404</body></html>",
-        b'<svg xmlns="http://www.w3.org/2000/svg" width="10" height="10"><rect width="10" height="10"/></svg>',
+        b'<svg xmlns="http://www.w3.org/2000/svg" width="10" height="10">'
+        b'<rect width="10" height="10"/></svg>',
         b"%PDF-1.7\n" + b"\x00" * 100,
         b"\xff\xd8\xff",
         b"\xff\xd8\xff" + b"\x00" * 200,
@@ -385,7 +393,7 @@ def test_a_file_that_ends_in_its_header_is_told_from_no_image(kind: str) -> None
     assert "not an image" not in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", ["ICO", "PPM", "PCX", "TGA", "JPEG2000"])
+@pytest.mark.parametrize("kind", ["ICO", "PCX", "TGA", "JPEG2000"])
 def test_formats_outside_the_list_are_refused(kind: str) -> None:
     with pytest.raises(ImageError):
         PREPROCESS(encode(picture(), kind))
@@ -422,6 +430,11 @@ def bomb(kind: str) -> bytes:
         extended = b"VP8X" + struct.pack("<I", 10) + b"\x00" * 4 + canvas + canvas
         data[12:12] = extended
         data[4:8] = struct.pack("<I", len(data) - 8)
+    elif kind == "PPM":
+        return bytes(data).replace(b"64 64", b"50000 50000")
+    elif kind == "AVIF":
+        size = data.index(b"ispe") + 8
+        data[size : size + 8] = struct.pack(">II", 16_000, 16_000)
     else:
         data = bytearray(encode(picture(64, 64), "TIFF"))
         first = struct.unpack_from("<I", data, 4)[0]
@@ -434,6 +447,7 @@ def bomb(kind: str) -> bytes:
     return bytes(data)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_bomb_is_refused_from_its_header(kind: str) -> None:
     data = bomb(kind)
@@ -445,13 +459,12 @@ def test_a_bomb_is_refused_from_its_header(kind: str) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak_before < 64 * 1024
 
 
-def test_a_text_bomb_in_a_png_is_an_image_error() -> None:
-    """Which Pillow meets with a ValueError, before or after the pixels."""
+def test_a_text_bomb_in_a_png_is_not_read() -> None:
     data = encode(picture(), "PNG")
     text = chunk(b"zTXt", b"note\x00\x00" + zlib.compress(b"x" * 20_000_000))
     for place in (33, len(data) - 12):
-        with pytest.raises(ImageError, match="cannot be decoded"):
-            PREPROCESS(data[:place] + text + data[place:])
+        crop = PREPROCESS(data[:place] + text + data[place:])
+        assert np.array_equal(crop, PREPROCESS(data))
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -517,7 +530,8 @@ def test_decoding_engines_and_checkpoints_need_no_torch(run_python: Any, tmp_pat
         "import sys\n"
         "sys.modules['torch'] = sys.modules['timm'] = None\n"
         "import models.preprocess, models.engine.engine, models.checkpoint, models.prepared\n"
-        "print(models.preprocess.Preprocess(height=8, width=8)(open(sys.argv[1], 'rb').read()).shape)"
+        "preprocess = models.preprocess.Preprocess(height=8, width=8)\n"
+        "print(preprocess(open(sys.argv[1], 'rb').read()).shape)"
     )
     path = tmp_path / "picture.jpg"
     path.write_bytes(encode(picture(), "JPEG"))

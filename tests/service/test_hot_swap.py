@@ -1,7 +1,11 @@
-"""A repository that changes under a running server: new versions, bad ones, none; rollouts over HTTP; and no request lost."""
+"""A repository that changes while it is served: new versions, bad ones, none, rollouts over HTTP.
+
+No request is lost.
+"""
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import threading
@@ -25,6 +29,7 @@ from tests.support.servers import (
     copy_checkpoint,
     serve,
 )
+from tests.support.shared import HANG_SECONDS
 
 TOKEN = "a-token-for-tests"
 ADMIN = {"Authorization": f"Bearer {TOKEN}"}
@@ -33,7 +38,7 @@ IMAGE = draw_image("red", 11)
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    """It starts with nothing to serve, and looks often."""
+    """It starts with an empty repository, which it reads often."""
     folder = tmp_path_factory.mktemp("server")
     env = {
         "CHECKPOINTS": str(folder / "checkpoints"),
@@ -48,7 +53,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
 def publish(
     colors: Path, server: RunningServer, request: pytest.FixtureRequest
 ) -> Callable[..., Path]:
-    """Put a version of this test's own model into the repository in one step; the temperature tells versions apart by their scores."""
+    """Puts a version of this test's own model into the repository, in one step.
+
+    Each version has its own temperature, so that its scores tell which one answered.
+    """
     name = name_of(request)
     root = server.log_path.parent
 
@@ -73,7 +81,7 @@ def name_of(request: pytest.FixtureRequest) -> str:
     return str(request.node.name).removeprefix("test_")[:40].strip("_").lower()
 
 
-def until(condition: Callable[[], object], seconds: float = 10) -> None:
+def until(condition: Callable[[], object], seconds: float = HANG_SECONDS) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen"
@@ -90,6 +98,10 @@ def ask(client: httpx.Client, name: str, **options: str) -> dict[str, Any]:
     body: dict[str, Any] = response.json()
     assert response.status_code == 200, body
     return body
+
+
+def serves(client: httpx.Client, name: str, version: int) -> bool:
+    return version_of(client, name) == version
 
 
 def version_of(client: httpx.Client, name: str, **options: str) -> int | None:
@@ -142,7 +154,7 @@ def test_new_versions_take_over_under_load_and_no_request_is_lost(
     expected = {}
     for version in range(1, 5):
         publish(version) if version > 1 else None
-        until(lambda version=version: version_of(client, name) == version)
+        until(functools.partial(serves, client, name, version))
         expected[version] = ask(client, name)["predictions"]
     for version in (2, 3, 4):
         shutil.rmtree(server.log_path.parent / "checkpoints" / name / str(version))
@@ -151,10 +163,10 @@ def test_new_versions_take_over_under_load_and_no_request_is_lost(
     is_over, seen, lock = threading.Event(), [], threading.Lock()
 
     def load() -> None:
-        with httpx.Client(base_url=server.url, timeout=30) as own:
+        with httpx.Client(base_url=server.url, timeout=HANG_SECONDS) as own:
             while not is_over.is_set():
                 body = ask(own, name)
-                # Scores are those of the version that is named, so no answer is a mix of two.
+                # The scores are those of the named version: no answer is a mix of two.
                 for found, wanted in zip(
                     body["predictions"][0]["top"], expected[body["version"]][0]["top"], strict=True
                 ):
@@ -167,7 +179,7 @@ def test_new_versions_take_over_under_load_and_no_request_is_lost(
         try:
             for version in (1, 2, 3, 4):
                 publish(version) if version > 1 else None
-                until(lambda version=version: version in seen)
+                until(functools.partial(seen.__contains__, version))
         finally:
             is_over.set()
         for one in running:
@@ -175,7 +187,7 @@ def test_new_versions_take_over_under_load_and_no_request_is_lost(
     assert set(seen) == {1, 2, 3, 4}
 
 
-def test_a_bad_version_is_refused_and_served_once_it_is_mended(
+def test_a_bad_version_is_refused_and_served_once_it_is_repaired(
     client: httpx.Client, publish: Callable[..., Path], name: str
 ) -> None:
     publish(1)
@@ -197,7 +209,7 @@ def test_a_bad_version_is_refused_and_served_once_it_is_mended(
     assert refusals(client, name) == {}
 
 
-def test_a_version_that_is_taken_away_gives_way_to_the_one_before(
+def test_after_a_version_is_removed_the_one_before_answers(
     client: httpx.Client, publish: Callable[..., Path], name: str
 ) -> None:
     publish(1)
@@ -209,7 +221,7 @@ def test_a_version_that_is_taken_away_gives_way_to_the_one_before(
     until(lambda: version_of(client, name) is None)
 
 
-def test_a_version_that_is_made_again_under_its_number_is_noticed(
+def test_a_version_that_is_replaced_under_its_number_is_loaded_again(
     client: httpx.Client, publish: Callable[..., Path], name: str
 ) -> None:
     folder = publish(1)
@@ -259,7 +271,7 @@ def test_labels_default_canary_load_and_unload(
     assert client.post(f"/v1/models/{name}/versions/3:unload", headers=ADMIN).status_code == 200
     assert version_of(client, name) == 2
     assert version_of(client, name, version="3") is None
-    # What is still referred to is not taken away.
+    # A version that the rollout refers to is not unloaded.
     refused = client.post(f"/v1/models/{name}/versions/2:unload", headers=ADMIN)
     assert refused.status_code == 400
     assert "still referred to" in refused.json()["error"]["message"]
@@ -274,7 +286,7 @@ def test_a_rollout_that_cannot_be_served_changes_nothing(
     assert "version 7" in message
     assert version_of(client, name) == 1
     assert not (folder.parent / ROLLOUT_FILE).exists()
-    # The same written by hand is refused, said, and followed as soon as the version is there.
+    # The same by hand is refused with the reason, and followed once the version is there.
     (folder.parent / ROLLOUT_FILE).write_text('{"default": 7}')
     until(lambda: None in refusals(client, name))
     assert "version 7" in refusals(client, name)[None]
@@ -300,7 +312,7 @@ def test_a_shadow_is_compared_and_never_sent(
 @pytest.mark.parametrize(
     "headers", [{}, {"Authorization": "Bearer wrong-token"}, {"Authorization": f"Basic {TOKEN}"}]
 )
-def test_administration_needs_the_token(client: httpx.Client, headers: dict[str, str]) -> None:
+def test_admin_routes_need_the_token(client: httpx.Client, headers: dict[str, str]) -> None:
     response = client.patch("/v1/models/any/rollout", json={}, headers=headers)
     assert (response.status_code, response.json()["error"]["code"]) == (401, "unauthorized")
     assert response.headers["www-authenticate"] == "Bearer"
@@ -321,12 +333,12 @@ def test_a_version_is_a_whole_number(client: httpx.Client, version: str) -> None
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"{", b"\xff", b'"x"', b"[" * 100_000])
-def test_a_rollout_that_is_no_object(client: httpx.Client, body: bytes) -> None:
+def test_a_rollout_that_is_not_an_object_is_refused(client: httpx.Client, body: bytes) -> None:
     response = client.patch("/v1/models/any/rollout", content=body, headers=ADMIN)
     assert (response.status_code, response.json()["error"]["code"]) == (400, "bad_request")
 
 
-def test_every_model_answers_from_one_pass(
+def test_all_models_answer_from_one_pass(
     client: httpx.Client, publish: Callable[..., Path], name: str
 ) -> None:
     publish(1)
@@ -345,7 +357,7 @@ def test_every_model_answers_from_one_pass(
     assert (response.status_code, response.json()["error"]["code"]) == (400, "bad_parameter")
 
 
-def test_status_tells_health_and_load(
+def test_status_has_health_and_load(
     client: httpx.Client, publish: Callable[..., Path], name: str
 ) -> None:
     publish(1)
@@ -406,7 +418,7 @@ def test_every_request_has_an_id_a_log_line_and_bounded_metrics(
     assert 'graft_rejected_total{model="",reason="not_found",version=""}' in text
 
 
-def test_series_of_a_version_that_is_gone_go_too(
+def test_the_series_of_an_unloaded_version_are_dropped(
     client: httpx.Client, publish: Callable[..., Path], name: str
 ) -> None:
     folder = publish(1)
@@ -426,7 +438,7 @@ def test_with_a_token_for_predictions_only_health_is_open(colors: Path, tmp_path
     headers = {"Content-Type": "image/jpeg"}
     with (
         serve(tmp_path / "log", env) as server,
-        httpx.Client(base_url=server.url, timeout=30) as client,
+        httpx.Client(base_url=server.url, timeout=HANG_SECONDS) as client,
     ):
         for path in ("/livez", "/readyz", "/metrics", "/", "/docs.json"):
             assert client.get(path).status_code == 200, path
@@ -436,8 +448,29 @@ def test_with_a_token_for_predictions_only_health_is_open(colors: Path, tmp_path
         assert client.post("/predict", content=IMAGE, headers=headers).status_code == 401
         answer = client.post("/predict", content=IMAGE, headers={**headers, **ADMIN})
         assert answer.json()["predictions"][0]["label"] in LABELS
-        # Administration was not switched on, and the token for predictions does not do.
+        # Without GRAFT_ADMIN_TOKEN admin routes are off, and the API token is not enough.
         forbidden = client.patch("/v1/models/colors/rollout", json={}, headers=ADMIN)
         assert (forbidden.status_code, forbidden.json()["error"]["code"]) == (403, "forbidden")
         assert '{"time"' not in server.log()
         assert TOKEN not in server.log()
+
+
+def test_a_version_with_other_labels_is_logged_and_counted(
+    client: httpx.Client, server: RunningServer, publish: Callable[..., Path], name: str
+) -> None:
+    def count() -> float:
+        text = client.get("/metrics").text
+        series = f'graft_label_changes_total{{model="{name}"}} '
+        return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(series))
+
+    publish(1)
+    until(lambda: serves(client, name, 1))
+    publish(2)
+    until(lambda: serves(client, name, 2))
+    assert count() == 0
+    others = [f"other {label}" for label in LABELS]
+    publish(3, lambda folder: change_config(folder, lambda one: one.update(label_names=others)))
+    until(lambda: serves(client, name, 3))
+    assert count() == 1
+    line = f"the labels of {name} changed: version 3 answers with other "
+    assert line in server.log()

@@ -1,4 +1,7 @@
-"""A multi-label model on the real server: every face gives each label's own probability, and says which reach their thresholds."""
+"""A multi-label model on the real server.
+
+Every protocol gives each label's own probability, and which of them reach their thresholds.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ V2 = "/v2/models/tags"
 
 @pytest.fixture(scope="module")
 def tags(colors: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The checkpoint of three colours as one whose images have any number of them."""
+    """The checkpoint of three colours, as a multi-label one."""
     folder = copy_checkpoint(colors, tmp_path_factory.mktemp("tags") / "checkpoints", "tags", 1)
 
     def change(config: dict[str, Any]) -> None:
@@ -41,7 +44,7 @@ def tags(colors: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def scores(tags: Path) -> np.ndarray:
-    """What the checkpoint gives for IMAGES, by itself."""
+    """The checkpoint's scores of IMAGES, without a server."""
     checkpoint = load_checkpoint(tags)
     engine = build_engine(
         tags, checkpoint.preprocess, checkpoint.config, device="cpu", precision="auto"
@@ -55,7 +58,7 @@ def scores(tags: Path) -> np.ndarray:
 def server(
     tags: Path, colors: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunningServer]:
-    """Beside a single-label model on the same backbone."""
+    """It also serves a single-label model on the same backbone."""
     copy_checkpoint(colors, tags.parent.parent, "colors", 1)
     with serve(
         tmp_path_factory.mktemp("log") / "log", {"CHECKPOINTS": str(tags.parent.parent)}
@@ -69,7 +72,7 @@ def ask(client: httpx.Client, path: str, body: object) -> Any:
     return response.json()
 
 
-def predict(client: httpx.Client, **parameters: object) -> Any:
+def predict(client: httpx.Client, **parameters: str | int) -> Any:
     response = client.post(
         "/predict",
         params=parameters,
@@ -107,7 +110,7 @@ def test_predict_names_the_labels_that_reach_their_thresholds(
             if score >= threshold
         }
         assert {one["label"] for one in entry["labels"]} == named
-    assert abs(scores.sum(axis=1) - 1).min() > 0.05  # it is no softmax
+    assert abs(scores.sum(axis=1) - 1).min() > 0.05  # they are not a softmax
 
 
 def test_top_k_shortens_the_list_and_not_the_answer(client: httpx.Client) -> None:
@@ -118,7 +121,7 @@ def test_top_k_shortens_the_list_and_not_the_answer(client: httpx.Client) -> Non
     assert [len(entry["top"]) for entry in (*whole, *short)] == [3, 3, 1, 1]
 
 
-def test_models_of_both_kinds_are_asked_at_once(client: httpx.Client) -> None:
+def test_models_of_both_tasks_are_asked_at_once(client: httpx.Client) -> None:
     answers = {
         answer["model"]: answer["predictions"][0]
         for answer in predict(client, model="all")["models"]
@@ -199,7 +202,7 @@ def test_tritons_client_reads_the_binary_answer(server: RunningServer, scores: n
 @pytest.mark.parametrize(
     ("model", "output"), [("tags", "label"), ("tags", "score"), ("colors", "present")]
 )
-def test_an_output_of_the_other_kind_is_refused(
+def test_an_output_of_the_other_task_is_refused(
     client: httpx.Client, model: str, output: str
 ) -> None:
     response = client.post(
@@ -233,7 +236,7 @@ def test_the_description_has_the_answers_shape(client: httpx.Client) -> None:
 
 
 def test_golden_images_may_not_move_all_labels_at_once(tags: Path) -> None:
-    """Softmax ignores what all logits have in common, sigmoid does not."""
+    """Softmax ignores what all logits of an image have in common, sigmoid does not."""
     checkpoint = load_checkpoint(tags)
     moved = checkpoint.golden.logits + np.float32(np.ptp(checkpoint.golden.logits))
     check_golden(checkpoint, checkpoint.golden.logits)
@@ -246,8 +249,8 @@ def test_golden_images_may_not_move_all_labels_at_once(tags: Path) -> None:
     ("changes", "message"),
     [
         ({"thresholds": [0.5, 0.5]}, "there are 2 thresholds, its labels are 3"),
-        ({"thresholds": [0.5, 0.5, 1.5]}, "a threshold is no share"),
-        ({"thresholds": [0.5, 0.5, float("nan")]}, "a threshold is no share"),
+        ({"thresholds": [0.5, 0.5, 1.5]}, "a threshold of 1.5;"),
+        ({"thresholds": [0.5, 0.5, float("nan")]}, "a threshold of nan;"),
         ({"task": "detection"}, "task 'detection'; this Graft knows single-label and multi-label"),
     ],
 )

@@ -46,10 +46,10 @@ def draw_image(
     return _encode(Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST), kind)
 
 
-def draw_noise(label: int, seed: int, brighter: int = 30) -> bytes:
+def draw_noise(label: int, seed: int, brighter: int = 30, size: int = NOISE_SIZE) -> bytes:
     """A PNG of noise in which the colour of the label's number is a little brighter."""
     generator = np.random.default_rng((label, seed))
-    pixels = generator.integers(0, 200, (NOISE_SIZE, NOISE_SIZE, 3))
+    pixels = generator.integers(0, 200, (size, size, 3))
     pixels[..., label] += brighter
     return _encode(Image.fromarray(pixels.astype(np.uint8)), "PNG")
 
@@ -66,12 +66,12 @@ def write_class_folders(
     return root
 
 
-def write_noise_folders(root: Path, num_per_class: int) -> Path:
-    """`root/<label>/<n>.png`, too much alike for a probe to tell all of them apart."""
+def write_noise_folders(root: Path, num_per_class: int, brighter: int = 6) -> Path:
+    """`root/<label>/<n>.png`; at 6, too much alike for a probe to tell all of them apart."""
     for label, name in enumerate(LABELS):
         (root / name).mkdir(parents=True, exist_ok=True)
         for seed in range(num_per_class):
-            (root / name / f"{seed}.png").write_bytes(draw_noise(label, seed, brighter=6))
+            (root / name / f"{seed}.png").write_bytes(draw_noise(label, seed, brighter))
     return root
 
 

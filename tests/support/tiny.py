@@ -10,11 +10,15 @@ import numpy as np
 import torch
 from torch import nn
 
+from finetune.candidates import training_settings
 from finetune.config import Options
 from finetune.data.splits import Sample, Splits
 from finetune.monitor import Monitor
 from finetune.probe.solve import Probe
-from models.backbone.build import Backbone, CustomNetwork
+from finetune.resume import fix_options
+from finetune.training.train import Trained, train
+from models.backbone.build import Backbone
+from models.backbone.custom import CustomNetwork
 from models.preprocess import Preprocess
 from models.sources import EncodedImage
 from tests.support.images import LABELS as LABELS
@@ -85,6 +89,29 @@ def options(**changes: Any) -> Options:
     }
     defaults |= {"precision": "fp32", "augment": "light", "device": "cpu", "batch_norm": "update"}
     return Options(**{**defaults, **changes})
+
+
+def train_tiny(
+    backbone: Backbone,
+    splits: Splits,
+    start: Probe,
+    options: Options,
+    monitor: Monitor,
+    scratch: Path,
+    *,
+    state_dir: Path | None = None,
+) -> Trained:
+    """Train as a run with these options would."""
+    return train(
+        backbone,
+        splits,
+        start,
+        training_settings(options),
+        monitor,
+        scratch,
+        state_dir=state_dir,
+        fixed=fix_options(options.model_dump(mode="json")),
+    )
 
 
 def snapshot(backbone: Backbone) -> dict[str, torch.Tensor]:

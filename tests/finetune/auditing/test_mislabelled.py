@@ -1,4 +1,4 @@
-"""Confident learning: labels that another class is confident of come first, whatever the classes' own confidence."""
+"""Confident learning: labels come first whose image another class is confident of."""
 
 from __future__ import annotations
 

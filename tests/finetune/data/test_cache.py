@@ -1,4 +1,4 @@
-"""Features are computed once, whatever happens to the files they are kept in: what is read back is what was written, or nothing."""
+"""Features are computed once. After any damage, what is read is what was written, or nothing."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ from finetune.data import cache as cache_module
 from finetune.data.cache import MAX_SEGMENTS, FeatureCache, digest_image, merge_segments, trim
 from finetune.data.splits import Sample
 from finetune.probe.features import extract_features
-from models.engine.engine import EngineInfo, Features
+from models.engine.engine import Crops, EngineInfo, Features
 from models.engine.openvino_engine import OpenVINOEngine
 from models.errors import GraftError
 from models.prepared import PreparedBackbone
-from models.preprocess import Pixels, View
+from models.preprocess import View
 from models.sources import EncodedImage
 from tests.support.images import draw_shape
+from tests.support.shared import HANG_SECONDS
 
 PROJECT_DIR = Path(__file__).parents[3]
 INFO = EngineInfo("openvino 1", "a processor", "fp32", 4, 2, 100.0)
@@ -56,9 +57,9 @@ def read(cache: FeatureCache, digest: bytes) -> Features | None:
     return out if cache.read(digest, out) else None
 
 
-def fill(cache_dir: Path, indices: range, **options: str) -> Path:
+def fill(cache_dir: Path, indices: range, fingerprint: str = "a network") -> Path:
     """Write some rows as a run does, and give the folder they are in."""
-    with open_cache(cache_dir, **options) as cache:
+    with open_cache(cache_dir, fingerprint) as cache:
         cache.write([DIGESTS[index] for index in indices], FEATURES[indices.start : indices.stop])
     return cache.folder
 
@@ -99,9 +100,12 @@ class Counted:
         )
         self.num_images = 0
 
-    def submit(self, images: Pixels) -> Future[Features]:
+    def submit(self, images: Crops) -> Future[Features]:
         self.num_images += len(images)
         return self._engine.submit(images)
+
+    def run_here(self, images: Crops, *, is_alone: bool = True) -> Features:
+        raise AssertionError("a run submits its images")
 
     def close(self) -> None:
         raise AssertionError("the engine is the caller's to close")
@@ -112,7 +116,7 @@ Extract = Callable[[list[Sample]], tuple[Features, int]]
 
 @pytest.fixture
 def extract(prepared: PreparedBackbone, engine: OpenVINOEngine, tmp_path: Path) -> Extract:
-    """One run on some samples: their features, and how many images the engine was given for them."""
+    """One run on some samples: their features, and how many images the engine was given."""
 
     def run(samples: list[Sample]) -> tuple[Features, int]:
         counted = Counted(engine)
@@ -342,7 +346,8 @@ def test_trim_takes_nothing_from_a_run_that_reads(tmp_path: Path) -> None:
     fill(tmp_path, range(3))
     with open_cache(tmp_path) as cache:
         trim(tmp_path, 0)
-        assert np.array_equal(read(cache, DIGESTS[1]), FEATURES[1])  # type: ignore[arg-type]
+        assert (found := read(cache, DIGESTS[1])) is not None
+        assert np.array_equal(found, FEATURES[1])
 
 
 def test_a_folder_that_another_run_trims_meanwhile_is_no_error(tmp_path: Path) -> None:
@@ -430,9 +435,10 @@ def test_a_run_that_reads_goes_on_while_another_merges(tmp_path: Path) -> None:
     merge_segments(folder, RECORD_SIZE)
     assert len(list(folder.glob("*.keys"))) == 1
     with reading:
-        assert all(
-            np.array_equal(read(reading, digest), FEATURES[at]) for at, digest in enumerate(DIGESTS)
-        )  # type: ignore[arg-type]
+        for row, digest in enumerate(DIGESTS):
+            found = read(reading, digest)
+            assert found is not None
+            assert np.array_equal(found, FEATURES[row])
 
 
 def test_what_is_merged_while_a_run_looks_for_it_is_found(
@@ -499,7 +505,7 @@ def test_a_merge_killed_at_any_moment_loses_nothing(tmp_path: Path) -> None:
 
 
 def _merge_and_die(folder: Path, moment: int) -> NoReturn:
-    """End this process, a fork, at the so-manieth call that a merge makes, or with 0 when it is done."""
+    """End this process, a fork, at a numbered call of a merge, or with 0 when it is done."""
     num_calls = 0
 
     def counted(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -522,8 +528,9 @@ def _merge_and_die(folder: Path, moment: int) -> NoReturn:
         os._exit(1)
 
 
-# One run over drawn images in a process of its own. It may end itself with SIGKILL after it wrote so many bytes to the cache, and says
-# what came out: how many features were in the cache, and the digest of them all.
+# One run over drawn images in a process of its own, which may end itself with SIGKILL after writing
+# a number of bytes to the cache. It prints how many features came from the cache, and a digest of
+# them all.
 RUN = """
 import hashlib, logging, os, signal, sys
 from pathlib import Path
@@ -535,11 +542,22 @@ from models.engine.openvino_engine import OpenVINOEngine
 from models.prepared import read_prepared
 from tests.support.images import draw_shape
 
-folder, cache_dir, num_images, last_byte = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+folder, cache_dir = Path(sys.argv[1]), Path(sys.argv[2])
+num_images, last_byte = int(sys.argv[3]), int(sys.argv[4])
 logging.basicConfig(level=logging.WARNING)
 prepared = read_prepared(folder)
-engine = OpenVINOEngine(prepared.openvino_path, prepared.preprocess, precision="fp32", batch_size=4, num_streams=2, images_per_second=1.0)
-samples = [Sample(str(index), 0, EncodedImage(draw_shape("circle", index, size=(64, 48)))) for index in range(num_images)]
+engine = OpenVINOEngine(
+    prepared.openvino_path,
+    prepared.preprocess,
+    precision="fp32",
+    batch_size=4,
+    num_streams=2,
+    images_per_second=1.0,
+)
+samples = [
+    Sample(str(index), 0, EncodedImage(draw_shape("circle", index, size=(64, 48))))
+    for index in range(num_images)
+]
 write, num_written = os.write, 0
 
 def write_and_die(descriptor, data):
@@ -554,8 +572,11 @@ with FeatureCache(cache_dir, prepared.fingerprint, engine.info, engine.num_featu
     print("started", flush=True)
     if last_byte >= 0:
         os.write = write_and_die
-    extracted = extract_features(samples, prepared.preprocess, engine, num_workers=2, description="test", cache=cache)
-print(cache.num_hits, hashlib.sha256(extracted.features.tobytes()).hexdigest(), "torch" in sys.modules)
+    extracted = extract_features(
+        samples, prepared.preprocess, engine, num_workers=2, description="test", cache=cache
+    )
+digest = hashlib.sha256(extracted.features.tobytes()).hexdigest()
+print(cache.num_hits, digest, "torch" in sys.modules)
 """
 
 
@@ -609,16 +630,16 @@ def test_after_runs_killed_at_any_moment_the_next_one_gives_the_same_features(
         start_run(prepared, tmp_path, last_byte) for last_byte in (in_rows, between, in_keys)
     ]
     for run in killing_themselves:
-        run.communicate(timeout=60)
+        run.communicate(timeout=HANG_SECONDS)
         assert run.returncode == -signal.SIGKILL
     for run in [start_run(prepared, tmp_path) for _ in range(2)]:
         assert run.stdout is not None
         run.stdout.readline()
         time.sleep(moments.uniform(0, 0.3))
         run.kill()
-        run.communicate(timeout=60)
+        run.communicate(timeout=HANG_SECONDS)
     finishing = start_run(prepared, tmp_path)
-    said, errors = finishing.communicate(timeout=60)
+    said, errors = finishing.communicate(timeout=HANG_SECONDS)
     assert finishing.returncode == 0, errors
     num_hits, digest, has_torch = said.split()[1:]
     assert digest == undisturbed
@@ -631,10 +652,10 @@ def test_a_full_disk_ends_the_caching_and_not_the_run(
 ) -> None:
     # The first 32 rows fit, the next ones in part.
     limited = start_run(prepared, tmp_path, max_file_bytes=200_000)
-    said, errors = limited.communicate(timeout=60)
+    said, errors = limited.communicate(timeout=HANG_SECONDS)
     assert limited.returncode == 0, errors
     assert said.split()[1:3] == ["0", undisturbed]
     assert errors.count("cannot take more (File too large); this run goes on without it") == 1
     after = start_run(prepared, tmp_path)
-    said, errors = after.communicate(timeout=60)
+    said, errors = after.communicate(timeout=HANG_SECONDS)
     assert (said.split()[1:3], errors) == (["32", undisturbed], "")

@@ -1,17 +1,18 @@
-"""Copies are told from look-alikes, whatever the number of images, in memory that does not square."""
+"""Copies are told from similar images, in memory that grows linearly with the number of images."""
 
 from __future__ import annotations
 
 import io
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from finetune.data import duplicates
-from finetune.data.duplicates import Duplicates, Look, find_duplicates, open_grids
+from finetune.data.duplicates import Duplicates, Signature, find_duplicates, open_grids
 from finetune.data.splits import Sample, Splits
 from models.sources import EncodedImage
 from tests.support.images import draw_shape
@@ -110,14 +111,19 @@ def test_what_cannot_be_read_is_in_no_group(tmp_path: Path) -> None:
     assert find([]).groups == ()
 
 
-def test_a_second_look_decodes_only_what_is_new_or_may_be_a_copy(
+def test_a_second_run_decodes_only_what_is_new_or_may_be_a_copy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = [draw_shape(shape, seed) for shape in ("circle", "square") for seed in range(5)]
     splits = splits_of([*images, images[2]])
     decoded: list[bytes] = []
-    look = duplicates._look
-    monkeypatch.setattr(duplicates, "_look", lambda data: decoded.append(data) or look(data))
+    compute = duplicates.compute_signature
+
+    def count(data: bytes) -> Any:
+        decoded.append(data)
+        return compute(data)
+
+    monkeypatch.setattr(duplicates, "compute_signature", count)
     for _ in range(2):
         with open_grids(tmp_path) as cache:
             assert places(find_duplicates(splits, num_workers=2, cache=cache)) == [[2, 10]]
@@ -144,12 +150,12 @@ def test_a_crowd_of_the_same_image_is_one_group() -> None:
 def test_memory_grows_with_the_images_and_not_with_their_square(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def look(data: bytes) -> Look:
+    def compute(data: bytes) -> Signature:
         grid = np.random.default_rng(int(data)).integers(0, 256, (8, 8, 3), np.int16)
-        return Look(data, 200, grid, grid)
+        return Signature(data, 200, grid, grid)
 
     monkeypatch.setattr(duplicates, "_BLOCK_BYTES", 1_000_000)
-    monkeypatch.setattr(duplicates, "_look", look)
+    monkeypatch.setattr(duplicates, "compute_signature", compute)
     peaks = []
     for num_images in (1_000, 4_000):
         splits = splits_of([str(index).encode() for index in range(num_images)])

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 from finetune.config import SharedOptions
+from finetune.data.duplicates import Duplicates
 from finetune.data.lasting_split import find_kept_split, keep_together, load_lasting_splits
 from finetune.data.splits import KeptSplit, Splits
 from tests.finetune.data.test_splits import write_images
 
 
 def options_of(data: Path, output: Path, **changes: object) -> SharedOptions:
-    return SharedOptions(data=str(data), output=output, **changes)  # type: ignore[arg-type]
+    return SharedOptions(data=str(data), output=output, **changes)
 
 
 def write_run(splits: Splits, options: SharedOptions, name: str, time: int) -> Path:
@@ -29,12 +30,25 @@ def write_run(splits: Splits, options: SharedOptions, name: str, time: int) -> P
     return run_dir / "splits.csv"
 
 
+def load_lasting(options: SharedOptions) -> tuple[Splits, Duplicates]:
+    """As a program loads them."""
+    return load_lasting_splits(
+        options.data,
+        data_root=options.data_root,
+        val_fraction=options.val_fraction,
+        seed=options.seed,
+        runs_dir=None if options.new_split else options.output,
+        cache_dir=options.cache_dir if options.cache else None,
+        num_workers=options.workers,
+    )
+
+
 def sides(splits: Splits) -> dict[str, str]:
     return {sample.key: split for split, samples in splits.named() for sample in samples}
 
 
 def val_per_class(splits: Splits) -> Counter[str]:
-    return Counter(splits.label_names[sample.label] for sample in splits.val)
+    return Counter(splits.describe(sample) for sample in splits.val)
 
 
 def grow(root: Path, name: str, numbers: Sequence[int]) -> None:
@@ -51,18 +65,19 @@ def test_images_stay_on_their_side_as_the_folder_grows(
 ) -> None:
     root = write_images(tmp_path / "photos", {"cat": 10, "dog": 10})
     options = options_of(root, tmp_path / "runs", seed=seed)
-    first = load_lasting_splits(options)[0]
+    first = load_lasting(options)[0]
     path = write_run(first, options, "photos-1", 1)
     grow(root, "cat", range(10, 40))
     (root / "emu").mkdir()
     grow(root, "emu", range(5))
     with caplog.at_level("INFO", "graft"):
-        grown, _ = load_lasting_splits(options.model_copy(update={"seed": seed + 1}))
+        grown, _ = load_lasting(options.model_copy(update={"seed": seed + 1}))
     assert {key: side for key, side in sides(grown).items() if key in sides(first)} == sides(first)
     # The new ones make up each class's share: 8 of 40 cats, 1 of 5 emus.
     assert val_per_class(grown) == {"cat": 8, "dog": 2, "emu": 1}
-    assert caplog.messages == [
-        f"split: 20 images stay where {path} has them; new: 28 to train, 7 to val (--new-split draws anew)"
+    assert [line for line in caplog.messages if line.startswith("split:")] == [
+        f"split: 20 images stay where {path} has them; new: 28 to train, 7 to val "
+        "(--new-split draws anew)"
     ]
 
 
@@ -71,7 +86,7 @@ def test_growing_one_image_at_a_time_keeps_the_share(tmp_path: Path) -> None:
     options = options_of(root, tmp_path / "runs")
     before: dict[str, str] = {}
     for number in range(4, 24):
-        splits, _ = load_lasting_splits(options)
+        splits, _ = load_lasting(options)
         assert before.items() <= sides(splits).items()
         before = sides(splits)
         write_run(splits, options, f"photos-{number}", number)
@@ -82,11 +97,11 @@ def test_growing_one_image_at_a_time_keeps_the_share(tmp_path: Path) -> None:
 def test_images_that_went_away_change_nothing_for_the_others(tmp_path: Path) -> None:
     root = write_images(tmp_path / "photos", {"cat": 10, "dog": 10})
     options = options_of(root, tmp_path / "runs")
-    first, _ = load_lasting_splits(options)
+    first, _ = load_lasting(options)
     write_run(first, options, "photos-1", 1)
     for key in (first.train[0].key, first.train[1].key, first.val[-1].key):
         Path(key).unlink()
-    second, _ = load_lasting_splits(options)
+    second, _ = load_lasting(options)
     assert sides(second).items() < sides(first).items()
 
 
@@ -97,10 +112,10 @@ def test_the_newest_run_on_the_same_images_is_kept(tmp_path: Path) -> None:
     output = tmp_path / "runs"
     for time, (data, seed) in enumerate([(root, 1), (root, 2), (other, 3)], start=1):
         options = options_of(data, output, seed=seed, new_split=True)
-        write_run(load_lasting_splits(options)[0], options, f"z{9 - time}", time)
+        write_run(load_lasting(options)[0], options, f"z{9 - time}", time)
     (output / "not-a-run").mkdir()
     (output / "not-a-run" / "splits.csv").write_text("path,label,split\n")
-    kept = find_kept_split(options_of(root, output))
+    kept = find_kept_split(str(root), Path("data"), output)
     assert kept is not None
     assert kept.path == output / "z7" / "splits.csv"
 
@@ -111,21 +126,19 @@ def test_a_run_on_a_relative_path_is_found_from_the_same_folder(
     root = write_images(tmp_path / "photos", {"cat": 10, "dog": 10})
     monkeypatch.chdir(tmp_path)
     options = options_of(Path("photos"), Path("runs"), seed=4)
-    first, _ = load_lasting_splits(options)
+    first, _ = load_lasting(options)
     write_run(first, options, "photos-1", 1)
-    again, _ = load_lasting_splits(options_of(root, tmp_path / "runs"))
+    again, _ = load_lasting(options_of(root, tmp_path / "runs"))
     assert [sample.place for sample in again.val] == [sample.place for sample in first.val]
 
 
 def test_new_split_draws_anew(tmp_path: Path) -> None:
     root = write_images(tmp_path / "photos", {"cat": 10, "dog": 10})
     options = options_of(root, tmp_path / "runs", seed=1)
-    write_run(load_lasting_splits(options)[0], options, "photos-1", 1)
+    write_run(load_lasting(options)[0], options, "photos-1", 1)
     anew = options_of(root, tmp_path / "runs", seed=2, new_split=True)
-    splits, _ = load_lasting_splits(anew)
-    assert sides(splits) == sides(
-        load_lasting_splits(options_of(root, tmp_path / "elsewhere", seed=2))[0]
-    )
+    splits, _ = load_lasting(anew)
+    assert sides(splits) == sides(load_lasting(options_of(root, tmp_path / "elsewhere", seed=2))[0])
     # It is asked for once: a run's options, read back, do not ask again.
     assert "\nnew_split:" not in anew.to_yaml()
 
@@ -136,34 +149,32 @@ def test_a_damaged_split_gives_way_to_an_older_one(
 ) -> None:
     root = write_images(tmp_path / "photos", {"cat": 10, "dog": 10})
     options = options_of(root, tmp_path / "runs", seed=1)
-    first, _ = load_lasting_splits(options)
+    first, _ = load_lasting(options)
     write_run(first, options, "older", 1)
     newer = write_run(first, options, "newer", 2)
     newer.write_text(damage, encoding="latin-1")
     with caplog.at_level("WARNING", "graft"):
-        splits, _ = load_lasting_splits(options_of(root, tmp_path / "runs", seed=2))
+        splits, _ = load_lasting(options_of(root, tmp_path / "runs", seed=2))
     assert sides(splits) == sides(first)
-    assert caplog.messages == [f"{newer} is damaged: an older run's split is looked for"]
+    assert caplog.messages == [f"{newer} is damaged; trying the split of an older run"]
 
 
 def test_a_source_with_splits_of_its_own_keeps_them(tmp_path: Path) -> None:
     for split in ("train", "val"):
         write_images(tmp_path / "photos" / split, {"cat": 4, "dog": 4})
     options = options_of(tmp_path / "photos", tmp_path / "runs")
-    splits, _ = load_lasting_splits(options)
+    splits, _ = load_lasting(options)
     assert not splits.is_drawn
     moved = Splits(splits.label_names, splits.val, splits.train)
     write_run(moved, options, "photos-1", 1)
-    assert sides(load_lasting_splits(options)[0]) == sides(splits)
+    assert sides(load_lasting(options)[0]) == sides(splits)
 
 
 # Duplicates on one side.
 
 
 def drawn(tmp_path: Path, counts: dict[str, int]) -> Splits:
-    return load_lasting_splits(
-        options_of(write_images(tmp_path / "photos", counts), tmp_path / "runs")
-    )[0]
+    return load_lasting(options_of(write_images(tmp_path / "photos", counts), tmp_path / "runs"))[0]
 
 
 def is_on_one_side(splits: Splits, keys: Sequence[str]) -> bool:
@@ -209,7 +220,7 @@ def test_a_new_duplicate_goes_where_the_earlier_run_had_it(tmp_path: Path) -> No
 
 
 def test_no_training_image_of_an_earlier_run_moves_into_validation(tmp_path: Path) -> None:
-    """Duplicates that it had on both sides, as its source had them or from before there was an audit, end in train."""
+    """Duplicates that the earlier run had on both sides end in train."""
     splits = drawn(tmp_path, {"cat": 20, "dog": 20})
     split_of = {sample.place: split for split, samples in splits.named() for sample in samples}
     groups = list(zip(splits.train[:2], splits.val[:2], strict=True))
@@ -226,5 +237,5 @@ def test_a_class_that_would_lose_a_side_keeps_its_duplicates(tmp_path: Path) -> 
 def test_a_split_of_the_source_is_not_touched(tmp_path: Path) -> None:
     for split in ("train", "val"):
         write_images(tmp_path / "photos" / split, {"cat": 4, "dog": 4})
-    splits, _ = load_lasting_splits(options_of(tmp_path / "photos", tmp_path / "runs"))
+    splits, _ = load_lasting(options_of(tmp_path / "photos", tmp_path / "runs"))
     assert keep_together(splits, [(splits.train[0], splits.val[0])], None, seed=0) is splits

@@ -1,4 +1,4 @@
-"""Every source of labelled images gives its splits, and everything wrong with one is said with the way out."""
+"""Every source of labelled images gives its splits, and each error names the way out."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def write_images(root: Path, counts: dict[str, int]) -> Path:
 
 
 def labels_of(splits: Splits, samples: tuple[Sample, ...]) -> Counter[str]:
-    return Counter(splits.label_names[sample.label] for sample in samples)
+    return Counter(splits.describe(sample) for sample in samples)
 
 
 def keys_of(samples: tuple[Sample, ...]) -> list[str]:
@@ -150,6 +150,72 @@ def test_a_val_split_is_made_where_there_is_only_train(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("train", "val", "messages"),
+    [
+        (
+            {"cat": 3, "dog": 1, "emu": 1},
+            None,
+            [
+                "each of the 2 classes 'dog', 'emu' has one image; it needs two or more",
+                "add images",
+            ],
+        ),
+        (
+            {"cat": 3, "dog": 3, "emu": 3},
+            {"cat": 1},
+            ["each of the 2 classes 'dog', 'emu' has no image to validate on; add some to val/"],
+        ),
+        (
+            {"cat": 3, "dog": 3},
+            {"cat": 1, "emu": 1, "fox": 1},
+            [
+                "each of the 2 classes 'emu', 'fox' has no image to train on; add some to train/",
+                "; class 'dog' has no image to validate on",
+            ],
+        ),
+        (
+            {"cat": 3, **{f"c{number:02d}": 1 for number in range(25)}},
+            None,
+            ["each of the 25 classes 'c00', 'c01'", "'c19' and 5 more has one image"],
+        ),
+    ],
+)
+def test_small_classes_are_all_in_one_message(
+    tmp_path: Path, train: dict[str, int], val: dict[str, int] | None, messages: list[str]
+) -> None:
+    root = write_images(tmp_path if val is None else tmp_path / "train", train)
+    if val is not None:
+        write_images(tmp_path / "val", val)
+        root = tmp_path
+    with pytest.raises(GraftError) as raised:
+        load(root)
+    for message in messages:
+        assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("val_fraction", [0.1, 0.5, 0.9])
+def test_a_label_with_one_image_stays_in_train(tmp_path: Path, val_fraction: float) -> None:
+    """Also where images have several labels."""
+    write_images(tmp_path, {"a": 8})
+    alone = [f"{number}" for number in range(4)]
+    rows = [f"a/{number:02d}.png,{number if number < 4 else ''}" for number in range(8)]
+    path = write_csv(tmp_path / "list.csv", "\n".join(["path,labels", *rows]))
+    splits = load(path, val_fraction=val_fraction, check=False)
+    assert labels_of(splits, splits.train) >= Counter(alone)
+    write_images(tmp_path / "folders", {"cat": 4, "dog": 1})
+    splits = load(tmp_path / "folders", val_fraction=val_fraction, check=False)
+    assert labels_of(splits, splits.train)["dog"] == 1
+
+
+def test_what_is_seen_is_told_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    for split in ("Training_Set", "dev"):
+        write_images(tmp_path / split, {"cat": 2, "dog": 2})
+    load(tmp_path)
+    assert caplog.messages == [f"{tmp_path}: 2 classes, images: 4 train, 4 val; classes: cat, dog"]
+
+
+@pytest.mark.parametrize(
     ("counts", "message"),
     [
         ({}, "no class folders in it; put the images of each class in a folder"),
@@ -217,7 +283,8 @@ def test_class_folders_without_a_file_are_named(
     splits = load(tmp_path)
     assert splits.label_names == ("cat", "dog")
     assert caplog.messages == [
-        f"--data {tmp_path}: no file in the class folders emu, fox; they are left out"
+        f"{tmp_path}: 2 classes, images: 4 train, 2 val; classes: cat, dog; left out or to be "
+        "looked at: no file in the class folders emu, fox"
     ]
     assert caplog.records[0].levelname == "WARNING"
 
@@ -227,6 +294,8 @@ def test_class_folders_without_a_file_are_named(
 
 def write_csv(path: Path, text: str, encoding: str = "utf-8") -> Path:
     path.write_bytes(text.encode(encoding))
+    for name in ("a.png", "b.png", "c.png", "d.png", "a,1.png", 'd "q".png', *"1234567"):
+        (path.parent / name).touch()
     return path
 
 
@@ -245,7 +314,8 @@ def test_a_csv_without_splits_is_split(tmp_path: Path) -> None:
 
 
 def test_a_csv_with_splits_in_any_order_of_columns_and_a_byte_order_mark(tmp_path: Path) -> None:
-    text = "split,label,note,path\r\nTrain,x,,1\r\ntraining,y,,2\r\nval,x,,3\r\nVALID,y,,4\r\ntest,ü,,5\r\ntrain,ü,,6\r\nval,ü,,7\r\n"
+    rows = ["Train,x,,1", "training,y,,2", "val,x,,3", "VALID,y,,4", "test,ü,,5", "train,ü,,6"]
+    text = "\r\n".join(["split,label,note,path", *rows, "val,ü,,7", ""])
     splits = load(write_csv(tmp_path / "list.csv", text, "utf-8-sig"))
     assert splits.label_names == ("x", "y", "ü")
     assert [(name, keys_of(samples)) for name, samples in splits.named()] == [
@@ -304,8 +374,8 @@ def test_quoted_paths_with_commas_are_read(tmp_path: Path) -> None:
         ("path,label,label\na.png,x,y\n", "it has the column label more than once"),
         ("path,label\na.png,x\nb\0.png,x\n", "line 3 has a path with a NUL in it"),
         (
-            "path,label,split\na.png,x,train\nb.png,x,dev\n",
-            "line 3 has the split 'dev'; allowed are train, val and test",
+            "path,label,split\na.png,x,train\nb.png,x,extra\n",
+            "line 3 has the split 'extra'; allowed are train, val and test",
         ),
         ("path,label,split\na.png,x,train\nb.png,x\n", "line 3 has the split None; allowed"),
         ("path,label,split\na.png,x,train\nb.png,x,\n", "line 3 has the split ''"),
@@ -382,7 +452,7 @@ def test_splits_csv_has_names_that_are_no_text(tmp_path: Path) -> None:
     options = Options(data=str(tmp_path / "photos"), output=tmp_path / "runs")
     (run_dir / "config.yaml").write_text(options.to_yaml())
     splits.write_csv(run_dir / "splits.csv")
-    kept = find_kept_split(options)
+    kept = find_kept_split(options.data, options.data_root, options.output)
     assert kept is not None
     assert kept.split_of[odd] == ("train" if odd in keys_of(splits.train) else "val")
 
@@ -459,7 +529,7 @@ def test_a_torchvision_data_set_is_found_under_the_data_root(fashion_root: Path)
     ]
     raw = (fashion_root / "FashionMNIST" / "raw" / "t10k-images-idx3-ubyte").read_bytes()[16:]
     sample = splits.test[3]
-    assert splits.label_names[sample.label] == "Dress"
+    assert splits.describe(sample) == "Dress"
     assert sample.key == "torchvision:FashionMNIST/test/3"
     assert np.asarray(Image.open(io.BytesIO(sample.read()))).tobytes() == raw[3 * 784 : 4 * 784]
 
@@ -468,7 +538,7 @@ def test_a_torchvision_data_set_is_found_under_the_data_root(fashion_root: Path)
 def test_an_unknown_torchvision_name_is_refused(name: str) -> None:
     with pytest.raises(
         GraftError,
-        match=rf"--data torchvision:{name}: torchvision has no such data set; for example FashionMNIST",
+        match=rf"--data torchvision:{name}: torchvision has no such data set; for example Fashion",
     ):
         load(f"torchvision:{name}")
 
@@ -479,6 +549,7 @@ def test_a_torchvision_data_set_without_files_and_network_is_an_error_with_a_way
 ) -> None:
     with pytest.raises(
         GraftError,
-        match=rf"--data torchvision:{name}: it is not under --data-root .* and could not be downloaded \(.+\); run",
+        match=rf"--data torchvision:{name}: it is not under --data-root .* and could not be "
+        r"downloaded \(.+\); run",
     ):
         load(f"torchvision:{name}", data_root=tmp_path)

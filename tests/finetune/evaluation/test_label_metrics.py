@@ -1,4 +1,4 @@
-"""Metrics of multi-label answers are scikit-learn's, and their intervals those of resampled images."""
+"""Metrics of multi-label answers are scikit-learn's; their intervals are of resampled images."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from sklearn import metrics as reference
 
-from finetune.evaluation.label_metrics import LabelMetrics, measure_average_precision
-from finetune.evaluation.metrics import evaluate, tabulate
-from finetune.evaluation.verdict import compare_with_probe
+from finetune.evaluation.comparison import Comparison, compare_average_precisions
+from finetune.evaluation.label_metrics import evaluate_labels, measure_average_precision
+from finetune.evaluation.metrics import tabulate
 from models.scores import sigmoid, softmax
 
 
@@ -23,19 +23,11 @@ def draw_decisions(
     return logits, labels
 
 
-def evaluate_rows(
-    logits: np.ndarray, labels: np.ndarray, answers: np.ndarray | None = None
-) -> LabelMetrics:
-    metrics = evaluate(logits, labels, answers)
-    assert isinstance(metrics, LabelMetrics)
-    return metrics
-
-
 @pytest.mark.parametrize("num_labels", [1, 2, 12])
 def test_metrics_agree_with_scikit_learn(num_labels: int) -> None:
     logits, labels = draw_decisions(300, num_labels)
     answers = sigmoid(logits) >= 0.4
-    found = evaluate_rows(logits, labels, answers)
+    found = evaluate_labels(logits, labels, answers)
     assert found.mean_average_precision == pytest.approx(
         reference.average_precision_score(labels, logits, average="macro")
     )
@@ -74,8 +66,8 @@ def test_average_precision_counts_ties_together_and_images_as_often_as_they_are_
 def test_a_label_that_no_image_has_takes_no_part() -> None:
     logits, labels = draw_decisions(100, 3)
     labels[:, 1] = 0
-    found = evaluate_rows(logits, labels)
-    rest = evaluate_rows(logits[:, [0, 2]], labels[:, [0, 2]])
+    found = evaluate_labels(logits, labels)
+    rest = evaluate_labels(logits[:, [0, 2]], labels[:, [0, 2]])
     assert (found.mean_average_precision, found.macro_f1) == (
         rest.mean_average_precision,
         rest.macro_f1,
@@ -94,29 +86,28 @@ def test_a_label_that_no_image_has_takes_no_part() -> None:
 
 def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     """The truth is that of 100,000 images, the intervals are those of 200."""
-    truth = evaluate_rows(*draw_decisions(100_000, 3, seed=99))
+    truth = evaluate_labels(*draw_decisions(100_000, 3, seed=99))
     held = dict.fromkeys(truth.NAMES, 0)
     for seed in range(60):
-        intervals = evaluate_rows(*draw_decisions(200, 3, seed=seed)).intervals
+        intervals = evaluate_labels(*draw_decisions(200, 3, seed=seed)).intervals
         for name in held:
             held[name] += intervals[name].low <= getattr(truth, name) <= intervals[name].high
     # 95 % of 60 is 57; 51 or fewer come once in a thousand times.
     assert min(held.values()) >= 51
 
 
-def test_a_verdict_pairs_the_images() -> None:
+def test_a_comparison_pairs_the_images() -> None:
     logits, labels = draw_decisions(400, 4)
     better = logits + 0.3 * labels.astype(np.float32)
-    verdict = compare_with_probe(logits, better, labels, probe_seconds=1, train_seconds=60)
-    assert verdict.publishes == "fine-tuned"
-    assert verdict.tuned_accuracy - verdict.probe_accuracy == pytest.approx(
-        (verdict.interval.low + verdict.interval.high) / 2, abs=0.01
+    scores = compare_average_precisions(logits, better, labels)
+    assert scores.second - scores.first == pytest.approx(
+        (scores.interval.low + scores.interval.high) / 2, abs=0.01
     )
-    assert "probe_mean_average_precision" in verdict.to_dict()
-    assert (
-        compare_with_probe(logits, logits, labels, probe_seconds=1, train_seconds=60).publishes
-        == "probe"
-    )
+    comparison = Comparison(scores, probe_seconds=1, train_seconds=60)
+    assert comparison.publishes == "fine-tuned"
+    assert "probe_mean_average_precision" in comparison.to_dict()
+    same = compare_average_precisions(logits, logits, labels)
+    assert Comparison(same, probe_seconds=1, train_seconds=60).publishes == "probe"
 
 
 def test_sigmoid_is_the_softmax_of_two_and_never_overflows() -> None:

@@ -7,14 +7,17 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 
-from finetune.data.strata import assign_folds
+from finetune.evaluation.label_metrics import label_log_loss
 from finetune.evaluation.thresholds import (
     best_thresholds,
-    calibrate_probe_of_labels,
-    calibrate_trained_of_labels,
+    calibrate_probe,
+    calibrate_trained,
+    fit_temperature,
     measure_label_reliability,
 )
-from finetune.probe.solve import fit_temperature, log_loss, solve_probe
+from finetune.probe.solve import solve_probe
+from finetune.tasks.multi_label import MULTI_LABEL
+from finetune.tasks.strata import stratify_folds
 from models.scores import sigmoid
 
 
@@ -51,7 +54,7 @@ def test_a_label_that_no_image_has_is_named_from_a_half() -> None:
 
 def test_the_probe_is_a_logistic_regression_for_each_label() -> None:
     features, labels = draw_features(300)
-    probe = solve_probe(features, labels, 3, seed=0, l2_path=(0.01,))
+    probe = solve_probe(features, labels, 3, task=MULTI_LABEL, seed=0, l2_path=(0.01,))
     scale = features.std(axis=0)
     for label in range(3):
         reference = LogisticRegression(C=1 / (0.01 * len(labels)), tol=1e-8).fit(
@@ -62,49 +65,50 @@ def test_the_probe_is_a_logistic_regression_for_each_label() -> None:
 
 def test_strength_and_temperature_are_chosen_on_held_out_images() -> None:
     features, labels = draw_features(300)
-    probe = solve_probe(features, labels, 3, seed=0)
+    probe = solve_probe(features, labels, 3, task=MULTI_LABEL, seed=0)
     held_out = draw_features(5000, seed=1)
     logits = probe.logits(held_out[0])
-    assert log_loss(probe.out_of_fold_logits, labels) == pytest.approx(
-        log_loss(logits, held_out[1]), rel=0.15
+    assert label_log_loss(probe.out_of_fold_logits, labels) == pytest.approx(
+        label_log_loss(logits, held_out[1]), rel=0.15
     )
     assert fit_temperature(3 * logits, held_out[1]) == pytest.approx(
         3 * fit_temperature(logits, held_out[1]), rel=1e-3
     )
-    folds = assign_folds(labels, 5, 0)
+    folds = stratify_folds(labels, 5, 0)
     assert np.bincount(folds).tolist() == [60] * 5
 
 
 def test_a_probe_is_calibrated_and_its_thresholds_hold_on_images_it_did_not_see() -> None:
     features, labels = draw_features(600)
     held_out, truth = draw_features(3000, seed=1)
-    probe = solve_probe(features, labels, 3, seed=0)
+    probe = solve_probe(features, labels, 3, task=MULTI_LABEL, seed=0)
     logits = probe.logits(held_out)
-    calibration, calibrated = calibrate_probe_of_labels(
-        probe, labels, {"val": logits}, {"val": truth}
+    calibration, quality = calibrate_probe(
+        probe.out_of_fold_logits, probe.temperature, labels, {"val": logits}, {"val": truth}
     )
-    assert calibrated["val"].after.error < 0.03
+    assert quality["val"].after.error < 0.03
     assert np.array_equal(
-        calibrated["val"].answers,
+        quality["val"].answers,
         sigmoid(logits / calibration.temperature) >= calibration.thresholds,
     )
     for label in range(3):
         at_half = f1_score(truth[:, label], logits[:, label] >= 0)
-        assert f1_score(truth[:, label], calibrated["val"].answers[:, label]) >= at_half - 0.01
+        assert f1_score(truth[:, label], quality["val"].answers[:, label]) >= at_half - 0.01
     assert "600 training images" in calibration.basis
 
 
 def test_a_trained_model_is_not_measured_by_its_own_fit() -> None:
-    """Logits that say nothing: thresholds that were fitted to them look good on the same images, and no better than chance on others."""
+    """Thresholds fitted to random logits look good on the same images, and only on those."""
     generator = np.random.default_rng(0)
     logits, labels = (
         generator.normal(0, 1, (60, 2)).astype(np.float32),
         (generator.random((60, 2)) < 0.2).astype(np.int64),
     )
-    calibration, calibrated = calibrate_trained_of_labels({"val": logits}, {"val": labels}, 0)
+    folds = stratify_folds(labels, 5, 0)
+    calibration, quality = calibrate_trained({"val": logits}, {"val": labels}, folds)
     fitted = sigmoid(logits / np.float32(calibration.temperature)) >= calibration.thresholds
     own, crossed = (
-        f1_score(labels.ravel(), answers.ravel()) for answers in (fitted, calibrated["val"].answers)
+        f1_score(labels.ravel(), answers.ravel()) for answers in (fitted, quality["val"].answers)
     )
     assert crossed < own
 

@@ -1,4 +1,4 @@
-"""Features come in the order of the samples, once each, and what cannot be read is named and left out."""
+"""Features are in the order of the samples; unreadable samples are reported and left out."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ import pytest
 
 from finetune.data.splits import Sample
 from finetune.probe.features import extract_features
-from models.engine.engine import Features, run
+from models.engine.engine import Crops, Features, run
 from models.engine.openvino_engine import OpenVINOEngine
 from models.prepared import PreparedBackbone
-from models.preprocess import Pixels
 from models.sources import EncodedImage
 from tests.support.images import draw_shape
 
@@ -100,7 +99,7 @@ def test_a_file_that_goes_away_after_it_was_listed_is_unreadable(
 
 
 class Watched:
-    """The engine, with a note at each batch of how many images were read by then."""
+    """An engine that records at each batch how many images were read by then."""
 
     def __init__(self, engine: OpenVINOEngine) -> None:
         self._engine = engine
@@ -119,10 +118,13 @@ class Watched:
             self.num_read += 1
         return draw_shape("circle", 0, "PNG", (16, 16))
 
-    def submit(self, images: Pixels) -> Future[Features]:
+    def submit(self, images: Crops) -> Future[Features]:
         self.most_ahead = max(self.most_ahead, self.num_read - self.num_submitted)
         self.num_submitted += len(images)
         return self._engine.submit(images)
+
+    def run_here(self, images: Crops, *, is_alone: bool = True) -> Features:
+        raise AssertionError("a run submits its images")
 
     def close(self) -> None:
         raise AssertionError("the engine is the caller's to close")
@@ -131,7 +133,7 @@ class Watched:
 def test_decoding_runs_ahead_only_a_few_batches(
     prepared: PreparedBackbone, engine: OpenVINOEngine
 ) -> None:
-    """So that memory holds a data set of any size."""
+    """Memory does not depend on the size of the dataset."""
     watched = Watched(engine)
     samples = [Sample(str(index), 0, watched) for index in range(80)]  # type: ignore[arg-type]
     extract_features(samples, prepared.preprocess, watched, num_workers=2, description="test")
@@ -139,7 +141,7 @@ def test_decoding_runs_ahead_only_a_few_batches(
     assert watched.most_ahead <= 6 * engine.info.batch_size + 2
 
 
-def test_what_is_no_image_error_is_not_hidden(
+def test_errors_other_than_image_errors_are_raised(
     prepared: PreparedBackbone, engine: OpenVINOEngine
 ) -> None:
     class Broken:

@@ -101,7 +101,18 @@ def digests_of(splits: Splits) -> dict[str, bytes]:
 
 
 def search(backbone: PreparedBackbone, options: Options, scratch: Path) -> PrecisionSearch:
-    return PrecisionSearch.of(backbone, options, splits_of(options).label_names, scratch)
+    folder = (options.enabled_cache_dir or scratch) / "precision"
+    name = precision.name_checks(backbone, options.device, options.source, splits_of(options))
+    return PrecisionSearch(
+        backbone=backbone,
+        asked=options.precision,
+        device=options.device,
+        is_frozen=options.freeze == "backbone",
+        num_workers=2,
+        seed=options.seed,
+        cache=options.feature_cache,
+        checks_path=folder / name,
+    )
 
 
 def choose(
@@ -457,7 +468,7 @@ def test_bf16_that_keeps_accuracy_is_compared_once(
         "bf16 keeps accuracy (cross-validated 1.0000, fp32 1.0000, on 336 training images)"
         in reasons[0]
     )
-    assert reasons[1].endswith(reasons[0].partition("; ")[2])
+    assert reasons[1].endswith(reasons[0].rpartition("; ")[2])
 
 
 @needs_bf16

@@ -1,4 +1,7 @@
-"""The probe is as good as scikit-learn's best, its out-of-fold logits are honest, and odd features do not break it."""
+"""The probe is as good as scikit-learn's best, also on degenerate features.
+
+Its out-of-fold logits come from heads that did not train on the sample.
+"""
 
 from __future__ import annotations
 
@@ -11,23 +14,23 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss as sklearn_log_loss
 from sklearn.preprocessing import StandardScaler
 
-from finetune.data.strata import assign_folds
+from finetune.evaluation.class_metrics import class_log_loss
+from finetune.evaluation.conformal import fit_temperature
 from finetune.probe.solve import (
     L2_PATH,
     Probe,
-    fit_temperature,
-    log_loss,
     soften,
     solve_head,
     solve_probe,
 )
+from finetune.tasks.strata import assign_class_folds
 from models.scores import softmax
 
 PATH = L2_PATH[1:6]
 
 
 def digits() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Noisy digits, so that the strength of regularisation matters: training and held-out features and labels."""
+    """Training and held-out features and labels of noisy digits: regularisation matters there."""
     features, labels = load_digits(return_X_y=True)
     noisy = (features + np.random.default_rng(0).normal(0, 6, features.shape)).astype(np.float32)
     return noisy[:500], labels[:500], noisy[500:], labels[500:]
@@ -67,7 +70,7 @@ def test_it_is_as_accurate_as_scikit_learns_best_on_the_same_path(data: object) 
     train_x, train_y, test_x, test_y = data()  # type: ignore[operator]
     probe = solve_probe(train_x, train_y, int(train_y.max()) + 1, seed=0)
     scaler = StandardScaler().fit(train_x)
-    folds = assign_folds(train_y, 5, 0)
+    folds = assign_class_folds(train_y, 5, 0)
     losses, scores = [], []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -88,16 +91,18 @@ def test_it_is_as_accurate_as_scikit_learns_best_on_the_same_path(data: object) 
     assert probe.l2 == PATH[best]
     assert accuracy(probe, test_x, test_y) > max(scores[best] - 0.003, 0.5)
     # The whole solution agrees, not only its accuracy: out-of-fold losses are within a percent.
-    assert log_loss(probe.out_of_fold_logits, train_y) == pytest.approx(losses[best], rel=0.01)
+    assert class_log_loss(probe.out_of_fold_logits, train_y) == pytest.approx(
+        losses[best], rel=0.01
+    )
 
 
 def test_out_of_fold_logits_of_random_labels_are_at_chance() -> None:
-    """1000 features tell 300 samples apart by heart; only heads that saw a sample can know its random label."""
+    """With 1000 features a head can memorise 300 random labels, but not those it did not see."""
     features, labels = noise(300, 1000, 3)
     probe = solve_probe(features, labels, 3, seed=0)
     out_of_fold = float((probe.out_of_fold_logits.argmax(axis=1) == labels).mean())
     assert 0.2 < out_of_fold < 0.47
-    # With no regularisation to speak of the head does know them by heart, and out of fold is still chance.
+    # With hardly any regularisation the head memorises them; out of fold it is still at chance.
     loose = solve_probe(features, labels, 3, seed=0, l2_path=(1e-4,))
     assert accuracy(loose, features, labels) > 0.99
     assert 0.2 < float((loose.out_of_fold_logits.argmax(axis=1) == labels).mean()) < 0.47
@@ -135,7 +140,9 @@ def test_the_soft_head_is_that_of_the_strongest_l2_and_leaves_something_to_learn
     assert np.array_equal(soft.weight, weight)
     assert np.array_equal(soft.bias, bias)
     assert np.abs(soft.weight).mean() < np.abs(probe.weight).mean()
-    assert log_loss(soft.logits(features), labels) > log_loss(probe.logits(features), labels)
+    assert class_log_loss(soft.logits(features), labels) > class_log_loss(
+        probe.logits(features), labels
+    )
 
 
 def test_two_classes_are_told_apart() -> None:
@@ -143,7 +150,13 @@ def test_two_classes_are_told_apart() -> None:
     labels = np.arange(100) % 2
     features = (generator.normal(size=(100, 8)) + 4 * labels[:, None]).astype(np.float32)
     probe = solve_probe(features, labels, 2, seed=0)
-    assert (probe.weight.shape, probe.bias.shape, probe.weight.dtype, probe.bias.dtype) == (
+    found: tuple[object, ...] = (
+        probe.weight.shape,
+        probe.bias.shape,
+        probe.weight.dtype,
+        probe.bias.dtype,
+    )
+    assert found == (
         (2, 8),
         (2,),
         np.float32,
@@ -205,19 +218,19 @@ def test_the_path_ends_early_once_weaker_is_worse() -> None:
 )
 def test_folds_are_stratified_and_of_one_size(counts: list[int], num_folds: int) -> None:
     labels = np.repeat(np.arange(len(counts)), counts)
-    folds = assign_folds(labels, 5, 0)
+    folds = assign_class_folds(labels, 5, 0)
     assert sorted(set(folds.tolist())) == list(range(num_folds))
     for label, count in enumerate(counts):
         sizes = np.bincount(folds[labels == label], minlength=num_folds)
         assert sizes.sum() == count
         assert np.ptp(sizes) <= 1
     assert np.ptp(np.bincount(folds)) <= 1
-    assert np.array_equal(folds, assign_folds(labels, 5, 0))
-    assert len(labels) < 10 or not np.array_equal(folds, assign_folds(labels, 5, 1))
+    assert np.array_equal(folds, assign_class_folds(labels, 5, 0))
+    assert len(labels) < 10 or not np.array_equal(folds, assign_class_folds(labels, 5, 1))
 
 
 def calibrated(count: int = 4000) -> tuple[np.ndarray, np.ndarray]:
-    """Logits, and labels drawn with just the probabilities that they say."""
+    """Logits, and labels drawn with their probabilities."""
     generator = np.random.default_rng(0)
     logits = generator.normal(0, 2, (count, 4)).astype(np.float32)
     labels = np.array(
@@ -230,7 +243,7 @@ def test_the_temperature_of_calibrated_logits_is_one_and_follows_their_scale() -
     logits, labels = calibrated()
     assert fit_temperature(logits, labels) == pytest.approx(1, abs=0.05)
     for factor in (0.25, 2, 5):
-        assert fit_temperature(factor * logits, labels) == pytest.approx(
+        assert fit_temperature(np.float32(factor) * logits, labels) == pytest.approx(
             factor * fit_temperature(logits, labels), rel=1e-3
         )
 
@@ -238,9 +251,10 @@ def test_the_temperature_of_calibrated_logits_is_one_and_follows_their_scale() -
 def test_the_temperature_has_the_least_loss() -> None:
     logits, labels = calibrated(500)
     best = fit_temperature(3 * logits, labels)
-    loss = log_loss(3 * logits / best, labels)
+    loss = class_log_loss(logits * np.float32(3 / best), labels)
     assert all(
-        log_loss(3 * logits / (best * factor), labels) > loss for factor in (0.9, 0.97, 1.03, 1.1)
+        class_log_loss(logits * np.float32(3 / (best * factor)), labels) > loss
+        for factor in (0.9, 0.97, 1.03, 1.1)
     )
 
 
@@ -258,5 +272,5 @@ def test_logits_that_say_nothing_have_a_temperature() -> None:
 def test_softmax_and_log_loss_bear_large_logits() -> None:
     logits = np.array([[1e4, -1e4], [1e4, 1e4]], np.float32)
     assert softmax(logits).tolist() == [[1, 0], [0.5, 0.5]]
-    assert log_loss(logits, np.array([0, 1])) == pytest.approx(np.log(2) / 2)
-    assert log_loss(logits, np.array([1, 1])) == pytest.approx((2e4 + np.log(2)) / 2)
+    assert class_log_loss(logits, np.array([0, 1])) == pytest.approx(np.log(2) / 2)
+    assert class_log_loss(logits, np.array([1, 1])) == pytest.approx((2e4 + np.log(2)) / 2)

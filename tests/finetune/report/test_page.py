@@ -1,121 +1,26 @@
-"""The report of a run holds what the run came to, as one file that loads nothing and runs nothing."""
+"""The report of a run holds what the run came to, in one file that loads and runs nothing."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
-from types import SimpleNamespace
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from finetune.auditing.findings import Audit, Finding
-from finetune.config import Options
-from finetune.data.splits import Sample, Splits
-from finetune.evaluation.calibration import calibrate_probe
-from finetune.evaluation.learning_curve import measure_learning_curve
-from finetune.evaluation.metrics import Interval, evaluate
-from finetune.evaluation.verdict import compare_with_probe
-from finetune.probe.solve import Head, solve_probe
-from finetune.report.card import write_card
+from finetune.evaluation.epoch import EpochMetrics
+from finetune.report.charts import chart_losses, chart_scores
 from finetune.report.page import write_report
 from finetune.report.plots import Mistake
 from finetune.report.result import Result
-from models.engine.engine import EngineInfo
-from models.preprocess import Preprocess
-from models.sources import EncodedImage
+from tests.support.pages import ParsedPage
+from tests.support.results import EPOCHS, make_result
 
-_VOID = {"meta", "img", "br"}
-
-
-class Strict(HTMLParser):
-    """Tags that are closed in their order, and what is said and loaded."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.text: list[str] = []
-        self.loaded: list[str] = []
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.loaded += [
-            value or ""
-            for name, value in attrs
-            if name in ("src", "href", "srcset", "data", "action")
-        ]
-        assert tag != "script"
-        assert not [name for name, _ in attrs if name.startswith("on")]
-        if tag not in _VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        pass
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text.append(data)
-
-
-def make_result(num_classes: int = 3, *, is_trained: bool = False) -> Result:
-    generator = np.random.default_rng(0)
-    centres = generator.normal(0, 2, (num_classes, 20))
-
-    def draw(count: int) -> tuple[np.ndarray, np.ndarray]:
-        labels = np.arange(count) % num_classes
-        return (centres[labels] + generator.normal(0, 3, (count, 20))).astype(np.float32), labels
-
-    (features, labels), (val_features, val_labels) = draw(60 * num_classes), draw(40 * num_classes)
-    probe = solve_probe(features, labels, num_classes, seed=0)
-    logits = probe.logits(val_features)
-    metrics = evaluate(logits, val_labels)
-    calibration, calibrated = calibrate_probe(
-        probe, labels, {"val": logits}, {"val": val_labels}, 0.9
-    )
-    names = ("<b>cat</b>", "dog & hound", *(f"class {index}" for index in range(2, num_classes)))
-    samples = tuple(
-        Sample(f"photos/{index}.jpg", int(label), EncodedImage(b""))
-        for index, label in enumerate(val_labels)
-    )
-    verdict = compare_with_probe(logits, logits, val_labels, probe_seconds=1.5, train_seconds=60)
-    backbone: Any = SimpleNamespace(
-        name="resnet18",
-        weights="a package",
-        license="apache-2.0",
-        is_pretrained=True,
-        preprocess=Preprocess(height=224, width=224),
-    )
-    return Result(
-        options=Options(
-            data="photos/",
-            name="pets",
-            freeze="until:layer3" if is_trained else "backbone",
-            coverage=0.9,
-        ),
-        splits=Splits(names, samples, samples),
-        backbone=backbone,
-        engine=EngineInfo("OpenVINO", "cpu", "bf16", 8, 2, 300.0),
-        why_precision="int8 would not pay",
-        head=Head(probe.weight, probe.bias),
-        metrics={"val": metrics},
-        calibration=calibration,
-        calibrated=dict(calibrated),
-        probe_metrics=metrics,
-        l2=probe.l2,
-        learning_curve=measure_learning_curve(
-            features, labels, probe, val_features, val_labels, seed=0
-        ),
-        val_logits=logits,
-        val_features=val_features,
-        audit=Audit((), {"val": (metrics.accuracy, metrics.accuracy)}, 100 * num_classes),
-        best_epoch=3 if is_trained else None,
-        verdict=verdict if is_trained else None,
-        seconds={"probe": 1.5, "total": 4.6},
-    )
+KEY = "photos/'1\" onload=x\udcff.jpg"
+MISTAKES = [Mistake(np.full((32, 32, 3), 90, np.uint8), "<b>cat</b>", "dog & hound", 0.87, KEY)]
+RUN_DIR = Path("runs/my pets-1")
 
 
 @pytest.fixture(scope="module")
@@ -123,31 +28,33 @@ def result() -> Result:
     return make_result()
 
 
-MISTAKES = [
-    Mistake(
-        np.full((32, 32, 3), 90, np.uint8),
-        "<b>cat</b>",
-        "dog & hound",
-        0.87,
-        "photos/'1\" onload=x.jpg",
-    )
-]
+@pytest.fixture(scope="module")
+def tuned() -> Result:
+    """Of a run that trained layers and published the probe."""
+    return make_result(is_trained=True)
 
 
-def read(result: Result, mistakes: list[Mistake] = MISTAKES) -> tuple[str, str, Strict]:
-    page = write_report(
+def write(result: Result, mistakes: list[Mistake] = MISTAKES) -> str:
+    return write_report(
         result,
         mistakes,
         version=7,
         commands="make serve\ncurl -F images=@x.jpg 'http://localhost:3000/predict?model=pets'",
+        run_dir=RUN_DIR,
     )
-    parsed = Strict(page)
-    return page, " ".join(" ".join(parsed.text).split()), parsed
 
 
-def test_it_is_whole_and_loads_nothing(result: Result) -> None:
-    page, _, parsed = read(result)
+def read(result: Result, mistakes: list[Mistake] = MISTAKES) -> ParsedPage:
+    return ParsedPage(write(result, mistakes))
+
+
+@pytest.mark.parametrize("name", ["result", "tuned"])
+def test_it_is_whole_and_loads_nothing(name: str, request: pytest.FixtureRequest) -> None:
+    page = write(request.getfixturevalue(name))
+    parsed = ParsedPage(page)
     assert parsed.open == []
+    assert "script" not in parsed.tags
+    assert not [attribute for _, attribute, _ in parsed.attributes if attribute.startswith("on")]
     assert parsed.loaded
     assert all(loaded.startswith("data:image/jpeg;base64,") for loaded in parsed.loaded)
     assert "url(" not in page
@@ -155,13 +62,13 @@ def test_it_is_whole_and_loads_nothing(result: Result) -> None:
 
 
 def test_it_says_what_the_run_came_to(result: Result) -> None:
-    _, text, _ = read(result)
+    words = read(result).words
     metrics, interval = result.metrics["val"], result.metrics["val"].intervals["accuracy"]
     for part in (
         "pets, version 7",
-        f"{metrics.accuracy:.4f} ({interval.low:.3f} to {interval.high:.3f})",
+        f"{metrics.score:.4f} ({interval.low:.3f} to {interval.high:.3f})",
         f"{result.calibrated['val'].after.error:.3f}",
-        f"at least {result.calibration.threshold:.3f}",
+        result.describe_answers(),
         "out-of-fold predictions of 180 training images",
         str(result.learning_curve)[1:],
         "<b>cat</b>",
@@ -171,81 +78,136 @@ def test_it_says_what_the_run_came_to(result: Result) -> None:
         result.audit.summary,
         "curl -F images=@x.jpg",
     ):
-        assert part in text
-    assert "Verdict" not in text
+        assert part in words
+    for part in ("Verdict", "publish.py", "published"):
+        assert part not in words
 
 
 def test_what_leaks_are_worth_stands_beside_the_score(result: Result) -> None:
-    told = "the probe's val accuracy is 0.9000 with 1 image of another split, 0.8000 without."
     leak = Finding("exact_leak", "val", "dog & hound", "the same file", 1.0, result.splits.val[0])
     leaking = replace(result, audit=Audit((leak,), {"val": (0.9, 0.8)}, 10))
-    assert told in read(leaking)[1]
-    assert told in write_card(leaking, 7)
-    assert "Images leak" not in read(result)[1] + write_card(result, 7)
+    expected = "the probe's val accuracy is 0.9000 with 1 image of another split, 0.8000 without."
+    assert expected in read(leaking).words
+    assert "Images leak" not in read(result).words
 
 
-def test_a_verdict_is_told_where_layers_trained(result: Result) -> None:
-    trained = make_result(is_trained=True)
-    _, text, _ = read(trained)
-    assert str(trained.verdict)[1:] in text
-    assert str(trained.verdict) in write_card(trained, 7)
-    assert trained.freeze == "backbone"
+def test_both_candidates_stand_side_by_side(tuned: Result) -> None:
+    parsed = read(tuned)
+    assert str(tuned.verdict)[1:] in parsed.words
+    assert "python finetune/publish.py 'runs/my pets-1' --which tuned" in parsed.words
+    assert tuned.tuned is not None
+    for title, candidate in (("probe, published", tuned.probe), ("fine-tuned", tuned.tuned)):
+        val = candidate.metrics["val"]
+        averages = " ".join(val.with_interval(name) for name in val.intervals)
+        assert f"{title} val {averages} {val.loss:.4f}" in parsed.words
+        after = candidate.calibrated["val"].after.error
+        before = candidate.calibrated["val"].before.error
+        assert f"{title} val {before:.3f} {after:.3f}" in parsed.words
+        assert val.confusion is not None
+        for count in val.confusion[val.confusion > 0]:
+            assert str(count) in parsed.text
+    assert parsed.values("class").count("matrix tall") == 2
+    # Reliability of both, scores and losses by epoch, the learning curve.
+    assert parsed.tags.count("svg") == 5
+    assert parsed.words.count("Most confused") == 2
 
 
-def test_what_shaped_the_published_model_is_told_and_nothing_else(result: Result) -> None:
-    assert "| trained with | the default options |" in write_card(result, 7)
-    options = Options(
-        freeze="until:layer3", balance="weights", ema=0.99, label_smoothing=0.1, name="pets"
-    )
-    tied = replace(make_result(is_trained=True), options=options)
-    assert tied.trained_with == "--balance weights"
-    assert tied.verdict is not None
-    won = replace(tied, verdict=replace(tied.verdict, interval=Interval(0.1, 0.2)))
-    assert won.trained_with == "--balance weights --label-smoothing 0.1 --ema 0.99"
-    assert won.trained_with in write_card(won, 7)
-    assert won.trained_with in read(won)[1]
+def test_the_other_candidate_is_named_by_the_command_that_publishes_it() -> None:
+    published = make_result(is_trained=True, publish="tuned")
+    words = read(published).words
+    assert "--which probe" in words
+    assert "fine-tuned, published" in words
+    assert "probe, published" not in words
 
 
-def test_names_of_others_stay_text(result: Result) -> None:
-    page, _, _ = read(result)
-    assert "<b>cat" not in page
-    assert "' onload" not in page
-    assert '" onload' not in page
+def test_every_epoch_can_be_read_off_the_charts(tuned: Result) -> None:
+    words = read(tuned).words
+    for epoch in EPOCHS:
+        assert f"epoch {epoch.epoch}: val accuracy {epoch.val_score:.4f}" in words
+        assert f"epoch {epoch.epoch}: val loss {epoch.val_loss:.4f}" in words
+        if epoch.train_loss is not None:
+            assert f"epoch {epoch.epoch}: train loss {epoch.train_loss:.4f}" in words
+    assert words.count("the best epoch") == 3  # a point of each chart, and the legend
+
+
+@pytest.mark.parametrize(
+    "epochs",
+    [
+        EPOCHS[:1],
+        EPOCHS[1:2],
+        tuple(replace(epoch, train_loss=float("nan"), val_loss=float("inf")) for epoch in EPOCHS),
+        tuple(replace(EPOCHS[1], epoch=number) for number in range(200)),
+    ],
+    ids=["no epoch", "one point", "nothing finite", "200 equal ones"],
+)
+def test_charts_of_epochs_draw_what_there_is(epochs: tuple[EpochMetrics, ...]) -> None:
+    for chart in (
+        chart_losses(epochs, 0),
+        chart_scores(epochs, 0, 0.7, "accuracy"),
+    ):
+        assert "nan" not in chart
+        assert "inf" not in chart
+        check_charts(chart)
+
+
+def test_what_shaped_the_published_model_is_listed_and_nothing_else() -> None:
+    changed = {"balance": "weights", "ema": 0.99, "label_smoothing": 0.1}
+    probe = make_result(is_trained=True, options=changed)
+    assert probe.freeze == "backbone"
+    assert probe.trained_with == "--balance weights"
+    tuned = make_result(is_trained=True, publish="tuned", options=changed)
+    assert tuned.freeze == "until:layer3"
+    assert tuned.trained_with == "--balance weights --label-smoothing 0.1 --ema 0.99"
+    for result in (probe, tuned):
+        assert f"trained with {result.trained_with}" in read(result).words
+
+
+def test_names_of_others_stay_text(tuned: Result) -> None:
+    page = write(tuned)
+    for part in ("<b>cat", "' onload", '" onload', "\udcff"):
+        assert part not in page
+    parsed = ParsedPage(page)
+    assert "a|b \"'Ünï" in parsed.text
+    assert KEY.replace("\udcff", "?") in parsed.values("title")
+    page.encode()
+
+
+def test_any_number_of_labels_an_image_has_no_matrix() -> None:
+    result = make_result(is_multi_label=True, is_trained=True)
+    parsed = read(result)
+    assert parsed.open == []
+    assert "Confusion" not in parsed.words
+    assert "labels" in parsed.words
+    for part in ("mean average precision on val", "Labels On val, the hardest first."):
+        assert part in parsed.words
+    val = result.metrics["val"]
+    assert val.with_interval("mean_average_precision") in parsed.words
 
 
 @pytest.mark.parametrize("num_classes", [2, 31, 120])
 def test_of_any_number_of_classes(num_classes: int) -> None:
-    page, text, parsed = read(make_result(num_classes), [])
+    page = write(make_result(num_classes), [])
+    parsed = ParsedPage(page)
     assert parsed.open == []
-    assert ("class='matrix" in page) == (num_classes <= 30)
-    assert "Worst mistakes None on val" in text
+    assert any("matrix" in kind for kind in parsed.values("class")) == (num_classes <= 30)
+    assert "Worst mistakes None on val" in parsed.words
     assert len(page) < 200_000
 
 
-def test_charts_stay_inside_their_frame(result: Result) -> None:
-    page, _, _ = read(result)
-    charts = re.findall(r'<svg viewBox="0 0 (\d+) (\d+)".*?</svg>', page)
-    assert len(charts) == 2
-    for found in re.finditer(r'<svg viewBox="0 0 (\d+) (\d+)"(.*?)</svg>', page):
-        width, height = int(found[1]), int(found[2])
-        assert "nan" not in found[3]
-        assert all(
-            0 <= float(x) <= width for x in re.findall(r' (?:cx|x|x1|x2)="([-\d.]+)"', found[3])
-        )
-        assert all(
-            0 <= float(y) <= height for y in re.findall(r' (?:cy|y|y1|y2)="([-\d.]+)"', found[3])
-        )
+def test_charts_stay_inside_their_frame(tuned: Result) -> None:
+    assert check_charts(write(tuned)) == 5
 
 
-def test_the_card_shares_it(result: Result) -> None:
-    card = write_card(result, 7)
-    interval = result.metrics["val"].intervals["accuracy"]
-    for part in (
-        f"({interval.low:.3f} to {interval.high:.3f})",
-        "calibration error",
-        "An answer is unsure where",
-        str(result.learning_curve),
-    ):
-        assert part in card
-    shown = replace(result, probe_metrics=result.metrics["val"])
-    assert "Most confused on val" in write_card(shown, 7)
+def check_charts(page: str) -> int:
+    """Fails if a mark of an SVG is outside it; gives the number of charts."""
+    charts = re.findall(r'<svg viewBox="0 0 (\d+) (\d+)"(.*?)</svg>', page, re.DOTALL)
+    for width, height, marks in charts:
+        assert "nan" not in marks
+        across = re.findall(r' (?:cx|x|x1|x2)="([^"]+)"', marks)
+        down = re.findall(r' (?:cy|y|y1|y2)="([^"]+)"', marks)
+        for points in re.findall(r' points="([^"]*)"', marks):
+            across += re.findall(r"([^ ,]+),", points)
+            down += re.findall(r",([^ ,]+)", points)
+        assert all(0 <= float(x) <= int(width) for x in across)
+        assert all(0 <= float(y) <= int(height) for y in down)
+    return len(charts)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
@@ -19,35 +20,42 @@ from werkzeug.test import Client
 
 from finetune.data.splits import Sample, Splits
 from finetune.monitor import Monitor
+from finetune.report.candidate import Candidate
 from finetune.report.projector import write_projector
-from finetune.report.result import Result
 from models.errors import GraftError
 from models.sources import EncodedImage
-from tests.finetune.report.test_page import make_result
 from tests.support.images import draw_noise
+from tests.support.results import make_result
 from tests.support.tiny import LABELS
 
 
-def make(num_images: int, num_features: int = 20) -> Result:
-    """Of three classes, with an image each; the first answer is wrong, and so is what the first file is called."""
-    result = make_result()
+def make(num_images: int, num_features: int = 20) -> tuple[Splits, Candidate]:
+    """Three classes, with a picture of an image's class each.
+
+    The first answer is wrong, and the first file's name has what would break a table.
+    """
     generator = np.random.default_rng(0)
     labels = np.arange(num_images) % len(LABELS)
     samples = [
-        Sample(f"photos/{at}.png", int(label), EncodedImage(draw_noise(int(label), at)))
-        for at, label in enumerate(labels)
+        Sample(f"photos/{index}.png", int(label), EncodedImage(draw_noise(int(label), index)))
+        for index, label in enumerate(labels)
     ]
     samples[0] = replace(samples[0], key="photos/a\tb\n\udcff.png")
     answers = [1, *labels[1:]]
     centres = 5 * generator.standard_normal((len(LABELS), num_features))
-    return replace(
-        result,
-        splits=Splits(LABELS, (), tuple(samples)),
-        val_logits=8 * np.eye(len(LABELS), dtype=np.float32)[answers],
-        val_features=(
-            centres[labels] + generator.standard_normal((num_images, num_features))
-        ).astype(np.float32),
+    features = centres[labels] + generator.standard_normal((num_images, num_features))
+    candidate = replace(
+        make_result().probe,
+        logits={"val": 8 * np.eye(len(LABELS), dtype=np.float32)[answers]},
+        features={"val": features.astype(np.float32)},
     )
+    return Splits(LABELS, (), tuple(samples)), candidate
+
+
+def write(
+    run_dir: Path, splits: Splits, candidate: Candidate, *, with_thumbnails: bool = False
+) -> None:
+    write_projector(run_dir, splits, candidate, with_thumbnails=with_thumbnails, num_workers=2)
 
 
 class Projector:
@@ -81,7 +89,7 @@ def run_dir(tmp_path: Path) -> Path:
 
 
 def test_tensorboard_finds_points_labels_and_thumbnails(run_dir: Path) -> None:
-    write_projector(run_dir, make(30), with_thumbnails=True)
+    write(run_dir, *make(30), with_thumbnails=True)
     projector = Projector(run_dir.parent)
     assert projector.get("/runs").json == ["pets-1"]
     (embedding,) = projector.get("/info", run="pets-1").json["embeddings"]
@@ -100,17 +108,17 @@ def test_tensorboard_finds_points_labels_and_thumbnails(run_dir: Path) -> None:
     side = embedding["sprite"]["singleImageDim"][0]
     with Image.open(run_dir / "projector" / "sprite.jpg") as image:
         assert image.size == (6 * side, 6 * side)
-        # In rows, and each in its place: the colour of the label is the strongest.
+        # Row by row: the colour of the label is the strongest of each tile.
         for index in range(30):
-            at = np.asarray(image)[
+            tile = np.asarray(image)[
                 index // 6 * side : (index // 6 + 1) * side,
                 index % 6 * side : (index % 6 + 1) * side,
             ]
-            assert at.mean(axis=(0, 1)).argmax() == index % 3
+            assert tile.mean(axis=(0, 1)).argmax() == index % 3
 
 
 def test_without_thumbnails_there_is_no_sprite(run_dir: Path) -> None:
-    write_projector(run_dir, make(30), with_thumbnails=False)
+    write(run_dir, *make(30))
     (embedding,) = Projector(run_dir.parent).get("/info", run="pets-1").json["embeddings"]
     assert "sprite" not in embedding
     assert not (run_dir / "projector" / "sprite.jpg").exists()
@@ -123,24 +131,24 @@ def test_without_thumbnails_there_is_no_sprite(run_dir: Path) -> None:
 def test_distances_are_kept_by_as_many_directions_as_are_needed(
     run_dir: Path, num_images: int, num_features: int, shape: tuple[int, int]
 ) -> None:
-    result = make(num_images, num_features)
-    write_projector(run_dir, result, with_thumbnails=False)
+    splits, candidate = make(num_images, num_features)
+    write(run_dir, splits, candidate)
     points = np.loadtxt(run_dir / "projector" / "tensors.tsv", delimiter="\t", ndmin=2)
     assert points.shape == shape
 
-    def distances(rows: np.ndarray) -> np.ndarray:
-        return np.linalg.norm(rows[:, None] - rows[None, :3], axis=2)
+    def distances(rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return np.asarray(np.linalg.norm(rows[:, None] - rows[None, :3], axis=2))
 
-    found, expected = distances(points), distances(result.val_features)
+    found, expected = distances(points), distances(candidate.features["val"])
     assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.95
     if shape[1] < 50:
         np.testing.assert_allclose(found, expected, rtol=1e-2, atol=1e-2)
 
 
 def test_of_very_many_images_some_of_all_classes_are_shown(run_dir: Path) -> None:
-    result = make(4500)
+    splits, candidate = make(4500)
     started = time.process_time()
-    write_projector(run_dir, result, with_thumbnails=False)
+    write(run_dir, splits, candidate)
     assert time.process_time() - started < 5
     rows = (run_dir / "projector" / "metadata.tsv").read_text().splitlines()[1:]
     assert len(rows) == 2000
@@ -149,26 +157,17 @@ def test_of_very_many_images_some_of_all_classes_are_shown(run_dir: Path) -> Non
 
 
 def test_files_that_went_leave_an_empty_place(run_dir: Path, tmp_path: Path) -> None:
-    result = make(5)
-    gone = replace(result.splits.val[2], image=tmp_path / "gone.png")
-    splits = replace(result.splits, val=(*result.splits.val[:2], gone, *result.splits.val[3:]))
-    write_projector(run_dir, replace(result, splits=splits), with_thumbnails=True)
+    splits, candidate = make(5)
+    gone = replace(splits.val[2], image=tmp_path / "gone.png")
+    splits = replace(splits, val=(*splits.val[:2], gone, *splits.val[3:]))
+    write(run_dir, splits, candidate, with_thumbnails=True)
     with Image.open(run_dir / "projector" / "sprite.jpg") as image:
         tiles = np.asarray(image).reshape(3, 48, 3, 48, 3).swapaxes(1, 2).reshape(9, 48, 48, 3)
-    assert [bool(tile.mean() > 230) for tile in tiles] == [
-        False,
-        False,
-        True,
-        False,
-        False,
-        True,
-        True,
-        True,
-        True,
-    ]
+    is_empty = [bool(tile.mean() > 230) for tile in tiles]
+    assert is_empty == [False, False, True, False, False, True, True, True, True]
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "projector").write_text("a file where the folder should be")
     with pytest.raises(GraftError, match="projector: it cannot be written: File exists"):
-        write_projector(tmp_path, make(5), with_thumbnails=False)
+        write(tmp_path, *make(5))

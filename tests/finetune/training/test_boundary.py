@@ -1,4 +1,4 @@
-"""The rest of a network on kept activations is the whole network; what cannot be cut is found out."""
+"""A cut network on kept activations is the whole network; what cannot be cut is found."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from finetune.training.boundary import FrozenPart, TrainablePart, cut
-from models.backbone.build import CustomNetwork
+from models.backbone.custom import CustomNetwork
 from models.backbone.freezing import (
     Freezing,
     freeze,
@@ -19,7 +19,8 @@ from models.backbone.freezing import (
     set_train_mode,
 )
 
-# A network with BatchNorm, one with LayerNorm, and one with depthwise convolutions; each with its classifier and image size.
+# A network with BatchNorm, one with LayerNorm, and one with depthwise convolutions; each with its
+# classifier and image size.
 NETWORKS: dict[str, tuple[str, int]] = {
     "resnet18": ("fc", 64),
     "test_vit": ("head", 32),
@@ -44,7 +45,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def build(name: str) -> nn.Module:
-    """Random weights with no zero or one left by an initialiser, behind which a part of the network would not count."""
+    """Random weights: zeros and ones of an initialiser could hide a part of the network."""
     torch.manual_seed(0)
     options = {"img_size": 32} if name == "test_vit" else {}
     return scramble(timm.create_model(name, num_classes=3, **options))
@@ -113,7 +114,7 @@ def test_gradients_through_the_rest_are_those_of_the_whole(
 
     def gradients(logits: torch.Tensor) -> dict[str, torch.Tensor]:
         model.zero_grad()
-        nn.functional.cross_entropy(logits, labels).backward()
+        nn.functional.cross_entropy(logits, labels).backward()  # type: ignore[no-untyped-call]
         return {
             key: parameter.grad.clone()
             for key, parameter in model.named_parameters()
@@ -156,7 +157,7 @@ def test_a_forward_that_was_set_on_a_module_is_there_again_after_close() -> None
     torch.manual_seed(0)
     trunk = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
     as_of_its_class = trunk[0].forward
-    trunk[0].forward = lambda pictures: as_of_its_class(pictures) * 2  # type: ignore[method-assign]
+    trunk[0].forward = lambda pictures: as_of_its_class(pictures) * 2
     rest = cut_own(trunk, "until:1")
     assert rest is not None
     expected = trunk(images("own"))
@@ -190,7 +191,8 @@ def test_frozen_tensors_are_bit_equal_after_training_through_the_rest(
     rest.open()
     set_train_mode(model, freezing, update_batch_norm=True)
     for _ in range(3):
-        nn.functional.cross_entropy(rest(activations), torch.tensor([0, 1, 2, 0, 1])).backward()
+        loss = nn.functional.cross_entropy(rest(activations), torch.tensor([0, 1, 2, 0, 1]))
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
     rest.close()
@@ -215,17 +217,16 @@ class Skip(nn.Module):
 
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
         early = self.early(pictures)
-        return (self.tail(self.late(early)) + self.share * early).mean(dim=(2, 3))
+        features: torch.Tensor = (self.tail(self.late(early)) + self.share * early).mean(dim=(2, 3))
+        return features
 
 
 class ReadsImage(Skip):
     """The image itself is read behind the boundary."""
 
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        return (
-            self.tail(self.late(self.early(pictures))).mean(dim=(2, 3))
-            + self.share * pictures.mean(dim=(1, 2, 3))[:, None]
-        )
+        features: torch.Tensor = self.tail(self.late(self.early(pictures))).mean(dim=(2, 3))
+        return features + self.share * pictures.mean(dim=(1, 2, 3))[:, None]
 
 
 class GivesPair(nn.Module):
@@ -243,7 +244,8 @@ class Pair(nn.Module):
         self.tail = nn.Conv2d(4, 4, 3)
 
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        return self.tail(sum(self.split(self.stem(pictures)))).mean(dim=(2, 3))
+        features: torch.Tensor = self.tail(sum(self.split(self.stem(pictures)))).mean(dim=(2, 3))
+        return features
 
 
 class Twice(nn.Module):
@@ -255,7 +257,8 @@ class Twice(nn.Module):
         self.tail = nn.Conv2d(3, 4, 3)
 
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        return self.tail(self.stem(self.stem(pictures))).mean(dim=(2, 3))
+        features: torch.Tensor = self.tail(self.stem(self.stem(pictures))).mean(dim=(2, 3))
+        return features
 
 
 class AsksForSize(nn.Module):
@@ -269,7 +272,8 @@ class AsksForSize(nn.Module):
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
         if pictures.shape[-1] != 16:
             raise KeyError("a size that this network does not know")
-        return self.tail(self.stem(pictures)).mean(dim=(2, 3))
+        features: torch.Tensor = self.tail(self.stem(pictures)).mean(dim=(2, 3))
+        return features
 
 
 @pytest.mark.parametrize(
@@ -318,7 +322,7 @@ def test_a_boundary_inside_a_residual_block_or_a_patch_embedding_cannot_be_cut()
     assert cut(model, freeze(model, "until:patch_embed.proj", "head"), images("test_vit")) is None
 
 
-def test_what_follows_the_boundary_in_place_does_not_change_what_is_kept() -> None:
+def test_in_place_operations_behind_the_boundary_leave_kept_activations_unchanged() -> None:
     torch.manual_seed(0)
     trunk = nn.Sequential(
         nn.Conv2d(3, 4, 3),

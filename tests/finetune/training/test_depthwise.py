@@ -1,6 +1,8 @@
-"""Depthwise convolutions in bfloat16 get the gradients that float32 gives, and all others are left alone."""
+"""Slow depthwise convolutions in bfloat16 get float32 gradients; others are left alone."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +34,7 @@ def gradients(layer: nn.Conv2d, x: torch.Tensor) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("settings", SLOW, ids=str)
-def test_gradients_are_those_of_float32_rounded_once(settings: dict[str, int]) -> None:
+def test_gradients_are_those_of_float32_rounded_once(settings: dict[str, Any]) -> None:
     torch.manual_seed(0)
     layer = nn.Conv2d(8, 8, groups=8, **settings)
     half = layer.bfloat16()
@@ -86,7 +88,7 @@ def test_a_frozen_weight_gets_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("settings", SLOW, ids=str)
-def test_the_slow_ones_and_only_they_are_caught(settings: dict[str, int]) -> None:
+def test_the_slow_ones_and_only_they_are_caught(settings: dict[str, Any]) -> None:
     def is_caught(layer: nn.Conv2d, x: torch.Tensor) -> bool:
         with DepthwiseGradientsInFloat32():
             return type(layer(x).grad_fn).__name__ == "_DepthwiseBackward"

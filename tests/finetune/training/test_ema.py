@@ -1,4 +1,4 @@
-"""The average of the weights is the formula's, is what is validated and kept, and the training itself does not notice it."""
+"""The moving average is the formula's, is validated and kept, and does not change training."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ import torch
 from torch import nn
 
 from finetune.config import Options, parse_options
-from finetune.evaluation.metrics import evaluate
+from finetune.evaluation.class_metrics import evaluate_classes
 from finetune.resume import STATE_DIR
 from finetune.terminal import Terminated
-from finetune.training.ema import Average
-from finetune.training.train import train
+from finetune.training.ema import Ema
 from models.backbone.build import Backbone
 from models.errors import GraftError
 from tests.support.tiny import (
@@ -30,6 +29,7 @@ from tests.support.tiny import (
     options,
     probe_of,
     snapshot,
+    train_tiny,
 )
 
 Tensors = dict[str, torch.Tensor]
@@ -42,14 +42,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def fit(
     folder: Path, backbone: Backbone | None = None, **changes: Any
 ) -> tuple[int, Backbone, list[Tensors], Recorder]:
-    """Train, and give the best epoch, the network, its own tensors after each step, and the curves."""
+    """The best epoch, the network, its own tensors after each step, and the monitor."""
     backbone = backbone or build()
     steps = [snapshot(backbone)]
     (folder / STATE_DIR).mkdir(parents=True, exist_ok=True)
     monitor = Recorder(folder, lambda num_steps: steps.append(snapshot(backbone)))
     try:
         given = options(**{"freeze": "until:stem", "cache": False, **changes})
-        best_epoch = train(
+        trained = train_tiny(
             backbone,
             draw_splits(),
             probe_of(build()),
@@ -60,7 +60,7 @@ def fit(
         )
     finally:
         monitor.close()
-    return best_epoch, backbone, steps, monitor
+    return trained.best_epoch, backbone, steps, monitor
 
 
 def average_by_hand(steps: list[Tensors]) -> Tensors:
@@ -78,7 +78,7 @@ def average_by_hand(steps: list[Tensors]) -> Tensors:
 
 def test_the_average_is_the_formulas_and_whole_numbers_are_the_last() -> None:
     current = {"weight": torch.tensor([1.0, 2.0]), "num_batches": torch.tensor(0)}
-    average = Average(current, 0.9)
+    average = Ema(current, 0.9)
     steps = [copy.deepcopy(current)]
     for step in range(1, 200):
         current["weight"] += step
@@ -86,9 +86,9 @@ def test_the_average_is_the_formulas_and_whole_numbers_are_the_last() -> None:
         steps.append(copy.deepcopy(current))
         average.update(step)
     expected = steps[0]["weight"].double()
-    for number, step in enumerate(steps[1:], 1):
+    for number, tensors in enumerate(steps[1:], 1):
         decay = min(0.9, (1 + number) / (10 + number))
-        expected = decay * expected + (1 - decay) * step["weight"].double()
+        expected = decay * expected + (1 - decay) * tensors["weight"].double()
     torch.testing.assert_close(average.tensors["weight"].double(), expected, rtol=1e-5, atol=0)
     assert int(average.tensors["num_batches"]) == 199
     assert torch.equal(current["weight"], steps[-1]["weight"])
@@ -96,7 +96,7 @@ def test_the_average_is_the_formulas_and_whole_numbers_are_the_last() -> None:
 
 def test_the_network_is_the_average_only_within() -> None:
     current = {"weight": torch.tensor([1.0])}
-    average = Average(current, 0.5)
+    average = Ema(current, 0.5)
     current["weight"] += 1
     with average.in_place():
         assert current["weight"].item() == 1
@@ -121,7 +121,7 @@ def validate(tensors: Tensors) -> float:
     images = (crops / 255 - torch.tensor(PREPROCESS.mean)) / torch.tensor(PREPROCESS.std)
     with torch.no_grad():
         logits = backbone.model(images.permute(0, 3, 1, 2))
-    return evaluate(logits.numpy(), np.array([sample.label for sample in samples])).loss
+    return evaluate_classes(logits.numpy(), np.array([sample.label for sample in samples])).loss
 
 
 def test_the_average_is_validated_and_kept_and_the_steps_are_those_without_it(
@@ -179,7 +179,8 @@ class Stopping(nn.Module):
             self.num_validated += 1
             if self.num_validated == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
-        return self.dropout(self.tail(self.stem(images)).mean(dim=(2, 3)))
+        features: torch.Tensor = self.dropout(self.tail(self.stem(images)).mean(dim=(2, 3)))
+        return features
 
 
 def test_a_stop_while_the_average_is_validated_saves_the_network_itself(tmp_path: Path) -> None:
@@ -198,6 +199,7 @@ def test_a_stop_while_the_average_is_validated_saves_the_network_itself(tmp_path
 def test_a_decay_that_cannot_be_is_refused(arguments: str) -> None:
     with pytest.raises(
         GraftError,
-        match=r"^--ema \S+: it (must be a number from 0 and below 1$|is for gradient epochs, and --freeze back)",
+        match=r"^--ema \S+: it (must be a number from 0 and below 1$|is for gradient epochs, and "
+        r"--freeze back)",
     ):
         parse_options(Options, arguments.split())

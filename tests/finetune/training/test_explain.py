@@ -1,9 +1,10 @@
-"""Where a network looked: the maps are hot where the answer was made, whatever the network is made of."""
+"""Heat maps are hot where the answer was made, whatever the network is made of."""
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -15,11 +16,11 @@ from torch import nn
 from finetune.probe.solve import Head
 from finetune.report.plots import draw_heat
 from finetune.run import run
-from finetune.training.explain import _from_maps, _to_maps, explain
+from finetune.training.explain import explain, from_maps, to_maps
 from models.backbone.build import build_backbone
 from models.errors import GraftError
+from models.images import Pixels
 from models.prepared import PreparedBackbone, write_prepared
-from models.preprocess import Pixels
 from tests.support.images import write_noise_folders
 from tests.support.tiny import options
 
@@ -30,20 +31,21 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Brightness(nn.Module):
-    """Its two features are how red and how green an image is, told from 8x8 places; `layout` is what its stage gives."""
+    """Features are how red and how green an image is, from 8x8 places; `layout` is its stage's."""
 
     def __init__(self, layout: str = "maps") -> None:
         super().__init__()
         self.layout = layout
         self.stage = nn.Sequential(nn.Conv2d(3, 2, 4, stride=4), nn.ReLU(), Laid(layout))
         with torch.no_grad():
-            self.stage[0].bias.zero_()
-            self.stage[0].weight.zero_()
-            self.stage[0].weight[0, 0] = self.stage[0].weight[1, 1] = 1 / 16
+            state = self.stage[0].state_dict()
+            state["bias"].zero_()
+            state["weight"].zero_()
+            state["weight"][0, 0] = state["weight"][1, 1] = 1 / 16
         self.pretrained_cfg = {"input_size": (3, SIZE, SIZE), "mean": (0, 0, 0), "std": (1, 1, 1)}
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        output = self.stage(images)
+        output: torch.Tensor = self.stage(images)
         if self.layout == "tokens":
             return output[:, 1:].mean(dim=1)
         return output.mean(dim=(1, 2) if self.layout == "channels last" else (2, 3))
@@ -68,7 +70,8 @@ class Blind(nn.Module):
         self.stage = nn.Linear(3, 2)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.stage(images[..., 0, 0])
+        features: torch.Tensor = self.stage(images[..., 0, 0])
+        return features
 
 
 class Rounded(Brightness):
@@ -135,16 +138,16 @@ def test_it_is_hot_where_the_answer_was_made(
 @pytest.mark.parametrize("shape", [(2, 7, 5, 5), (2, 5, 5, 7), (2, 26, 7), (2, 25, 7), (2, 30, 7)])
 def test_maps_are_put_back_as_they_were(shape: tuple[int, ...]) -> None:
     output = torch.randn(shape)
-    maps = _to_maps(output)
+    maps = to_maps(output)
     assert maps.shape == (2, 7, 5, 5)
-    assert torch.equal(_from_maps(maps, output), output)
+    assert torch.equal(from_maps(maps, output), output)
 
 
 @pytest.mark.parametrize("policy", ["token", "avg"])
 def test_a_transformer_is_explained_where_its_places_still_count(
     tmp_path: Path, policy: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that reads its class token alone passes nothing back to the others behind its last attention."""
+    """With the class token alone, other tokens have no gradient behind the last attention."""
     create = timm.create_model
     monkeypatch.setattr(
         timm, "create_model", lambda name, **given: create(name, **{**given, "global_pool": policy})
@@ -163,7 +166,8 @@ def test_a_transformer_is_explained_where_its_places_still_count(
         )
     assert heat.shape == (side, side)
     assert heat.max() > 0
-    expected = f"blocks.{len(backbone.model.blocks) - (2 if policy == 'token' else 1)}"
+    num_blocks = len(cast(nn.Sequential, backbone.model.blocks))
+    expected = f"blocks.{num_blocks - (2 if policy == 'token' else 1)}"
     assert f"Grad-CAM at {expected}" in caplog.text
 
 
@@ -174,7 +178,7 @@ def test_a_transformer_is_explained_where_its_places_still_count(
         ("Rounded", "Grad-CAM cannot be computed: RuntimeError: "),
     ],
 )
-def test_a_network_that_cannot_be_explained_is_told_of(
+def test_explaining_an_unexplainable_network_raises(
     tmp_path: Path, name: str, message: str
 ) -> None:
     with pytest.raises(
@@ -183,7 +187,7 @@ def test_a_network_that_cannot_be_explained_is_told_of(
         explain(prepare(name, tmp_path), HEAD, [crop_with_corners()], [0])
 
 
-def test_heat_is_coloured_and_what_is_cold_stays_grey() -> None:
+def test_hot_places_are_coloured_and_cold_ones_grey() -> None:
     crop = np.full((4, 4, 3), (10, 20, 30), np.uint8)
     heat = np.zeros((4, 4), np.float32)
     heat[0, 0] = 1
@@ -252,8 +256,8 @@ def test_a_run_ends_well_without_pictures_that_cannot_be_had(
             )
         )
     assert (
-        "no pictures of where the network looked: tests.finetune.training.test_explain:Blind: Grad-CAM needs a stage with places"
-        in caplog.text
+        "no pictures of where the network looked: tests.finetune.training.test_explain:Blind: "
+        "Grad-CAM needs a stage with places" in caplog.text
     )
     (run_dir,) = (tmp_path / "runs").iterdir()
     assert "Grad-CAM" not in (run_dir / "report.html").read_text()

@@ -1,6 +1,4 @@
-"""Whole trainings leave every frozen parameter and buffer as it was, bit by bit: in each policy, for networks of each kind, with every
-option, in bf16, and where they were stopped and resumed.
-"""
+"""Frozen parameters and buffers stay bit-equal, whatever the policy, network and options."""
 
 from __future__ import annotations
 
@@ -15,10 +13,18 @@ import torch
 
 from finetune.resume import STATE_DIR
 from finetune.terminal import Terminated
-from finetune.training.train import train
 from models.backbone.build import Backbone
 from models.engine.openvino_engine import supports_bf16
-from tests.support.tiny import PREPROCESS, SIZE, Recorder, draw_splits, options, probe_of, snapshot
+from tests.support.tiny import (
+    PREPROCESS,
+    SIZE,
+    Recorder,
+    draw_splits,
+    options,
+    probe_of,
+    snapshot,
+    train_tiny,
+)
 from tests.support.tiny import build as build_own
 
 EVERY_OPTION: dict[str, Any] = {
@@ -54,7 +60,7 @@ def fit(folder: Path, backbone: Backbone, stop_after: int | None, changes: dict[
     (folder / STATE_DIR).mkdir(exist_ok=True)
     monitor = Recorder(folder, stop)
     try:
-        return train(
+        return train_tiny(
             backbone,
             draw_splits(),
             probe_of(backbone),
@@ -62,7 +68,7 @@ def fit(folder: Path, backbone: Backbone, stop_after: int | None, changes: dict[
             monitor,
             folder,
             state_dir=folder / STATE_DIR,
-        )
+        ).best_epoch
     finally:
         monitor.close()
 
@@ -84,11 +90,12 @@ BF16 = pytest.param(
         ("own", "until:stem", ("backbone.tail.", "head.")),
     ],
 )
-def test_what_is_frozen_is_bit_equal_after_a_resumed_training_with_every_option(
+def test_frozen_tensors_are_bit_equal_after_a_resumed_training_with_every_option(
     tmp_path: Path, name: str, freeze: str, trained: tuple[str, ...], precision: str
 ) -> None:
     before = snapshot(build(name))
-    # With `resume`, options are not checked against the policy: the command line leaves `--freeze backbone` to the probe.
+    # With `resume`, options are not checked against the policy: the command line leaves `--freeze
+    # backbone` to the probe.
     changes = {"freeze": freeze, "precision": precision, **EVERY_OPTION, "resume": tmp_path}
     with pytest.raises(Terminated):
         fit(tmp_path, build(name), 5, changes)

@@ -1,4 +1,4 @@
-"""What the head begins gradient epochs with: the probe's solution, zeros, or what a function of the user's makes of it."""
+"""Gradient epochs start from the probe's head, zeros, or what a user's function makes of it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,18 @@ from finetune.config import Options, parse_options
 from finetune.probe.solve import Probe, soften
 from finetune.run import run
 from finetune.training.head import start_head
-from finetune.training.train import train
 from models.errors import GraftError
 from tests.support.images import write_noise_folders
-from tests.support.tiny import LABELS, Recorder, build, draw_splits, options, probe_of, snapshot
+from tests.support.tiny import (
+    LABELS,
+    Recorder,
+    build,
+    draw_splits,
+    options,
+    probe_of,
+    snapshot,
+    train_tiny,
+)
 
 FUNCTIONS = """
 import torch
@@ -59,7 +67,7 @@ def functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     sys.modules.pop("my_heads", None)
 
 
-def test_the_probes_head_is_what_it_was() -> None:
+def test_the_probes_head_is_copied() -> None:
     backbone, probe = build(), probe_of(build())
     nn.init.constant_(backbone.head.weight, 9)
     start_head(backbone, probe, "probe")
@@ -91,20 +99,22 @@ def test_zeros_and_functions_set_the_head_and_nothing_else() -> None:
     [
         (
             "fails",
-            r"--head-init my_heads:fails: it raised KeyError: 'no such prior' \(.*my_heads.py:15\); it is given an nn.Linear",
+            r"--head-init my_heads:fails: it raised KeyError: 'no such prior' "
+            r"\(.*my_heads.py:15\); it is given an nn.Linear",
         ),
         (
             "wider",
-            r"--head-init my_heads:wider: it leaves weight \[7, 8\] and bias \[3\], not \[3, 8\] and \[3\]",
+            r"--head-init my_heads:wider: it leaves weight \[7, 8\] and bias \[3\], not \[3, 8\] "
+            r"and \[3\]",
         ),
         ("without_bias", r"it leaves weight \[3, 8\] and bias None, not \[3, 8\] and \[3\]"),
         (
             "infinite",
-            r"--head-init my_heads:infinite: it leaves values in the head that are no numbers",
+            r"--head-init my_heads:infinite: it leaves NaN or infinite values in the head",
         ),
     ],
 )
-def test_what_a_function_gets_wrong_is_said(name: str, message: str) -> None:
+def test_errors_of_a_users_function_are_described(name: str, message: str) -> None:
     with pytest.raises(GraftError, match=message):
         start_head(build(), probe_of(build()), f"my_heads:{name}")
 
@@ -118,11 +128,11 @@ def test_what_a_function_gets_wrong_is_said(name: str, message: str) -> None:
         ),
         (
             ["--head-init", "zeros", "--freeze", "backbone"],
-            "--head-init zeros: --freeze backbone solves the head, from no beginning; say",
+            "--head-init zeros: --freeze backbone solves the head and starts from none; say",
         ),
     ],
 )
-def test_what_cannot_be_is_refused_with_the_options(flags: list[str], message: str) -> None:
+def test_impossible_head_inits_are_refused_with_the_options(flags: list[str], message: str) -> None:
     with pytest.raises(GraftError, match=message):
         parse_options(Options, ["--freeze", "none", *flags])
 
@@ -132,13 +142,14 @@ def test_what_cannot_be_is_refused_with_the_options(flags: list[str], message: s
     [
         (
             "no_heads:small",
-            "--head-init no_heads:small: No module named 'no_heads'; package.module:callable must be importable",
+            "--head-init no_heads:small: No module named 'no_heads'; package.module:callable "
+            "must be importable",
         ),
         ("my_heads:smal", "--head-init my_heads:smal: module 'my_heads' has no attribute 'smal'"),
         ("my_heads:number", "--head-init my_heads:number: it is of type int, and cannot be called"),
     ],
 )
-def test_a_function_that_is_not_there_is_told_of_before_any_work(
+def test_a_missing_function_is_an_error_before_any_work(
     tmp_path: Path, name: str, message: str
 ) -> None:
     with pytest.raises(GraftError, match=message):
@@ -158,7 +169,7 @@ def test_epochs_begin_from_the_head_that_was_asked_for(tmp_path: Path) -> None:
     curves = []
     for name in ("zeros", "my_heads:small", "my_heads:small"):
         backbone, monitor = build(), Recorder(tmp_path)
-        train(
+        train_tiny(
             backbone,
             draw_splits(),
             probe_of(backbone),
@@ -183,7 +194,7 @@ def test_epochs_begin_from_the_head_that_was_asked_for(tmp_path: Path) -> None:
         ("probe", "the probe's head"),
     ],
 )
-def test_a_whole_run_says_what_it_began_with(
+def test_a_whole_run_logs_and_reports_its_first_head(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
@@ -196,7 +207,7 @@ def test_a_whole_run_says_what_it_began_with(
         softened.append(soften(probe, *on))
         return softened[-1]
 
-    monkeypatch.setattr("finetune.run.soften", note)
+    monkeypatch.setattr("finetune.candidates.soften", note)
     data = write_noise_folders(tmp_path / "noise", 8)
     folders = {
         "output": tmp_path / "runs",

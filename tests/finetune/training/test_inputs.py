@@ -1,9 +1,8 @@
-"""What gradient epochs read: kept activations where they can be kept, crops where not, and the same training from both."""
+"""Epochs read kept activations where possible, else crops, and train the same on both."""
 
 from __future__ import annotations
 
 import errno
-import io
 import logging
 import os
 import shutil
@@ -14,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
+from finetune.candidates import training_settings
 from finetune.config import Options
 from finetune.data.splits import Sample, Splits
 from finetune.data.views import draw_view
@@ -26,12 +25,14 @@ from finetune.probe.solve import Probe
 from finetune.training.activations import Activations, Bf16File
 from finetune.training.boundary import TrainablePart
 from finetune.training.inputs import Crops, Inputs, Normalise, open_inputs
-from finetune.training.train import train
-from models.backbone.build import Backbone, CustomNetwork
+from models.backbone.build import Backbone
+from models.backbone.custom import CustomNetwork
 from models.backbone.freezing import freeze
 from models.errors import GraftError
 from models.preprocess import Preprocess
 from models.sources import EncodedImage
+from tests.support.images import draw_noise
+from tests.support.tiny import train_tiny
 
 SIZE = 24
 LABELS = ("red", "green", "blue")
@@ -47,7 +48,7 @@ CPU = torch.device("cpu")
 
 
 class Trunk(nn.Module):
-    """A frozen stem that picks pixels, so that what is kept of it is exact, and a tail that trains."""
+    """A frozen stem that picks pixels, so its activations are exact, and a tail that trains."""
 
     def __init__(self, has_skip: bool = False) -> None:
         super().__init__()
@@ -57,7 +58,7 @@ class Trunk(nn.Module):
         self.has_skip = has_skip
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        features = self.tail(self.stem(images) / 255).mean(dim=(2, 3))
+        features: torch.Tensor = self.tail(self.stem(images) / 255).mean(dim=(2, 3))
         return features + images.mean(dim=(1, 2, 3))[:, None] / 255 if self.has_skip else features
 
 
@@ -71,19 +72,13 @@ def build(has_skip: bool = False) -> Backbone:
     return Backbone("own:trunk", model, "head", WHOLE_NUMBERS, "none", None, "backbone.")
 
 
-def draw_noise(label: int, seed: int) -> bytes:
-    """Noise in which one colour, the label's, is brighter."""
-    generator = np.random.default_rng((label, seed))
-    pixels = generator.integers(0, 200, (2 * SIZE, 2 * SIZE, 3))
-    pixels[..., label] += 50
-    buffer = io.BytesIO()
-    Image.fromarray(pixels.astype(np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def draw_samples(count: int, first_seed: int = 0) -> tuple[Sample, ...]:
     return tuple(
-        Sample(f"{label} {seed}", label, EncodedImage(draw_noise(label, seed)))
+        Sample(
+            f"{label} {seed}",
+            label,
+            EncodedImage(draw_noise(label, seed, brighter=50, size=2 * SIZE)),
+        )
         for seed in range(first_seed, first_seed + count)
         for label in range(len(LABELS))
     )
@@ -109,7 +104,7 @@ def open_own(
 ) -> Inputs:
     backbone, chosen = backbone or build(), options(**changes)
     freezing = freeze(backbone.model, chosen.freeze, backbone.classifier, backbone.module_prefix)
-    return open_inputs(backbone, freezing, splits, chosen, scratch, CPU)
+    return open_inputs(backbone, freezing, splits, training_settings(chosen), scratch, CPU)
 
 
 def bf16_file(path: Path, values: np.ndarray) -> Bf16File:
@@ -142,10 +137,8 @@ def test_infinities_stay_and_nan_stays_nan(tmp_path: Path) -> None:
     assert torch.signbit(kept[3])
 
 
-def test_activations_that_a_full_disk_does_not_take_are_said_to_be(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without its blocks a mapped file is made all the same, and the first row that the disk cannot take ends the process by SIGBUS."""
+def test_activations_on_a_full_disk_raise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk would otherwise end the process by SIGBUS at the first row written."""
 
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -154,7 +147,8 @@ def test_activations_that_a_full_disk_does_not_take_are_said_to_be(
         patch.setattr(os, "posix_fallocate", refuse)
         with pytest.raises(
             GraftError,
-            match=r"val\.npy: the activations take 0\.8 MB and cannot be written: No space left on device",
+            match=r"val\.npy: the activations take 0\.8 MB and cannot be written: No space left on "
+            r"device",
         ):
             Bf16File(tmp_path / "val.npy", 100, 4000)
     assert list(tmp_path.iterdir()) == []
@@ -211,7 +205,9 @@ def test_a_crop_depends_on_seed_epoch_and_index_and_on_nothing_else() -> None:
     samples = draw_samples(2)
 
     def crops(seed: int, epoch: int) -> Crops:
-        dataset = Crops(samples, WHOLE_NUMBERS, augment="flip", seed=seed)
+        dataset = Crops(
+            samples, WHOLE_NUMBERS, targets=[0] * len(samples), augment="flip", seed=seed
+        )
         dataset.epoch = epoch
         return dataset
 
@@ -230,7 +226,7 @@ def test_a_crop_depends_on_seed_epoch_and_index_and_on_nothing_else() -> None:
 
 
 def test_workers_draw_the_same_views_as_one_process() -> None:
-    dataset = Crops(draw_samples(4), WHOLE_NUMBERS, augment="light", seed=3)
+    dataset = Crops(draw_samples(4), WHOLE_NUMBERS, targets=[0, 1, 2] * 4, augment="light", seed=3)
     dataset.epoch = 2
     alone, shared = (
         list(DataLoader(dataset, 4, num_workers=num_workers)) for num_workers in (0, 2)
@@ -242,7 +238,7 @@ def test_workers_draw_the_same_views_as_one_process() -> None:
 
 
 def test_without_augmentation_every_epoch_sees_the_plain_crop() -> None:
-    dataset = Crops(draw_samples(1), WHOLE_NUMBERS)
+    dataset = Crops(draw_samples(1), WHOLE_NUMBERS, targets=[0, 1, 2])
     for epoch in (1, 2):
         dataset.epoch = epoch
         assert np.array_equal(dataset[2][0].numpy(), WHOLE_NUMBERS(draw_samples(1)[2].read()))
@@ -339,7 +335,7 @@ def test_crops_are_used_where_activations_cannot_be_kept(
 def test_an_epoch_on_kept_activations_moves_the_weights_as_one_without(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, freeze: str
 ) -> None:
-    """Exactly what bf16 holds is kept at the stem; behind the first layer of the tail it rounds, and so do the weights."""
+    """At the stem bf16 is exact; behind the first layer of the tail it rounds."""
     start = build()
     probe = Probe(
         np.zeros((3, 8), np.float32),
@@ -355,7 +351,7 @@ def test_an_epoch_on_kept_activations_moves_the_weights_as_one_without(
         monitor = Monitor(scratch)
         caplog.clear()
         with caplog.at_level(logging.INFO, "graft.inputs"):
-            best_epoch = train(
+            trained = train_tiny(
                 backbone,
                 SPLITS,
                 probe,
@@ -364,7 +360,7 @@ def test_an_epoch_on_kept_activations_moves_the_weights_as_one_without(
                 scratch,
             )
         monitor.close()
-        assert best_epoch == 1
+        assert trained.best_epoch == 1
         assert ("kept activations at backbone." in caplog.text) == cache
         ends.append(dict(backbone.model.named_parameters()))
     tolerance = 1e-5 if freeze == "until:stem" else 2e-3
@@ -387,7 +383,8 @@ class Viewing(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         maps = self.tail(self.stem(images))
-        return maps.view(len(maps), -1)
+        features: torch.Tensor = maps.view(len(maps), -1)
+        return features
 
 
 @pytest.mark.parametrize("cache", [True, False])
@@ -400,7 +397,9 @@ def test_channels_last_is_taken_where_the_network_can(
     backbone = Backbone("own:trunk", model, "head", WHOLE_NUMBERS, "none", None, "backbone.")
     inputs = open_own(tmp_path, backbone, cache=cache)
     seen: list[torch.Tensor] = []
-    model.backbone.tail.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    model.get_submodule("backbone.tail").register_forward_pre_hook(
+        lambda _, arguments: seen.append(arguments[0])
+    )
     batch, _ = next(iter(DataLoader(inputs.train, 4)))
     inputs.network(inputs.prepare(batch)).sum().backward()
     assert isinstance(inputs.network, TrainablePart) == cache
@@ -408,12 +407,13 @@ def test_channels_last_is_taken_where_the_network_can(
     assert seen[0].is_contiguous() == (trunk is Viewing)
 
 
-def test_an_image_that_goes_away_before_it_is_kept_ends_the_run_in_words(tmp_path: Path) -> None:
+def test_an_image_that_vanishes_before_its_activation_is_kept_raises(tmp_path: Path) -> None:
     """Left out in silence, it would give every later image the label of the one before."""
     path = tmp_path / "3.png"
     samples = (*SPLITS.train[:3], Sample(str(path), 0, path), *SPLITS.train[3:])
     with pytest.raises(
         GraftError,
-        match=r"3\.png: gone or changed since the run began \(the file cannot be read: No such file",
+        match=r"3\.png: gone or changed since the run began \(the file cannot be read: No such "
+        r"file",
     ):
         open_own(tmp_path, splits=Splits(LABELS, samples, SPLITS.val))

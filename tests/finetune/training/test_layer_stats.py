@@ -1,4 +1,4 @@
-"""Looks inside a network: the figures are those of plain arithmetic, the training is the same bit by bit, and what is wrong is said."""
+"""Statistics of layers equal plain arithmetic, change nothing, and warn of trouble."""
 
 from __future__ import annotations
 
@@ -11,14 +11,23 @@ import timm
 import torch
 from torch import nn
 
-from finetune.training.layer_stats import Inside, channel_dim
+from finetune.training.layer_stats import LayerStats, channel_dim
 from finetune.training.state import Progress
-from finetune.training.train import train
-from models.backbone.build import Backbone, CustomNetwork
+from models.backbone.build import Backbone
+from models.backbone.custom import CustomNetwork
 from models.backbone.freezing import freeze, set_train_mode
 from models.errors import GraftError
 from models.preprocess import Preprocess
-from tests.support.tiny import LABELS, Recorder, build, draw_splits, options, probe_of, snapshot
+from tests.support.tiny import (
+    LABELS,
+    Recorder,
+    build,
+    draw_splits,
+    options,
+    probe_of,
+    snapshot,
+    train_tiny,
+)
 
 FIRST = Progress(8, 8, epoch=1)
 LATER = Progress(8, 8, epoch=1, batch=3, step=3)
@@ -29,20 +38,24 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def step(
-    backbone: Backbone, folder: Path, at: Progress = FIRST, policy: str = "none", num_parts: int = 1
+    backbone: Backbone,
+    folder: Path,
+    progress: Progress = FIRST,
+    policy: str = "none",
+    num_parts: int = 1,
 ) -> dict[str, float]:
-    """One gradient step with a look; gives the curves' only points."""
+    """One measured gradient step; gives the only point of each curve."""
     freezing = freeze(backbone.model, policy, backbone.classifier, backbone.module_prefix)
     monitor = Recorder(folder)
-    inside = Inside(backbone, freezing, options(), monitor)
+    layer_stats = LayerStats(backbone, freezing, 0.02, monitor)
     set_train_mode(backbone.model, freezing, update_batch_norm=False)
     optimizer = torch.optim.SGD(
         [parameter for parameter in backbone.model.parameters() if parameter.requires_grad], lr=0.1
     )
-    with inside.watch(at) as see_gradients:
+    with layer_stats.watch(progress) as read_gradients:
         for part in IMAGES.chunk(num_parts):
             (backbone.model(part).square().sum() / len(IMAGES)).backward()
-        see_gradients()
+        read_gradients()
         optimizer.step()
     assert not any(module._forward_hooks for module in backbone.model.modules())
     monitor.close()
@@ -92,7 +105,7 @@ def test_a_batch_in_parts_is_seen_as_one(tmp_path: Path) -> None:
     assert whole == pytest.approx(parts, rel=1e-4)
 
 
-def test_between_looks_nothing_is_hooked_or_written(tmp_path: Path) -> None:
+def test_between_measured_steps_nothing_is_hooked_or_written(tmp_path: Path) -> None:
     assert step(build(), tmp_path, LATER) == {}
 
 
@@ -125,7 +138,7 @@ def test_units_are_found_in_outputs_of_any_layout(shape: tuple[int, ...]) -> Non
 
 
 @pytest.mark.parametrize("cache", [True, False])
-def test_a_run_with_looks_is_bit_by_bit_the_run_without(
+def test_a_run_is_bit_by_bit_the_same_without_measuring(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: bool
 ) -> None:
     """Dropout draws random numbers, and BatchNorm keeps statistics."""
@@ -133,14 +146,16 @@ def test_a_run_with_looks_is_bit_by_bit_the_run_without(
     def fit(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         folder.mkdir()
         backbone, monitor = build(), Recorder(folder)
-        train(backbone, draw_splits(), probe_of(backbone), options(cache=cache), monitor, folder)
+        train_tiny(
+            backbone, draw_splits(), probe_of(backbone), options(cache=cache), monitor, folder
+        )
         monitor.close()
         return snapshot(backbone), monitor.curves
 
     tensors, curves = fit(tmp_path / "with")
-    assert [at for at, _ in curves["inside_activation/tail"]] == [0, 4]  # four steps an epoch
+    assert [index for index, _ in curves["inside_activation/tail"]] == [0, 4]  # four steps an epoch
     assert ("inside_activation/stem" in curves) is False
-    monkeypatch.setattr(Inside, "_tell", lambda *_: None)
+    monkeypatch.setattr(LayerStats, "_report", lambda *_: None)
     monkeypatch.setattr("finetune.training.layer_stats._place_hooks", lambda *_: None)
     plain, plain_curves = fit(tmp_path / "without")
     assert not [tag for tag in plain_curves if tag.startswith("inside")]
@@ -149,10 +164,10 @@ def test_a_run_with_looks_is_bit_by_bit_the_run_without(
 
 
 def run_steps(
-    backbone: Backbone, folder: Path, caplog: pytest.LogCaptureFixture, at: Progress = FIRST
+    backbone: Backbone, folder: Path, caplog: pytest.LogCaptureFixture, progress: Progress = FIRST
 ) -> str:
     with caplog.at_level(logging.WARNING, "graft"):
-        step(backbone, folder, at)
+        step(backbone, folder, progress)
     return caplog.text
 
 
@@ -163,35 +178,38 @@ def test_a_healthy_network_is_not_warned_of(
 
 
 @pytest.mark.parametrize(
-    ("at", "remedy"),
+    ("progress", "remedy"),
     [
         (FIRST, "do the weights belong to this network"),
         (Progress(8, 8, 2, 0, 50), "lower --backbone-lr"),
     ],
 )
 def test_a_stage_of_dead_units_is_named_with_the_remedy(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, at: Progress, remedy: str
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, progress: Progress, remedy: str
 ) -> None:
     backbone = build()
     with torch.no_grad():
-        backbone.model.get_submodule("backbone.tail.1").bias[:6] = -50.0  # type: ignore[index, operator]
-    said = run_steps(backbone, tmp_path, caplog, at)
+        backbone.model.get_submodule("backbone.tail.1").bias[:6] = -50.0  # type: ignore[operator]
+    said = run_steps(backbone, tmp_path, caplog, progress)
     assert "75% of the units of tail are dead" in said
     assert remedy in said
 
 
 @pytest.mark.parametrize(
     ("scales", "words"),
-    [((1e-7, 100.0), "explode on their way back"), ((1e3, 1e-4), "vanish on their way back: ")],
+    [
+        ((1e-7, 100.0), "explode in the backward pass: "),
+        ((1e3, 1e-4), "vanish in the backward pass: "),
+    ],
 )
 def test_gradients_that_explode_or_vanish_are_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, scales: tuple[float, float], words: str
 ) -> None:
-    """Scaled weights: what a stage is given back goes through the weights of those behind it, and is multiplied by what it was given."""
+    """Scaled weights: a gradient is the product of the weights behind it and the input."""
     convolutions = (nn.Conv2d(3, 6, 3, bias=False), nn.Conv2d(6, 8, 3, bias=False))
     backbone = own(nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten()), 8)
     with torch.no_grad():
-        for module, scale in zip(backbone.model.backbone[:2], scales, strict=True):  # type: ignore[index, arg-type]
+        for module, scale in zip(backbone.model.backbone[:2], scales, strict=True):  # type: ignore[index]
             module.weight *= scale
     assert words in run_steps(backbone, tmp_path, caplog)
 
@@ -205,29 +223,31 @@ class Hides(nn.Module):
         self.tail = nn.Conv2d(6, 8, 3)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.tail(self.stem(images).clamp(-1, 1)).mean(dim=(2, 3))
+        features: torch.Tensor = self.tail(self.stem(images).clamp(-1, 1)).mean(dim=(2, 3))
+        return features
 
 
-def test_values_that_are_no_numbers_are_named_though_the_loss_is_one(
+def test_a_stage_with_infinite_output_is_named_though_the_loss_is_finite(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     backbone = own(Hides(), 8)
     with torch.no_grad():
-        backbone.model.get_submodule("backbone.stem").bias[0] = torch.inf  # type: ignore[index, operator]
+        backbone.model.get_submodule("backbone.stem").bias[0] = torch.inf  # type: ignore[operator]
     said = run_steps(backbone, tmp_path, caplog)
     assert (
-        "the first stage that gives values which are no numbers is stem, though the loss is one; lower --backbone-lr"
-        in said
+        "the first stage whose output is NaN or infinite is stem, though the loss is finite; lower "
+        "--backbone-lr" in said
     )
 
 
-def test_what_is_wrong_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    inside = Inside(
-        build(), freeze(build().model, "none", "head", "backbone."), options(), Recorder(tmp_path)
-    )
+def test_each_kind_of_trouble_is_warned_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    freezing = freeze(build().model, "none", "head", "backbone.")
+    layer_stats = LayerStats(build(), freezing, 0.02, Recorder(tmp_path))
     with caplog.at_level(logging.WARNING, "graft"):
-        for at in (FIRST, LATER):
-            inside._warn_of_dead({"tail": 0.8}, at)
+        for progress in (FIRST, LATER):
+            layer_stats._warn_of_dead({"tail": 0.8}, progress)
     assert caplog.text.count("are dead") == 1
 
 
@@ -236,9 +256,9 @@ def test_a_broken_loss_names_the_stage_that_broke_first(tmp_path: Path, cache: b
     backbone = build()
     with pytest.raises(
         GraftError,
-        match=r"the loss is nan.*; the first stage that gives values which are no numbers is tail; ",
+        match=r"the loss is nan.*; the first stage whose output is NaN or infinite is tail; ",
     ):
-        train(
+        train_tiny(
             backbone,
             draw_splits(),
             probe_of(backbone),
@@ -249,7 +269,7 @@ def test_a_broken_loss_names_the_stage_that_broke_first(tmp_path: Path, cache: b
 
 
 class Root(nn.Module):
-    """Its output is fine, its gradient at zero is none."""
+    """Its output is finite, its gradient at zero is infinite."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -257,16 +277,18 @@ class Root(nn.Module):
         self.tail = nn.Conv2d(6, 8, 3)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.tail((self.stem(images) * 0).sqrt()).mean(dim=(2, 3))
+        features: torch.Tensor = self.tail((self.stem(images) * 0).sqrt()).mean(dim=(2, 3))
+        return features
 
 
 def test_a_broken_gradient_names_the_stage_that_it_reaches_first(tmp_path: Path) -> None:
     backbone = own(Root(), 8)
     with pytest.raises(
         GraftError,
-        match=r"the gradient is nan.*; on the way back, gradients are first no numbers in stem; ",
+        match=r"the gradient is nan.*; in the backward pass, gradients are first NaN or infinite "
+        r"in stem; ",
     ):
-        train(
+        train_tiny(
             backbone,
             draw_splits(),
             probe_of(backbone),

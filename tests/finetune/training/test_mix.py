@@ -1,19 +1,28 @@
-"""What MixUp, CutMix and label smoothing make of a batch is what their papers say, and what gradient epochs learn from."""
+"""MixUp, CutMix and label smoothing are what their papers say, and what epochs learn from."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
 
-import finetune.training.train
+import finetune.training.loop
 from finetune.config import Options, parse_options
-from finetune.training.loss import image_losses
+from finetune.tasks.single_label import SINGLE_LABEL
 from finetune.training.mix import build_mix
-from finetune.training.train import train
 from models.errors import GraftError
-from tests.support.tiny import PREPROCESS, Recorder, build, draw_splits, options, probe_of
+from tests.support.tiny import (
+    PREPROCESS,
+    Recorder,
+    Trunk,
+    build,
+    draw_splits,
+    options,
+    probe_of,
+    train_tiny,
+)
 
 IMAGES = torch.randint(
     0, 256, (5, 8, 12, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
@@ -86,37 +95,42 @@ def test_the_loss_of_each_image_is_the_formulas(
         smooth = (1 - smoothing) * shares + smoothing / 3
         expected = -(counted * smooth * logits.log_softmax(dim=1)).sum(dim=1)
         torch.testing.assert_close(
-            image_losses(logits, targets, class_weights=weights, label_smoothing=smoothing),
+            SINGLE_LABEL.losses(logits, targets, weights, smoothing),
             expected,
         )
 
 
-# ----------------------------------------------------------------------------------------------------------------------- gradient epochs
+# ---------------------------------------------------------------------------------- gradient epochs
 
 
 @pytest.mark.parametrize(
     ("mix", "freeze", "cache"),
     [("mixup", "until:stem", True), ("both", "until:stem", False), ("both", "none", True)],
 )
-def test_epochs_learn_from_what_was_mixed(
+def test_epochs_train_on_mixed_batches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mix: str, freeze: str, cache: bool
 ) -> None:
-    """The first loss is that of the first mixed batch, by the network as it starts, with its labels smoothed."""
+    """The first loss is that of the first mixed batch, with its labels smoothed."""
     batches: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def build_watched(kind: str, num_classes: int) -> object:
         assert (kind, num_classes) == (mix, 3)
         own = build_mix(kind, num_classes)
-        return lambda images, labels: batches.append(own(images, labels)) or batches[-1]
 
-    monkeypatch.setattr(finetune.training.train, "build_mix", build_watched)
+        def watched(images: Any, labels: Any) -> Any:
+            batches.append(own(images, labels))
+            return batches[-1]
+
+        return watched
+
+    monkeypatch.setattr(finetune.training.loop, "build_mix", build_watched)
     backbone = build()
-    backbone.model.backbone.dropout.p = 0.0
+    cast(Trunk, backbone.model.backbone).dropout.p = 0.0
     monitor = Recorder(tmp_path)
     given = options(
         mix=mix, freeze=freeze, cache=cache, label_smoothing=0.1, epochs=1, batch_norm="keep"
     )
-    train(backbone, draw_splits(), probe_of(backbone), given, monitor, tmp_path)
+    train_tiny(backbone, draw_splits(), probe_of(backbone), given, monitor, tmp_path)
     monitor.close()
     start = build()
     start.model.eval()
@@ -125,7 +139,8 @@ def test_epochs_learn_from_what_was_mixed(
     with torch.no_grad():
         if cache and freeze != "none":
             stem_out = mixed.reshape(6, 6, 15, 15)
-            logits = start.model.head(start.model.backbone.tail(stem_out).mean(dim=(2, 3)))
+            features = start.model.get_submodule("backbone.tail")(stem_out).mean(dim=(2, 3))
+            logits = start.head(features)
         else:
             images = (mixed / 255 - torch.tensor(PREPROCESS.mean)) / torch.tensor(PREPROCESS.std)
             logits = start.model(images.permute(0, 3, 1, 2))
@@ -137,7 +152,7 @@ def test_mixing_is_drawn_from_the_seed(tmp_path: Path) -> None:
     losses = []
     for seed in (1, 1, 2):
         backbone, monitor = build(), Recorder(tmp_path)
-        train(
+        train_tiny(
             backbone,
             draw_splits(),
             probe_of(backbone),
@@ -155,7 +170,8 @@ def test_mixing_is_drawn_from_the_seed(tmp_path: Path) -> None:
     [
         (
             "--mix cutmix --freeze until:layer3",
-            "--mix cutmix: it pastes pixels, and --freeze until:layer3 learns from .* kept at layer3; say",
+            "--mix cutmix: it pastes pixels, and --freeze until:layer3 trains on .* kept at "
+            "layer3; say",
         ),
         (
             "--mix both --freeze until:layer3",
@@ -163,11 +179,13 @@ def test_mixing_is_drawn_from_the_seed(tmp_path: Path) -> None:
         ),
         (
             "--mix mixup",
-            "--mix mixup: it is for gradient epochs, and --freeze backbone has none; say --freeze until:NAME or none",
+            "--mix mixup: it is for gradient epochs, and --freeze backbone has none; say "
+            "--freeze until:NAME or none",
         ),
         (
             "--label-smoothing 0.1",
-            r"--label-smoothing 0\.1: it is for gradient epochs, and --freeze backbone has none; say",
+            r"--label-smoothing 0\.1: it is for gradient epochs, and --freeze backbone has none; "
+            r"say",
         ),
         (
             "--label-smoothing 1 --freeze none",
@@ -179,7 +197,7 @@ def test_mixing_is_drawn_from_the_seed(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_cannot_be_mixed_is_refused(arguments: str, message: str) -> None:
+def test_impossible_mixes_are_refused(arguments: str, message: str) -> None:
     with pytest.raises(GraftError, match=f"^{message}"):
         parse_options(Options, arguments.split())
 
@@ -192,5 +210,5 @@ def test_what_cannot_be_mixed_is_refused(arguments: str, message: str) -> None:
         "--resume runs/a",
     ],
 )
-def test_what_can_be_mixed_is_not(arguments: str) -> None:
+def test_possible_mixes_are_accepted(arguments: str) -> None:
     parse_options(Options, arguments.split())

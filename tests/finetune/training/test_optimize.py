@@ -1,4 +1,4 @@
-"""What waits for its turn does not move at all, and each stage has the rate that its depth gives it."""
+"""Stages that wait do not move at all, and each has the rate of its depth."""
 
 from __future__ import annotations
 
@@ -13,19 +13,28 @@ from torch import nn
 
 from finetune.config import Options, parse_options
 from finetune.training.optimize import open_stages
-from finetune.training.train import train
-from models.backbone.build import Backbone, CustomNetwork
+from models.backbone.build import Backbone
+from models.backbone.custom import CustomNetwork
 from models.backbone.freezing import depths, freeze, parameter_groups, set_train_mode
 from models.errors import GraftError
-from tests.support.tiny import PREPROCESS, Recorder, build, draw_splits, options, probe_of, snapshot
+from tests.support.tiny import (
+    PREPROCESS,
+    Recorder,
+    build,
+    draw_splits,
+    options,
+    probe_of,
+    snapshot,
+    train_tiny,
+)
 
-RATES = {"head_lr": 0.5, "backbone_lr": 0.25, "weight_decay": 0.125}
+RATES: dict[str, Any] = {"head_lr": 0.5, "backbone_lr": 0.25, "weight_decay": 0.125}
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-# ------------------------------------------------------------------------------------------------------------------------------- depths
+# ------------------------------------------------------------------------------------------- depths
 
 
 @pytest.mark.parametrize(
@@ -101,7 +110,7 @@ def test_a_users_own_module_has_depths_too() -> None:
     assert depths(bare, "head", "backbone.") == {"": 1, "backbone": 1, "head": 0}
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------- rates
+# -------------------------------------------------------------------------------------------- rates
 
 
 def test_rates_fall_with_depth_and_every_parameter_has_one() -> None:
@@ -147,7 +156,7 @@ def fit(
     folder.mkdir(exist_ok=True)
     monitor = Recorder(folder, lambda num_steps: steps.append(snapshot(backbone)))
     try:
-        train(
+        train_tiny(
             backbone,
             draw_splits(),
             probe_of(backbone),
@@ -176,7 +185,7 @@ def test_a_run_has_the_rates_of_its_layer_decay(tmp_path: Path) -> None:
     assert peak["rate/head"] == pytest.approx(2.5 * peak["rate/backbone_1"])
 
 
-# -------------------------------------------------------------------------------------------------------------------------------- gradual
+# ------------------------------------------------------------------------------------------ gradual
 
 
 @pytest.mark.parametrize("batch_norm", ["keep", "update"])
@@ -193,7 +202,7 @@ def test_a_stage_that_waits_does_not_move_at_all_and_then_does(
     assert not torch.equal(steps[1]["backbone.tail.0.weight"], steps[0]["backbone.tail.0.weight"])
 
 
-def test_the_first_epochs_are_those_of_a_run_that_freezes_what_waits(tmp_path: Path) -> None:
+def test_the_first_epochs_equal_those_with_waiting_stages_frozen(tmp_path: Path) -> None:
     _, waiting, _ = fit(tmp_path / "gradual", gradual=2, epochs=2, augment="none")
     _, frozen, _ = fit(
         tmp_path / "frozen", freeze="until:stem", cache=False, epochs=2, augment="none"
@@ -202,17 +211,17 @@ def test_the_first_epochs_are_those_of_a_run_that_freezes_what_waits(tmp_path: P
         assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
-def test_what_waits_has_no_state_in_the_optimizer() -> None:
+def test_waiting_stages_have_no_optimizer_state() -> None:
     backbone = build()
     freezing = freeze(backbone.model, "none", "head", "backbone.")
     optimizer = torch.optim.AdamW(parameter_groups(backbone.model, "head", **RATES))
     for epoch, expected in ((1, {"tail", "head"}), (2, {"stem", "tail", "head"})):
         set_train_mode(
             backbone.model,
-            open_stages(backbone, freezing, options(freeze="none", gradual=1), epoch),
+            open_stages(backbone, freezing, 1, epoch),
             update_batch_norm=True,
         )
-        assert backbone.model.backbone.stem[1].training == (epoch == 2)
+        assert backbone.model.get_submodule("backbone.stem.1").training == (epoch == 2)
         backbone.model(torch.rand(4, 3, PREPROCESS.height, PREPROCESS.width)).sum().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -224,7 +233,7 @@ def test_what_waits_has_no_state_in_the_optimizer() -> None:
         assert {name.removeprefix("backbone.").split(".")[0] for name in names} == expected
 
 
-def test_what_is_frozen_stays_so_when_its_turn_would_have_come(tmp_path: Path) -> None:
+def test_frozen_stages_never_join(tmp_path: Path) -> None:
     before = snapshot(build())
     backbone, _, _ = fit(tmp_path, gradual=1, epochs=3, freeze="until:stem")
     assert all(
@@ -241,11 +250,12 @@ def test_what_is_frozen_stays_so_when_its_turn_would_have_come(tmp_path: Path) -
         (
             2,
             logging.WARNING,
-            "--gradual 2: 1 of 2 stages will have trained in the end; --epochs 3 would reach all of them",
+            "--gradual 2: 1 of 2 stages will have trained in the end; --epochs 3 would reach all "
+            "of them",
         ),
     ],
 )
-def test_how_far_it_will_come_is_said(
+def test_the_number_of_stages_to_be_trained_is_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, epochs: int, level: int, message: str
 ) -> None:
     with caplog.at_level(logging.INFO, "graft.optimize"):
@@ -261,7 +271,8 @@ def test_how_far_it_will_come_is_said(
 def test_without_gradient_epochs_they_are_refused(given: str) -> None:
     with pytest.raises(
         GraftError,
-        match=rf"^{given}: it is for gradient epochs, and --freeze backbone has none; say --freeze until:NAME",
+        match=rf"^{given}: it is for gradient epochs, and --freeze backbone has none; say --freeze "
+        rf"until:NAME",
     ):
         parse_options(Options, given.split())
     with pytest.raises(GraftError, match=r"^--layer-decay 1\.5: it must be a number above 0 to 1$"):

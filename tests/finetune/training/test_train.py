@@ -1,9 +1,8 @@
-"""Gradient epochs keep the best of what they saw, move only what may move, and end in words where they go wrong."""
+"""Gradient epochs keep the best epoch, move only what may move, and fail in words."""
 
 from __future__ import annotations
 
 import copy
-import io
 import logging
 from pathlib import Path
 from typing import Any
@@ -11,20 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
 from finetune.config import Options
 from finetune.data.splits import Sample, Splits
-from finetune.evaluation.metrics import Metrics, evaluate
+from finetune.evaluation.class_metrics import ClassMetrics, evaluate_classes
 from finetune.monitor import Monitor
 from finetune.probe.solve import Probe
-from finetune.training.train import train
-from models.backbone.build import Backbone, CustomNetwork
+from models.backbone.build import Backbone
+from models.backbone.custom import CustomNetwork
 from models.backbone.freezing import FrozenDriftError
 from models.errors import GraftError
 from models.preprocess import Preprocess
 from models.sources import EncodedImage
+from tests.support.images import draw_noise
+from tests.support.tiny import train_tiny
 
 SIZE = 24
 LABELS = ("red", "green", "blue")
@@ -39,7 +39,8 @@ class Trunk(nn.Module):
         self.tail = nn.Sequential(nn.Conv2d(6, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU())
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.tail(self.stem(images)).mean(dim=(2, 3))
+        features: torch.Tensor = self.tail(self.stem(images)).mean(dim=(2, 3))
+        return features
 
 
 class Counting(nn.Module):
@@ -47,6 +48,7 @@ class Counting(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.num_seen: torch.Tensor
         self.register_buffer("num_seen", torch.zeros(1))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -61,23 +63,13 @@ def build(trunk: nn.Module | None = None) -> Backbone:
     return Backbone("own:trunk", model, "head", PREPROCESS, "none", None, "backbone.")
 
 
-def draw_noise(label: int, seed: int) -> bytes:
-    """Noise in which one colour, the label's, is a little brighter."""
-    generator = np.random.default_rng((label, seed))
-    pixels = generator.integers(0, 200, (SIZE, SIZE, 3))
-    pixels[..., label] += 30
-    buffer = io.BytesIO()
-    Image.fromarray(pixels.astype(np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def draw_samples(split: str, count: int, first_seed: int, shift: int = 0) -> tuple[Sample, ...]:
     """Images with their labels moved on by `shift` classes."""
     return tuple(
         Sample(
             f"{split} {label} {seed}",
             (label + shift) % len(LABELS),
-            EncodedImage(draw_noise(label, seed)),
+            EncodedImage(draw_noise(label, seed, size=SIZE)),
         )
         for seed in range(first_seed, first_seed + count)
         for label in range(len(LABELS))
@@ -127,20 +119,20 @@ def fit(
     """Train, and give the best epoch and the curves."""
     monitor = Recorder(scratch)
     try:
-        return train(
+        return train_tiny(
             backbone, splits, start or probe_of(backbone), options(**changes), monitor, scratch
-        ), monitor.curves
+        ).best_epoch, monitor.curves
     finally:
         monitor.close()
 
 
-def validate(backbone: Backbone, samples: tuple[Sample, ...]) -> Metrics:
+def validate(backbone: Backbone, samples: tuple[Sample, ...]) -> ClassMetrics:
     """What the network makes of them, by plain means."""
     crops = torch.from_numpy(np.stack([PREPROCESS(sample.read()) for sample in samples])).float()
     images = (crops / 255 - torch.tensor(PREPROCESS.mean)) / torch.tensor(PREPROCESS.std)
     with torch.inference_mode():
         logits = backbone.model(images.permute(0, 3, 1, 2))
-    return evaluate(logits.numpy(), np.array([sample.label for sample in samples]))
+    return evaluate_classes(logits.numpy(), np.array([sample.label for sample in samples]))
 
 
 def snapshot(backbone: Backbone) -> dict[str, torch.Tensor]:
@@ -257,18 +249,20 @@ def test_a_frozen_module_that_changes_its_own_buffer_fails_the_run(
     backbone = build(nn.Sequential(Counting(), Trunk()))
     with pytest.raises(
         FrozenDriftError,
-        match=r"--freeze until:0: 1 of 1 frozen tensors changed during the run: backbone\.0\.num_seen",
+        match=r"--freeze until:0: 1 of 1 frozen tensors changed during the run: "
+        r"backbone\.0\.num_seen",
     ):
         fit(backbone, draw_splits(), tmp_path, freeze="until:0", cache=cache, epochs=1)
 
 
-def test_a_loss_that_is_no_number_ends_the_run_with_step_and_rate_and_leaves_the_network_whole(
+def test_a_broken_loss_raises_with_step_and_rate_and_leaves_the_network_whole(
     tmp_path: Path,
 ) -> None:
     backbone = build()
     with pytest.raises(
         GraftError,
-        match=r"^epoch 1, step [1-9]\d*: the loss is (nan|inf) at a rate of 1\.0e\+30; lower --lr and",
+        match=r"^epoch 1, step [1-9]\d*: the loss is (nan|inf) at a rate of 1\.0e\+30; lower --lr "
+        r"and",
     ):
         fit(backbone, draw_splits(), tmp_path, epochs=1, lr=1e30, backbone_lr=1e30)
     assert not any("forward" in vars(module) for module in backbone.model.modules())

@@ -66,7 +66,8 @@ def test_a_module_of_a_users_own_network_is_named_as_there() -> None:
     [
         (
             "until:layer",
-            "--freeze until:layer: there is no module 'layer'; its stages are stem, layer1, layer10, norm",
+            "--freeze until:layer: there is no module 'layer'; "
+            "its stages are stem, layer1, layer10, norm",
         ),
         (
             "until:",
@@ -78,7 +79,8 @@ def test_a_module_of_a_users_own_network_is_named_as_there() -> None:
         ),
         (
             "until:fc.inner",
-            "--freeze until:fc.inner: 'fc.inner' is the classifier, which always trains; say --freeze backbone",
+            "--freeze until:fc.inner: 'fc.inner' is the classifier, which always trains; "
+            "say --freeze backbone",
         ),
         ("head", "--freeze head: the policies are backbone, until:NAME and none"),
         ("", "--freeze : the policies are backbone, until:NAME and none"),
@@ -93,6 +95,7 @@ def test_a_policy_that_does_not_fit_is_answered_with_the_way_out(policy: str, sa
 
 def test_it_needs_no_torch(run_python: RunPython) -> None:
     done = run_python(
-        "import sys, models.backbone.freeze_policy; print('torch' in sys.modules, 'numpy' in sys.modules)"
+        "import sys, models.backbone.freeze_policy\n"
+        "print('torch' in sys.modules, 'numpy' in sys.modules)"
     )
     assert done.stdout.split() == ["False", "False"], done.stderr

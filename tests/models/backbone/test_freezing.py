@@ -1,15 +1,16 @@
-"""Freezing holds under real gradient steps, and a frozen tensor that moves is found out and named."""
+"""Freezing holds under real gradient steps, and a frozen tensor that changes is named."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import timm
 import torch
 from torch import nn
 
-from models.backbone.build import CustomNetwork
+from models.backbone.custom import CustomNetwork
 from models.backbone.freezing import (
     Freezing,
     FrozenDriftError,
@@ -21,7 +22,7 @@ from models.backbone.freezing import (
 )
 from models.errors import GraftError
 
-LR = {"head_lr": 0.1, "backbone_lr": 0.05, "weight_decay": 0.01}
+LR: dict[str, Any] = {"head_lr": 0.1, "backbone_lr": 0.05, "weight_decay": 0.01}
 
 
 class Trunk(nn.Module):
@@ -30,6 +31,7 @@ class Trunk(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(1))
+        self.offset: torch.Tensor
         self.register_buffer("offset", torch.zeros(1))
         self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, stride=4), nn.BatchNorm2d(8), nn.ReLU())
         self.tail = nn.Sequential(
@@ -37,13 +39,14 @@ class Trunk(nn.Module):
         )
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.tail(self.stem(images * self.scale + self.offset)).mean(dim=(2, 3))
+        features: torch.Tensor = self.tail(self.stem(images * self.scale + self.offset))
+        return features.mean(dim=(2, 3))
 
 
 NETWORKS = {"resnet": ("fc", ""), "vit": ("head", ""), "custom": ("head", "backbone.")}
 
 
-def build(kind: str) -> nn.Module:
+def build(kind: str) -> Any:
     torch.manual_seed(0)
     if kind == "custom":
         model = CustomNetwork(Trunk(), 12)
@@ -68,7 +71,8 @@ def take_steps(
     set_train_mode(model, freezing, update_batch_norm=update_batch_norm)
     for _ in range(num_steps):
         logits = model(torch.rand(4, 3, 32, 32, generator=generator))
-        nn.functional.cross_entropy(logits, torch.tensor([0, 1, 2, 0])).backward()
+        loss = nn.functional.cross_entropy(logits, torch.tensor([0, 1, 2, 0]))
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
 

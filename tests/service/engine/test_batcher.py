@@ -1,4 +1,7 @@
-"""The queue in front of an engine: order, fairness, cancellation, deadlines, overload, failure and shutdown."""
+"""The queue in front of an engine.
+
+Order, fairness, cancellation, deadlines, overload, failures and shutdown.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,8 @@ import numpy as np
 import pytest
 
 from models.engine.engine import EngineInfo
-from models.preprocess import ImageError, Pixels
-from service.engine.batcher import Batcher, Ticket
+from models.images import ImageError, Pixels
+from service.engine.batcher import Admission, Batcher
 from service.engine.wire import Image, Outcome
 from service.errors import RequestError
 
@@ -19,12 +22,12 @@ Done = Callable[[Outcome | Exception], None]
 
 
 def image(value: int) -> Pixels:
-    """A 1x1 image; its one value names it, and comes back as its feature."""
+    """A 1x1 image whose one value is its name and its feature."""
     return np.full((1, 1, 3), value, np.uint8)
 
 
 def outcome_of(images: Sequence[Image]) -> Outcome:
-    """Encoded images cannot be read here."""
+    """Each image's value as its feature; encoded images are unreadable for the reason they hold."""
     results = [
         ImageError(image.decode())
         if isinstance(image, bytes)
@@ -38,8 +41,8 @@ def value_of(image: Image) -> int:
     return -1 if isinstance(image, bytes) else int(image[0, 0, 0])
 
 
-class CrankedEngine:
-    """An engine that holds every batch until the test lets it finish, so that nothing depends on time."""
+class ManualEngine:
+    """An engine whose batches end when the test says so, so that nothing depends on time."""
 
     num_features = 1
 
@@ -52,7 +55,7 @@ class CrankedEngine:
         images_per_second: float = 1e6,
     ) -> None:
         self.info = EngineInfo(
-            "cranked", "test", "fp32", batch_size, num_streams or num_slots, images_per_second
+            "manual", "test", "fp32", batch_size, num_streams or num_slots, images_per_second
         )
         self.num_slots = num_slots
         self.batches: list[list[int]] = []
@@ -70,7 +73,7 @@ class CrankedEngine:
         self.is_closed = True
 
     async def finish(self, error: Exception | None = None) -> None:
-        """Finish the oldest batch, and let the event loop hand out its results."""
+        """Finish the oldest batch, and let the event loop deliver its results."""
         images, done = self._running.pop(0)
         done(outcome_of(images) if error is None else error)
         await settle()
@@ -91,8 +94,8 @@ def in_seconds(seconds: float) -> float:
 
 async def ask(batcher: Batcher, *values: int, seconds: float = 60) -> list[int]:
     """One request with an image for each value."""
-    with batcher.admit(len(values), in_seconds(seconds)) as ticket:
-        features = await asyncio.gather(*(ticket.features(image(value)) for value in values))
+    with batcher.admit(len(values), in_seconds(seconds)) as admission:
+        features = await asyncio.gather(*(admission.features(image(value)) for value in values))
     return [int(feature[0]) for feature in features]
 
 
@@ -107,7 +110,7 @@ async def start(*requests: Awaitable[list[int]]) -> list[asyncio.Task[list[int]]
 
 def test_every_image_gets_its_own_features_in_the_order_of_its_request() -> None:
     async def scenario() -> None:
-        engine = CrankedEngine(batch_size=4, num_slots=2)
+        engine = ManualEngine(batch_size=4, num_slots=2)
         batcher = Batcher(engine, max_images=100)
         tasks = await start(*(ask(batcher, *range(first, first + 7)) for first in range(0, 70, 7)))
         await engine.finish_all()
@@ -119,9 +122,9 @@ def test_every_image_gets_its_own_features_in_the_order_of_its_request() -> None
     asyncio.run(scenario())
 
 
-def test_a_batch_starts_at_once_and_takes_what_waits_when_a_slot_gets_free() -> None:
+def test_a_batch_starts_at_once_and_takes_what_waits_when_a_slot_is_free() -> None:
     async def scenario() -> None:
-        engine = CrankedEngine(batch_size=4, num_slots=2)
+        engine = ManualEngine(batch_size=4, num_slots=2)
         batcher = Batcher(engine, max_images=100)
         tasks = await start(*(ask(batcher, value) for value in range(8)))
         assert engine.batches == [[0], [1]], (
@@ -139,7 +142,7 @@ def test_a_batch_starts_at_once_and_takes_what_waits_when_a_slot_gets_free() -> 
 
 def test_a_slot_beyond_one_more_than_the_streams_waits_for_a_full_batch() -> None:
     async def scenario() -> None:
-        engine = CrankedEngine(batch_size=3, num_slots=4, num_streams=1)
+        engine = ManualEngine(batch_size=3, num_slots=4, num_streams=1)
         batcher = Batcher(engine, max_images=100)
         tasks = await start(*(ask(batcher, value) for value in range(4)))
         assert engine.batches == [[0], [1]], (
@@ -150,35 +153,33 @@ def test_a_slot_beyond_one_more_than_the_streams_waits_for_a_full_batch() -> Non
         tasks += await start(ask(batcher, 5, 6))
         assert engine.batches[3:] == []
         await engine.finish()
-        assert engine.batches[3:] == [], "two are left in the engine, which keeps its stream busy"
+        assert engine.batches[3:] == [], "two are left in the engine: its stream stays busy"
         await engine.finish()
-        assert engine.batches[3:] == [[5, 6]], "a stream would run dry: what waits goes as it is"
+        assert engine.batches[3:] == [[5, 6]], "a stream would be idle: a partial batch starts"
         await engine.finish_all()
         assert [await task for task in tasks] == [[0], [1], [2], [3], [4], [5, 6]]
 
     asyncio.run(scenario())
 
 
-def test_where_enough_is_under_way_to_fill_it_the_next_batch_is_not_begun_by_the_first_image_to_arrive() -> (
-    None
-):
+def test_under_load_the_first_image_to_arrive_waits_for_others() -> None:
     async def scenario() -> None:
-        engine = CrankedEngine(batch_size=2, num_slots=4, num_streams=1)
+        engine = ManualEngine(batch_size=2, num_slots=4, num_streams=1)
         batcher = Batcher(engine, max_images=100)
         tasks = await start(*(ask(batcher, value) for value in range(5)))
         assert engine.batches == [[0], [1], [2, 3]]
         await engine.finish()
         await engine.finish()
-        assert engine.batches[3:] == [[4]], "it waited for no longer than until another was done"
+        assert engine.batches[3:] == [[4]], "it waited only until another batch was done"
         await engine.finish()
-        # Five were under way, more than one batch that runs and one that is next.
+        # Five were admitted at once: more than a running batch and the next one.
         tasks += await start(ask(batcher, 5))
-        assert engine.batches[4:] == [], "a place is free, but the others will be back"
+        assert engine.batches[4:] == [], "a slot is free, but more images are expected"
         tasks += await start(ask(batcher, 6))
         assert engine.batches[4:] == [[5, 6]]
         await engine.finish()
         tasks += await start(ask(batcher, 7))
-        assert engine.batches[5:] == [[7]], "with fewer under way there is nothing to wait for"
+        assert engine.batches[5:] == [[7]], "with fewer admitted nothing is waited for"
         await engine.finish_all()
         assert [await task for task in tasks] == [[value] for value in range(8)]
 
@@ -187,7 +188,7 @@ def test_where_enough_is_under_way_to_fill_it_the_next_batch_is_not_begun_by_the
 
 def test_one_request_fills_a_batch_by_itself() -> None:
     async def scenario() -> None:
-        engine = CrankedEngine(batch_size=3, num_slots=4, num_streams=1)
+        engine = ManualEngine(batch_size=3, num_slots=4, num_streams=1)
         batcher = Batcher(engine, max_images=100)
         tasks = await start(ask(batcher, *range(9)))
         assert engine.batches == [[0], [1], [2, 3, 4], [5, 6, 7]]
@@ -199,7 +200,7 @@ def test_one_request_fills_a_batch_by_itself() -> None:
 
 def test_single_images_are_served_in_order_of_arrival() -> None:
     async def scenario() -> None:
-        engine = CrankedEngine()
+        engine = ManualEngine()
         batcher = Batcher(engine, max_images=100)
         await start(*(ask(batcher, value) for value in range(6)))
         await engine.finish_all()
@@ -208,9 +209,9 @@ def test_single_images_are_served_in_order_of_arrival() -> None:
     asyncio.run(scenario())
 
 
-def test_a_request_with_many_images_does_not_hold_up_one_with_few() -> None:
+def test_a_request_with_many_images_does_not_delay_one_with_few() -> None:
     async def scenario() -> None:
-        engine = CrankedEngine()
+        engine = ManualEngine()
         batcher = Batcher(engine, max_images=100)
         many, few, one = await start(
             ask(batcher, *range(20)), ask(batcher, 50, 51), ask(batcher, 60)
@@ -226,14 +227,14 @@ def test_a_request_with_many_images_does_not_hold_up_one_with_few() -> None:
     asyncio.run(scenario())
 
 
-def test_an_abandoned_request_costs_no_compute_and_frees_its_place() -> None:
+def test_a_cancelled_request_costs_no_compute_and_frees_its_places() -> None:
     async def scenario() -> None:
-        engine = CrankedEngine()
+        engine = ManualEngine()
         batcher = Batcher(engine, max_images=5)
-        first, abandoned, last = await start(
+        first, cancelled, last = await start(
             ask(batcher, 1), ask(batcher, 2, 3, 4), ask(batcher, 5)
         )
-        abandoned.cancel()
+        cancelled.cancel()
         await settle()
         assert batcher.num_admitted == 2
         await engine.finish_all()
@@ -244,14 +245,14 @@ def test_an_abandoned_request_costs_no_compute_and_frees_its_place() -> None:
     asyncio.run(scenario())
 
 
-def test_a_request_abandoned_while_it_is_computed_harms_nobody() -> None:
+def test_a_request_cancelled_while_it_is_computed_harms_no_other() -> None:
     async def scenario() -> None:
-        engine = CrankedEngine(batch_size=2)
+        engine = ManualEngine(batch_size=2)
         batcher = Batcher(engine, max_images=10)
-        _, abandoned, other = await start(ask(batcher, 0), ask(batcher, 1), ask(batcher, 2))
+        _, cancelled, other = await start(ask(batcher, 0), ask(batcher, 1), ask(batcher, 2))
         await engine.finish()
         assert engine.batches[-1] == [1, 2]
-        abandoned.cancel()
+        cancelled.cancel()
         await engine.finish_all()
         assert await other == [2]
         assert batcher.num_admitted == 0
@@ -259,9 +260,9 @@ def test_a_request_abandoned_while_it_is_computed_harms_nobody() -> None:
     asyncio.run(scenario())
 
 
-def test_what_has_expired_is_dropped_before_compute() -> None:
+def test_expired_images_are_dropped_before_compute() -> None:
     async def scenario() -> None:
-        engine = CrankedEngine()
+        engine = ManualEngine()
         batcher = Batcher(engine, max_images=10)
         first, late, patient = await start(
             ask(batcher, 1), ask(batcher, 2, seconds=0.01), ask(batcher, 3)
@@ -279,7 +280,7 @@ def test_what_has_expired_is_dropped_before_compute() -> None:
 
 def test_the_queue_is_bounded_and_opens_again() -> None:
     async def scenario() -> None:
-        engine = CrankedEngine()
+        engine = ManualEngine()
         batcher = Batcher(engine, max_images=3)
         tasks = await start(ask(batcher, 1), ask(batcher, 2, 3))
         with pytest.raises(RequestError) as raised:
@@ -295,9 +296,9 @@ def test_the_queue_is_bounded_and_opens_again() -> None:
     asyncio.run(scenario())
 
 
-def test_what_cannot_be_done_in_time_is_refused_at_the_door() -> None:
+def test_a_request_that_cannot_be_done_in_time_is_refused_at_once() -> None:
     async def scenario() -> None:
-        batcher = Batcher(CrankedEngine(images_per_second=10), max_images=1000)
+        batcher = Batcher(ManualEngine(images_per_second=10), max_images=1000)
         for _ in range(7):
             batcher.admit(1, in_seconds(4))
         with pytest.raises(RequestError) as raised:
@@ -305,10 +306,12 @@ def test_what_cannot_be_done_in_time_is_refused_at_the_door() -> None:
         assert raised.value.code == "overloaded"
         batcher.admit(12, in_seconds(4))
 
+    asyncio.run(scenario())
 
-def test_who_would_wait_long_for_others_is_refused_though_there_is_time() -> None:
+
+def test_a_request_that_would_mostly_wait_is_refused_though_there_is_time() -> None:
     async def scenario() -> None:
-        batcher = Batcher(CrankedEngine(images_per_second=10), max_images=1000)
+        batcher = Batcher(ManualEngine(images_per_second=10), max_images=1000)
         batcher.admit(50, in_seconds(10))
         for _ in range(19):
             batcher.admit(1, in_seconds(10))
@@ -320,9 +323,9 @@ def test_who_would_wait_long_for_others_is_refused_though_there_is_time() -> Non
     asyncio.run(scenario())
 
 
-def test_the_prediction_knows_that_few_images_go_between_many() -> None:
+def test_the_predicted_time_counts_that_few_images_go_between_many() -> None:
     async def scenario() -> None:
-        batcher = Batcher(CrankedEngine(images_per_second=10), max_images=1000)
+        batcher = Batcher(ManualEngine(images_per_second=10), max_images=1000)
         batcher.admit(100, in_seconds(60))
         assert batcher.predict_seconds(1) == pytest.approx(0.2)
         batcher.admit(1, in_seconds(1))
@@ -332,9 +335,9 @@ def test_the_prediction_knows_that_few_images_go_between_many() -> None:
     asyncio.run(scenario())
 
 
-def test_an_idle_engine_is_never_refused_however_slow_it_looked() -> None:
+def test_an_idle_engine_takes_requests_however_slow_it_measured() -> None:
     async def scenario() -> None:
-        engine = CrankedEngine(images_per_second=0.01)
+        engine = ManualEngine(images_per_second=0.01)
         batcher = Batcher(engine, max_images=10)
         (task,) = await start(ask(batcher, 1, seconds=1))
         await engine.finish()
@@ -343,9 +346,9 @@ def test_an_idle_engine_is_never_refused_however_slow_it_looked() -> None:
     asyncio.run(scenario())
 
 
-def test_a_check_refuses_as_admission_would_and_takes_no_place() -> None:
+def test_a_check_refuses_as_admission_would_and_admits_nothing() -> None:
     async def scenario() -> None:
-        batcher = Batcher(CrankedEngine(), max_images=2)
+        batcher = Batcher(ManualEngine(), max_images=2)
         deadline = time.monotonic() + 60
         batcher.check(2, deadline)
         assert batcher.num_admitted == 0
@@ -357,13 +360,14 @@ def test_a_check_refuses_as_admission_would_and_takes_no_place() -> None:
     asyncio.run(scenario())
 
 
-class SlowEngine(CrankedEngine):
-    """Takes 10 ms an image, and claims to take none."""
+class SlowEngine(ManualEngine):
+    """Takes 10 ms an image, and says that it takes 1 µs."""
 
     def start(self, images: Sequence[Image], done: Done) -> None:
         asyncio.get_running_loop().call_later(0.01, done, outcome_of(images))
 
 
+@pytest.mark.alone
 def test_the_speed_is_measured_under_load() -> None:
     async def scenario() -> None:
         batcher = Batcher(SlowEngine(), max_images=1000)
@@ -376,7 +380,7 @@ def test_the_speed_is_measured_under_load() -> None:
 
 def test_a_failing_batch_fails_alone() -> None:
     async def scenario() -> None:
-        engine = CrankedEngine()
+        engine = ManualEngine()
         batcher = Batcher(engine, max_images=10)
         failed, fine = await start(ask(batcher, 1), ask(batcher, 2))
         await engine.finish(ValueError("out of memory"))
@@ -392,7 +396,7 @@ def test_a_failing_batch_fails_alone() -> None:
 
 
 def test_an_engine_that_refuses_a_batch_does_not_stop_the_queue() -> None:
-    class Refusing(CrankedEngine):
+    class Refusing(ManualEngine):
         def start(self, images: Sequence[Image], done: Done) -> None:
             if value_of(images[0]) == 13:
                 raise RuntimeError("unlucky")
@@ -410,17 +414,17 @@ def test_an_engine_that_refuses_a_batch_does_not_stop_the_queue() -> None:
     asyncio.run(scenario())
 
 
-def test_an_image_that_cannot_be_read_fails_alone_and_the_rest_of_its_batch_runs() -> None:
+def test_an_unreadable_image_fails_alone_and_the_rest_of_its_batch_runs() -> None:
     async def scenario() -> None:
-        engine = CrankedEngine(batch_size=3)
+        engine = ManualEngine(batch_size=3)
         batcher = Batcher(engine, max_images=10)
 
         async def ask_broken() -> list[int]:
             with (
-                batcher.admit(1, in_seconds(60)) as ticket,
+                batcher.admit(1, in_seconds(60)) as admission,
                 pytest.raises(ImageError, match="empty"),
             ):
-                await ticket.features(b"the file is empty")
+                await admission.features(b"the file is empty")
             return []
 
         first, unread, *fine = await start(
@@ -434,9 +438,9 @@ def test_an_image_that_cannot_be_read_fails_alone_and_the_rest_of_its_batch_runs
     asyncio.run(scenario())
 
 
-def test_closing_finishes_what_is_in_and_refuses_what_is_new() -> None:
+def test_closing_finishes_admitted_requests_and_refuses_new_ones() -> None:
     async def scenario() -> None:
-        engine = CrankedEngine()
+        engine = ManualEngine()
         batcher = Batcher(engine, max_images=10)
         tasks = await start(ask(batcher, 1), ask(batcher, 2))
         closing = asyncio.create_task(batcher.close())
@@ -455,16 +459,16 @@ def test_closing_finishes_what_is_in_and_refuses_what_is_new() -> None:
 
 def test_closing_an_idle_queue_returns() -> None:
     async def scenario() -> None:
-        engine = CrankedEngine()
+        engine = ManualEngine()
         await asyncio.wait_for(Batcher(engine, max_images=1).close(), 5)
         assert engine.is_closed
 
     asyncio.run(scenario())
 
 
-def test_a_wedged_engine_shows() -> None:
+def test_a_stalled_engine_is_reported() -> None:
     async def scenario() -> None:
-        engine = CrankedEngine()
+        engine = ManualEngine()
         batcher = Batcher(engine, max_images=10)
         assert batcher.stalled_seconds() == 0
         (task,) = await start(ask(batcher, 1))
@@ -477,9 +481,9 @@ def test_a_wedged_engine_shows() -> None:
     asyncio.run(scenario())
 
 
-def test_a_thousand_requests_with_every_tenth_abandoned_leave_nothing_behind() -> None:
+def test_a_thousand_requests_with_every_tenth_cancelled_leave_nothing_behind() -> None:
     async def scenario() -> None:
-        class Immediate(CrankedEngine):
+        class Immediate(ManualEngine):
             def start(self, images: Sequence[Image], done: Done) -> None:
                 asyncio.get_running_loop().call_later(0.0005, done, outcome_of(images))
 
@@ -497,11 +501,11 @@ def test_a_thousand_requests_with_every_tenth_abandoned_leave_nothing_behind() -
     asyncio.run(scenario())
 
 
-def test_a_ticket_given_back_takes_no_more_images() -> None:
+def test_an_admission_that_has_ended_takes_no_more_images() -> None:
     async def scenario() -> None:
-        with Batcher(CrankedEngine(), max_images=1).admit(1, in_seconds(1)) as ticket:
-            assert isinstance(ticket, Ticket)
+        with Batcher(ManualEngine(), max_images=1).admit(1, in_seconds(1)) as admission:
+            assert isinstance(admission, Admission)
         with pytest.raises(AssertionError):
-            await ticket.features(image(1))
+            await admission.features(image(1))
 
     asyncio.run(scenario())

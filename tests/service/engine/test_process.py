@@ -1,4 +1,7 @@
-"""An engine in a process of its own: the same answers, images that fail alone, and an end of either process that the other one notices."""
+"""An engine in a process of its own.
+
+It answers as an engine here would, images fail alone, and each process notices the other's end.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -17,8 +21,8 @@ import pytest
 from models.checkpoint import load_checkpoint
 from models.engine.engine import run
 from models.errors import GraftError
+from models.images import ImageError, ImageTooLargeError, Pixels
 from models.prepared import build_engine
-from models.preprocess import ImageError, ImageTooLargeError, Pixels
 from service.engine.process import EngineProcess
 from service.engine.wire import Image, Outcome
 from tests.support.images import draw_image
@@ -30,7 +34,7 @@ MAX_PIXELS = 500_000
 @pytest.fixture
 def engine(colors: Path) -> Iterator[EngineProcess]:
     checkpoint = load_checkpoint(colors)
-    options = {"batch_size": 2, "num_streams": 2, "images_per_second": 100.0}
+    options: dict[str, Any] = {"batch_size": 2, "num_streams": 2, "images_per_second": 100.0}
     process = EngineProcess(
         colors,
         checkpoint.preprocess,
@@ -65,7 +69,7 @@ def is_running(pid: int) -> bool:
     return False
 
 
-def wait_for_the_end_of(pid: int) -> None:
+def wait_for_end_of(pid: int) -> None:
     end = time.monotonic() + 5
     while is_running(pid):
         assert time.monotonic() < end
@@ -88,10 +92,10 @@ def test_it_answers_what_an_engine_here_would(engine: EngineProcess, colors: Pat
     async def scenario() -> None:
         for given in (images, list(crops)):
             outcome = outcome_of(await ask(engine, *given))
-            np.testing.assert_array_equal(np.stack(outcome.results), wanted)
+            np.testing.assert_array_equal(np.array(outcome.results), wanted)
             assert len(outcome.decode_seconds) == 3
             assert 0 < outcome.engine_seconds < 5
-        # As many at once as it has slots, each with an answer of its own.
+        # As many at once as it has slots, each with its own answer.
         many = await asyncio.gather(
             *(ask(engine, images[index % 3]) for index in range(engine.num_slots))
         )
@@ -101,7 +105,7 @@ def test_it_answers_what_an_engine_here_would(engine: EngineProcess, colors: Pat
     asyncio.run(scenario())
 
 
-def test_an_image_fails_alone_and_says_why(engine: EngineProcess) -> None:
+def test_an_unreadable_image_fails_alone_with_the_reason(engine: EngineProcess) -> None:
     async def scenario() -> None:
         images = [
             draw_image("red"),
@@ -150,7 +154,7 @@ def test_a_crop_that_does_not_fit_fails_alone(engine: EngineProcess, colors: Pat
         engine.run(np.zeros((1, 3, 3, 3), np.uint8))
 
 
-def test_what_cannot_be_loaded_is_said(colors: Path, tmp_path: Path) -> None:
+def test_an_engine_that_cannot_be_loaded_raises_the_reason(colors: Path, tmp_path: Path) -> None:
     checkpoint = load_checkpoint(colors)
     with pytest.raises(GraftError, match=r"backbone\.xml"):
         EngineProcess(
@@ -176,7 +180,7 @@ def test_what_cannot_be_loaded_is_said(colors: Path, tmp_path: Path) -> None:
         )
 
 
-def test_its_end_fails_what_is_in_flight_and_is_told(engine: EngineProcess) -> None:
+def test_its_death_fails_the_batches_in_flight_and_is_reported(engine: EngineProcess) -> None:
     deaths: list[float] = []
     engine._on_death = lambda: deaths.append(time.monotonic())
 
@@ -197,10 +201,10 @@ def test_its_end_fails_what_is_in_flight_and_is_told(engine: EngineProcess) -> N
             engine.run(np.zeros((1, 224, 224, 3), np.uint8))
 
     asyncio.run(scenario())
-    wait_for_the_end_of(engine.pid)
+    wait_for_end_of(engine.pid)
 
 
-def test_an_idle_ones_end_is_noticed_too(engine: EngineProcess) -> None:
+def test_the_death_of_an_idle_process_is_noticed(engine: EngineProcess) -> None:
     async def scenario() -> None:
         engine.attach()
         os.kill(engine.pid, signal.SIGKILL)
@@ -211,7 +215,7 @@ def test_an_idle_ones_end_is_noticed_too(engine: EngineProcess) -> None:
     asyncio.run(scenario())
 
 
-def test_it_outlives_signals_to_the_group_but_not_its_other_end(engine: EngineProcess) -> None:
+def test_it_outlives_signals_to_the_group_but_not_the_server(engine: EngineProcess) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         os.kill(engine.pid, number)
 
@@ -221,4 +225,4 @@ def test_it_outlives_signals_to_the_group_but_not_its_other_end(engine: EnginePr
     asyncio.run(scenario())
     engine.close()
     engine.close()
-    wait_for_the_end_of(engine.pid)
+    wait_for_end_of(engine.pid)

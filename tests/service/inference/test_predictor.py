@@ -1,25 +1,30 @@
-"""From encoded images to labels with scores, on a real engine: right labels, calibrated scores, bad images that fail alone."""
+"""From encoded images to scores on a real engine.
+
+The right labels, calibrated scores, and unreadable images that fail alone.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import signal
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from models.preprocess import ImageError
-from service.engine.process import EngineProcess
+from models.images import ImageError, Pixels
+from service.engine.batcher import ImageEngine
 from service.engine.wire import Image, Outcome
 from service.errors import RequestError
-from service.inference.predictor import Predictor, Scores
+from service.inference.predictor import Predictor
 from service.inference.repository import Model, load_snapshot
-from service.protocols.predictions import top_prediction
 from service.settings import Settings
+from service.tasks.single_label import PredictRow
 from tests.support.images import draw_image
 from tests.support.servers import LABELS, change_config, copy_checkpoint
 
@@ -41,14 +46,14 @@ def predictor() -> Predictor:
 
 
 def predict(
-    predictor: Predictor, model: Model, *images: bytes, seconds: float = 30
-) -> tuple[Scores | ImageError, ...]:
+    predictor: Predictor, model: Model, *images: bytes | Pixels, seconds: float = 30
+) -> tuple[Any, ...]:
     (answer,) = asyncio.run(predictor.predict([model], images, deadline=time.monotonic() + seconds))
     return answer.results
 
 
-def count_images(engine: EngineProcess, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The sizes of the batches that the engine is given from now on."""
+def count_images(engine: ImageEngine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of the batches that the engine gets from now on."""
     start, seen = engine.start, []
 
     def count(images: Sequence[Image], done: Callable[[Outcome | Exception], None]) -> None:
@@ -59,7 +64,11 @@ def count_images(engine: EngineProcess, monkeypatch: pytest.MonkeyPatch) -> list
     return seen
 
 
-def labels_of(results: tuple[Scores | ImageError, ...]) -> list[str]:
+def set_temperature(temperature: float, config: dict[str, Any]) -> None:
+    config["graft"]["temperature"] = temperature
+
+
+def labels_of(results: Sequence[Any]) -> list[str]:
     return [
         "unreadable" if isinstance(result, ImageError) else LABELS[int(np.argmax(result))]
         for result in results
@@ -85,17 +94,9 @@ def test_scores_are_the_softmax_of_the_logits_over_the_temperature(
     (result,) = predict(predictor, model, image)
     assert not isinstance(result, ImageError)
     assert result == pytest.approx(expected, abs=1e-5)
-    prediction = top_prediction(result, LABELS, 3)
-    assert {one.label: one.score for one in prediction.top} == pytest.approx(
-        dict(zip(LABELS, expected, strict=True)), abs=1e-5
-    )
-    assert [one.score for one in prediction.top] == sorted(
-        (one.score for one in prediction.top), reverse=True
-    )
-    assert (prediction.label, prediction.score) == (
-        prediction.top[0].label,
-        prediction.top[0].score,
-    )
+    prediction = PredictRow.model_validate(model.task.tensorflow_row(result), from_attributes=True)
+    assert prediction.scores == pytest.approx(expected, abs=1e-5)
+    assert (prediction.label, prediction.score) == ("green", max(prediction.scores))
 
 
 def test_an_unreadable_image_fails_alone_and_in_its_place(
@@ -117,42 +118,17 @@ def test_too_many_pixels_are_refused_from_the_header(predictor: Predictor, model
     assert "1200x900" in str(result)
 
 
-def test_an_answer_does_not_depend_on_its_company(predictor: Predictor, model: Model) -> None:
+def test_an_answer_does_not_depend_on_the_other_images(predictor: Predictor, model: Model) -> None:
     images = [draw_image(LABELS[index % 3], index) for index in range(9)]
     together = predict(predictor, model, *images)
-    alone = [predict(predictor, model, image)[0] for image in images]
+    alone = tuple(predict(predictor, model, image)[0] for image in images)
     assert labels_of(together) == labels_of(alone)
     for one, other in zip(together, alone, strict=True):
         assert one == pytest.approx(other, abs=1e-5)
 
 
-@pytest.mark.parametrize(("top_k", "num_listed"), [(1, 1), (2, 2), (3, 3), (1000, 3)])
-def test_top_k_lists_as_many_labels_as_there_are(top_k: int, num_listed: int) -> None:
-    assert (
-        len(top_prediction(np.array([0.5, 0.2, 0.3], np.float32), LABELS, top_k).top) == num_listed
-    )
-
-
-@pytest.mark.parametrize(
-    ("threshold", "unsure"), [(None, None), (0.4, False), (0.3, True), (0.6, True), (0.0, True)]
-)
-def test_an_answer_is_unsure_where_no_label_reaches_the_threshold_or_several(
-    threshold: float | None, unsure: bool | None
-) -> None:
-    assert (
-        top_prediction(np.array([0.5, 0.2, 0.3], np.float32), LABELS, 1, threshold).unsure is unsure
-    )
-
-
-def test_equal_scores_keep_the_order_of_the_labels() -> None:
-    prediction = top_prediction(
-        np.array([0.25, 0.25, 0.5, 0.0], np.float32), ["a", "b", "c", "d"], 4
-    )
-    assert [one.label for one in prediction.top] == ["c", "a", "b", "d"]
-
-
 @pytest.mark.parametrize("num_images", [1, 5])
-def test_a_request_whose_time_is_over_says_so(
+def test_a_request_past_its_deadline_fails(
     predictor: Predictor, model: Model, num_images: int
 ) -> None:
     with pytest.raises(RequestError) as raised:
@@ -179,14 +155,12 @@ def test_requests_at_once_each_get_their_own_answer(predictor: Predictor, model:
     asyncio.run(scenario())
 
 
-def test_many_models_are_one_decode_and_one_pass_and_say_what_each_says_alone(
+def test_many_models_share_one_pass_and_answer_as_each_does_alone(
     predictor: Predictor, colors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for index, name in enumerate(("one", "two", "three")):
         changed = copy_checkpoint(colors, tmp_path, name, 1)
-        change_config(
-            changed, lambda config, index=index: config["graft"].update(temperature=1.0 + index)
-        )
+        change_config(changed, functools.partial(set_temperature, 1.0 + index))
     models = [
         served.choose() for served in load_snapshot(Settings(CHECKPOINTS=tmp_path)).models.values()
     ]
@@ -202,9 +176,7 @@ def test_many_models_are_one_decode_and_one_pass_and_say_what_each_says_alone(
     assert not np.allclose(alone[0][0], alone[2][0], atol=1e-3)
 
 
-def test_an_image_that_comes_again_costs_no_pass(
-    model: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cached_image_is_not_run_again(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     predictor = Predictor(cached_images=2)
     images = [draw_image(label, 9) for label in LABELS]
     first = [predict(predictor, model, image) for image in images]
@@ -212,26 +184,26 @@ def test_an_image_that_comes_again_costs_no_pass(
     assert np.array_equal(predict(predictor, model, images[2]), first[2])
     assert np.array_equal(predict(predictor, model, images[1]), first[1])
     assert seen == []
-    # It holds two, so the oldest went.
+    # The cache holds two: the oldest is gone.
     assert np.array_equal(predict(predictor, model, images[0]), first[0])
     assert seen == [1]
 
 
-def test_a_crop_itself_is_taken_and_one_of_another_size_fails_alone(
+def test_a_crop_is_taken_and_one_of_another_size_fails_alone(
     predictor: Predictor, model: Model
 ) -> None:
     image = draw_image("green", 3)
     crop = model.backbone.preprocess(image)
-    encoded, given, wrong = predict(predictor, model, image, crop, crop[:100])  # type: ignore[arg-type]
+    encoded, given, wrong = predict(predictor, model, image, crop, crop[:100])
     assert np.array_equal(encoded, given)
     assert isinstance(wrong, ImageError)
     assert "[100, 224, 3]" in str(wrong)
 
 
-def test_what_waits_is_encoded_and_stays_here(
+def test_waiting_images_stay_encoded_in_the_servers_process(
     predictor: Predictor, colors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Or a queue of a thousand images would hold a thousand crops."""
+    """Otherwise a queue of a thousand images would hold a thousand crops."""
     copy_checkpoint(colors, tmp_path, "colors", 1)
     model = load_snapshot(Settings(CHECKPOINTS=tmp_path)).models["colors"].choose()
     engine = model.backbone.engine

@@ -1,9 +1,10 @@
-"""Which checkpoints are served: the newest good version of each model, and why another is not."""
+"""Which checkpoints are served, the newest good version of each model, and why others are not."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.numpy import load_file, save
@@ -16,7 +17,7 @@ from service.settings import Settings, load_settings
 from tests.support.servers import change_config, change_file, copy_checkpoint
 
 
-def settings(root: Path, **more: object) -> Settings:
+def settings(root: Path, **more: Any) -> Settings:
     return Settings(CHECKPOINTS=root, **more)
 
 
@@ -80,7 +81,7 @@ def test_a_backbone_that_openvino_cannot_read_is_refused(colors: Path, tmp_path:
     ["", "{", "[]", "null", '{"graft": 1}', '{"graft": {"format_version": 99}}'],
     ids=lambda text: text or "empty",
 )
-def test_a_config_that_is_no_config_is_refused(colors: Path, tmp_path: Path, text: str) -> None:
+def test_an_invalid_config_is_refused(colors: Path, tmp_path: Path, text: str) -> None:
     broken = copy_checkpoint(colors, tmp_path, "broken", 1)
     (broken / CONFIG_FILE).write_text(text)
     repository = load_snapshot(settings(tmp_path))
@@ -88,13 +89,13 @@ def test_a_config_that_is_no_config_is_refused(colors: Path, tmp_path: Path, tex
     assert len(repository.refused) == 1
 
 
-def test_a_preprocess_that_makes_no_sense_is_refused(colors: Path, tmp_path: Path) -> None:
+def test_an_invalid_preprocess_is_refused(colors: Path, tmp_path: Path) -> None:
     broken = copy_checkpoint(colors, tmp_path, "broken", 1)
     change_config(broken, lambda config: config["graft"]["preprocess"].update(height="tall"))
     assert [refusal.name for refusal in load_snapshot(settings(tmp_path)).refused] == ["broken"]
 
 
-def test_what_the_engine_found_at_save_time_is_taken_over(colors: Path, tmp_path: Path) -> None:
+def test_the_search_recorded_in_the_checkpoint_is_taken_over(colors: Path, tmp_path: Path) -> None:
     copied = copy_checkpoint(colors, tmp_path, "colors", 1)
     change_config(
         copied, lambda config: config["graft"]["engine"].update(batch_size=3, num_streams=1)
@@ -103,7 +104,7 @@ def test_what_the_engine_found_at_save_time_is_taken_over(colors: Path, tmp_path
     assert (info.batch_size, info.num_streams) == (3, 1)
 
 
-def test_precision_is_asked_for_or_recorded_or_what_the_device_can(
+def test_precision_is_configured_or_recorded_or_the_devices_best(
     colors: Path, tmp_path: Path
 ) -> None:
     copied = copy_checkpoint(colors, tmp_path, "colors", 1)
@@ -113,7 +114,7 @@ def test_precision_is_asked_for_or_recorded_or_what_the_device_can(
     )
     change_config(copied, lambda config: config["graft"]["engine"].update(precision="fp32"))
     assert load_snapshot(settings(tmp_path)).models["colors"].default.info.precision == "fp32"
-    # The CPU engine has no fp16: a checkpoint saved on CUDA is served in what this CPU can.
+    # The CPU engine has no fp16: a checkpoint saved on CUDA gets this CPU's best precision.
     change_config(copied, lambda config: config["graft"]["engine"].update(precision="fp16"))
     assert load_snapshot(settings(tmp_path)).models["colors"].default.info.precision in (
         "bf16",

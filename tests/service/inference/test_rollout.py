@@ -1,4 +1,4 @@
-"""Who gets which version: what a rollout resolves to, what makes no sense, and that its file is whole."""
+"""Which version a rollout resolves to, which rollouts are invalid, and that its file is whole."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_label_a_number_and_the_default() -> None:
     assert rollout.named_versions == {1, 3}
 
 
-def test_the_canary_gets_its_share_of_those_who_name_no_version() -> None:
+def test_the_canary_gets_its_share_of_requests_that_name_no_version() -> None:
     rollout = Rollout(canary=Canary(version=8, share=0.25))
     answers = [rollout.resolve("", 7) for _ in range(4000)]
     assert set(answers) == {7, 8}
@@ -40,7 +40,7 @@ def test_the_canary_gets_its_share_of_those_who_name_no_version() -> None:
     assert {Rollout(canary=Canary(version=8, share=1)).resolve("", 7) for _ in range(100)} == {8}
 
 
-def test_a_merge_patch_sets_and_takes_away() -> None:
+def test_a_merge_patch_sets_and_removes() -> None:
     rollout = Rollout().patched(
         {
             "labels": {"stable": 3, "old": 1},
@@ -74,12 +74,14 @@ def test_a_merge_patch_sets_and_takes_away() -> None:
         ({"labels": {"stable": 3}, "unloaded": [3]}, "version 3 is unloaded and still referred to"),
     ],
 )
-def test_what_makes_no_sense_is_named(patch: dict[str, object], reason: str) -> None:
+def test_an_invalid_rollout_is_refused_with_the_reason(
+    patch: dict[str, object], reason: str
+) -> None:
     with pytest.raises(GraftError, match=reason):
         Rollout().patched(patch)
 
 
-def test_it_is_written_and_read_back_and_leaves_nothing_beside(tmp_path: Path) -> None:
+def test_it_is_written_and_read_back_and_leaves_no_other_file(tmp_path: Path) -> None:
     rollout = Rollout(
         default="stable",
         labels={"stable": 3},
@@ -90,7 +92,7 @@ def test_it_is_written_and_read_back_and_leaves_nothing_beside(tmp_path: Path) -
     write_rollout(tmp_path, rollout)
     assert read_rollout(tmp_path) == rollout
     assert [path.name for path in tmp_path.iterdir()] == [ROLLOUT_FILE]
-    # Written for people too: nothing that is as it is anyway.
+    # People read it too: defaults are left out.
     assert json.loads((tmp_path / ROLLOUT_FILE).read_text()).keys() == {
         "default",
         "labels",
@@ -114,7 +116,7 @@ def test_it_is_written_and_read_back_and_leaves_nothing_beside(tmp_path: Path) -
         '{"labels": {"a": 1e400}}',
     ],
 )
-def test_a_file_that_is_no_rollout_is_an_error_in_words(tmp_path: Path, text: str) -> None:
+def test_an_invalid_file_raises_the_reason(tmp_path: Path, text: str) -> None:
     (tmp_path / ROLLOUT_FILE).write_text(text)
     with pytest.raises(GraftError, match=ROLLOUT_FILE):
         read_rollout(tmp_path)

@@ -1,4 +1,7 @@
-"""Hugging Face's image classification API on the real server: their own client, raw bytes, JSON, what must be refused."""
+"""Hugging Face's image classification API on the real server.
+
+Their own client, raw bytes, JSON, and bad requests.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,7 @@ def predicted(client: httpx.Client, image: bytes) -> list[dict[str, Any]]:
 
 
 def check_error(response: httpx.Response, status: int, *words: str) -> None:
-    """The protocol's shape, and a message that has these words."""
+    """The protocol's error, with these words in its message."""
     assert response.status_code == status, response.text
     assert list(response.json()) == ["error"]
     for word in words:

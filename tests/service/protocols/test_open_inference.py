@@ -1,4 +1,7 @@
-"""The Open Inference Protocol on the real server: Triton's own client, JSON as the specification writes it, what must be refused."""
+"""The Open Inference Protocol on the real server.
+
+Triton's own client, JSON as the specification writes it, and bad requests.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
+import numpy.typing as npt
 import pytest
 import tritonclient.http as triton
 from tritonclient.utils import InferenceServerException
@@ -66,7 +70,7 @@ def tritons(endpoint: Endpoint) -> Iterator[triton.InferenceServerClient]:
 
 
 def token() -> dict[str, str]:
-    """A new one each time: Triton's client adds its own headers to what it is given."""
+    """A new dict each time: Triton's client adds its own headers to it."""
     return {"Authorization": f"Bearer {TOKEN}"}
 
 
@@ -95,7 +99,7 @@ def pixels_input(pixels: np.ndarray, binary: bool = True) -> triton.InferInput:
 
 
 def check_error(response: httpx.Response, status: int, *words: str) -> None:
-    """The protocol's shape, and a message that has these words."""
+    """The protocol's error, with these words in its message."""
     assert response.status_code == status, response.text
     assert list(response.json()) == ["error"]
     for word in words:
@@ -164,9 +168,10 @@ def test_pixels_with_tritons_client(
     dtype: type,
 ) -> None:
     images = [draw_image("red", seed=6), draw_image("blue", seed=6)]
-    pixels = np.stack([endpoint.preprocess(image) for image in images]).astype(dtype)
+    pixels: npt.NDArray[Any] = np.stack([endpoint.preprocess(image) for image in images])
+    pixels = pixels.astype(dtype)
     if dtype is np.float32:
-        # As a resize leaves them: to be rounded, and clipped at the ends.
+        # As a resize leaves them: they are rounded, and clipped at both ends.
         pixels += np.where(pixels == 255, 20, np.where(pixels == 0, -20, 0.25)).astype(np.float32)
     result = tritons.infer("colors", [pixels_input(pixels, binary)], headers=token())
     assert result.as_numpy("label").tolist() == [b"red", b"blue"]
@@ -175,7 +180,7 @@ def test_pixels_with_tritons_client(
     )
 
 
-def test_only_the_outputs_that_are_wanted_as_they_are_wanted(
+def test_outputs_are_chosen_one_by_one(
     tritons: triton.InferenceServerClient,
 ) -> None:
     outputs = [
@@ -268,9 +273,9 @@ def test_tritons_client_reads_the_errors(tritons: triton.InferenceServerClient) 
         )
     with pytest.raises(InferenceServerException, match=r"\[413\] .*GRAFT_MAX_IMAGES"):
         tritons.infer("colors", [files_input(*[good] * (MAX_IMAGES + 1))], headers=token())
-    with pytest.raises(InferenceServerException, match=r"\[404\] there is no model 'cats'"):
+    with pytest.raises(InferenceServerException, match=r"\[404\] no model 'cats'"):
         tritons.infer("cats", [files_input(good)], headers=token())
-    with pytest.raises(InferenceServerException, match=r"\[404\] there is no model 'all'"):
+    with pytest.raises(InferenceServerException, match=r"\[404\] no model 'all'"):
         tritons.infer("all", [files_input(good)], headers=token())
     with pytest.raises(InferenceServerException, match=r"\[415\] .*gzip"):
         tritons.infer(
@@ -435,7 +440,7 @@ def test_numbers_that_are_no_pixels(client: httpx.Client, number: str) -> None:
 
 
 def post_binary(
-    client: httpx.Client, tensor: dict[str, Any], data: bytes, **headers: str
+    client: httpx.Client, tensor: dict[str, Any], data: bytes, **headers: Any
 ) -> httpx.Response:
     text = json.dumps(
         {"inputs": [{key: value for key, value in tensor.items() if value is not None}]}
@@ -476,7 +481,7 @@ def test_bad_binary_sizes(client: httpx.Client) -> None:
     for length in ("-1", "x", "", "1e3", "99999999", "9" * 5000, "\N{SUPERSCRIPT TWO}"):
         response = post_binary(
             client, tensor, b"\1\0\0\0a", **{HEADER_LENGTH: length.encode("latin-1")}
-        )  # type: ignore[arg-type]
+        )
         check_error(response, 400, HEADER_LENGTH)
     check_error(post_binary(client, tensor, b"\1\0\0\0a", **{HEADER_LENGTH: "0"}), 400, "not JSON")
 

@@ -1,4 +1,7 @@
-"""TensorFlow Serving's REST API on the real server: every form of a request its documentation allows, and what must be refused."""
+"""TensorFlow Serving's REST API on the real server.
+
+Every form of a request that its documentation allows, and bad requests.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,7 @@ def predict(client: httpx.Client, body: object, path: str = "/v1/models/colors:p
 
 
 def check_error(response: httpx.Response, status: int, *words: str) -> None:
-    """The protocol's shape, and a message that has these words."""
+    """The protocol's error, with these words in its message."""
     assert response.status_code == status, response.text
     (message,) = response.json().values()
     assert list(response.json()) == ["error"]
@@ -59,7 +62,7 @@ def check_error(response: httpx.Response, status: int, *words: str) -> None:
         assert word in message
 
 
-def test_rows_say_what_predict_says(client: httpx.Client) -> None:
+def test_rows_have_the_scores_of_predict(client: httpx.Client) -> None:
     images = [draw_image(label, seed=7) for label in ("blue", "red")]
     ours = client.post("/predict", files=[("images", ("x.jpg", image)) for image in images]).json()[
         "predictions"
@@ -92,7 +95,7 @@ def test_base64_with_wrapped_lines(client: httpx.Client) -> None:
 @pytest.mark.parametrize(
     "path", ["", "/versions/1", "/versions/2", "/labels/stable", "/labels/latest"]
 )
-def test_every_address_of_a_version(client: httpx.Client, path: str) -> None:
+def test_every_path_of_a_version(client: httpx.Client, path: str) -> None:
     body = {"instances": [b64(draw_image("red"))]}
     assert (
         predict(client, body, f"/v1/models/colors{path}:predict")["predictions"][0]["label"]
@@ -201,7 +204,7 @@ def test_a_bad_body(client: httpx.Client, body: bytes, words: list[str]) -> None
     ],
     ids=["deep lists", "deep objects", "many objects", "many numbers"],
 )
-def test_json_that_is_all_structure_is_refused_before_it_is_parsed(
+def test_json_with_too_many_keys_is_refused_before_it_is_parsed(
     client: httpx.Client, body: bytes
 ) -> None:
     check_error(client.post("/v1/models/colors:predict", content=body), 413, "values")
@@ -235,12 +238,12 @@ def test_the_limits(client: httpx.Client) -> None:
         ("/v1/models/%00:predict", 404),
     ],
 )
-def test_an_address_of_nothing(client: httpx.Client, path: str, status: int) -> None:
+def test_a_path_of_no_model(client: httpx.Client, path: str, status: int) -> None:
     check_error(client.post(path, json={"instances": [b64(draw_image("red"))]}), status)
 
 
 def test_the_documentations_curl(server: RunningServer) -> None:
-    """curl -d names no JSON: the content type is a form's."""
+    """`curl -d` sends the content type of a form."""
     response = httpx.post(
         f"{server.url}/v1/models/colors:predict",
         content=json.dumps({"instances": [b64(draw_image("blue"))]}),

@@ -1,0 +1,72 @@
+"""A model that a run may publish: the probe, or the network whose layers were trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from finetune.evaluation.calibration import Calibration, CalibrationQuality
+from finetune.evaluation.epoch import EpochMetrics
+from finetune.evaluation.metrics import Metrics
+from finetune.probe.solve import Head, Probe
+from models.engine.engine import EngineInfo, Features
+from models.prepared import PreparedBackbone
+from models.scores import Floats
+from models.sources import SplitName
+
+CandidateName = Literal["probe", "tuned"]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model with all that was measured on it.
+
+    `logits` `[N,C]`, `metrics` and `calibrated` are of the splits that no candidate learnt from,
+    "val" always among them; `features` `[N,F]` of those at least. `freeze` is the policy that holds
+    for its backbone. `solved` is what cross-validation said of a probe; `best_epoch` and `epochs`
+    are those of training, the best one 0 where none was better than the head that it began from.
+    """
+
+    name: CandidateName
+    backbone: PreparedBackbone
+    engine: EngineInfo
+    freeze: str
+    head: Head
+    logits: Mapping[SplitName, Floats]
+    features: Mapping[SplitName, Features]
+    metrics: Mapping[SplitName, Metrics]
+    calibration: Calibration
+    calibrated: Mapping[SplitName, CalibrationQuality]
+    seconds: float
+    solved: Probe | None = None
+    best_epoch: int | None = None
+    epochs: tuple[EpochMetrics, ...] = ()
+
+    @property
+    def solution(self) -> Probe:
+        """`solved` of the probe."""
+        assert self.solved is not None
+        return self.solved
+
+    def metrics_to_dict(self, label_names: tuple[str, ...]) -> dict[str, Any]:
+        """Metrics and calibration of each split."""
+        return {
+            split: {
+                **metrics.to_dict(label_names),
+                "calibration": self.calibrated[split].to_dict(),
+            }
+            for split, metrics in self.metrics.items()
+        }
+
+    def to_dict(self, label_names: tuple[str, ...]) -> dict[str, Any]:
+        """As metrics.json holds each candidate where there are two."""
+        return {
+            **self.metrics_to_dict(label_names),
+            "calibration": self.calibration.to_dict(),
+            "engine": self.engine.to_dict(),
+            "freeze": self.freeze,
+            "best_epoch": self.best_epoch,
+            "epochs": [asdict(epoch) for epoch in self.epochs],
+            "seconds": self.seconds,
+        }
