@@ -52,7 +52,7 @@ _KEPT = {
     "digests",
 }
 # Flags that --resume takes: they change how long a run takes and what it needs, not its result.
-_CHANGEABLE_OPTIONS = {"workers", "save_minutes", "cache_gb", "explain"}
+_CHANGEABLE_OPTIONS = {"workers", "save_minutes", "cache_gb", "explain", "new_labels"}
 # Options that may differ in a resumed run's config.yaml: no gradient step depends on them. The
 # precision is fixed as it was resolved, the images as they are.
 _FREE_OPTIONS = _CHANGEABLE_OPTIONS | {

@@ -10,7 +10,7 @@ import numpy as np
 
 from finetune.auditing.findings import LEAKS, WORDING, Audit, Finding, Kind
 from finetune.auditing.mislabelled import find_wrong_labels
-from finetune.auditing.odd import find_odd
+from finetune.auditing.outliers import find_outliers
 from finetune.data.duplicates import Duplicates
 from finetune.data.splits import Sample, Splits
 from finetune.probe.solve import Probe
@@ -60,7 +60,7 @@ def inspect(
         *([] if preprocess.stretch else _find_narrow_ranges(splits)),
         *copies,
         *find_wrong_labels(splits, features, probe),
-        *find_odd(splits, features),
+        *find_outliers(splits, features),
     ]
     order = list(WORDING)
     findings.sort(key=lambda finding: (order.index(finding.kind), -(finding.score or 0)))

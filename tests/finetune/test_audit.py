@@ -299,13 +299,13 @@ def test_a_run_is_audited_and_its_split_keeps_duplicates_together(
     assert f"audit: look at {run_dir / 'audit.html'}" in caplog.messages
 
 
-def test_an_image_of_something_else_is_the_odd_one(
+def test_an_image_of_something_else_is_an_outlier(
     prepared: PreparedBackbone, tmp_path: Path, cache_dir: Path
 ) -> None:
     data = write_class_folders(tmp_path / "data", 30)
     photo = next(Path(datasets.__file__).parent.glob("images/china.jpg"))
     shutil.copy(photo, data / "cross" / "holiday.jpg")
-    assert found_paths(audit_of(data, tmp_path, cache_dir), "odd") == ["holiday.jpg"]
+    assert found_paths(audit_of(data, tmp_path, cache_dir), "outlier") == ["holiday.jpg"]
 
 
 def test_a_later_run_on_a_grown_folder_moves_no_image(
