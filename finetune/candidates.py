@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -120,6 +120,8 @@ def fine_tune(
             image_size=options.image_size,
             seed=options.seed,
         )
+        if options.stretch:
+            network = replace(network, preprocess=replace(network.preprocess, stretch=True))
         trained = train(
             network,
             splits,

@@ -79,6 +79,11 @@ class SharedOptions(ProgramOptions):
     image_size: int | None = Field(None, ge=32, le=1024)
     """side of the input crop in pixels; the backbone's own if not given"""
 
+    stretch: bool = False
+    """spread the values that an image of 16 bits a channel uses over the whole range, in training
+    and in the service, such as those of a sensor of 12 bits, which are nearly black otherwise;
+    images of 8 bits stay as they are"""
+
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where to train and compute features"""
 

@@ -17,6 +17,7 @@ Kind = Literal[
     "missing_class",
     "small_class",
     "wrong_extension",
+    "narrow_range",
     "exact_leak",
     "near_leak",
     "exact_duplicate",
@@ -62,6 +63,13 @@ WORDING: dict[Kind, Wording] = {
         "wrong extensions",
         "Wrong extensions",
         "Graft goes by content and reads them all the same; other programs may not. Rename them.",
+    ),
+    "narrow_range": Wording(
+        "image nearly black (--stretch)",
+        "images nearly black (--stretch)",
+        "Little of a 16-bit range used",
+        "Data of 12 bits in files of 16 is nearly black. Say --stretch, with which training and "
+        "service spread the values that an image uses over the whole range.",
     ),
     "exact_leak": Wording(
         "exact copy across splits",
