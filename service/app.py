@@ -10,6 +10,7 @@ loop, and its errors have many shapes (all of 1.4.39). `Graft.predict` declares 
 
 from __future__ import annotations
 
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -19,6 +20,7 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
+from models.errors import GraftError
 from service import lifeline
 from service.inference.server import Server
 from service.openapi import describe
@@ -39,7 +41,7 @@ _PAGE = Path(__file__).with_name("page.html")
 
 async def page(request: Request, server: Server) -> Response:
     """`GET /`: a page to try the models on."""
-    return HTMLResponse(_PAGE.read_text())
+    return HTMLResponse(_PAGE.read_text(encoding="utf-8"))
 
 
 async def docs(request: Request, server: Server) -> Response:
@@ -132,8 +134,12 @@ ROUTES = (
     Route("POST", "/hf/{name}/versions/{version}", classify_image, error_body=plain_error),
 )
 
-_SETTINGS = load_settings()
-SERVER = Server(_SETTINGS)
+try:
+    _SETTINGS = load_settings()
+    SERVER = Server(_SETTINGS)
+except GraftError as error:
+    # BentoML would show a traceback of its own import.
+    sys.exit(f"error: {error}")
 
 
 @bentoml.service(

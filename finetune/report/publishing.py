@@ -83,7 +83,7 @@ def publish_again(source: Path, repository: Path, name: str) -> Path:
     """
     checkpoint = load_checkpoint(source)
     graft = {key: value for key, value in checkpoint.config["graft"].items() if key != "files"}
-    card = (source / CARD_FILE).read_text()
+    card = (source / CARD_FILE).read_text(encoding="utf-8")
     return publish(
         repository,
         name,
