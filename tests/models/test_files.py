@@ -126,7 +126,7 @@ def test_no_other_file_renames() -> None:
     assert found == ["models/files.py"]
 
 
-# ------------------------------------------------------------------- file systems that lack something
+# ----------------------------------------------------------- file systems that lack something
 
 REFUSALS = [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EPERM, errno.EACCES]
 
@@ -180,9 +180,9 @@ def test_a_folder_that_could_not_be_written_is_known_before_it_is_made(tmp_path:
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError):
         check_writable(tmp_path / "file" / "folder")
-    with pytest.raises(OSError, match="No space left on device .* 1000000000000 MB needed"):
+    with pytest.raises(OSError, match="1000000000000 MB needed"):
         check_writable(tmp_path / "new", 10**18)
-    with pytest.raises(OSError):
+    with pytest.raises(FileNotFoundError):
         check_writable(Path("/proc/sys/graft"))
 
 
