@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,7 +40,7 @@ def fit_probe(
     engine: EngineInfo,
     features: Mapping[SplitName, Features],
 ) -> Candidate:
-    """The head solved on `features` of the backbone as it came.
+    """The head solved on `features` of the pretrained backbone.
 
     Of "train" they are `[V·N,F]`: all images in their first, plain view, then in their second, and
     so on.
@@ -53,7 +53,7 @@ def fit_probe(
             len(splits.label_names),
             task=splits.task,
             seed=options.seed,
-            # With --balance sampler, too: drawing by weight is weighting, on average.
+            # With --balance sampler, too: weighted sampling equals a weighted loss in expectation.
             class_weights=_class_weights(labels["train"], splits, options.balance),
         )
     head = Head(solved.weight, solved.bias)
@@ -120,6 +120,8 @@ def fine_tune(
             image_size=options.image_size,
             seed=options.seed,
         )
+        if options.stretch:
+            network = replace(network, preprocess=replace(network.preprocess, stretch=True))
         trained = train(
             network,
             splits,
@@ -130,7 +132,7 @@ def fine_tune(
             state_dir=monitor.run_dir / STATE_DIR,
             fixed=fix_options(options.model_dump(mode="json")),
         )
-        logger.info("converting what was trained for the engine …")
+        logger.info("converting the trained network to the engine's format …")
         network.model.cpu()
         head = _copy_head(network)
         backbone = write_prepared(network, scratch / "trained")
@@ -159,7 +161,7 @@ def fine_tune(
 
 
 def compare(options: Options, splits: Splits, probe: Candidate, tuned: Candidate) -> Comparison:
-    """Whether the tuned candidate is better by more than chance, on the validation images."""
+    """Whether the fine-tuned candidate is better by more than chance, on the validation images."""
     labels = splits.labels(splits.val)
     scores = splits.task.compare(
         probe.logits["val"],
@@ -206,7 +208,7 @@ def _extract_again(
     digests: Mapping[str, bytes],
 ) -> dict[SplitName, Features]:
     """Features of "val" and "test". Raises GraftError where an image is not what the probe saw."""
-    still, features = extract_splits(
+    readable_splits, features = extract_splits(
         splits,
         backbone,
         engine,
@@ -216,9 +218,9 @@ def _extract_again(
         unreadable="ignored",
         digests=digests,
     )
-    left = {sample.key for _, samples in still.named() for sample in samples}
+    readable_keys = {sample.key for _, samples in readable_splits.named() for sample in samples}
     every = [sample.key for _, samples in splits.named() for sample in samples]
-    if gone := [key for key in every if key not in left]:
+    if gone := [key for key in every if key not in readable_keys]:
         raise GraftError(
             f"{join_first(gone)}: gone or changed since the run began; put back what was there"
         )
@@ -254,7 +256,7 @@ def _class_weights(labels: Labels, splits: Splits, balance: str) -> Floats | Non
 
 
 def _compute_logits(head: Head, features: Mapping[SplitName, Features]) -> dict[SplitName, Floats]:
-    """`[N,C]` of every split that was not learnt from."""
+    """`[N,C]` of every split except train."""
     return {
         split: features[split] @ head.weight.T + head.bias for split in features if split != "train"
     }

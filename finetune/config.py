@@ -26,6 +26,7 @@ from models.engine.processor import num_cpus
 from models.errors import GraftError
 from models.sources import identify_source
 
+Augment = Literal["none", "light", "flip"]
 _GRADIENT_OPTIONS = ("label_smoothing", "mix", "ema", "gradual", "layer_decay")
 
 
@@ -85,6 +86,11 @@ class SharedOptions(ProgramOptions):
 
     image_size: int | None = Field(None, ge=32, le=1024)
     """side of the input crop in pixels; the backbone's own if not given"""
+
+    stretch: bool = False
+    """spread the values that an image of 16 bits a channel uses over the whole range, in training
+    and in the service, such as those of a sensor of 12 bits, which are nearly black otherwise;
+    images of 8 bits stay as they are"""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where to train and compute features"""
@@ -196,8 +202,8 @@ class Options(BackboneOptions):
     validated and published; 0: off"""
 
     gradual: int = Field(0, ge=0)
-    """of what is not frozen, train the head and the last stage first; the stage before them joins
-    every this many epochs; 0: everything is trained from the start"""
+    """gradual unfreezing: start with the head and the last unfrozen stage, and unfreeze one earlier
+    stage every this many epochs; 0: everything is trained from the start"""
 
     layer_decay: float = Field(1.0, gt=0, le=1)
     """learning rate of each stage of the backbone relative to the next one's, such as 0.7; 1: the
@@ -208,7 +214,7 @@ class Options(BackboneOptions):
     which leaves the layers below something to learn. probe: the probe's. zeros: all zeros.
     package.module:function: a function of yours, applied to the head by nn.Module.apply"""
 
-    augment: Literal["none", "light", "flip"] = "light"
+    augment: Augment = "light"
     """light: shifted and scaled crops. flip: also mirrored (not for digits or letters). none: the
     plain crop"""
 
@@ -217,8 +223,8 @@ class Options(BackboneOptions):
     probe; 1: the plain crop (gradient epochs use as many as there are epochs, at most four)"""
 
     coverage: float = Field(0.95, gt=0, lt=1)
-    """the service marks an answer as unsure where the set of labels that holds the true one this
-    often is empty or has more than one label"""
+    """target coverage of the conformal label set; an answer is marked unsure unless its set
+    contains exactly one label"""
 
     name: str | None = None
     """the model's name in the repository; otherwise made from --data"""
@@ -226,10 +232,14 @@ class Options(BackboneOptions):
     repository: Path = Path("checkpoints")
     """folder in which the checkpoint is published, as <name>/<version>"""
 
+    new_labels: bool = False
+    """publish although the newest version of this model has other labels, which a server would swap
+    to under its clients"""
+
     publish: Literal["auto", "probe", "tuned"] = "auto"
-    """candidate to publish where layers are trained. auto: the tuned one if it is better beyond
-    chance on the validation images, else the probe. The other one is kept in the run's folder, and
-    finetune/publish.py publishes it later"""
+    """candidate to publish where layers are trained. auto: the fine-tuned one if it is better
+    beyond chance on the validation images, else the probe. The other one is kept in the run's
+    folder, and finetune/publish.py publishes it later"""
 
     save_minutes: float = Field(10.0, ge=0, allow_inf_nan=False)
     """minutes between two saves of gradient epochs for --resume; they are also saved after every
@@ -265,18 +275,18 @@ class Options(BackboneOptions):
         """Options of gradient epochs need gradient epochs; a resumed run has options of its own."""
         if self.freeze != "backbone" or self.resume is not None:
             return self
-        way_out = "say --freeze until:NAME or none"
+        hint = "say --freeze until:NAME or none"
         if self.head_init not in ("soft", "probe"):
             raise ValueError(
                 f"--head-init {self.head_init}: --freeze backbone solves the head and starts from "
-                f"none; {way_out}"
+                f"none; {hint}"
             )
         if self.publish == "tuned":
             raise ValueError(
                 "--publish tuned: --freeze backbone trains no layers, so the probe is the only "
-                f"candidate; {way_out}"
+                f"candidate; {hint}"
             )
-        reason = f"and --freeze backbone has none; {way_out}"
+        reason = f"and --freeze backbone has none; {hint}"
         if self.preflight:
             raise ValueError(f"--preflight: it tries gradient epochs, {reason}")
         if self.balance == "sampler":
@@ -359,8 +369,8 @@ class AuditOptions(BackboneOptions):
 class PublishOptions(ProgramOptions):
     """Publish a candidate of a finished run that trained layers, as the next version of its model.
 
-    Such a run has two candidates, the probe and the tuned one. It published one of them and kept
-    the other in its folder.
+    Such a run has two candidates, the probe and the fine-tuned one. It published one of them and
+    kept the other in its folder.
     """
 
     program = "python finetune/publish.py"
@@ -374,6 +384,9 @@ class PublishOptions(ProgramOptions):
 
     repository: Path | None = None
     """folder in which the version is published; the run's own if not given"""
+
+    new_labels: bool = False
+    """publish although the newest version of this model has other labels"""
 
 
 def flag_of(name: str) -> str:

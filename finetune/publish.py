@@ -57,7 +57,7 @@ def publish(options: PublishOptions) -> Path:
             f"--which {which}: {run_dir} published it to {run_repository / name}, where no version "
             f"of it is left; {kept} has the other candidate"
         )
-    again = publish_again(source, repository, name)
+    again = publish_again(source, repository, name, options.new_labels)
     logger.info("the %s candidate of %s, from %s, is published", which, run_dir, source)
     print(again)
     return again

@@ -53,7 +53,7 @@ _KEPT = {
     "digests",
 }
 # Flags that --resume takes: they change how long a run takes and what it needs, not its result.
-_CHANGEABLE_OPTIONS = {"workers", "save_minutes", "cache_gb", "explain"}
+_CHANGEABLE_OPTIONS = {"workers", "save_minutes", "cache_gb", "explain", "new_labels"}
 # Where images are now: `restore_splits` finds them there, `keep_choices` compares digests.
 _MOVABLE_OPTIONS = {"data", "data_root"}
 # Options that may differ in a resumed run's config.yaml: no gradient step depends on them. The

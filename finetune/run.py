@@ -38,7 +38,7 @@ from finetune.report.candidate import Candidate
 from finetune.report.mistakes import explain_mistakes, worst_mistakes
 from finetune.report.next_steps import commands_to_try, print_next_steps, write_example
 from finetune.report.page import write_report
-from finetune.report.publishing import keep_other_candidate, publish_chosen
+from finetune.report.publishing import check_labels, keep_other_candidate, publish_chosen
 from finetune.report.result import Result
 from finetune.report.tensorboard import show_in_tensorboard
 from finetune.resume import (
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(options: Options) -> Path:
     """Do one run and return the folder of the published checkpoint.
 
-    Raises GraftError for everything that the user can mend.
+    Raises GraftError for every error the user can fix.
     """
     with Timer() as total:
         if options.resume is not None:
@@ -86,7 +86,7 @@ def run(options: Options) -> Path:
         else:
             warn_if_unused(options)
         if ":" in options.head_init:
-            import_named("--head-init", options.head_init)  # known to be wrong before any work
+            import_named("--head-init", options.head_init)  # fail before any work
         restore = None
         if options.resume is not None:
             restore = functools.partial(restore_splits, options.resume, data=options.data)
@@ -101,11 +101,10 @@ def run(options: Options) -> Path:
                 cache_dir=options.enabled_cache_dir,
                 num_workers=options.workers,
                 restore=restore,
+                refuse=functools.partial(_refuse, options),
             )
-        _check_task(options, splits)
         if not splits.is_drawn and options.resume is None:
             warn_if_split_is_given(options)
-        _log_splits(options, splits)
         run_dir = options.resume or _make_run_dir(options)
         with (
             _kept_or_removed(run_dir, options),
@@ -239,12 +238,12 @@ def _kept_or_removed(run_dir: Path, options: Options) -> Iterator[None]:
             options.repository, options.model_name, read_id(run_dir)
         ):
             error.add_note(
-                f"{run_dir} is kept; when that is mended, go on with\n  {resume_command(run_dir)}"
+                f"{run_dir} is kept; after fixing this, go on with\n  {resume_command(run_dir)}"
             )
         elif (run_dir / BROKEN_BATCH_DIR).exists():
             remove_state(run_dir)
         elif options.resume is None:
-            # It would only be in the way, in TensorBoard too.
+            # An empty run folder would clutter TensorBoard.
             shutil.rmtree(run_dir, ignore_errors=True)
         raise
     except KeyboardInterrupt as stop:
@@ -313,10 +312,10 @@ def _check_task(options: Options, splits: Splits) -> None:
             )
 
 
-def _log_splits(options: Options, splits: Splits) -> None:
-    sizes = ", ".join(f"{len(samples):,} {split}" for split, samples in splits.named())
-    classes = splits.task.words.labels_of_images
-    logger.info("%s: %d %s, images: %s", options.data, len(splits.label_names), classes, sizes)
+def _refuse(options: Options, splits: Splits) -> None:
+    """Raise GraftError for what is known to be wrong once the labels are read."""
+    _check_task(options, splits)
+    check_labels(options.repository, options.model_name, splits.label_names, options.new_labels)
     if options.balance == "none":
         splits.task.warn_if_imbalanced(splits.labels(splits.train), splits.label_names)
 

@@ -89,6 +89,7 @@ UPRIGHT = {
 }
 _ORIENTATION_TAG = 0x0112
 _XMP_TAG = 700
+_TIFF_BITS_TAG = 258
 _XMP_ORIENTATION = re.compile(rb"""tiff:Orientation(?:\s*=\s*["']|\s*>)\s*([1-8])\b""")
 # As much of a compressed text is read.
 _MAX_TEXT_BYTES = 2**20
@@ -188,6 +189,22 @@ def begins_as(data: bytes) -> str | None:
         if brands & _HEIC_BRANDS:
             return _HEIC
     return None
+
+
+def is_wide(data: bytes) -> bool:
+    """Whether the header of a PNG or TIFF says 16 bits a channel."""
+    name = begins_as(data)
+    if name == "PNG":
+        return data[24:25] == b"\x10"
+    if name != "TIFF" or len(data) < 8:
+        return False
+    order = "<" if data[:2] == b"II" else ">"
+    for tag, _, count, value in _tiff_entries(data, order):
+        if tag == _TIFF_BITS_TAG:
+            place = 0 if count <= 2 else struct.unpack(order + "I", value)[0]
+            bits = (value if count <= 2 else data)[place : place + 2]
+            return bits == struct.pack(order + "H", 16)
+    return False
 
 
 def read_max_pixels() -> int:

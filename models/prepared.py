@@ -17,7 +17,7 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -119,6 +119,14 @@ class PreparedBackbone:
         with contextlib.suppress(OSError):
             write_whole(path, json.dumps({**engine.info.to_dict(), "num_cpus": num_cpus()}))
         return engine
+
+    def stretched(self) -> PreparedBackbone:
+        """The same backbone for crops of stretched images, under a fingerprint of its own."""
+        return replace(
+            self,
+            preprocess=replace(self.preprocess, stretch=True),
+            fingerprint=hashlib.sha256(f"{self.fingerprint} stretch".encode()).hexdigest(),
+        )
 
     def read_tensors(self) -> dict[str, Array]:
         """Every parameter and buffer but the head's."""

@@ -106,8 +106,8 @@ class Preprocess:
         return np.asarray(crop)
 
     def to_dict(self) -> dict[str, Any]:
-        """As a checkpoint holds it; without `stretch` where that is off, as before there was one,
-        so that fingerprints stay."""
+        """As a checkpoint holds it. Omits `stretch` when false, so that fingerprints of checkpoints
+        older than that field do not change."""
         fields = asdict(self)
         if not self.stretch:
             del fields["stretch"]

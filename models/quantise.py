@@ -25,7 +25,8 @@ NUM_CALIBRATION_IMAGES = 100
 
 def find_quantised(backbone: PreparedBackbone) -> PreparedBackbone | None:
     """The quantised backbone kept beside `backbone`, or None."""
-    return read_kept(_folder(backbone))
+    kept = read_kept(_folder(backbone))
+    return kept.stretched() if kept is not None and backbone.preprocess.stretch else kept
 
 
 def quantise(backbone: PreparedBackbone, images: Pixels) -> PreparedBackbone:
@@ -52,7 +53,8 @@ def quantise(backbone: PreparedBackbone, images: Pixels) -> PreparedBackbone:
             (temporary / CONFIG_FILE).write_text(json.dumps(stored, indent=2) + "\n")
             # Where another run was faster, heads are solved on its folder.
             move_whole(temporary, folder)
-        return read_prepared(folder)
+        quantised = read_prepared(folder)
+        return quantised.stretched() if backbone.preprocess.stretch else quantised
     except OSError as error:
         raise GraftError(
             f"the quantised backbone could not be written to {folder}: {describe_error(error)}"
@@ -60,7 +62,9 @@ def quantise(backbone: PreparedBackbone, images: Pixels) -> PreparedBackbone:
 
 
 def _folder(backbone: PreparedBackbone) -> Path:
-    return backbone.folder.with_name(f"{backbone.folder.name}-int8")
+    # Calibrated on other crops.
+    stretch = "-stretch" if backbone.preprocess.stretch else ""
+    return backbone.folder.with_name(f"{backbone.folder.name}-int8{stretch}")
 
 
 def _write_quantised(backbone: PreparedBackbone, images: Pixels, path: Path) -> None:

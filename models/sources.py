@@ -1,6 +1,6 @@
 """Sources of labelled images: a folder, a CSV, a torchvision data set, or the embedded digits.
 
-In `models`, because runs and scoring without a server read the same sources.
+In `models`, so that what reads images outside of a run can use them.
 """
 
 from __future__ import annotations
@@ -12,32 +12,42 @@ import importlib.util
 import inspect
 import io
 import logging
+import re
+import stat
+import tarfile
+import zipfile
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from models.errors import GraftError, describe_error, join_first
+from models.image_folder import SplitName as SplitName
+from models.image_folder import read_image_folder, read_split_name
 
 logger = logging.getLogger("graft.sources")
 
-SplitName = Literal["train", "val", "test"]
-_SPLIT_FOLDERS: dict[str, SplitName] = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-    "testing": "test",
-}
 # Stands between the names in the column `labels` of a CSV.
 SEPARATOR = "|"
-# Files that operating systems leave in folders.
-_SYSTEM_FILES = {"Thumbs.db", "desktop.ini"}
+# First bytes of files that are neither a folder nor a CSV, and what they are.
+_MAGIC = {
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive; unpack it, and name the folder",
+    b"Rar!": "a rar archive; unpack it, and name the folder",
+    b"\x1f\x8b": "a gzip file; unpack it, and name the folder or the CSV",
+    b"BZh": "a bzip2 file; unpack it, and name the folder or the CSV",
+    b"\xfd7zXZ": "an xz file; unpack it, and name the folder or the CSV",
+    b"\x28\xb5\x2f\xfd": "a zstd file; unpack it, and name the folder or the CSV",
+    b"PAR1": "a Parquet file; write its images to files, and list them in a CSV",
+    b"\x89HDF": "an HDF5 file; write its images to files, and list them in a CSV",
+    b"\x93NUMPY": "a NumPy file; write its images to files, and list them in a CSV",
+    b"\xff\xd8\xff": "a single image; name the folder of class folders",
+    b"\x89PNG": "a single image; name the folder of class folders",
+    b"GIF8": "a single image; name the folder of class folders",
+}
 
 
 @dataclass(frozen=True)
@@ -76,28 +86,84 @@ def identify_source(data: str, data_root: Path) -> str:
     return str(path.resolve()) if path.exists() else f"{data} {data_root.resolve()}"
 
 
-def read_source(data: str, data_root: Path) -> tuple[Labelled, FixedSplits]:
+@dataclass(frozen=True)
+class Source:
+    """Labelled images, their splits where the source has some, and what one should know of it.
+
+    `notes` say what was left out, or cannot be read, and why.
+    """
+
+    labelled: Labelled
+    splits: FixedSplits = None
+    notes: tuple[str, ...] = ()
+
+
+def read_source(data: str, data_root: Path) -> Source:
     """Read the labels of what `--data` names; the images are read later.
 
-    Raises GraftError where it is not there or cannot be read.
+    A path that exists goes before the names of other sources. Raises GraftError where it is not
+    there, cannot be read, or can be read in two ways.
     """
-    if data == "digits":
-        return _load_digits(), None
-    if data.startswith("torchvision:"):
-        return _load_torchvision(data.partition(":")[2], data_root)
     path = Path(data).expanduser()
     try:
-        if not path.exists():
-            raise GraftError(
-                f"--data {data}: there is no such file or folder; "
-                "or say digits, or torchvision:NAME"
-            )
-        return _load_csv(path) if path.is_file() else _load_folder(path)
+        if path.exists():
+            return _load_path(data, path)
     except OSError as error:
         where = "" if error.filename in (None, str(path)) else f": {error.filename}"
         raise GraftError(
             f"--data {data[:80]}: it cannot be read: {error.strerror}{where}"
         ) from error
+    if data == "digits":
+        return Source(_load_digits())
+    if data.startswith("torchvision:"):
+        return _load_torchvision(data.partition(":")[2], data_root)
+    raise GraftError(f"--data {data}: {_explain_missing(data, path)}")
+
+
+def _load_path(data: str, path: Path) -> Source:
+    if path.is_dir():
+        source = _load_folder(path)
+    elif path.is_file():
+        _refuse_other_files(path)
+        source = _load_csv(path)
+    else:
+        kind = "a pipe" if stat.S_ISFIFO(path.stat().st_mode) else "a device or socket"
+        raise GraftError(
+            f"--data {data}: it is {kind}, which can be read only once; write it to a CSV file, "
+            "and name that"
+        )
+    if data != "digits":
+        return source
+    note = f"this is {path.resolve()}; the embedded digits are read where no such path exists"
+    return replace(source, notes=(*source.notes, note))
+
+
+def _refuse_other_files(path: Path) -> None:
+    """Raise GraftError for archives, images and other files that are no CSV."""
+    with path.open("rb") as file:
+        start = file.read(16)
+    found = next((what for magic, what in _MAGIC.items() if start.startswith(magic)), None)
+    if zipfile.is_zipfile(path):
+        found = "a zip archive; unpack it, and name the folder"
+    elif found is None and start and tarfile.is_tarfile(path):
+        found = "a tar archive; unpack it, and name the folder"
+    elif start[:4] == b"RIFF" and start[8:12] == b"WEBP":
+        found = "a single image; name the folder of class folders"
+    if found is not None:
+        raise GraftError(f"--data {path}: it is {found}")
+
+
+def _explain_missing(data: str, path: Path) -> str:
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", data):
+        return (
+            "it is a URL, and Graft downloads no images from it; download them, and name the "
+            "folder or the CSV"
+        )
+    if data == "-":
+        return "images are not read from standard input; name a folder or a CSV file"
+    if path.is_symlink():
+        return f"it is a link to {path.readlink()}, where nothing is; mend the link"
+    return "there is no such file or folder; or say digits, or torchvision:NAME"
 
 
 def _load_digits() -> Labelled:
@@ -116,79 +182,100 @@ def _load_digits() -> Labelled:
     ]
 
 
-def _load_folder(root: Path) -> tuple[Labelled, FixedSplits]:
-    folders = [
-        path for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(".")
-    ]
-    split_folders = {
-        path: _SPLIT_FOLDERS[path.name.lower()]
-        for path in folders
-        if path.name.lower() in _SPLIT_FOLDERS
-    }
-    if "train" not in split_folders.values():
-        return _load_class_folders(root, folders), None
-    labelled: Labelled = []
-    splits: list[SplitName] = []
-    for folder, split in split_folders.items():
-        classes = [
-            path
-            for path in sorted(folder.iterdir())
-            if path.is_dir() and not path.name.startswith(".")
-        ]
-        found = _load_class_folders(folder, classes)
-        labelled += found
-        splits += [split] * len(found)
-    return labelled, splits
+def _load_folder(root: Path) -> Source:
+    found = read_image_folder(root)
+    labelled: Labelled = [(str(path), name, path) for name, path in found.images]
+    return Source(labelled, found.splits, found.unread.describe(root))
 
 
-def _load_class_folders(root: Path, folders: list[Path]) -> Labelled:
-    if not folders:
-        raise GraftError(
-            f"--data {root}: no class folders in it; put the images of each class in a folder "
-            "named after the class (photos/cat/1.jpg, photos/dog/2.jpg), or in train/ and val/ "
-            "with class folders each"
-        )
-    for folder in folders:
-        if not folder.name.isprintable() or any(
-            "\ud800" <= char <= "\udfff" for char in folder.name
-        ):
-            raise GraftError(
-                f"--data {root}: the class folder {folder.name!r} has a name that is no printable "
-                "text; rename it"
-            )
-    images = {folder: _image_files(folder) for folder in folders}
-    if empty := [folder.name for folder, paths in images.items() if not paths]:
-        logger.warning(
-            "--data %s: no file in the class folders %s; they are left out",
-            root,
-            join_first(empty, 10),
-        )
-    return [(str(path), folder.name, path) for folder, paths in images.items() for path in paths]
-
-
-def _image_files(folder: Path) -> list[Path]:
-    """Every file below a class folder: its content decides later whether it is an image."""
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.is_file()
-        and path.name not in _SYSTEM_FILES
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
-
-
-def _load_csv(path: Path) -> tuple[Labelled, FixedSplits]:
+def _load_csv(path: Path) -> Source:
     columns, rows = _read_rows(path)
     _check_columns(path, columns)
+    if "labels" in columns:
+        _check_separator(path, rows)
     labelled: Labelled = []
     splits: list[SplitName] = []
     for number, row in rows:
         _check_row(path, number, row, columns)
-        label = _split_names(row["labels"] or "") if "labels" in columns else row["label"].strip()
-        labelled.append((row["path"], label, path.parent / row["path"]))
+        name = row["path"].strip()
+        label = (
+            _parse_label_names(row["labels"] or "") if "labels" in columns else row["label"].strip()
+        )
+        labelled.append((name, label, path.parent / name))
         if "split" in columns:
             splits.append(_read_split(path, number, row["split"]))
-    return labelled, splits if "split" in columns else None
+    notes = (*_check_paths(path, labelled), *_find_contradictions(labelled))
+    return Source(labelled, splits if "split" in columns else None, notes)
+
+
+def _check_separator(path: Path, rows: Sequence[tuple[int, dict[Any, Any]]]) -> None:
+    """Raise GraftError where names in the column `labels` seem to be separated otherwise."""
+    cells = [(number, (row["labels"] or "").strip()) for number, row in rows]
+    for number, cell in cells:
+        if cell.startswith("[") and cell.endswith("]"):
+            raise GraftError(
+                f"--data {path}: line {number} has a JSON list in labels, {cell}; write the names "
+                f"with {SEPARATOR} between them"
+            )
+    if any(SEPARATOR in cell for _, cell in cells):
+        return
+    for number, cell in cells:
+        for other in ";,\t":
+            if other in cell:
+                raise GraftError(
+                    f"--data {path}: line {number} has {cell!r} in labels, and no line has "
+                    f"{SEPARATOR}; write {SEPARATOR} between names, or, where {other!r} is part of "
+                    "a name and each image has one, call the column label"
+                )
+
+
+def _check_paths(path: Path, labelled: Labelled) -> tuple[str, ...]:
+    """A note on images that are not there. Raises GraftError where a label has no other."""
+    gone = [each for each in labelled if isinstance(each[2], Path) and not _is_there(each[2])]
+    if not gone:
+        return ()
+    names = join_first([key for key, _, _ in gone])
+    relative = [key for key, _, _ in gone if not Path(key).is_absolute()]
+    where = f", looked for in {path.parent.resolve()}" if relative else ""
+    found = f"{len(gone):,} of {len(labelled):,} images are not there{where}: {names}"
+    rest, lost = _count_labels(labelled), _count_labels(gone)
+    if any(rest[name] == number for name, number in lost.items()):
+        raise GraftError(
+            f"--data {path}: {found}; paths are relative to the CSV's own folder, or absolute"
+        )
+    return (found,)
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
+def _count_labels(labelled: Labelled) -> Counter[str]:
+    return Counter(
+        name for _, named, _ in labelled for name in ((named,) if isinstance(named, str) else named)
+    )
+
+
+def _find_contradictions(labelled: Labelled) -> tuple[str, ...]:
+    """A note on paths that are listed with different labels."""
+    labels_of: dict[str, set[str]] = {}
+    for key, named, _ in labelled:
+        label = named if isinstance(named, str) else SEPARATOR.join(named)
+        labels_of.setdefault(key, set()).add(label)
+    twice = [
+        f"{key} ({', '.join(sorted(labels))})"
+        for key, labels in labels_of.items()
+        if len(labels) > 1
+    ]
+    if not twice:
+        return ()
+    return (
+        f"paths with different labels: {len(twice):,}, {join_first(twice, 3)}; keep one line for "
+        f"each, or write labels with {SEPARATOR} between them in a column labels",
+    )
 
 
 def _read_rows(path: Path) -> tuple[Sequence[str], list[tuple[int, dict[Any, Any]]]]:
@@ -234,14 +321,14 @@ def _check_row(path: Path, number: int, row: dict[Any, Any], columns: Sequence[s
         )
     if "\0" in (row["path"] or ""):
         raise GraftError(f"{line} a path with a NUL in it, which no file has")
-    if not row["path"]:
+    if not (row["path"] or "").strip():
         raise GraftError(f"{line} no path")
     if "label" in columns and not (row["label"] or "").strip():
         raise GraftError(f"{line} no label")
 
 
 def _read_split(path: Path, number: int, name: str | None) -> SplitName:
-    split = _SPLIT_FOLDERS.get((name or "").lower())
+    split = read_split_name(name or "")
     if split is None:
         raise GraftError(
             f"--data {path}: line {number} has the split {name!r}; allowed are train, val and test"
@@ -249,7 +336,7 @@ def _read_split(path: Path, number: int, name: str | None) -> SplitName:
     return split
 
 
-def _split_names(text: str) -> tuple[str, ...]:
+def _parse_label_names(text: str) -> tuple[str, ...]:
     """Each name once, in order; an empty text has none."""
     return tuple(sorted({name.strip() for name in text.split(SEPARATOR)} - {""}))
 
@@ -267,7 +354,7 @@ def _describe_columns(columns: Sequence[str]) -> str:
     return ", ".join(columns) or "none"
 
 
-def _load_torchvision(name: str, root: Path) -> tuple[Labelled, FixedSplits]:
+def _load_torchvision(name: str, root: Path) -> Source:
     # Imported here: it imports torch, which other sources do not need.
     import torchvision
 
@@ -290,7 +377,7 @@ def _load_torchvision(name: str, root: Path) -> tuple[Labelled, FixedSplits]:
             key = f"torchvision:{name}/{split}/{index}"
             labelled.append((key, label_name, TorchvisionImage(dataset, index)))
             splits.append(split)
-    return labelled, splits if len(arguments_of) > 1 else None
+    return Source(labelled, splits if len(arguments_of) > 1 else None)
 
 
 def _torchvision_splits(factory: Any) -> dict[SplitName, dict[str, Any]]:

@@ -112,8 +112,8 @@ except GraftError as error:
     # One process per device: it owns the engines, and uses every core by itself.
     workers=1,
     description=DESCRIPTION,
-    # BentoML's own timeout answers in another shape, so it is longer than ours. It keeps a timer
-    # for each request until it has run, so it is only a little longer.
+    # BentoML's own timeout answers in another shape, so it is longer than ours. BentoML keeps
+    # a timer per request until the timeout expires, so it is only slightly longer.
     traffic={"timeout": _SETTINGS.body_seconds + _SETTINGS.deadline_seconds + 10},
     # Spans that go nowhere are 250 of the 300 µs that a request spends in BentoML's middlewares.
     tracing={} if _SETTINGS.tracing else {"excluded_urls": ".*"},

@@ -1,8 +1,8 @@
-"""Neither process of a server outlives the other: the worker, and the parent that BentoML starts.
+"""What the parent does when its worker process dies, and the worker when the parent dies.
 
 `bentoml serve` is two processes: a parent that holds the port and supervises its worker (circus
-does, for BentoML), and the worker, which runs the rest of this package. By themselves (bentoml
-1.4.39) they handle the death of the other badly:
+does, for BentoML), and the worker, which runs the rest of this package. If one of them dies, the
+other must restart it or stop. BentoML 1.4.39 alone handles this too slowly or not at all:
 
 - The parent checks its worker every 10 s. Outside of a container it starts another one; in a
   container (`BENTOML_CONTAINERIZED`, set by BentoML's Dockerfile) it exits with 1, so that the
@@ -58,7 +58,7 @@ def _watch_worker() -> None:
     timer = arbiter.ctrl.caller
     manage_watchers = timer.callback
 
-    def check() -> Any:
+    def check_workers() -> Any:
         for watcher in arbiter.watchers:
             _reap_dead(watcher)
         # Only where one is missing: circus itself would miss the exit code of one that died since.
@@ -67,7 +67,7 @@ def _watch_worker() -> None:
         return None
 
     timer.stop()
-    timer.callback = check
+    timer.callback = check_workers
     timer.callback_time = 1000 * _CHECK_SECONDS
     timer.start()
 
@@ -75,9 +75,9 @@ def _watch_worker() -> None:
 def _reap_dead(watcher: Any) -> None:
     """Reap each dead worker: wait for its exit code and call the hooks.
 
-    circus (0.19) by itself takes a worker whose first thread is dead for one that is gone, without
-    a log line or an exit code, while the kernel still ends the other threads: with dozens of them,
-    on a machine with few cores, that takes its time.
+    circus 0.19 alone treats a worker as gone once its main thread has exited, and logs neither that
+    nor the exit code; its other threads may still be shutting down (dozens of them, for a while on
+    a machine with few cores).
     """
     from circus.process import DEAD_OR_ZOMBIE, UNEXISTING
 
@@ -102,7 +102,8 @@ def _log_death(watcher: Any, process_pid: int, exit_code: int | None, **_: objec
 
 
 def _follow(parent: int) -> None:
-    # An orphan's new parent has another id, also where the old one is a container's first process.
+    # After the parent dies, getppid() returns the PID of the process that adopted this one, also
+    # where the parent was a container's first process.
     while os.getppid() == parent:
         time.sleep(_CHECK_SECONDS)
     logger.error(

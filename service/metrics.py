@@ -24,8 +24,8 @@ from prometheus_client import (
     generate_latest,
 )
 
-# Other modules take it from here: no other may import prometheus_client, or some order of imports
-# would do so before the line above.
+# Re-exported so that no other module imports prometheus_client before the environment variable
+# above is removed.
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 REGISTRY = CollectorRegistry()
 ProcessCollector(registry=REGISTRY)
@@ -94,6 +94,12 @@ QUEUE_IMAGES = Gauge(
 )
 CACHED_FEATURES = Counter(
     "graft_cached_features", "Images looked up in the feature cache.", ("found",), registry=REGISTRY
+)
+LABEL_CHANGES = Counter(
+    "graft_label_changes",
+    "Swaps to a version with other labels than the one before.",
+    ("model",),
+    registry=REGISTRY,
 )
 LOADED = Gauge(
     "graft_model_loaded",

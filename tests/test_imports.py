@@ -27,7 +27,7 @@ LAYERS: dict[str, list[set[str]]] = {
         {"prepared"},
         {"backbone", "engine", "checkpoint"},
         {"named", "preprocess", "sources", "scores", "allowed"},
-        {"images"},
+        {"image_folder", "images"},
         {"files"},
         {"errors"},
     ],

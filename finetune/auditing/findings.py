@@ -17,12 +17,13 @@ Kind = Literal[
     "missing_class",
     "small_class",
     "wrong_extension",
+    "narrow_range",
     "exact_leak",
     "near_leak",
     "exact_duplicate",
     "near_duplicate",
     "wrong_label",
-    "odd",
+    "outlier",
 ]
 
 
@@ -48,8 +49,8 @@ WORDING: dict[Kind, Wording] = {
         "class missing from a split",
         "classes missing from a split",
         "Classes missing from a split",
-        "What a split does not hold, it cannot teach or measure. Add images, or let Graft draw the "
-        "split.",
+        "A class missing from a split cannot be trained or evaluated there. Add images, or let "
+        "Graft draw the split.",
     ),
     "small_class": Wording(
         "small class",
@@ -62,6 +63,13 @@ WORDING: dict[Kind, Wording] = {
         "wrong extensions",
         "Wrong extensions",
         "Graft goes by content and reads them all the same; other programs may not. Rename them.",
+    ),
+    "narrow_range": Wording(
+        "image nearly black (--stretch)",
+        "images nearly black (--stretch)",
+        "Little of a 16-bit range used",
+        "Data of 12 bits in files of 16 is nearly black. Say --stretch, with which training and "
+        "service spread the values that an image uses over the whole range.",
     ),
     "exact_leak": Wording(
         "exact copy across splits",
@@ -98,10 +106,10 @@ WORDING: dict[Kind, Wording] = {
         "A model that did not see the image is confident of another class. The likeliest come "
         "first; move the file where you agree.",
     ),
-    "odd": Wording(
-        "odd one out",
-        "odd ones out",
-        "Odd ones out",
+    "outlier": Wording(
+        "outlier",
+        "outliers",
+        "Outliers",
         "Unlike all other images of the data: screenshots, placeholders, pictures of something "
         "else. Delete what does not belong.",
     ),
@@ -114,7 +122,7 @@ class Finding:
     """One thing to look at. `sample` is None where it is about a class.
 
     `other` is what the sample is a copy of, with its split and label. `score` orders the findings
-    of a kind: similarity of copies, how likely a label is wrong, distance of odd images.
+    of a kind: similarity of copies, how likely a label is wrong, distance of outliers.
     """
 
     kind: Kind
@@ -129,7 +137,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Audit:
-    """Findings by kind and score, and what the leaks are worth.
+    """Findings by kind and score, and the effect of the leaks on the score.
 
     `scores` are the probe's on each split that it did not train on: on all images, and without
     leaks (None if there is nothing else). `metric` is what they measure, in words.
@@ -199,10 +207,10 @@ class Audit:
             for kind, number in self.count().items()
             if number
         ]
-        return f"{self.num_images:,} images: {', '.join(found) or 'nothing to complain of'}"
+        return f"{self.num_images:,} images: {', '.join(found) or 'no problems found'}"
 
     def to_lines(self) -> list[str]:
-        """What a run logs: what was found, small classes, and what the leaks are worth."""
+        """What a run logs: findings, small classes, and the effect of the leaks on the score."""
         lines = [f"audit of {self.summary}"]
         lines += [
             f"audit: {finding.detail}"
@@ -211,7 +219,7 @@ class Audit:
         return lines + [f"audit: {line}" for line in self.describe_leaks()]
 
     def describe_leaks(self) -> list[str]:
-        """What the leaks are worth to the probe, a line for each split with leaks."""
+        """Effect of the leaks on the probe's score, a line for each split with leaks."""
         lines = []
         for split, (whole, clean) in self.scores.items():
             num_leaks = sum(finding.split == split for finding in self.leaks)

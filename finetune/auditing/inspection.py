@@ -10,16 +10,19 @@ import numpy as np
 
 from finetune.auditing.findings import LEAKS, WORDING, Audit, Finding, Kind
 from finetune.auditing.mislabelled import find_wrong_labels
-from finetune.auditing.odd import find_odd
+from finetune.auditing.outliers import find_outliers
 from finetune.data.duplicates import Duplicates
 from finetune.data.splits import Sample, Splits
 from finetune.probe.solve import Probe
 from models.engine.engine import Features
-from models.images import NUM_MAGIC_BYTES, ImageError, begins_as
+from models.images import NUM_MAGIC_BYTES, ImageError, begins_as, is_wide, open_image
 from models.preprocess import Preprocess
 from models.sources import SplitName
 
 MIN_IMAGES = 10
+# The highest value of 16 bits; data of up to 14 bits in such files uses a quarter of the range.
+_MAX_WIDE = 2**16 - 1
+_NARROW_FRACTION = 0.25
 # What a file of each format may be called, its usual name first.
 _SUFFIXES = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
@@ -54,9 +57,10 @@ def inspect(
         *_find_unreadable(loaded, splits, preprocess),
         *_find_small_classes(splits, min_images),
         *_find_wrong_extensions(splits),
+        *([] if preprocess.stretch else _find_narrow_ranges(splits)),
         *copies,
         *find_wrong_labels(splits, features, probe),
-        *find_odd(splits, features),
+        *find_outliers(splits, features),
     ]
     order = list(WORDING)
     findings.sort(key=lambda finding: (order.index(finding.kind), -(finding.score or 0)))
@@ -137,6 +141,30 @@ def _find_wrong_extensions(splits: Splits) -> Iterator[Finding]:
                 detail = f"named {suffix}, but its content is {name}; {rename}"
                 label = splits.describe(sample)
                 yield Finding("wrong_extension", split, label, detail, sample=sample)
+
+
+def _find_narrow_ranges(splits: Splits) -> Iterator[Finding]:
+    for split, samples in splits.named():
+        for sample in samples:
+            values = _wide_values(sample) if isinstance(sample.image, Path) else None
+            if values is None or not 0 < values[1] <= _NARROW_FRACTION * _MAX_WIDE:
+                continue
+            low, high = values
+            used = f"values {low:,} to {high:,} of {_MAX_WIDE:,}"
+            detail = f"{used}: it uses {(high - low) / _MAX_WIDE:.1%} of its range; say --stretch"
+            yield Finding("narrow_range", split, splits.describe(sample), detail, sample=sample)
+
+
+def _wide_values(sample: Sample) -> tuple[int, int] | None:
+    """The lowest and the highest value of an image of 16 bits a channel, None of others."""
+    with contextlib.suppress(OSError, ImageError):
+        assert isinstance(sample.image, Path)
+        with sample.image.open("rb") as file:
+            start = file.read(NUM_MAGIC_BYTES)
+        if begins_as(start) in ("PNG", "TIFF"):
+            data = sample.read() if begins_as(start) == "TIFF" or is_wide(start) else start
+            return open_image(data).values if is_wide(data) else None
+    return None
 
 
 def _find_copies(splits: Splits, duplicates: Duplicates) -> Iterator[Finding]:

@@ -1,11 +1,12 @@
 """Images that are the same: to the byte, or the same picture encoded or resized.
 
-Features cannot tell copies from similar images. On 28x28 photographs of clothes a copy at six
-tenths of the size has a cosine of 0.15 to 0.6 to its original, in centred features of
-EfficientNet-Lite0, and other trousers have up to 0.93; of 256x256 emoji one in twelve has another
-above 0.95. Small pixels can: a copy's noise is spread over the picture, and what distinguishes two
-pictures is in one place, so the cell of a grid that differs most decides. All pairs are compared,
-block by block, so that memory grows with the number of images and not with its square.
+Features cannot separate copies from similar images. On 28x28 photographs of clothes, in centred
+features of EfficientNet-Lite0, a copy resized to 0.6 times the size has a cosine of 0.15 to 0.6 to
+its original, while two different images of the same class (trousers) reach 0.93; of 256x256 emoji
+one in twelve has a different one above 0.95. Downscaled pixels can: a copy's noise is spread over
+the picture, and what distinguishes two pictures is in one place, so the cell of a grid that differs
+most decides. All pairs are compared, block by block, so that memory grows with the number of images
+and not with its square.
 """
 
 from __future__ import annotations
@@ -169,7 +170,7 @@ def _read_coarse(sample: Sample, cache: FeatureCache | None) -> _CoarseSignature
     digest, grid = digest_image(data), np.empty(_NUM_CELLS, np.float32)
     if cache is not None and cache.read(digest, grid):
         return _CoarseSignature(digest, grid, False)
-    signature = _compute_signature(data)
+    signature = compute_signature(data)
     if signature is None:
         return None
     return _CoarseSignature(digest, signature.coarse.reshape(-1).astype(np.float32), True)
@@ -178,12 +179,12 @@ def _read_coarse(sample: Sample, cache: FeatureCache | None) -> _CoarseSignature
 def _read_signature(sample: Sample) -> Signature | None:
     """None if the image cannot be read."""
     try:
-        return _compute_signature(sample.read())
+        return compute_signature(sample.read())
     except (OSError, ValueError):
         return None
 
 
-def _compute_signature(data: bytes) -> Signature | None:
+def compute_signature(data: bytes) -> Signature | None:
     try:
         opened = _WHOLE_IMAGE.open(data)
         fine = _WHOLE_IMAGE.crop(opened)

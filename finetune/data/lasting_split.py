@@ -32,12 +32,14 @@ def load_lasting_splits(
     num_workers: int,
     check: bool = True,
     restore: Callable[[Splits], Splits | None] | None = None,
+    refuse: Callable[[Splits], None] = lambda splits: None,
 ) -> tuple[Splits, Duplicates]:
     """The images of `--data`, split, and which of them are copies; `check` as in load_splits.
 
     Where Graft draws the split, images stay where the newest run on them in `runs_dir` had them,
     and copies are on one side. None draws anew. Splits that `restore` makes of the loaded ones, a
-    resumed run's own, stay as they are. `cache_dir` keeps what copies are recognised by.
+    resumed run's own, stay as they are. `cache_dir` keeps what copies are recognised by. `refuse`
+    may raise GraftError before any image is read.
     """
     kept = None if runs_dir is None else find_kept_split(data, data_root, runs_dir)
     splits = load_splits(
@@ -50,6 +52,7 @@ def load_lasting_splits(
     )
     restored = None if restore is None else restore(splits)
     splits = restored or splits
+    refuse(splits)
     with contextlib.ExitStack() as stack:
         cache = None if cache_dir is None else stack.enter_context(open_grids(cache_dir))
         duplicates = find_duplicates(splits, num_workers=num_workers, cache=cache)

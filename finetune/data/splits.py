@@ -14,8 +14,9 @@ import numpy.typing as npt
 from finetune.tasks.choose import choose_task
 from finetune.tasks.single_label import SINGLE_LABEL
 from finetune.tasks.task import Label, Task
-from models.errors import GraftError
+from models.errors import GraftError, join_first
 from models.files import write_whole
+from models.image_folder import check_unicode_forms
 from models.scores import Labels
 from models.sources import (
     EncodedImage,
@@ -30,6 +31,7 @@ logger = logging.getLogger("graft.data")
 
 # As the task numbers the parts that it divides images into.
 _PARTS = {"train": 0, "val": 1}
+_NUM_NAMES_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -134,8 +136,31 @@ def load_splits(
     Where Graft draws the split, images stay where `kept` has them. Raises GraftError if there is
     nothing to train on and, under `check`, if a class has no image of a split that it needs.
     """
-    labelled, fixed = read_source(data, data_root)
-    return _to_splits(data, labelled, fixed, val_fraction, seed, kept, check)
+    source = read_source(data, data_root)
+    splits = _to_splits(data, source.labelled, source.splits, val_fraction, seed, kept)
+    _log_seen(data, splits, source.notes)
+    if check:
+        _check_classes(splits, f"--data {data}")
+    return splits
+
+
+def _log_seen(data: str, splits: Splits, notes: Sequence[str]) -> None:
+    """What was seen in the source, in one line: a warning if something was left out."""
+    sizes = ", ".join(f"{len(samples):,} {split}" for split, samples in splits.named())
+    words = splits.task.words.labels_of_images
+    names = join_first(splits.label_names, _NUM_NAMES_SHOWN)
+    left_out = f"; left out or to be looked at: {'; '.join(notes)}" if notes else ""
+    logger.log(
+        logging.WARNING if notes else logging.INFO,
+        "%s: %d %s, images: %s; %s: %s%s",
+        data,
+        len(splits.label_names),
+        words,
+        sizes,
+        splits.task.words.labels,
+        names,
+        left_out,
+    )
 
 
 def _to_splits(
@@ -145,21 +170,19 @@ def _to_splits(
     val_fraction: float,
     seed: int,
     kept: KeptSplit | None,
-    check: bool,
 ) -> Splits:
     if not labelled:
         raise GraftError(f"--data {data}: there is no image in it")
     task = choose_task(labelled[0][1])
     label_names = _collect_names(labelled)
     task.check_label_names(label_names, data)
+    check_unicode_forms(data, label_names)
     numbers = {name: number for number, name in enumerate(label_names)}
     samples = [Sample(key, task.number(named, numbers), image) for key, named, image in labelled]
     chosen: list[SplitName] = list(fixed) if fixed is not None else ["train"] * len(samples)
     splits = Splits(label_names, *_group(samples, chosen), is_drawn="val" not in chosen, task=task)
     if splits.is_drawn:
         splits = _split_off_val(splits, val_fraction, seed, kept)
-    if check:
-        _check_classes(splits, f"--data {data}")
     return splits
 
 
@@ -220,26 +243,40 @@ def _check_classes(splits: Splits, where: str) -> None:
     labels = splits.labels(splits.train)
     if problem := splits.task.find_unlearnable(labels, splits.label_names):
         raise GraftError(f"{where}: {problem}{anew}")
-    counts = zip(
-        splits.label_names,
-        splits.count_labels(splits.train),
-        splits.count_labels(splits.val),
-        strict=True,
+    counts = list(
+        zip(
+            splits.label_names,
+            splits.count_labels(splits.train).tolist(),
+            splits.count_labels(splits.val).tolist(),
+            strict=True,
+        )
     )
-    for name, num_train, num_val in counts:
-        if splits.is_drawn and num_train + num_val == 1:
-            raise GraftError(
-                f"{where}: class {name!r} has one image; it needs two or more, one of them to "
-                "validate on"
-            )
-        if not num_train:
-            raise GraftError(
-                f"{where}: class {name!r} has no image to train on; add some to train/, or take "
-                f"the class out{anew}"
-            )
-        if not num_val:
-            raise GraftError(
-                f"{where}: class {name!r} has no image to validate on; add some to val/, or put "
-                "train/ and val/ together in one folder of class folders and Graft splits "
-                f"them{anew}"
-            )
+    single = [name for name, *nums in counts if splits.is_drawn and sum(nums) == 1]
+    rest = [each for each in counts if each[0] not in single]
+    without_train = [name for name, num_train, _ in rest if not num_train]
+    without_val = [name for name, num_train, num_val in rest if num_train and not num_val]
+    problems = []
+    if single:
+        problems.append(
+            f"{_name_classes(single)} one image; it needs two or more, one of them to validate on: "
+            "add images, or take the class out"
+        )
+    if without_train:
+        problems.append(
+            f"{_name_classes(without_train)} no image to train on; add some to train/, or take the "
+            f"class out{anew}"
+        )
+    if without_val:
+        problems.append(
+            f"{_name_classes(without_val)} no image to validate on; add some to val/, or put "
+            f"train/ and val/ together in one folder of class folders and Graft splits them{anew}"
+        )
+    if problems:
+        raise GraftError(f"{where}: {'; '.join(problems)}")
+
+
+def _name_classes(names: Sequence[str]) -> str:
+    quoted = [repr(name) for name in names]
+    if len(names) == 1:
+        return f"class {quoted[0]} has"
+    return f"each of the {len(names)} classes {join_first(quoted, _NUM_NAMES_SHOWN)} has"

@@ -5,13 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
+from finetune.config import Augment
 from models.preprocess import View
 
-Augment = Literal["none", "light", "flip"]
 _MAX_SHIFT = 0.08
 _SCALES = (0.85, 1.12)
 

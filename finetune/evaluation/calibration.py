@@ -39,7 +39,7 @@ class Calibration(Protocol):
 
 
 class CalibrationQuality(Protocol):
-    """What a calibration came to on images that it was not fitted on."""
+    """Calibration error on held-out images."""
 
     @property
     def before(self) -> Reliability: ...

@@ -70,7 +70,7 @@ class ConformalCalibration:
 
 @dataclass(frozen=True)
 class ConformalQuality:
-    """What a calibration came to on images that it was not fitted on.
+    """Calibration error and conformal coverage on held-out images.
 
     `covered` is the fraction of images whose conformal set holds the true label, `unsure` of those
     marked unsure, and `sure_accuracy` of right answers among the others (NaN if there are none).

@@ -1,7 +1,7 @@
 """Calibration of any number of labels per image: a temperature, and a threshold for each label.
 
 There is no conformal threshold here, and no `unsure`: an image without labels is an answer like any
-other, and a promise about a whole set of labels would need other sets than one score gives.
+other, and a per-label threshold cannot guarantee coverage of the whole label set.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class ThresholdCalibration:
 
 @dataclass(frozen=True)
 class ThresholdQuality:
-    """What a calibration came to on images that it was not fitted on.
+    """Calibration error on held-out images.
 
     Reliability is of all decisions, an image and a label each; `answers` `[N,C]` are the labels
     that the answers name.

@@ -185,6 +185,8 @@ def prepare(
         cache_dir=options.enabled_cache_dir,
         scratch_dir=scratch,
     )
+    if options.stretch:
+        backbone = backbone.stretched()
     logger.info("backbone %s, weights: %s", backbone.name, backbone.weights)
     if options.precision == "int8":
         return prepare_int8(backbone, samples, num_workers=options.workers)

@@ -41,14 +41,12 @@ class LearningCurve:
         }
 
     def __str__(self) -> str:
-        half = f"half the images would have given the probe {self.accuracies[1]:.4f}"
+        half = f"with half the images the probe scores {self.accuracies[1]:.4f}"
         low, high = 100 * self.interval.low, 100 * self.interval.high
         if low <= 0:
-            return (
-                f"{half}; doubling them may be worth nothing, and {max(high, 0):.1f} points at most"
-            )
+            return f"{half}; doubling them is predicted to add 0 to {max(high, 0):.1f} points"
         gain = f"about {100 * self.gain:.1f} points ({low:.1f} to {high:.1f})"
-        return f"{half}; doubling them is worth {gain}"
+        return f"{half}; doubling them is predicted to add {gain}"
 
 
 def measure_learning_curve(
@@ -85,10 +83,10 @@ def measure_learning_curve(
     num_images.append(len(labels))
     logits.append(probe.logits(val_features))
     scores = task.resampled_scores(logits, val_labels)
-    return _continue_curve(num_images, scores, len(val_labels), task.metric)
+    return continue_curve(num_images, scores, len(val_labels), task.metric)
 
 
-def _continue_curve(
+def continue_curve(
     num_images: list[int], accuracies: Shares, num_val: int, metric: str
 ) -> LearningCurve:
     """From the heads' scores `[1+B,4]`: on all validation images, then on resampled ones."""

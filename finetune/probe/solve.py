@@ -317,8 +317,8 @@ def minimise(objective: Objective, start: Floats) -> Floats:
             new_points[is_too_long] = points[is_too_long]
             new_losses[is_too_long] = losses[is_too_long]
             new_gradients[is_too_long] = gradients[is_too_long]
-        moved, turned = new_points - points, new_gradients - gradients
-        history = [*history[1 - _MEMORY :], _Update.of(moved, turned)]
+        update = _Update.of(new_points - points, new_gradients - gradients)
+        history = [*history[1 - _MEMORY :], update]
         is_done |= losses - new_losses <= _TOLERANCE * np.abs(losses)
         points, losses, gradients = new_points, new_losses, new_gradients
         if is_done.all():
@@ -328,18 +328,18 @@ def minimise(objective: Objective, start: Floats) -> Floats:
 
 @dataclass(frozen=True)
 class _Update:
-    """One step of each problem: points and gradients moved by `[K,D]`; `rho` `[K]` is 1 / (s·y)."""
+    """One update of each problem, `[K,D]`: step s, gradient change y; `rho` `[K]` is 1 / (s·y)."""
 
-    moved: Floats
-    turned: Floats
+    step: Floats
+    gradient_change: Floats
     rho: Floats
 
     @classmethod
-    def of(cls, moved: Floats, turned: Floats) -> _Update:
+    def of(cls, step: Floats, gradient_change: Floats) -> _Update:
         """`rho` is 0, so that the update drops out, where the curvature is not positive."""
-        curvature = np.einsum("kd,kd->k", moved, turned)
+        curvature = np.einsum("kd,kd->k", step, gradient_change)
         rho = np.where(curvature > 1e-10, 1 / np.maximum(curvature, 1e-10), 0)
-        return cls(moved, turned, rho)
+        return cls(step, gradient_change, rho)
 
 
 def _descend(gradients: Floats, history: list[_Update]) -> tuple[Floats, Floats]:
@@ -357,17 +357,17 @@ def _direction(gradients: Floats, history: list[_Update]) -> Floats:
     direction = -gradients
     alphas = []
     for update in reversed(history):
-        alpha = update.rho * np.einsum("kd,kd->k", update.moved, direction)
-        direction = direction - alpha[:, None] * update.turned
+        alpha = update.rho * np.einsum("kd,kd->k", update.step, direction)
+        direction = direction - alpha[:, None] * update.gradient_change
         alphas.append(alpha)
     if history:
         last = history[-1]
-        norms = np.square(last.turned).sum(axis=1)
+        norms = np.square(last.gradient_change).sum(axis=1)
         scales = np.where(last.rho > 0, 1 / np.maximum(last.rho * norms, 1e-12), 1.0)
         direction *= scales[:, None]
     for update, alpha in zip(history, reversed(alphas), strict=True):
-        beta = update.rho * np.einsum("kd,kd->k", update.turned, direction)
-        direction = direction + (alpha - beta)[:, None] * update.moved
+        beta = update.rho * np.einsum("kd,kd->k", update.gradient_change, direction)
+        direction = direction + (alpha - beta)[:, None] * update.step
     return np.asarray(direction, np.float32)
 
 

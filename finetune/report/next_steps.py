@@ -61,7 +61,8 @@ def print_next_steps(result: Result, run_dir: Path, checkpoint: Path, commands: 
         lines += ["", "To publish the other candidate:", f"  {publish_other}"]
     lines += [
         "",
-        "Next, in one terminal (again, if it serves already) and in another:",
+        "Start the service in one terminal (a running one loads the new version itself), "
+        "then send a request from another:",
         textwrap.indent(commands, "  "),
     ]
     print("\n".join(lines))

@@ -8,9 +8,10 @@ finetune/publish.py publishes later.
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,19 +25,61 @@ from finetune.report.result import Result
 from finetune.resume import read_id
 from models.checkpoint import (
     CARD_FILE,
+    CONFIG_FILE,
     FORMAT_VERSION,
     OPENVINO_FILE,
     WEIGHTS_FILE,
     Golden,
+    list_versions,
     load_checkpoint,
     publish,
 )
-from models.errors import GraftError
+from models.errors import GraftError, join_first
 
 logger = logging.getLogger("graft.publishing")
 
 CANDIDATES_DIR = "candidates"
 _NUM_GOLDEN = 4
+
+
+def check_labels(repository: Path, name: str, label_names: Sequence[str], new_labels: bool) -> None:
+    """Raise GraftError where the newest version of `name` has other labels, unless it is meant.
+
+    A server would swap to the new version, and its clients would get labels that they do not know.
+    """
+    before = _newest_labels(repository, name)
+    if before is None or list(before[1]) == list(label_names):
+        return
+    version, old = before
+    added = [label for label in label_names if label not in old]
+    gone = [label for label in old if label not in label_names]
+    changes = [
+        f"{words} {join_first(labels)}"
+        for words, labels in (("new are", added), ("gone are", gone))
+        if labels
+    ] or ["their order differs"]
+    change = f"{repository / name}/{version} has other labels: {', '.join(changes)}"
+    if new_labels:
+        logger.warning("%s (--new-labels: it is meant)", change)
+        return
+    raise GraftError(
+        f"{change}; a server would swap to them under its clients. If this is another model, say "
+        "--name NAME; if its labels are meant to change, say --new-labels"
+    )
+
+
+def _newest_labels(repository: Path, name: str) -> tuple[int, list[str]] | None:
+    """The newest version whose labels can be read, and these."""
+    for version in reversed(list_versions(repository, name)):
+        try:
+            config = json.loads((repository / name / str(version) / CONFIG_FILE).read_text())
+            return version, [str(label) for label in config["label_names"]]
+        # The service refuses such a version, and serves the one before it.
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            logger.warning(
+                "%s/%d: its labels cannot be read: %s", repository / name, version, error
+            )
+    return None
 
 
 def keep_other_candidate(result: Result, digests: Mapping[str, bytes], run_dir: Path) -> None:
@@ -67,21 +110,27 @@ def publish_chosen(result: Result, digests: Mapping[str, bytes], run_dir: Path) 
     """Publish the chosen candidate as the next version of its model; gives the version's folder.
 
     `digests` are the images' by their keys when the run began. Raises GraftError where no golden
-    image is what it was then, and where the checkpoint cannot be written.
+    image is what it was then, where the newest version has other labels and `--new-labels` does not
+    say that it is meant, and where the checkpoint cannot be written.
     """
     options = result.options
+    # Another run may have published since this one began.
+    check_labels(
+        options.repository, options.model_name, result.splits.label_names, options.new_labels
+    )
     return _publish(
         result, digests, run_dir, repository=options.repository, name=options.model_name
     )
 
 
-def publish_again(source: Path, repository: Path, name: str) -> Path:
+def publish_again(source: Path, repository: Path, name: str, new_labels: bool) -> Path:
     """Publish a checkpoint's folder as the next version of a model; gives the version's folder.
 
-    Raises GraftError where a file of `source` is not what it was, or where the new version cannot
-    be written.
+    Raises GraftError where a file of `source` is not what it was, as `check_labels` does, or where
+    the new version cannot be written.
     """
     checkpoint = load_checkpoint(source)
+    check_labels(repository, name, checkpoint.label_names, new_labels)
     graft = {key: value for key, value in checkpoint.config["graft"].items() if key != "files"}
     card = (source / CARD_FILE).read_text(encoding="utf-8")
     return publish(

@@ -32,7 +32,7 @@ _EPOCH_OPTIONS = (
 class Result:
     """A run's candidates, the one `chosen` to be published, and what they have in common.
 
-    `candidates` are the probe and, where layers were trained, the tuned one, which `verdict`
+    `candidates` are the probe and, where layers were trained, the fine-tuned one, which `verdict`
     compares. `replace(result, chosen=other)` describes the other one. `why_precision` is the reason
     for the engine's precision.
     """

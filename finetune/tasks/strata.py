@@ -142,10 +142,10 @@ def stratify_val(
 ) -> Parts:
     """1 to validate and 0 to train, `[N]`: a fraction of each label in `labels` `[N,C]`.
 
-    At least one image of each label is on both sides.
+    At least one image of each label is on both sides; one that is alone is to train.
     """
     totals = np.concatenate([[len(labels)], labels.sum(axis=0)])
-    in_val = np.clip(np.round(totals * val_fraction), 1, np.maximum(1, totals - 1))
+    in_val = np.clip(np.round(totals * val_fraction), 1, np.maximum(0, totals - 1))
     return stratify(labels, np.stack([totals - in_val, in_val]), seed=seed, placed=placed)
 
 

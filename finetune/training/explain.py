@@ -76,7 +76,7 @@ def _stages_with_places(
             if (
                 isinstance(output, torch.Tensor)
                 and output.ndim in (3, 4)
-                and _to_maps(output).shape[2:].numel() > 1
+                and to_maps(output).shape[2:].numel() > 1
             ):
                 found.append(name)
 
@@ -97,7 +97,7 @@ def _gradients_times_activations(
     """Grad-CAM at a stage, signed, `[1,1,h,w]`; captum reads maps behind an identity."""
     maps = nn.Identity()
     handle = model.get_submodule(stage).register_forward_hook(
-        lambda _, __, output: _from_maps(maps(_to_maps(output)), output)
+        lambda _, __, output: from_maps(maps(to_maps(output)), output)
     )
     try:
         heat: torch.Tensor = LayerGradCam(model, maps).attribute(images, target=answer)
@@ -106,7 +106,7 @@ def _gradients_times_activations(
     return heat.detach()
 
 
-def _to_maps(output: torch.Tensor) -> torch.Tensor:
+def to_maps(output: torch.Tensor) -> torch.Tensor:
     """`[B,C,h,w]` from maps in either layout, or from the last tokens that fill a square."""
     if output.ndim == 4:
         return output.movedim(channel_dim(output), 1)
@@ -118,8 +118,8 @@ def _to_maps(output: torch.Tensor) -> torch.Tensor:
     )
 
 
-def _from_maps(maps: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-    """The inverse of `_to_maps`; other tokens come from `output`."""
+def from_maps(maps: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    """The inverse of `to_maps`; other tokens come from `output`."""
     if output.ndim == 4:
         return maps.movedim(1, channel_dim(output))
     tokens = maps.flatten(2).transpose(1, 2)

@@ -15,8 +15,9 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from finetune.config import Augment
 from finetune.data.splits import Sample, Splits
-from finetune.data.views import Augment, draw_view
+from finetune.data.views import draw_view
 from finetune.probe.features import extract_features
 from finetune.training.activations import Activations, Batch, Bf16File, Target
 from finetune.training.boundary import FrozenPart, TrainablePart, cut

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from finetune.data.views import Augment
+from finetune.config import Augment
 from models.engine.engine import Precision
 from models.prepared import Device
 

@@ -51,7 +51,7 @@ def train(
 ) -> Trained:
     """Train `backbone.model` in place, and leave it at the epoch that validates best.
 
-    Epoch 0 is the head of `start` on the network as it came. Activations at the freeze boundary are
+    Epoch 0 is the head of `start` on the pretrained network. Activations at the freeze boundary are
     kept in `state_dir`, with a state from which another call goes on where this one was stopped, if
     everything `fixed` is still the same; without `state_dir` activations are in `scratch`, and no
     state is kept. Raises BrokenLossError where the loss is NaN or infinite, FrozenDriftError where

@@ -60,7 +60,7 @@ def _convert(module: nn.Module, name: str, image_shape: list[int]) -> ov.Model:
     """What `ov.convert_model` makes of one image tensor `f32 [?,*image_shape]`, by its own parts.
 
     `apply_moc_transformations` is a private interface. `ov.convert_model` (2026.4) would take a
-    cold run of 120 images from 15.4 to 22.0 s of CPU (pairs on a loaded machine), and it waits up
+    cold run of 120 images from 14.6 to 22.0 core-seconds (on a loaded machine), and it waits up
     to 1 s more to send usage statistics. tests/models/backbone/test_export.py compares the two.
     """
     import openvino as ov

@@ -107,7 +107,7 @@ class OpenVINOEngine:
         )
         self._slots = [
             {
-                size: _Request(compiled, size, self.num_features, in_callers_thread)
+                size: BoundRequest(compiled, size, self.num_features, in_callers_thread)
                 for size, compiled in one.items()
             }
             for one in models
@@ -116,16 +116,16 @@ class OpenVINOEngine:
         # which then wait for Python's lock; and a request that is freed before its callback
         # deadlocks or aborts the process (2026.4).
         self._threads = ThreadPoolExecutor(self.num_slots, thread_name_prefix="openvino-engine")
-        self._idle: queue.SimpleQueue[dict[int, _Request]] = queue.SimpleQueue()
+        self._idle: queue.SimpleQueue[dict[int, BoundRequest]] = queue.SimpleQueue()
         for slot in self._slots:
             self._idle.put(slot)
-        self._alone: queue.SimpleQueue[_Request] = queue.SimpleQueue()
+        self._alone: queue.SimpleQueue[BoundRequest] = queue.SimpleQueue()
 
     def use_all_cores_for_one(self) -> None:
         """Compile once more (0.5 s): an image alone in flight then takes 1.9 ms instead of 3.4."""
         if self.info.num_streams > 1:
             compiled = self._compile(self.info.precision, 1, num_streams=1)
-            self._alone.put(_Request(compiled, 1, self.num_features, in_callers_thread=False))
+            self._alone.put(BoundRequest(compiled, 1, self.num_features, in_callers_thread=False))
 
     @property
     def num_slots(self) -> int:
@@ -154,7 +154,7 @@ class OpenVINOEngine:
         return features
 
     def _run(
-        self, slot: dict[int, _Request], chunk: Crops, out: Features, pending: _Countdown
+        self, slot: dict[int, BoundRequest], chunk: Crops, out: Features, pending: _Countdown
     ) -> None:
         error = None
         try:
@@ -166,7 +166,7 @@ class OpenVINOEngine:
         pending.finish_one(error)
 
     def _run_on(
-        self, slot: dict[int, _Request], crops: Crops, out: Features, *, is_alone: bool = True
+        self, slot: dict[int, BoundRequest], crops: Crops, out: Features, *, is_alone: bool = True
     ) -> None:
         size = self.info.batch_size
         num_whole = len(crops) - len(crops) % size if size > 1 else 0
@@ -182,7 +182,7 @@ class OpenVINOEngine:
             if alone is not None:
                 self._alone.put(alone)
 
-    def _take_alone(self) -> _Request | None:
+    def _take_alone(self) -> BoundRequest | None:
         """The request that runs on all cores; None where another slot is in use."""
         if self._idle.qsize() < len(self._slots) - 1:
             return None
@@ -316,7 +316,7 @@ def _is_quantised(model: ov.Model) -> bool:
     return any(operation.get_type_name() == "FakeQuantize" for operation in model.get_ops())
 
 
-class _Request:
+class BoundRequest:
     """OpenVINO's request with its own arrays: copying to them is faster than binding others.
 
     One thread at a time may run it.

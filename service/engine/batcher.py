@@ -108,8 +108,8 @@ class Batcher:
         self._num_streams = min(engine.info.num_streams, self._num_slots)
         # A batch in each stream, and the next one.
         self._num_partial_batches = min(self._num_streams + 1, self._num_slots)
-        # Up to twice this nothing is refused: the engine takes so many at once, and they keep its
-        # speed measured.
+        # Below twice this many images the wait limit is not checked: the engine holds them, and
+        # they keep the throughput estimate current.
         self._max_in_engine = self._num_slots * self._batch_size
         self._recent_peak = 0.0
         self._seconds_per_image = 1 / max(engine.info.images_per_second, 0.01)

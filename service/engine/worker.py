@@ -55,11 +55,11 @@ class _Decoded:
     seconds: float
 
 
-class _Worker:
+class Worker:
     """Threads that each take the next job of any channel, as many as compute at once.
 
-    So none sleeps while there is work: with a thread per channel two of five waited for one core
-    while the other was idle.
+    Any thread takes any job, so no core idles. With one thread per channel, threads queued for one
+    core while another was idle.
     """
 
     def __init__(
@@ -236,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if isinstance(engine, str):
         control.sendall(json.dumps({"error": engine}).encode() + b"\n")
         return
-    worker = _Worker(engine, preprocess, request["max_pixels"], _connect(control, engine))
+    worker = Worker(engine, preprocess, request["max_pixels"], _connect(control, engine))
     gc.collect()
     gc.freeze()
     for _ in range(worker.num_threads):

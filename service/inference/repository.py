@@ -24,7 +24,7 @@ from models import checkpoint as checkpoints
 from models.checkpoint import Checkpoint, Golden
 from models.engine.engine import EngineInfo, Precision
 from models.engine.processor import cpu_name
-from models.errors import GraftError
+from models.errors import GraftError, join_first
 from models.prepared import resolve_device
 from models.preprocess import Preprocess
 from service import metrics
@@ -102,7 +102,7 @@ class Served:
             )
             raise RequestError(
                 "no_such_version",
-                f"model {self.name!r} has no version {version[:100]!r} here; there is {served}",
+                f"model {self.name!r} has no version {version[:100]!r} here; available: {served}",
             )
         return model
 
@@ -161,7 +161,8 @@ class Repository:
         self._closing: set[asyncio.Task[None]] = set()
 
     async def refresh(self, rollouts: Mapping[str, Rollout] | None = None) -> Snapshot:
-        """Serve what the folder holds now; `rollouts` go before the files of their models.
+        """Serve what the folder holds now; `rollouts` override the rollout.json files of their
+        models.
 
         Bad checkpoints and rollout files are refused one by one. Raises GraftError where the
         configured device is missing or one of `rollouts` cannot be served; nothing has changed
@@ -175,6 +176,7 @@ class Repository:
             for backbone in after.backbones:
                 backbone.engine.attach()
             self.current = after
+            _note_label_changes(before, after)
             self._close_unused(before, after)
             return after
 
@@ -201,9 +203,7 @@ class Repository:
         if not checkpoints.NAME_PATTERN.fullmatch(name) or not checkpoints.list_versions(
             self.root, name
         ):
-            raise RequestError(
-                "no_such_model", f"there is no model {name[:100]!r} in the repository"
-            )
+            raise RequestError("no_such_model", f"no model {name[:100]!r} is in the repository")
         async with self._changing:
             served = self.current.models.get(name)
             try:
@@ -236,6 +236,23 @@ class Repository:
         for name, version in before.versions - after.versions:
             logger.info("unloaded %s version %d", name, version)
             metrics.forget(name, version)
+
+
+def _note_label_changes(before: Snapshot, after: Snapshot) -> None:
+    """Log and count the models whose default version now answers with other labels."""
+    for name in before.models.keys() & after.models.keys():
+        old, new = (snapshot.models[name].default.checkpoint for snapshot in (before, after))
+        if old.label_names == new.label_names:
+            continue
+        logger.warning(
+            "the labels of %s changed: version %d answers with %s, version %d before it with %s",
+            name,
+            new.version,
+            join_first(new.label_names, 10),
+            old.version,
+            join_first(old.label_names, 10),
+        )
+        metrics.LABEL_CHANGES.labels(name).inc()
 
 
 def load_snapshot(

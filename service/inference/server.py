@@ -144,7 +144,7 @@ class Server:
         if name:
             raise RequestError(
                 "no_such_model",
-                f"there is no model {name[:100]!r} that can be served; there is {names}",
+                f"no model {name[:100]!r} is served; available models: {names or 'none'}",
             )
         raise RequestError(
             "model_required", f"several models are served; say which in 'model' (or 'all'): {names}"

@@ -33,7 +33,7 @@ def choose_one(server: Server, name: str, version: str = "") -> Model:
     if name == ALL_MODELS and name not in server.check_ready().models:
         raise RequestError(
             "no_such_model",
-            f"there is no model {ALL_MODELS!r} here; POST /predict?model=all asks every model",
+            f"no model {ALL_MODELS!r} has this route; POST /predict?model=all asks every model",
         )
     (model,) = server.choose(name, version)
     return model

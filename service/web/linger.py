@@ -15,8 +15,8 @@ from contextlib import suppress
 
 from starlette.types import Message, Receive, Scope, Send
 
-# A client that is still sending is never silent for so long. One that waits for the answer before
-# it sends, or has left, is not waited for.
+# A client still sending pauses for less than this. Stop waiting for one that is silent longer: it
+# has left, or waits for the answer before it sends.
 _MAX_SILENCE_SECONDS = 1.0
 
 
@@ -59,7 +59,7 @@ class RequestBody:
 
     async def _drop_rest(self, seconds: float) -> None:
         # Not in an `asyncio.timeout`: the `wait_for` of Python 3.11 loses a cancellation that comes
-        # together with a message, and a client that sends without end would never be cut off.
+        # together with a message, and a client that never stops sending would hold the connection.
         end = time.monotonic() + seconds
         with suppress(TimeoutError):
             while not self.is_read and (left := end - time.monotonic()) > 0:

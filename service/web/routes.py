@@ -1,7 +1,4 @@
-"""Routing: finds the handler of a request, checks its token, and gives every error its shape.
-
-Every request gets an id, a log line and its metrics.
-"""
+"""ASGI middleware: routing, authentication, request ids, access log, metrics, error formats."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 from sklearn import datasets
@@ -22,6 +23,7 @@ from finetune.auditing.findings import Audit
 from finetune.config import AuditOptions, Options
 from finetune.data.splits import load_splits
 from finetune.run import run
+from models.checkpoint import load_checkpoint
 from models.errors import GraftError
 from models.prepared import PreparedBackbone
 from tests.support.images import draw_shape, write_class_folders
@@ -297,13 +299,13 @@ def test_a_run_is_audited_and_its_split_keeps_duplicates_together(
     assert f"audit: look at {run_dir / 'audit.html'}" in caplog.messages
 
 
-def test_an_image_of_something_else_is_the_odd_one(
+def test_an_image_of_something_else_is_an_outlier(
     prepared: PreparedBackbone, tmp_path: Path, cache_dir: Path
 ) -> None:
     data = write_class_folders(tmp_path / "data", 30)
     photo = next(Path(datasets.__file__).parent.glob("images/china.jpg"))
     shutil.copy(photo, data / "cross" / "holiday.jpg")
-    assert found_paths(audit_of(data, tmp_path, cache_dir), "odd") == ["holiday.jpg"]
+    assert found_paths(audit_of(data, tmp_path, cache_dir), "outlier") == ["holiday.jpg"]
 
 
 def test_a_later_run_on_a_grown_folder_moves_no_image(
@@ -341,3 +343,60 @@ def test_a_strict_run_stops_on_a_leak(
     assert [row["kind"] for row in read_rows(newest_run(tmp_path) / "audit.csv")].count(
         "exact_leak"
     ) == 1
+
+
+# Data of 12 bits in files of 16.
+
+
+@pytest.fixture(scope="module")
+def dark(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """16-bit files: 12-bit data in two classes, which only its brightness tells apart."""
+    folder = tmp_path_factory.mktemp("dark") / "photos"
+    for highest, name in ((2_000, "left"), (4_095, "right")):
+        (folder / name).mkdir(parents=True)
+        for number in range(8):
+            values = np.random.default_rng((highest, number)).integers(0, 900, (40, 40))
+            values[:, :20] += (highest - 900) if name == "left" else 0
+            values[:, 20:] += (highest - 900) if name == "right" else 0
+            suffix = ("png", "tiff")[number % 2]
+            Image.fromarray(values.astype(np.uint16)).save(folder / name / f"{number}.{suffix}")
+    Image.fromarray(np.full((40, 40), 65_535, np.uint16)).save(folder / "left" / "bright.png")
+    Image.new("RGB", (40, 40), (3, 3, 3)).save(folder / "left" / "eight bits.tiff")
+    return folder
+
+
+def test_an_image_that_uses_little_of_its_range_is_found(
+    prepared: PreparedBackbone, dark: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    found = audit_of(dark, tmp_path, cache_dir)
+    findings = found.of_kind("narrow_range")
+    assert len(findings) == 16
+    assert all(
+        re.search(r"of 65,535: it uses \d\.\d% of its range", one.detail) for one in findings
+    )
+    assert "16 images nearly black (--stretch)" in found.summary
+    assert not audit_of(dark, tmp_path, cache_dir, stretch=True).of_kind("narrow_range")
+
+
+def test_a_stretched_run_is_served_as_it_was_trained(
+    prepared: PreparedBackbone, dark: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    preprocesses = []
+    for stretch in (False, True):
+        checkpoint = run(
+            Options(
+                data=str(dark),
+                output=tmp_path / "runs",
+                repository=tmp_path / "checkpoints",
+                cache_dir=cache_dir,
+                precision="fp32",
+                new_split=True,
+                stretch=stretch,
+            )
+        )
+        preprocesses.append(load_checkpoint(checkpoint).preprocess)
+    plain, stretched = preprocesses
+    assert (plain.stretch, stretched.stretch) == (False, True)
+    data = (dark / "right" / "0.png").read_bytes()
+    assert np.asarray(plain.open(data).pixels).max() == 15
+    assert np.asarray(stretched.open(data).pixels).max() == 255

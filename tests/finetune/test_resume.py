@@ -493,7 +493,7 @@ def test_a_probe_that_failed_after_it_published_is_kept_and_publishes_nothing_tw
         patch.setattr("finetune.run.write_report", refuse)
         assert main([*arguments, "--freeze", "backbone"]) == 2
     run_dir = only_run(tmp_path)
-    assert f"{run_dir} is kept; when that is mended, go on with\n  " in capsys.readouterr().err
+    assert f"{run_dir} is kept; after fixing this, go on with\n  " in capsys.readouterr().err
     # Another run's folder of the same name, elsewhere, is not this one.
     config = tmp_path / "checkpoints" / "tiny" / "1" / "config.json"
     assert find_published(tmp_path / "checkpoints", "tiny", read_id(run_dir)) == config.parent

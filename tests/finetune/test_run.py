@@ -106,7 +106,7 @@ def test_defaults_fit_the_digits(finetune: Finetune, tmp_path: Path) -> None:
     assert metrics.get("verdict", 0) is None
     assert metrics["val"]["calibration"]["covered"] == pytest.approx(0.95, abs=0.03)
     assert metrics["learning_curve"]["num_images"][-1] == 1797 - metrics["val"]["num_images"]
-    assert "half the images would have given" in done.stdout
+    assert "with half the images the probe scores" in done.stdout
     reason = "int8 is tried where" if supports_vnni() else "this CPU has no VNNI"
     assert reason in metrics["precision"]["reason"]
     checkpoint = load_checkpoint(tmp_path / "checkpoints" / "digits" / "1")

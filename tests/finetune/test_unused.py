@@ -57,6 +57,7 @@ OTHER = {
 }
 SWITCHES = {
     "new_split": "--new-split",
+    "new_labels": "--new-labels",
     "strict": "--strict",
     "cache": "--no-cache",
     "pretrained": "--no-pretrained",
@@ -81,6 +82,7 @@ ALWAYS = {
     "repository",
     "explain",
     "new_split",
+    "new_labels",
     "strict",
     "cache",
 }

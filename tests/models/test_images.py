@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from finetune.data.duplicates import Signature, _compute_signature
+from finetune.data.duplicates import Signature, compute_signature
 from models import images
 from models.errors import GraftError
 from models.images import (
@@ -33,7 +33,7 @@ from models.images import (
 )
 from models.preprocess import Preprocess
 from service.engine.wire import JobImage
-from service.engine.worker import _Worker
+from service.engine.worker import Worker
 from service.settings import Settings
 
 PREPROCESS = Preprocess(height=32, width=32, crop_fraction=1.0)
@@ -155,7 +155,7 @@ def test_a_jpeg_that_libjpeg_decodes_is_read_with_its_orientation(extra: bytes, 
     assert (opened.width, opened.height, opened.format) == (60, 40, "JPEG")
     assert opened.orientation == (1 if BROKEN_EXIF in extra else 6)
     assert np.array_equal(np.asarray(opened.pixels), np.asarray(open_image(plain).pixels))
-    found = _compute_signature(data)
+    found = compute_signature(data)
     assert isinstance(found, Signature)
     assert found.shorter_side == 40
 
@@ -427,7 +427,7 @@ MUTATIONS: tuple[Callable[[bytes, np.random.Generator], bytes], ...] = (
 )
 
 
-def served_crop(worker: _Worker, data: bytes) -> Any:
+def served_crop(worker: Worker, data: bytes) -> Any:
     return worker._decode(JobImage(True, data)).crop
 
 
@@ -437,7 +437,7 @@ def test_mutated_images_have_equal_pixels_in_training_and_service(
     kind: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     engine: Any = SimpleNamespace(info=SimpleNamespace(batch_size=1))
-    worker = _Worker(engine, PREPROCESS, LIMIT, [])
+    worker = Worker(engine, PREPROCESS, LIMIT, [])
     generator = np.random.default_rng(list(VALID).index(kind))
     num_read = 0
     for number in range(-(-NUM_MUTATIONS // len(VALID))):
@@ -455,7 +455,7 @@ def test_mutated_images_have_equal_pixels_in_training_and_service(
         assert isinstance(opened, OpenedImage)
         assert crop.shape == (32, 32, 3)
         assert np.array_equal(crop, served), (kind, number)
-        signature = _compute_signature(data)
+        signature = compute_signature(data)
         assert signature is not None
         assert signature.shorter_side == min(opened.width, opened.height)
     assert num_read > 0

@@ -453,3 +453,24 @@ def test_with_a_token_for_predictions_only_health_is_open(colors: Path, tmp_path
         assert (forbidden.status_code, forbidden.json()["error"]["code"]) == (403, "forbidden")
         assert '{"time"' not in server.log()
         assert TOKEN not in server.log()
+
+
+def test_a_version_with_other_labels_is_logged_and_counted(
+    client: httpx.Client, server: RunningServer, publish: Callable[..., Path], name: str
+) -> None:
+    def count() -> float:
+        text = client.get("/metrics").text
+        series = f'graft_label_changes_total{{model="{name}"}} '
+        return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(series))
+
+    publish(1)
+    until(lambda: serves(client, name, 1))
+    publish(2)
+    until(lambda: serves(client, name, 2))
+    assert count() == 0
+    others = [f"other {label}" for label in LABELS]
+    publish(3, lambda folder: change_config(folder, lambda one: one.update(label_names=others)))
+    until(lambda: serves(client, name, 3))
+    assert count() == 1
+    line = f"the labels of {name} changed: version 3 answers with other "
+    assert line in server.log()

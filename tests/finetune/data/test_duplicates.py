@@ -117,13 +117,13 @@ def test_a_second_run_decodes_only_what_is_new_or_may_be_a_copy(
     images = [draw_shape(shape, seed) for shape in ("circle", "square") for seed in range(5)]
     splits = splits_of([*images, images[2]])
     decoded: list[bytes] = []
-    compute = duplicates._compute_signature
+    compute = duplicates.compute_signature
 
     def count(data: bytes) -> Any:
         decoded.append(data)
         return compute(data)
 
-    monkeypatch.setattr(duplicates, "_compute_signature", count)
+    monkeypatch.setattr(duplicates, "compute_signature", count)
     for _ in range(2):
         with open_grids(tmp_path) as cache:
             assert places(find_duplicates(splits, num_workers=2, cache=cache)) == [[2, 10]]
@@ -155,7 +155,7 @@ def test_memory_grows_with_the_images_and_not_with_their_square(
         return Signature(data, 200, grid, grid)
 
     monkeypatch.setattr(duplicates, "_BLOCK_BYTES", 1_000_000)
-    monkeypatch.setattr(duplicates, "_compute_signature", compute)
+    monkeypatch.setattr(duplicates, "compute_signature", compute)
     peaks = []
     for num_images in (1_000, 4_000):
         splits = splits_of([str(index).encode() for index in range(num_images)])

@@ -19,6 +19,9 @@ from tests.finetune.data.test_lasting_split import load_lasting, sides, write_ru
 
 def write_csv(path: Path, rows: Sequence[tuple[str, ...]], header: str = "path,labels") -> Path:
     path.write_text("\n".join([header, *(",".join(row) for row in rows)]) + "\n")
+    for name, *_ in rows:
+        if name and not (path.parent / name).exists():
+            (path.parent / name).write_bytes(name.encode())
     return path
 
 

@@ -150,6 +150,72 @@ def test_a_val_split_is_made_where_there_is_only_train(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("train", "val", "messages"),
+    [
+        (
+            {"cat": 3, "dog": 1, "emu": 1},
+            None,
+            [
+                "each of the 2 classes 'dog', 'emu' has one image; it needs two or more",
+                "add images",
+            ],
+        ),
+        (
+            {"cat": 3, "dog": 3, "emu": 3},
+            {"cat": 1},
+            ["each of the 2 classes 'dog', 'emu' has no image to validate on; add some to val/"],
+        ),
+        (
+            {"cat": 3, "dog": 3},
+            {"cat": 1, "emu": 1, "fox": 1},
+            [
+                "each of the 2 classes 'emu', 'fox' has no image to train on; add some to train/",
+                "; class 'dog' has no image to validate on",
+            ],
+        ),
+        (
+            {"cat": 3, **{f"c{number:02d}": 1 for number in range(25)}},
+            None,
+            ["each of the 25 classes 'c00', 'c01'", "'c19' and 5 more has one image"],
+        ),
+    ],
+)
+def test_small_classes_are_all_in_one_message(
+    tmp_path: Path, train: dict[str, int], val: dict[str, int] | None, messages: list[str]
+) -> None:
+    root = write_images(tmp_path if val is None else tmp_path / "train", train)
+    if val is not None:
+        write_images(tmp_path / "val", val)
+        root = tmp_path
+    with pytest.raises(GraftError) as raised:
+        load(root)
+    for message in messages:
+        assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("val_fraction", [0.1, 0.5, 0.9])
+def test_a_label_with_one_image_stays_in_train(tmp_path: Path, val_fraction: float) -> None:
+    """Also where images have several labels."""
+    write_images(tmp_path, {"a": 8})
+    alone = [f"{number}" for number in range(4)]
+    rows = [f"a/{number:02d}.png,{number if number < 4 else ''}" for number in range(8)]
+    path = write_csv(tmp_path / "list.csv", "\n".join(["path,labels", *rows]))
+    splits = load(path, val_fraction=val_fraction, check=False)
+    assert labels_of(splits, splits.train) >= Counter(alone)
+    write_images(tmp_path / "folders", {"cat": 4, "dog": 1})
+    splits = load(tmp_path / "folders", val_fraction=val_fraction, check=False)
+    assert labels_of(splits, splits.train)["dog"] == 1
+
+
+def test_what_is_seen_is_told_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    for split in ("Training_Set", "dev"):
+        write_images(tmp_path / split, {"cat": 2, "dog": 2})
+    load(tmp_path)
+    assert caplog.messages == [f"{tmp_path}: 2 classes, images: 4 train, 4 val; classes: cat, dog"]
+
+
+@pytest.mark.parametrize(
     ("counts", "message"),
     [
         ({}, "no class folders in it; put the images of each class in a folder"),
@@ -217,7 +283,8 @@ def test_class_folders_without_a_file_are_named(
     splits = load(tmp_path)
     assert splits.label_names == ("cat", "dog")
     assert caplog.messages == [
-        f"--data {tmp_path}: no file in the class folders emu, fox; they are left out"
+        f"{tmp_path}: 2 classes, images: 4 train, 2 val; classes: cat, dog; left out or to be "
+        "looked at: no file in the class folders emu, fox"
     ]
     assert caplog.records[0].levelname == "WARNING"
 
@@ -227,6 +294,8 @@ def test_class_folders_without_a_file_are_named(
 
 def write_csv(path: Path, text: str, encoding: str = "utf-8") -> Path:
     path.write_bytes(text.encode(encoding))
+    for name in ("a.png", "b.png", "c.png", "d.png", "a,1.png", 'd "q".png', *"1234567"):
+        (path.parent / name).touch()
     return path
 
 
@@ -305,8 +374,8 @@ def test_quoted_paths_with_commas_are_read(tmp_path: Path) -> None:
         ("path,label,label\na.png,x,y\n", "it has the column label more than once"),
         ("path,label\na.png,x\nb\0.png,x\n", "line 3 has a path with a NUL in it"),
         (
-            "path,label,split\na.png,x,train\nb.png,x,dev\n",
-            "line 3 has the split 'dev'; allowed are train, val and test",
+            "path,label,split\na.png,x,train\nb.png,x,extra\n",
+            "line 3 has the split 'extra'; allowed are train, val and test",
         ),
         ("path,label,split\na.png,x,train\nb.png,x\n", "line 3 has the split None; allowed"),
         ("path,label,split\na.png,x,train\nb.png,x,\n", "line 3 has the split ''"),

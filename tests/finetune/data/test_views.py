@@ -6,7 +6,8 @@ import itertools
 
 import pytest
 
-from finetune.data.views import Augment, draw_view
+from finetune.config import Augment
+from finetune.data.views import draw_view
 from models.preprocess import View
 
 NUM_VIEWS = 400

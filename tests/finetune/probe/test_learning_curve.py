@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 
 from finetune.probe.learning_curve import (
     LearningCurve,
-    _continue_curve,
+    continue_curve,
     measure_learning_curve,
 )
 from finetune.probe.solve import solve_head, solve_probe
@@ -33,9 +33,9 @@ def measure(count: int, num_val: int = 4000, spread: float = 3.5) -> LearningCur
     )
 
 
-def continue_curve(*accuracies: float) -> LearningCurve:
+def curve_of(*accuracies: float) -> LearningCurve:
     """Through the accuracies of 20 to 80 images, on 10,000 validation images: without chance."""
-    return _continue_curve([20, 40, 60, 80], np.array([accuracies] * 1001), 10_000, "accuracy")
+    return continue_curve([20, 40, 60, 80], np.array([accuracies] * 1001), 10_000, "accuracy")
 
 
 def test_the_curve_rises_and_tells_what_doubling_brings() -> None:
@@ -45,20 +45,19 @@ def test_the_curve_rises_and_tells_what_doubling_brings() -> None:
     gained = doubled.accuracies[-1] - curve.accuracies[-1]
     assert curve.gain == pytest.approx(gained, abs=0.02)
     assert curve.interval.low < curve.gain < curve.interval.high
-    assert "half the images would have given" in str(curve)
+    assert "with half the images the probe scores" in str(curve)
     assert json.loads(json.dumps(curve.to_dict()))["num_images"][-1] == 400
 
 
 def test_a_curve_that_does_not_rise_promises_nothing() -> None:
     """A line through all four rises, though the second half of the images brought nothing."""
-    curve = continue_curve(0.40, 0.71, 0.66, 0.64)
+    curve = curve_of(0.40, 0.71, 0.66, 0.64)
     assert curve.gain > 0.05
     assert curve.interval.low < 0
     assert str(curve).startswith(
-        "half the images would have given the probe 0.7100; doubling them may be worth nothing, "
-        "and "
+        "with half the images the probe scores 0.7100; doubling them is predicted to add 0 to "
     )
-    assert continue_curve(0.40, 0.55, 0.62, 0.66).interval.low > 0.05
+    assert curve_of(0.40, 0.55, 0.62, 0.66).interval.low > 0.05
 
 
 def test_each_part_is_solved_as_a_probe_on_it_alone_would_be() -> None:
@@ -92,7 +91,7 @@ def test_where_there_is_nothing_to_gain_it_says_so() -> None:
     curve = measure(400, num_val=300, spread=0.3)
     assert curve.accuracies[-1] == 1
     assert curve.gain == pytest.approx(0, abs=0.01)
-    assert "doubling them may be worth nothing, and 0." in str(curve)
+    assert "doubling them is predicted to add 0 to 0." in str(curve)
 
 
 def test_every_class_is_in_every_part_and_views_stay_with_their_image() -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from finetune.probe.solve import Head
 from finetune.report.plots import draw_heat
 from finetune.run import run
-from finetune.training.explain import _from_maps, _to_maps, explain
+from finetune.training.explain import explain, from_maps, to_maps
 from models.backbone.build import build_backbone
 from models.errors import GraftError
 from models.images import Pixels
@@ -138,9 +138,9 @@ def test_it_is_hot_where_the_answer_was_made(
 @pytest.mark.parametrize("shape", [(2, 7, 5, 5), (2, 5, 5, 7), (2, 26, 7), (2, 25, 7), (2, 30, 7)])
 def test_maps_are_put_back_as_they_were(shape: tuple[int, ...]) -> None:
     output = torch.randn(shape)
-    maps = _to_maps(output)
+    maps = to_maps(output)
     assert maps.shape == (2, 7, 5, 5)
-    assert torch.equal(_from_maps(maps, output), output)
+    assert torch.equal(from_maps(maps, output), output)
 
 
 @pytest.mark.parametrize("policy", ["token", "avg"])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from models.engine.engine import Precision, run
-from models.engine.openvino_engine import OpenVINOEngine, _Request, supports_bf16
+from models.engine.openvino_engine import BoundRequest, OpenVINOEngine, supports_bf16
 from models.errors import GraftError
 from models.images import Pixels
 from models.prepared import PreparedBackbone
@@ -95,13 +95,13 @@ def test_a_lone_image_runs_on_every_core_and_gives_the_same_bits(
     )
     expected = engine.run_here(crops)
     num_streams: list[int] = []
-    run_it = _Request.run
+    run_it = BoundRequest.run
 
-    def note(request: _Request, images: Pixels, out: np.ndarray) -> None:
+    def note(request: BoundRequest, images: Pixels, out: np.ndarray) -> None:
         num_streams.append(request._request.get_compiled_model().get_property("NUM_STREAMS"))
         run_it(request, images, out)
 
-    monkeypatch.setattr(_Request, "run", note)
+    monkeypatch.setattr(BoundRequest, "run", note)
     engine.use_all_cores_for_one()
     alone = [engine.run_here(crops[index : index + 1]) for index in range(len(crops))]
     assert np.array_equal(np.concatenate(alone), expected)

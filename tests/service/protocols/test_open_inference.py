@@ -273,9 +273,9 @@ def test_tritons_client_reads_the_errors(tritons: triton.InferenceServerClient) 
         )
     with pytest.raises(InferenceServerException, match=r"\[413\] .*GRAFT_MAX_IMAGES"):
         tritons.infer("colors", [files_input(*[good] * (MAX_IMAGES + 1))], headers=token())
-    with pytest.raises(InferenceServerException, match=r"\[404\] there is no model 'cats'"):
+    with pytest.raises(InferenceServerException, match=r"\[404\] no model 'cats'"):
         tritons.infer("cats", [files_input(good)], headers=token())
-    with pytest.raises(InferenceServerException, match=r"\[404\] there is no model 'all'"):
+    with pytest.raises(InferenceServerException, match=r"\[404\] no model 'all'"):
         tritons.infer("all", [files_input(good)], headers=token())
     with pytest.raises(InferenceServerException, match=r"\[415\] .*gzip"):
         tritons.infer(

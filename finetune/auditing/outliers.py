@@ -19,28 +19,28 @@ from models.sources import SplitName
 # images, not with its square.
 _NUM_REFERENCES = 2000
 _NUM_NEIGHBOURS = 5
-# Odd images are farther than the median by so many robust standard deviations (1.4826 times the
+# Outliers are farther than the median by so many robust standard deviations (1.4826 times the
 # median absolute deviation), and never more than this fraction of all.
-_MIN_ODDNESS = 3.5
-_MAX_ODD_FRACTION = 0.01
+_MIN_DEVIATIONS = 3.5
+_MAX_FRACTION = 0.01
 
 
-def find_odd(splits: Splits, features: Mapping[SplitName, Features]) -> Iterator[Finding]:
-    """The oddest images first; `features` are `[N,F]` of each split, plain views first."""
+def find_outliers(splits: Splits, features: Mapping[SplitName, Features]) -> Iterator[Finding]:
+    """The farthest first; `features` are `[N,F]` of each split, plain views first."""
     samples = [(split, sample) for split, of_split in splits.named() for sample in of_split]
     distances = _neighbour_distances(
         [features[split][: len(of_split)] for split, of_split in splits.named()]
     )
     median = float(np.median(distances))
     spread = 1.4826 * float(np.median(np.abs(distances - median)))
-    max_odd = max(1, int(len(samples) * _MAX_ODD_FRACTION))
-    for index in np.argsort(-distances, kind="stable")[:max_odd]:
+    max_outliers = max(1, int(len(samples) * _MAX_FRACTION))
+    for index in np.argsort(-distances, kind="stable")[:max_outliers]:
         distance = float(distances[index])
-        if distances[index] - median <= _MIN_ODDNESS * spread:
+        if distances[index] - median <= _MIN_DEVIATIONS * spread:
             break
         split, sample = samples[index]
         detail = f"at distance {distance:.2f} from its neighbours, others at {median:.2f}"
-        yield Finding("odd", split, splits.describe(sample), detail, distance, sample)
+        yield Finding("outlier", split, splits.describe(sample), detail, distance, sample)
 
 
 def _neighbour_distances(features: Sequence[Features]) -> Floats:
