@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import shlex
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +24,9 @@ from finetune.data.lasting_split import load_lasting_splits
 from finetune.probe.features import extract_splits, open_engine, prepare, prepare_meanwhile
 from finetune.probe.solve import solve_probe
 from finetune.terminal import run_program
+from finetune.unused import warn_if_unused
 from models.errors import GraftError
+from models.files import scratch_folder
 
 logger = logging.getLogger("graft.audit")
 
@@ -47,6 +48,7 @@ def audit(options: AuditOptions) -> Audit:
 
     Under `--strict` raises GraftError, after all is written, if an image leaks or cannot be read.
     """
+    warn_if_unused(options)
     with prepare_meanwhile(options):
         loaded, duplicates = load_lasting_splits(
             options.data,
@@ -58,12 +60,12 @@ def audit(options: AuditOptions) -> Audit:
             num_workers=options.workers,
             check=False,
         )
-    with tempfile.TemporaryDirectory(prefix="graft-") as scratch:
+    with scratch_folder() as scratch:
         backbone = prepare(
             options.backbone,
             loaded.train,
             options,
-            Path(scratch),
+            scratch,
             weights=options.weights,
             pretrained=options.pretrained,
         )

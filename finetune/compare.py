@@ -10,7 +10,6 @@ import logging
 import math
 import shlex
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,9 @@ from finetune.probe.features import extract_splits, open_engine, prepare
 from finetune.probe.solve import solve_probe
 from finetune.report.plots import MeasuredBackbone, draw_backbones
 from finetune.terminal import run_program
+from finetune.unused import warn_if_unused
 from models.errors import GraftError
+from models.files import scratch_folder
 
 logger = logging.getLogger("graft.compare")
 
@@ -49,6 +50,7 @@ def compare(options: CompareOptions) -> Comparison:
 
     Backbones that cannot be had are logged and left out. Raises GraftError if none is left.
     """
+    warn_if_unused(options)
     splits, _ = load_lasting_splits(
         options.data,
         data_root=options.data_root,
@@ -121,8 +123,8 @@ def _names(options: CompareOptions) -> list[str]:
 
 
 def _measure(name: str, splits: Splits, options: CompareOptions) -> MeasuredBackbone:
-    with tempfile.TemporaryDirectory(prefix="graft-") as scratch:
-        backbone = prepare(name, splits.train, options, Path(scratch))
+    with scratch_folder() as scratch:
+        backbone = prepare(name, splits.train, options, scratch)
         engine = open_engine(backbone, options.device, options.precision)
         splits, features = extract_splits(
             splits,

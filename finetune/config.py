@@ -39,7 +39,15 @@ class CacheSettings:
 
 
 def _default_cache_dir() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "graft"
+    """`graft` in XDG_CACHE_HOME or ~/.cache; for a user without a home, a folder in TMPDIR."""
+    xdg = os.environ.get("XDG_CACHE_HOME", "")
+    # Empty and relative ones are to be ignored (XDG Base Directory Specification).
+    if Path(xdg).is_absolute():
+        return Path(xdg) / "graft"
+    try:
+        return Path.home() / ".cache" / "graft"
+    except RuntimeError:
+        return Path(os.environ.get("TMPDIR") or "/tmp") / f"graft-{os.getuid()}"
 
 
 class ProgramOptions(BaseModel):
@@ -507,7 +515,7 @@ def _did_you_mean(flag: str, known: list[str]) -> str:
 def _read_config(kind: type[ProgramOptions], path: Path) -> dict[str, Any]:
     allowed = "it takes a YAML file, such as the config.yaml of a run"
     try:
-        loaded = yaml.safe_load(path.read_text())
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise GraftError(f"--config {path}: {error.strerror}; {allowed}") from error
     except UnicodeDecodeError as error:

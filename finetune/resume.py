@@ -10,6 +10,7 @@ computed again.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import logging
@@ -18,7 +19,7 @@ import shlex
 import shutil
 import sys
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,8 @@ _KEPT = {
 }
 # Flags that --resume takes: they change how long a run takes and what it needs, not its result.
 _CHANGEABLE_OPTIONS = {"workers", "save_minutes", "cache_gb", "explain", "new_labels"}
+# Where images are now: `restore_splits` finds them there, `keep_choices` compares digests.
+_MOVABLE_OPTIONS = {"data", "data_root"}
 # Options that may differ in a resumed run's config.yaml: no gradient step depends on them. The
 # precision is fixed as it was resolved, the images as they are.
 _FREE_OPTIONS = _CHANGEABLE_OPTIONS | {
@@ -113,12 +116,15 @@ def read_options(given: Options) -> Options:
         f"--{name.replace('_', '-')} {getattr(given, name)}: the run in {run_dir} has "
         f"{getattr(its_own, name)}, and a resumed run goes on as it began; leave the flag out, or "
         "begin another run"
-        for name in sorted(given.model_fields_set - {"resume"} - _CHANGEABLE_OPTIONS)
+        for name in sorted(
+            given.model_fields_set - {"resume"} - _CHANGEABLE_OPTIONS - _MOVABLE_OPTIONS
+        )
         if getattr(given, name) != getattr(its_own, name)
     ]
     if contradictions:
         raise GraftError("\n".join(contradictions))
     changes = {name: getattr(given, name) for name in given.model_fields_set & _CHANGEABLE_OPTIONS}
+    changes |= _read_moved(given, its_own)
     resumed = its_own.model_copy(update={**changes, "resume": run_dir.resolve()})
     kept = _read_kept(run_dir)
     if kept is None:
@@ -133,20 +139,40 @@ def read_options(given: Options) -> Options:
     return resumed.model_copy(update={"precision": kept["precision"]})
 
 
-def restore_splits(run_dir: Path, splits: Splits) -> Splits | None:
+def _read_moved(given: Options, its_own: Options) -> dict[str, Any]:
+    """Options of a run whose images lie elsewhere now: absolute, as the process changes folder."""
+    moved: dict[str, Any] = {
+        name: getattr(given, name) for name in given.model_fields_set & _MOVABLE_OPTIONS
+    }
+    if "data_root" in moved:
+        moved["data_root"] = moved["data_root"].resolve()
+    if "data" in moved:
+        path = Path(moved["data"]).expanduser()
+        if path.exists():
+            moved["data"] = str(path.resolve())
+        # The model is still the one that the run began.
+        moved["name"] = its_own.model_name
+    return moved
+
+
+def restore_splits(run_dir: Path, splits: Splits, data: str | None = None) -> Splits | None:
     """The run's own splits, of the images in `splits`; None where it had not kept them.
 
-    Raises GraftError where an image is gone. Images that are new in the data are left out.
+    `data` is where they lie now, if elsewhere than when the run began; they keep their keys of
+    then. Raises GraftError where an image is gone. Images that are new in the data are left out.
     """
     kept = _read_kept(run_dir)
     if kept is None:
         return None
-    images = {sample.key: sample.image for _, samples in splits.named() for sample in samples}
+    key_then = _keys_then(run_dir, data)
+    images = {
+        key_then(sample.key): sample.image for _, samples in splits.named() for sample in samples
+    }
     gone = [key for split in kept["splits"].values() for key, *_ in split if key not in images]
     if gone:
         raise GraftError(
             f"--resume {run_dir}: images of the run are gone: {join_first(gone)}; bring them "
-            "back, or begin another run"
+            "back, say --data NEW where they have moved, or begin another run"
         )
 
     def restore(split: SplitName) -> tuple[Sample, ...]:
@@ -163,6 +189,15 @@ def restore_splits(run_dir: Path, splits: Splits) -> Splits | None:
         val=restore("val"),
         test=restore("test"),
     )
+
+
+def _keys_then(run_dir: Path, data: str | None) -> Callable[[str], str]:
+    """Gives an image's key when the run began; a folder's keys begin with its path."""
+    if data is None:
+        return str
+    its_own = parse_options(Options, ["--config", str(run_dir / "config.yaml")])
+    now, then = (str(Path(each).expanduser()) for each in (data, its_own.data))
+    return lambda key: then + key.removeprefix(now) if key.startswith(f"{now}/") else key
 
 
 def keep_choices(run_dir: Path, choices: Choices) -> str:
@@ -226,10 +261,16 @@ def lock(run_dir: Path) -> Iterator[None]:
             # A record lock: a `flock` would be held by a killed run's decoding processes, which
             # outlive it by seconds.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise GraftError(
-                f"{run_dir}: another process is at work on this run; wait for it, or stop it"
-            ) from None
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise GraftError(
+                    f"{run_dir}: another process is at work on this run; wait for it, or stop it"
+                ) from None
+            logger.warning(
+                "%s: its file system has no locks (%s): do not resume this run while it runs",
+                run_dir,
+                error.strerror,
+            )
         remove_temporary(run_dir)
         remove_temporary(folder)
         yield
@@ -282,7 +323,7 @@ def find_published(
     for version in reversed(list_versions(repository, model_name)):
         path = repository / model_name / str(version)
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            graft = json.loads((path / CONFIG_FILE).read_text())["graft"]
+            graft = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))["graft"]
             # Graft 0.1 named no candidate.
             is_candidate = candidate in (None, graft.get("candidate", candidate))
             if graft.get("run_id") == run_id and is_candidate:
@@ -336,7 +377,7 @@ def resume_command(run_dir: Path) -> str:
 def _read_kept(run_dir: Path) -> Any | None:
     path = run_dir / STATE_DIR / _RUN_FILE
     try:
-        kept = json.loads(path.read_text())
+        kept = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(kept, dict) or not kept.keys() >= _KEPT:
             raise ValueError("its entries are not those of a run")
         return kept
@@ -350,6 +391,6 @@ def _read_kept(run_dir: Path) -> Any | None:
 
 def _write(path: Path, text: str) -> None:
     try:
-        write_whole(path, lambda temporary: temporary.write_text(text))
+        write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     except OSError as error:
         raise GraftError(f"{path}: it cannot be written: {error.strerror}") from error

@@ -14,9 +14,9 @@ import contextlib
 import functools
 import json
 import logging
+import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -59,8 +59,10 @@ from finetune.resume import (
 from finetune.terminal import run_program
 from finetune.timer import Timer
 from finetune.training.broken_batch import FOLDER as BROKEN_BATCH_DIR
-from models.errors import GraftError
-from models.files import write_whole
+from finetune.unused import warn_if_split_is_given, warn_if_unused
+from models.checkpoint import check_repository
+from models.errors import GraftError, describe_error
+from models.files import check_writable, full_disk_in_words, scratch_folder, write_whole
 from models.named import import_named
 
 logger = logging.getLogger("graft.run")
@@ -81,12 +83,15 @@ def run(options: Options) -> Path:
     with Timer() as total:
         if options.resume is not None:
             options = read_options(options)
+        else:
+            warn_if_unused(options)
         if ":" in options.head_init:
             import_named("--head-init", options.head_init)  # fail before any work
         restore = None
         if options.resume is not None:
-            restore = functools.partial(restore_splits, options.resume)
-        with prepare_meanwhile(options):
+            restore = functools.partial(restore_splits, options.resume, data=options.data)
+        _check_folders(options)
+        with _moved_data_in_words(options), prepare_meanwhile(options):
             splits, duplicates = load_lasting_splits(
                 options.data,
                 data_root=options.data_root,
@@ -98,8 +103,21 @@ def run(options: Options) -> Path:
                 restore=restore,
                 refuse=functools.partial(_refuse, options),
             )
+        if not splits.is_drawn and options.resume is None:
+            warn_if_split_is_given(options)
         run_dir = options.resume or _make_run_dir(options)
-        with _kept_or_removed(run_dir, options), lock(run_dir):
+        with (
+            _kept_or_removed(run_dir, options),
+            lock(run_dir),
+            full_disk_in_words(
+                {
+                    "--output": run_dir,
+                    "--repository": options.repository,
+                    "--cache-dir": options.cache_dir,
+                    "TMPDIR": Path(os.environ.get("TMPDIR") or "/tmp"),
+                }
+            ),
+        ):
             return _run_in(run_dir, options, splits, duplicates, total)
 
 
@@ -109,8 +127,8 @@ def _run_in(
     trim_events(run_dir)
     earlier_seconds = seconds_trained(run_dir)
     monitor = Monitor(run_dir)
-    with tempfile.TemporaryDirectory(prefix="graft-") as scratch:
-        result = _fit(options, splits, duplicates, monitor, run_dir, Path(scratch), earlier_seconds)
+    with scratch_folder() as scratch:
+        result = _fit(options, splits, duplicates, monitor, run_dir, scratch, earlier_seconds)
         checkpoint = _publish(result, duplicates, run_dir)
         mistakes = worst_mistakes(result.splits, result.chosen)
         if mistakes and options.explains:
@@ -153,6 +171,7 @@ def _fit(
         pretrained=options.pretrained,
     )
     prepared.check_freeze(options.freeze)
+    _check_folders(options, sum(path.stat().st_size for path in prepared.folder.iterdir()))
     with Timer() as extraction:
         precise, splits, features, extract_seconds = extract_in_best_precision(
             prepared, loaded, options, scratch, digests=duplicates.digests
@@ -255,6 +274,32 @@ def _log_audit(audit: Audit, paths: tuple[Path, Path], is_strict: bool) -> None:
         logger.info("audit: look at %s", paths[1])
 
 
+def _check_folders(options: Options, num_bytes: int = 0) -> None:
+    """Raise GraftError where the run's folder or the checkpoint could not be written.
+
+    Both are written at the end of a run, and this is its beginning.
+    """
+    try:
+        check_writable(options.output, num_bytes if options.freeze != "backbone" else 0)
+    except OSError as error:
+        raise GraftError(
+            f"--output {options.output}: {describe_error(error)}; name a folder that you can write "
+            "to"
+        ) from error
+    check_repository(options.repository, options.model_name, num_bytes)
+
+
+@contextlib.contextmanager
+def _moved_data_in_words(options: Options) -> Iterator[None]:
+    """Say how a run goes on whose images are not found where they were."""
+    try:
+        yield
+    except GraftError as error:
+        if options.resume is not None:
+            error.add_note("where the images have moved, add --data NEW to --resume")
+        raise
+
+
 def _check_task(options: Options, splits: Splits) -> None:
     """Raise GraftError for an option that means nothing where images have several labels."""
     for name in splits.task.unsupported_options:
@@ -289,14 +334,14 @@ def _make_run_dir(options: Options) -> Path:
                 continue
             break
     except OSError as error:
-        folders = f"--output {options.output}, --repository {options.repository}"
         raise GraftError(
-            f"{folders}: {error.strerror}: {error.filename}; name folders that you can write to"
+            f"--output {options.output}: {describe_error(error)}; name a folder that you can write "
+            "to"
         ) from error
     try:
         _write(run_dir / "config.yaml", options.to_yaml())
     except GraftError:
-        run_dir.rmdir()
+        shutil.rmtree(run_dir, ignore_errors=True)
         raise
     return run_dir
 

@@ -21,7 +21,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from models.errors import GraftError, describe_error
-from models.files import move_whole, remove_temporary, temporary_folder
+from models.files import (
+    check_writable,
+    describe_write_error,
+    make_readable,
+    move_whole,
+    remove_temporary,
+    temporary_folder,
+)
 from models.preprocess import Preprocess
 
 FORMAT_VERSION = 1
@@ -141,6 +148,20 @@ def check_name(name: str) -> str:
     return name
 
 
+def check_repository(repository: Path, name: str, num_bytes: int = 0) -> None:
+    """Raise GraftError where no version of `name` with `num_bytes` could be written.
+
+    `publish` would say so at the end of a run; this is for its beginning.
+    """
+    try:
+        check_writable(repository / name, num_bytes)
+    except OSError as error:
+        raise GraftError(
+            f"--repository {repository}: {describe_error(error)}; name a folder that you can "
+            "write to, with room for the checkpoint"
+        ) from error
+
+
 def publish(
     repository: Path,
     name: str,
@@ -167,20 +188,22 @@ def publish(
             write_engine(temporary / OPENVINO_FILE)
             hashes = {path.name: hash_file(path) for path in sorted(temporary.iterdir())}
             whole = {**config, "graft": {**config["graft"], "files": hashes}}
-            (temporary / CONFIG_FILE).write_text(json.dumps(whole, indent=2) + "\n")
+            (temporary / CONFIG_FILE).write_text(
+                json.dumps(whole, indent=2) + "\n", encoding="utf-8"
+            )
             version = (list_versions(repository, name) or [0])[-1] + 1
-            (temporary / CARD_FILE).write_text(card(version))
+            (temporary / CARD_FILE).write_text(card(version), encoding="utf-8")
             # safetensors writes 0600, and the service may run as another user.
             for path in temporary.iterdir():
-                path.chmod(0o644)
+                make_readable(path)
             # Another run may have published this version meanwhile.
             while not move_whole(temporary, folder / str(version)):
                 version += 1
-                (temporary / CARD_FILE).write_text(card(version))
+                (temporary / CARD_FILE).write_text(card(version), encoding="utf-8")
     except (OSError, RuntimeError, SafetensorError) as error:
         raise GraftError(
-            f"the checkpoint could not be written to {folder}: {describe_error(error)}; "
-            "nothing was published"
+            f"the checkpoint could not be written to {folder}: "
+            f"{describe_write_error(error, folder)}; nothing was published"
         ) from error
     return folder / str(version)
 
@@ -238,7 +261,7 @@ def hash_file(path: Path) -> str:
 
 
 def _read(path: Path) -> Checkpoint:
-    config = json.loads((path / CONFIG_FILE).read_text())
+    config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
     graft = config["graft"]
     _check_format(path, graft)
     with safe_open(path / WEIGHTS_FILE, framework="np") as tensors:

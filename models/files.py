@@ -1,6 +1,8 @@
 """Files and folders written whole or not at all, even when the process or the machine stops.
 
-What is written goes to a temporary sibling, `.tmp-…`, is flushed to the disk and then renamed.
+What is written goes to a temporary sibling, `.tmp-…`, is flushed to the disk and then renamed. File
+systems without permissions (exFAT, CIFS) or without fsync of a folder (CIFS, FUSE, 9p) are written
+to as well as they allow.
 """
 
 from __future__ import annotations
@@ -9,12 +11,29 @@ import contextlib
 import errno
 import os
 import shutil
+import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from models.errors import GraftError, describe_error
+
 _PREFIX = ".tmp-"
+# A disk with less room than this is full, for a library that could not write to it.
+_FULL_BYTES = 1_000_000
+# What a file system answers to an operation that it does not have.
+_NOT_SUPPORTED = {
+    errno.EINVAL,
+    errno.ENOSYS,
+    errno.ENOTSUP,
+    errno.EOPNOTSUPP,
+    errno.ENOTTY,
+    errno.EBADF,
+    errno.EPERM,
+    errno.EACCES,
+    errno.EISDIR,
+}
 
 
 def write_whole(path: Path, content: str | bytes | Callable[[Path], object]) -> None:
@@ -33,6 +52,20 @@ def write_whole(path: Path, content: str | bytes | Callable[[Path], object]) -> 
         move_whole(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A new folder in TMPDIR, removed at the end. Raises GraftError where none can be made."""
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="graft-", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise GraftError(
+            f"TMPDIR={os.environ.get('TMPDIR', '')}: no folder for temporary files can be written "
+            f"to ({describe_error(error)}); set TMPDIR to one that can"
+        ) from error
+    with folder:
+        yield Path(folder.name)
 
 
 @contextlib.contextmanager
@@ -69,6 +102,62 @@ def move_whole(written: Path, path: Path) -> bool:
     return True
 
 
+def check_writable(folder: Path, num_bytes: int = 0) -> None:
+    """Write, flush and rename a file in `folder`, or in the one that it would be made in.
+
+    What is done at the end of long work fails here before it. Raises OSError, also where there is
+    no room for `num_bytes`.
+    """
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    with temporary_folder(existing) as temporary:
+        write_whole(temporary / "written", bytes(4096))
+    free = shutil.disk_usage(existing).free
+    if free < num_bytes:
+        wanted = f"{free / 1e6:.0f} MB free, {num_bytes / 1e6:.0f} MB needed"
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} ({wanted})", str(existing))
+
+
+def make_readable(path: Path) -> None:
+    """Let every user read a file, where the file system has permissions."""
+    try:
+        path.chmod(0o644)
+    except OSError as error:
+        if error.errno not in _NOT_SUPPORTED:
+            raise
+
+
+def describe_write_error(error: Exception, folder: Path) -> str:
+    """`describe_error`, or that the disk of `folder` is full, which libraries do not say."""
+    if not isinstance(error, OSError) and _is_full(folder):
+        return f"{os.strerror(errno.ENOSPC)}: {folder}"
+    return describe_error(error)
+
+
+@contextlib.contextmanager
+def full_disk_in_words(folders: Mapping[str, Path]) -> Iterator[None]:
+    """Raise GraftError for a write within that had no room, with the folders that are full.
+
+    `folders` are those that are written to, by the name under which the user can set them.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        full = [f"{name} {folder}" for name, folder in folders.items() if _is_full(folder)]
+        raise GraftError(
+            f"{', '.join(full) or 'a disk'}: {describe_error(error)}; make room, or name another "
+            "folder"
+        ) from error
+
+
+def _is_full(folder: Path) -> bool:
+    with contextlib.suppress(OSError):
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        return shutil.disk_usage(existing).free < _FULL_BYTES
+    return False
+
+
 def remove_temporary(folder: Path, older_than_seconds: float = 0) -> None:
     """Remove the temporary files and folders in `folder`, which killed processes left.
 
@@ -89,8 +178,12 @@ def _temporary_name() -> str:
 
 
 def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _NOT_SUPPORTED:
+            raise

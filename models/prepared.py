@@ -39,8 +39,8 @@ from models.engine.engine import Engine, EngineInfo, Precision
 from models.engine.openvino_engine import OpenVINOEngine, openvino_name
 from models.engine.processor import cpu_name, num_cpus
 from models.engine.torch_engine import TorchEngine
-from models.errors import GraftError, describe_error
-from models.files import move_whole, temporary_folder, write_whole
+from models.errors import GraftError
+from models.files import describe_write_error, move_whole, temporary_folder, write_whole
 from models.named import is_custom
 from models.preprocess import Preprocess
 
@@ -206,7 +206,9 @@ def write_prepared(backbone: Backbone, folder: Path) -> PreparedBackbone:
                 described["config"]["architecture"], tensors, backbone.preprocess, artefact
             )
             described["files"] = _hash_files(temporary)
-            (temporary / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n")
+            (temporary / CONFIG_FILE).write_text(
+                json.dumps(described, indent=2) + "\n", encoding="utf-8"
+            )
             # Where another run was faster, its folder is as good.
             move_whole(temporary, folder)
         return read_prepared(folder)
@@ -214,14 +216,15 @@ def write_prepared(backbone: Backbone, folder: Path) -> PreparedBackbone:
         if isinstance(error, GraftError):
             raise
         raise GraftError(
-            f"the converted backbone could not be written to {folder}: {describe_error(error)}; "
-            "name another --cache-dir, or say --no-cache"
+            f"the converted backbone could not be written to {folder}: "
+            f"{describe_write_error(error, folder)}; name another --cache-dir, or say --no-cache "
+            "(which writes to TMPDIR)"
         ) from error
 
 
 def read_prepared(folder: Path) -> PreparedBackbone:
     """Read what `write_prepared` wrote. Raises CheckpointError where a file has changed."""
-    stored = json.loads((folder / CONFIG_FILE).read_text())
+    stored = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     if stored.pop("format_version") != _FORMAT_VERSION or stored.pop("files") != _hash_files(
         folder
     ):
@@ -385,7 +388,7 @@ def _recall_engine(path: Path) -> EngineInfo | None:
     """What the search found on this machine with this OpenVINO, else None."""
     # The ways in which a damaged file can be wrong; the search is then made again.
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        recorded = json.loads(path.read_text())
+        recorded = json.loads(path.read_text(encoding="utf-8"))
         is_here = recorded.pop("num_cpus") == num_cpus() and recorded["device"] == cpu_name()
         is_sound = all(
             1 <= recorded[name] <= 1e6

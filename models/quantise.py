@@ -40,7 +40,9 @@ def quantise(backbone: PreparedBackbone, images: Pixels) -> PreparedBackbone:
         with temporary_folder(folder.parent) as temporary:
             _write_quantised(backbone, images, temporary / OPENVINO_FILE)
             shutil.copyfile(backbone.folder / WEIGHTS_FILE, temporary / WEIGHTS_FILE)
-            stored: dict[str, Any] = json.loads((backbone.folder / CONFIG_FILE).read_text())
+            stored: dict[str, Any] = json.loads(
+                (backbone.folder / CONFIG_FILE).read_text(encoding="utf-8")
+            )
             stored["fingerprint"] = fingerprint(
                 stored["config"]["architecture"],
                 backbone.read_tensors(),

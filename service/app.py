@@ -11,6 +11,7 @@ in a file field as a URL, decodes on the event loop, and has errors of many shap
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,7 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
+from models.errors import GraftError
 from service import lifeline
 from service.inference.server import Server
 from service.openapi import DESCRIPTION, describe
@@ -41,7 +43,7 @@ _PAGE = Path(__file__).with_name("page.html")
 
 async def page(request: Request, server: Server) -> Response:
     """`GET /`: a page to try the models on."""
-    return HTMLResponse(_PAGE.read_text())
+    return HTMLResponse(_PAGE.read_text(encoding="utf-8"))
 
 
 async def docs(request: Request, server: Server) -> Response:
@@ -97,8 +99,12 @@ ROUTES = (
     *_for_each(_HUGGING_FACE, "POST", "", classify_image),
 )
 
-_SETTINGS = load_settings()
-SERVER = Server(_SETTINGS)
+try:
+    _SETTINGS = load_settings()
+    SERVER = Server(_SETTINGS)
+except GraftError as error:
+    # BentoML would show a traceback of its own import.
+    sys.exit(f"error: {error}")
 
 
 @bentoml.service(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -20,6 +23,8 @@ NonNegativeInt = Annotated[int, Ge(0)]
 PositiveSeconds = Annotated[float, Gt(0)]
 NonNegativeSeconds = Annotated[float, Ge(0)]
 
+# Kubernetes sets these for a Service called graft, and for others whose name begins so.
+_OF_KUBERNETES = re.compile(r"GRAFT_(\w+_)?(SERVICE_(HOST|PORT)|PORT(_\d+_(TCP|UDP|SCTP)\w*)?)\w*")
 _PROJECT_DIR = Path(__file__).resolve().parent.parent
 _MIN_TOKEN_CHARACTERS = 8
 _KEEP_ALIVE_VARIABLE = "GRAFT_KEEP_ALIVE_SECONDS"
@@ -126,17 +131,46 @@ class Settings(BaseSettings):
 def load_settings() -> Settings:
     """The settings from the environment.
 
-    Raises GraftError with the variable, its value and what is allowed.
+    Raises GraftError with the variable, its value and what is allowed, and for a variable whose
+    name is nearly a setting's.
     """
+    wrong = [
+        f"{name}: there is no such setting; did you mean {meant}? Rename it, or unset it"
+        for name, meant in find_misspelt(os.environ).items()
+    ]
     if _KEEP_ALIVE_VARIABLE in os.environ:
         raise GraftError(
             f"{_KEEP_ALIVE_VARIABLE}={os.environ[_KEEP_ALIVE_VARIABLE]} is no setting any more; "
             "unset it and start with `bentoml serve --timeout-keep-alive SECONDS`, whole seconds"
         )
     try:
-        return Settings()
+        settings = Settings()
     except ValidationError as error:
-        raise GraftError("; ".join(_describe(one) for one in error.errors())) from None
+        wrong += [_describe(one) for one in error.errors()]
+    if wrong:
+        raise GraftError("; ".join(wrong))
+    return settings
+
+
+def find_misspelt(names: Iterable[str]) -> dict[str, str]:
+    """Variables of the environment nearly called as a setting: name → the setting's variable."""
+    variables = {name.upper(): _variable(name) for name in Settings.model_fields}
+    misspelt: dict[str, str] = {}
+    for name in sorted(names):
+        upper = name.upper()
+        if (
+            upper.startswith("GRAFT")
+            and upper not in variables.values()
+            and not _OF_KUBERNETES.fullmatch(upper)
+        ):
+            rest = upper.removeprefix("GRAFT").lstrip("_-")
+            close = difflib.get_close_matches(rest, variables, n=1, cutoff=0.8)
+            misspelt |= {name: variables[close[0]]} if close else {}
+    return misspelt
+
+
+def _variable(field: str) -> str:
+    return "CHECKPOINTS" if field == "checkpoints" else f"GRAFT_{field.upper()}"
 
 
 def _describe(problem: Any) -> str:
@@ -144,7 +178,7 @@ def _describe(problem: Any) -> str:
     if not problem["loc"]:
         return message
     name = str(problem["loc"][0])
-    variable = name if name == "CHECKPOINTS" else f"GRAFT_{name.upper()}"
+    variable = _variable(name.lower())
     if problem["type"] != "value_error":
         message = f"it must be {describe_allowed(Settings.model_fields[name.lower()])}"
     return f"{variable}={'…' if 'token' in name else problem['input']}: {message}"

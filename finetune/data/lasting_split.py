@@ -125,7 +125,7 @@ def keep_together(
 
 def _source_of_run(run_dir: Path) -> str | None:
     try:
-        options = yaml.safe_load((run_dir / "config.yaml").read_text())
+        options = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
         return identify_source(options["data"], Path(options["data_root"]))
     # Whatever the file holds, the folder is not a run on these images.
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):

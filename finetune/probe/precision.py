@@ -441,7 +441,7 @@ def _check_still_readable(samples: list[Sample], readable: list[Sample]) -> None
 def _read_checks(path: Path) -> list[PrecisionCheck]:
     # A damaged file raises any of these; the checks are then made again.
     with contextlib.suppress(OSError, ValueError, TypeError):
-        return [PrecisionCheck(**stored) for stored in json.loads(path.read_text())]
+        return [PrecisionCheck(**stored) for stored in json.loads(path.read_text(encoding="utf-8"))]
     return []
 
 

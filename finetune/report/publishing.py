@@ -132,7 +132,7 @@ def publish_again(source: Path, repository: Path, name: str, new_labels: bool) -
     checkpoint = load_checkpoint(source)
     check_labels(repository, name, checkpoint.label_names, new_labels)
     graft = {key: value for key, value in checkpoint.config["graft"].items() if key != "files"}
-    card = (source / CARD_FILE).read_text()
+    card = (source / CARD_FILE).read_text(encoding="utf-8")
     return publish(
         repository,
         name,

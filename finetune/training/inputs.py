@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ logger = logging.getLogger("graft.inputs")
 
 # Augmented views kept at the boundary without `--views`: later epochs see the first ones again.
 _MAX_VIEWS = 4
+_SHARED_MEMORY = Path("/dev/shm")
 # Never more than this share of what is free where the activations go.
 _MAX_DISK_FRACTION = 0.5
 
@@ -122,8 +124,28 @@ def open_inputs(
         Crops(splits.val, backbone.preprocess, targets=_targets(splits, splits.val)),
         backbone.model,
         Normalise(backbone.preprocess, device, memory_format),
-        settings.workers,
+        _count_workers(settings, backbone.preprocess),
     )
+
+
+def _count_workers(settings: TrainingSettings, preprocess: Preprocess) -> int:
+    """Processes that decode: as many as /dev/shm, in which they hand batches over, has room for."""
+    try:
+        is_usable = os.access(_SHARED_MEMORY, os.W_OK)
+        free = shutil.disk_usage(_SHARED_MEMORY).free if is_usable else 0
+    except OSError:
+        return settings.workers  # not Linux's
+    batch_bytes = 2 * settings.batch_size * 3 * preprocess.height * preprocess.width
+    # Of each worker two batches are ready, and one is read.
+    num_workers = min(settings.workers, free // (3 * batch_bytes))
+    if num_workers < settings.workers:
+        logger.warning(
+            "%s has room for the batches of %d of %d workers; give it more (docker run --shm-size)",
+            _SHARED_MEMORY,
+            num_workers,
+            settings.workers,
+        )
+    return num_workers
 
 
 class Normalise:

@@ -661,7 +661,7 @@ def test_images_that_are_gone_are_named(left: Path) -> None:
     choose(left, splits)
     with pytest.raises(
         GraftError,
-        match="images of the run are gone: train 0 0; bring them back, or begin another run",
+        match="images of the run are gone: train 0 0; bring them back, say --data NEW ",
     ):
         restore_splits(left, Splits(splits.label_names, splits.train[1:], splits.val))
     with pytest.raises(

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import stat
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
-from models.files import move_whole, remove_temporary, temporary_folder, write_whole
+from models.errors import GraftError
+from models.files import (
+    check_writable,
+    full_disk_in_words,
+    make_readable,
+    move_whole,
+    remove_temporary,
+    scratch_folder,
+    temporary_folder,
+    write_whole,
+)
 
 PROJECT_DIR = Path(__file__).parents[2]
 
@@ -111,3 +124,94 @@ def test_no_other_file_renames() -> None:
         if pattern.search(path.read_text())
     ]
     assert found == ["models/files.py"]
+
+
+# ----------------------------------------------------------- file systems that lack something
+
+REFUSALS = [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EPERM, errno.EACCES]
+
+
+@pytest.mark.parametrize("number", REFUSALS)
+def test_a_file_system_that_refuses_fsync_of_a_folder_is_written_to(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync = os.fsync
+
+    def refuse(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    write_whole(tmp_path / "a.txt", "text")
+    with temporary_folder(tmp_path) as temporary:
+        (temporary / "b.txt").write_text("text")
+        assert move_whole(temporary, tmp_path / "1")
+    assert names(tmp_path) == ["1", "a.txt"]
+
+
+@pytest.mark.parametrize("number", REFUSALS)
+def test_a_file_system_that_refuses_chmod_is_written_to(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "chmod", refuse)
+    make_readable(tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_that_fails_is_not_taken_for_one_that_lacks_something(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match=os.strerror(number)):
+        write_whole(tmp_path / "a.txt", "text")
+    assert names(tmp_path) == []
+
+
+def test_a_folder_that_could_not_be_written_is_known_before_it_is_made(tmp_path: Path) -> None:
+    check_writable(tmp_path / "new" / "newer")
+    assert names(tmp_path) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError):
+        check_writable(tmp_path / "file" / "folder")
+    with pytest.raises(OSError, match="1000000000000 MB needed"):
+        check_writable(tmp_path / "new", 10**18)
+    with pytest.raises(FileNotFoundError):
+        check_writable(Path("/proc/sys/graft"))
+
+
+def test_a_full_disk_is_named_by_the_option_that_chose_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = {"--output": Path("/dev/full/runs"), "TMPDIR": tmp_path}
+    with (
+        pytest.raises(
+            GraftError, match="a disk: No space left on device; make room, or name another folder"
+        ),
+        full_disk_in_words(folders),
+        Path("/dev/full").open("w") as file,
+    ):
+        file.write("text")
+    monkeypatch.setattr("models.files._FULL_BYTES", 10**18)
+    with (
+        pytest.raises(GraftError, match=f"TMPDIR {tmp_path}: No space left"),
+        full_disk_in_words({"TMPDIR": tmp_path}),
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(FileNotFoundError), full_disk_in_words(folders):
+        (tmp_path / "missing").read_text()
+
+
+def test_without_a_folder_for_temporary_files_tmpdir_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TMPDIR", "/proc/sys")
+    monkeypatch.setattr(tempfile, "tempdir", "/proc/sys")
+    with pytest.raises(GraftError, match="TMPDIR=/proc/sys: no folder for temporary files"):
+        scratch_folder().__enter__()
