@@ -26,7 +26,7 @@ check: $(INSTALLED) ## format, lint and types, as in CI
 	$(BIN)/mypy
 
 serve: $(INSTALLED) ## serve the newest checkpoints on port 3000
-	$(BIN)/bentoml serve $(ARGS)
+	$(BIN)/bentoml serve --timeout-keep-alive 75 $(ARGS)
 
 tensorboard: $(INSTALLED) ## show the runs on port 6006
 	$(BIN)/tensorboard --logdir runs $(ARGS)

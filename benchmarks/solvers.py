@@ -322,6 +322,13 @@ def report(measured: dict[tuple[str, str], Solved], docs: Path) -> None:
         for solver in TITLES
         if (case, solver) in measured
     ]
+    missing = [
+        f"{TITLES[solver]} on {CASES[case].title}"
+        for case in CASES
+        for solver in TITLES
+        if (case, solver) not in measured
+    ]
+    lines += ["", f"Not measured yet: {'; '.join(missing) or 'none'}."]
     lines += ["", machine.describe(with_peers=False)]
     write_section(docs / "finetune-benchmark.md", "# Fine-tuning, measured\n", "solvers", lines)
 

@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from models.preprocess import Pixels
+from models.images import Pixels
 
 _ROOM = Path(__file__).parent
 

@@ -16,8 +16,8 @@ from models.checkpoint import CONFIG_FILE, OPENVINO_FILE, WEIGHTS_FILE, fingerpr
 from models.engine.openvino_engine import openvino_core
 from models.errors import GraftError, describe_error
 from models.files import move_whole, temporary_folder
+from models.images import Pixels
 from models.prepared import PreparedBackbone, hash_openvino, read_kept, read_prepared
-from models.preprocess import Pixels
 
 # Images to calibrate on: more of them changed no figure (NNCF's own default is 300).
 NUM_CALIBRATION_IMAGES = 100

@@ -1,1 +1,1 @@
-"""Checkpoint → HTTP. Imports `models` alone, never `finetune`, and no torch unless it runs on CUDA."""
+"""Checkpoint → HTTP. Imports `models` only, and torch only where it runs on CUDA."""

@@ -1,18 +1,20 @@
-"""The BentoML service `Graft`: the table of its routes, and what BentoML is told of it.
+"""The BentoML service `Graft`: its table of routes, and its configuration of BentoML.
 
-    bentoml serve                       # from the folder of bentofile.yaml; CHECKPOINTS=DIR for another repository
+    bentoml serve     # in the folder of bentofile.yaml; CHECKPOINTS=DIR for another repository
     curl -F images=@photo.jpg localhost:3000/predict
 
-BentoML gives the process, the configuration, clients, spans and the Bento. Requests are answered by handlers of our own, in a
-middleware: BentoML's path reads a body without a limit, fetches a text in a file field as a URL, decodes on the event
-loop, and its errors have many shapes (all of 1.4.39). `Graft.predict` declares the same interface for schema and clients.
+BentoML gives the process, the configuration, clients, spans and the Bento. Requests are answered by
+handlers of our own, in a middleware, because BentoML's reads a body without a limit, fetches a text
+in a file field as a URL, decodes on the event loop, and has errors of many shapes (all of 1.4.39).
+`Graft.predict` declares the same interface for the schema and for BentoML's clients.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, cast
 
 import bentoml
 from pydantic import Field
@@ -21,7 +23,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from service import lifeline
 from service.inference.server import Server
-from service.openapi import describe
+from service.openapi import DESCRIPTION, describe
 from service.protocols import open_inference, tf_serving
 from service.protocols.admin import load_version, patch_rollout, unload_version
 from service.protocols.graft import list_models, predict
@@ -31,7 +33,7 @@ from service.protocols.schemas import PredictResponse
 from service.settings import load_settings
 from service.tasks.task import DEFAULT_TOP_K
 from service.web.responses import plain_error
-from service.web.route import Route
+from service.web.route import Handler, Route
 from service.web.routes import Routes
 
 _PAGE = Path(__file__).with_name("page.html")
@@ -54,6 +56,21 @@ def _describe(needs_token: bool) -> dict[str, Any]:
     )
 
 
+def _for_each(
+    addresses: Sequence[str], method: Literal["GET", "POST"], suffix: str, handler: Handler
+) -> list[Route]:
+    """One route of another protocol at each of the addresses that a model has there."""
+    return [Route(method, one + suffix, handler, error_body=plain_error) for one in addresses]
+
+
+_TF_SERVING = (
+    "/v1/models/{name}",
+    "/v1/models/{name}/versions/{version}",
+    "/v1/models/{name}/labels/{label}",
+)
+_OPEN_INFERENCE = ("/v2/models/{name}", "/v2/models/{name}/versions/{version}")
+_HUGGING_FACE = ("/hf/{name}", "/hf/{name}/versions/{version}")
+
 ROUTES = (
     Route("GET", "/", page, needs="nothing"),
     Route("POST", "/predict", predict),
@@ -68,68 +85,16 @@ ROUTES = (
         "POST", "/v1/models/{name}/versions/{version}:unload", unload_version, needs="admin_token"
     ),
     Route("PATCH", "/v1/models/{name}/rollout", patch_rollout, needs="admin_token"),
-    Route("POST", "/v1/models/{name}:predict", tf_serving.predict, error_body=plain_error),
-    Route(
-        "POST",
-        "/v1/models/{name}/versions/{version}:predict",
-        tf_serving.predict,
-        error_body=plain_error,
-    ),
-    Route(
-        "POST",
-        "/v1/models/{name}/labels/{label}:predict",
-        tf_serving.predict,
-        error_body=plain_error,
-    ),
-    Route("GET", "/v1/models/{name}", tf_serving.model_status, error_body=plain_error),
-    Route(
-        "GET",
-        "/v1/models/{name}/versions/{version}",
-        tf_serving.model_status,
-        error_body=plain_error,
-    ),
-    Route(
-        "GET", "/v1/models/{name}/labels/{label}", tf_serving.model_status, error_body=plain_error
-    ),
-    Route("GET", "/v1/models/{name}/metadata", tf_serving.model_metadata, error_body=plain_error),
-    Route(
-        "GET",
-        "/v1/models/{name}/versions/{version}/metadata",
-        tf_serving.model_metadata,
-        error_body=plain_error,
-    ),
-    Route(
-        "GET",
-        "/v1/models/{name}/labels/{label}/metadata",
-        tf_serving.model_metadata,
-        error_body=plain_error,
-    ),
+    *_for_each(_TF_SERVING, "POST", ":predict", tf_serving.predict),
+    *_for_each(_TF_SERVING, "GET", "", tf_serving.model_status),
+    *_for_each(_TF_SERVING, "GET", "/metadata", tf_serving.model_metadata),
     Route("GET", "/v2", open_inference.server_metadata, error_body=plain_error),
     Route("GET", "/v2/health/live", open_inference.live, needs="nothing", error_body=plain_error),
     Route("GET", "/v2/health/ready", open_inference.ready, needs="nothing", error_body=plain_error),
-    Route("GET", "/v2/models/{name}", open_inference.model_metadata, error_body=plain_error),
-    Route(
-        "GET",
-        "/v2/models/{name}/versions/{version}",
-        open_inference.model_metadata,
-        error_body=plain_error,
-    ),
-    Route("GET", "/v2/models/{name}/ready", open_inference.model_ready, error_body=plain_error),
-    Route(
-        "GET",
-        "/v2/models/{name}/versions/{version}/ready",
-        open_inference.model_ready,
-        error_body=plain_error,
-    ),
-    Route("POST", "/v2/models/{name}/infer", open_inference.infer, error_body=plain_error),
-    Route(
-        "POST",
-        "/v2/models/{name}/versions/{version}/infer",
-        open_inference.infer,
-        error_body=plain_error,
-    ),
-    Route("POST", "/hf/{name}", classify_image, error_body=plain_error),
-    Route("POST", "/hf/{name}/versions/{version}", classify_image, error_body=plain_error),
+    *_for_each(_OPEN_INFERENCE, "GET", "", open_inference.model_metadata),
+    *_for_each(_OPEN_INFERENCE, "GET", "/ready", open_inference.model_ready),
+    *_for_each(_OPEN_INFERENCE, "POST", "/infer", open_inference.infer),
+    *_for_each(_HUGGING_FACE, "POST", "", classify_image),
 )
 
 _SETTINGS = load_settings()
@@ -138,14 +103,15 @@ SERVER = Server(_SETTINGS)
 
 @bentoml.service(
     name="Graft",
-    # One process per device: it has the engines, and fills every core by itself.
+    # One process per device: it owns the engines, and uses every core by itself.
     workers=1,
-    description="Image classifiers that share their backbone: send images, get labels with calibrated scores.",
-    # BentoML's own limit answers in another shape, and keeps a timer for each request until it has run: it comes after ours, but soon.
+    description=DESCRIPTION,
+    # BentoML's own timeout answers in another shape, so it is longer than ours. It keeps a timer
+    # for each request until it has run, so it is only a little longer.
     traffic={"timeout": _SETTINGS.body_seconds + _SETTINGS.deadline_seconds + 10},
-    # Measured: with nothing to send spans to, they are 250 of 300 µs that BentoML's middlewares cost a request.
+    # Spans that go nowhere are 250 of the 300 µs that a request spends in BentoML's middlewares.
     tracing={} if _SETTINGS.tracing else {"excluded_urls": ".*"},
-    # Ours have bounded labels, and our log has the model, the images and the time of each request.
+    # Our metrics have bounded labels, and our log has each request's model, images and time.
     metrics={"enabled": False},
     logging={"access": {"enabled": False}},
 )
@@ -176,18 +142,23 @@ class Graft:
         version: Annotated[
             str,
             Field(
-                description="A version's number, a label, or latest; by default what the rollout says."
+                description="A version's number, a label, or latest; "
+                "by default what the rollout says."
             ),
         ] = "",
         top_k: Annotated[
             int,
             Field(
                 ge=1,
-                description="How many labels to list per image; left out, a multi-label model lists all.",
+                description="How many labels to list per image; "
+                "left out, a multi-label model lists all.",
             ),
         ] = DEFAULT_TOP_K,
     ) -> PredictResponse:
-        """Classify images. The answer has one entry per image, in order; one that cannot be read has an error in its place."""
+        """Classify images. The answer has one entry per image, in order.
+
+        An image that cannot be read has an error in its place.
+        """
         raise AssertionError("the Routes middleware answers /predict")
 
 

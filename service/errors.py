@@ -1,15 +1,15 @@
-"""What a request can be refused for: a code for programs, a message that says what to do for people."""
+"""Why a request is refused: a code for programs, and a message with the way out for people."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from models.errors import GraftError
-from models.preprocess import ImageError, ImageTooLargeError
+from models.images import ImageError, ImageTooLargeError
 
 
 class RequestError(GraftError):
-    """A request that gets no answer; `code` is one of the keys of `service.errors.STATUS_BY_CODE`."""
+    """A request that gets an error; `code` is a key of `STATUS_BY_CODE`."""
 
     def __init__(
         self,

@@ -1,6 +1,8 @@
-"""What Prometheus reads at /metrics. Labels are bounded: routes as patterns, models that are loaded, codes of the error table.
+"""The series that Prometheus reads at /metrics.
 
-BentoML's own metrics label by raw path, one series for every address a scanner tries (1.4.39), and are switched off.
+Labels are bounded: routes as patterns, models that are loaded, codes of the error table. BentoML's
+own metrics label by raw path, one series for every address a scanner tries (1.4.39), and are
+switched off.
 """
 
 from __future__ import annotations
@@ -8,7 +10,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
-# Set by BentoML for its own; with it values live in files for processes to share, and no series can be dropped. We are one process.
+# BentoML sets it for its own metrics. With it values live in files that processes share, and no
+# series can be dropped. This is one process.
 os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
 
 from prometheus_client import (
@@ -21,7 +24,8 @@ from prometheus_client import (
     generate_latest,
 )
 
-# For who serves this: nothing else here imports prometheus_client, which would be before the line above in some order of imports.
+# Other modules take it from here: no other may import prometheus_client, or some order of imports
+# would do so before the line above.
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 REGISTRY = CollectorRegistry()
 ProcessCollector(registry=REGISTRY)
@@ -99,15 +103,15 @@ LOADED = Gauge(
 )
 
 
-# What was noted since it was last written: metric, labels, and how much.
+# Noted since it was last written: metric, labels and amount.
 _noted: list[tuple[Counter | Histogram, tuple[str, ...], float]] = []
 _MAX_NOTED = 10_000
 
 
 def note(metric: Counter | Histogram, labels: tuple[str, ...], amount: float = 1) -> None:
-    """Count or observe `amount`, a little later: many at once cost a third of what each does between two images.
+    """Count or observe `amount` a moment later: in batches each costs a third.
 
-    For the event loop's thread alone, as all of these are.
+    For the event loop's thread alone, as all functions here are.
     """
     _noted.append((metric, labels, amount))
     if len(_noted) > _MAX_NOTED:
@@ -115,7 +119,7 @@ def note(metric: Counter | Histogram, labels: tuple[str, ...], amount: float = 1
 
 
 def write_noted() -> None:
-    """Put what was noted into the series, before they are read or one of them is dropped."""
+    """Write the noted amounts into their series, before these are read or one is dropped."""
     by_series: dict[tuple[Counter | Histogram, tuple[str, ...]], list[float]] = {}
     for metric, labels, amount in _noted:
         by_series.setdefault((metric, labels), []).append(amount)
@@ -130,7 +134,7 @@ def write_noted() -> None:
 
 
 def render(queue_images: Iterable[tuple[str, int]], loaded: Iterable[tuple[str, int]]) -> bytes:
-    """The text format, with the length of each backbone's queue and what is loaded as they are now."""
+    """The text format, with each backbone's queue and the loaded versions as they are now."""
     write_noted()
     QUEUE_IMAGES.clear()
     for backbone, num_images in queue_images:

@@ -1,6 +1,7 @@
-"""The OpenAPI page: every route of the table, its summary from its handler's docstring, its shapes from here.
+"""The OpenAPI page: every route, with the summary of its handler's docstring and the shapes below.
 
-Of what BentoML derives from `Graft.predict`, only the form's fields are kept: its own description loads pictures from other hosts.
+Of BentoML's description of `Graft.predict` only the form's fields are used: the rest loads pictures
+from other hosts.
 """
 
 from __future__ import annotations
@@ -30,14 +31,17 @@ from service.tasks.task import LabelScore
 from service.web.responses import plain_error
 from service.web.route import Handler, Route
 
-# Of these addresses, not of the models.
+DESCRIPTION = (
+    "Image classifiers that share their backbone: send images, get labels with calibrated scores."
+)
+# Of the HTTP interface, not of the models.
 _API_VERSION = "1"
 _REF = "#/components/schemas/{model}"
 _BYTES = {"schema": {"type": "string", "format": "binary"}}
 
 
 class PredictAnswer(RootModel[PredictResponse | AllResponse]):
-    """What one model says; with model=all, what each says."""
+    """The predictions of one model; with model=all, of each model."""
 
 
 class TensorFlowAnswer(RootModel[tf_serving.PredictRows | tf_serving.PredictOutputs]):
@@ -50,14 +54,14 @@ class ImageLabels(RootModel[list[LabelScore]]):
 
 @dataclass(frozen=True)
 class Shapes:
-    """What an operation gives and takes as JSON, and as what else it takes its body."""
+    """The JSON that an operation answers and takes, and another type that its body may have."""
 
-    gives: type[BaseModel]
-    takes: type[BaseModel] | None = None
+    response: type[BaseModel]
+    request: type[BaseModel] | None = None
     binary: str = ""
 
 
-# A handler that is not here gives text.
+# A handler that is not here answers with text.
 _SHAPES: dict[Handler, Shapes] = {
     graft.predict: Shapes(PredictAnswer),
     graft.list_models: Shapes(ModelsResponse),
@@ -83,15 +87,18 @@ _SHAPES: dict[Handler, Shapes] = {
 
 
 def describe(spec: dict[str, Any], routes: Sequence[Route], *, needs_token: bool) -> dict[str, Any]:
-    """OpenAPI 3.1 of `routes`, `spec` being BentoML's own; with `needs_token`, the server has a token for predictions and lists."""
+    """OpenAPI 3.1 of `routes`; `spec` is BentoML's own.
+
+    With `needs_token` predictions and lists need the API token.
+    """
     wanted: dict[tuple[type[BaseModel], Literal["serialization", "validation"]], None] = {
         (ErrorResponse, "serialization"): None,
         (ProtocolError, "serialization"): None,
     }
     for shapes in _SHAPES.values():
-        wanted[shapes.gives, "serialization"] = None
-        if shapes.takes is not None:
-            wanted[shapes.takes, "validation"] = None
+        wanted[shapes.response, "serialization"] = None
+        if shapes.request is not None:
+            wanted[shapes.request, "validation"] = None
     references, definitions = models_json_schema(list(wanted), ref_template=_REF)
     paths: dict[str, Any] = {}
     for route in routes:
@@ -104,7 +111,7 @@ def describe(spec: dict[str, Any], routes: Sequence[Route], *, needs_token: bool
         "info": {
             "title": "Graft",
             "version": _API_VERSION,
-            "description": "Image classifiers that share their backbone: send images, get labels with calibrated scores.",
+            "description": DESCRIPTION,
         },
         "servers": spec["servers"],
         "paths": paths,
@@ -118,13 +125,13 @@ def describe(spec: dict[str, Any], routes: Sequence[Route], *, needs_token: bool
 def _operation(route: Route, references: dict[Any, Any], needs_token: bool) -> dict[str, Any]:
     shapes = _SHAPES.get(route.handler)
     error = ProtocolError if route.error_body is plain_error else ErrorResponse
-    gives = (
-        {"application/json": {"schema": references[shapes.gives, "serialization"]}}
+    content = (
+        {"application/json": {"schema": references[shapes.response, "serialization"]}}
         if shapes
         else {"*/*": {}}
     )
     if route.handler is open_inference.infer:
-        gives["application/octet-stream"] = _BYTES
+        content["application/octet-stream"] = _BYTES
     refused = {"content": {"application/json": {"schema": references[error, "serialization"]}}}
     statuses = sorted(set(STATUS_BY_CODE.values())) if route.handler is graft.predict else []
     operation: dict[str, Any] = {
@@ -138,10 +145,10 @@ def _operation(route: Route, references: dict[Any, Any], needs_token: bool) -> d
                 "required": True,
                 "schema": {"type": "string", "pattern": "^[^/:]+$"},
             }
-            for name in route.pattern.groupindex
+            for name in route.parameters
         ],
         "responses": {
-            "200": {"description": "The answer", "content": gives},
+            "200": {"description": "The answer", "content": content},
             **{
                 str(status): {"description": HTTPStatus(status).phrase, **refused}
                 for status in statuses
@@ -151,17 +158,17 @@ def _operation(route: Route, references: dict[Any, Any], needs_token: bool) -> d
     }
     if route.needs == "admin_token" or (route.needs == "api_token" and needs_token):
         operation["security"] = [{"bearer": []}]
-    if shapes is not None and shapes.takes is not None:
-        takes = {"application/json": {"schema": references[shapes.takes, "validation"]}}
+    if shapes is not None and shapes.request is not None:
+        body = {"application/json": {"schema": references[shapes.request, "validation"]}}
         operation["requestBody"] = {
             "required": True,
-            "content": takes | ({shapes.binary: _BYTES} if shapes.binary else {}),
+            "content": body | ({shapes.binary: _BYTES} if shapes.binary else {}),
         }
     return operation
 
 
 def _predict(spec: dict[str, Any]) -> dict[str, Any]:
-    """The form that BentoML derives, its options as query parameters too, and a raw body."""
+    """BentoML's form, its options as query parameters too, and a raw body."""
     form = spec["paths"]["/predict"]["post"]["requestBody"]["content"]["multipart/form-data"][
         "schema"
     ]
@@ -185,7 +192,7 @@ def _predict(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def _summary(handler: Handler) -> str:
-    """The first line of the docstring without its address."""
+    """The first line of the docstring without its leading address."""
     first = (handler.__doc__ or "").partition("\n")[0]
     text = re.sub(r"^`[^`]*`: ", "", first)
     return text[:1].upper() + text[1:]

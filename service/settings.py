@@ -1,7 +1,8 @@
-"""Every limit and choice of the service, once: environment variable, default, check and what it is for."""
+"""Every limit and choice of the service, once: environment variable, default, check and meaning."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -12,123 +13,126 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from models.allowed import describe_allowed
 from models.engine.engine import Precision
 from models.errors import GraftError
+from models.images import MAX_PIXELS
 
 PositiveInt = Annotated[int, Ge(1)]
+NonNegativeInt = Annotated[int, Ge(0)]
 PositiveSeconds = Annotated[float, Gt(0)]
 NonNegativeSeconds = Annotated[float, Ge(0)]
 
 _PROJECT_DIR = Path(__file__).resolve().parent.parent
+_MIN_TOKEN_CHARACTERS = 8
+_KEEP_ALIVE_VARIABLE = "GRAFT_KEEP_ALIVE_SECONDS"
 
 
 def _default_checkpoints_dir() -> Path:
-    """`checkpoints/` of the current folder, else the one beside the code, which is where a Bento has it."""
+    """`checkpoints/` of the working directory, else the one beside the code, as in a Bento."""
     here = Path("checkpoints")
     return here if here.is_dir() else _PROJECT_DIR / "checkpoints"
 
 
 class Settings(BaseSettings):
-    """Read from the environment: `GRAFT_` and the field's name in capitals, except where an alias is given."""
+    """Read from the environment: `GRAFT_` and the field's name in capitals, or the alias."""
 
-    model_config = SettingsConfigDict(env_prefix="GRAFT_", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix="GRAFT_", frozen=True, use_attribute_docstrings=True
+    )
 
     checkpoints: Path = Field(
-        default_factory=_default_checkpoints_dir,
-        validation_alias="CHECKPOINTS",
-        description="The repository: <checkpoints>/<name>/<version>/. The newest version of every model is served, or what its "
-        "rollout.json says.",
+        default_factory=_default_checkpoints_dir, validation_alias="CHECKPOINTS"
     )
-    poll_seconds: NonNegativeSeconds = Field(
-        default=1.0,
-        description="How often the repository is looked through for new versions; 0: only at the start.",
-    )
-    api_token: SecretStr | None = Field(
-        default=None,
-        description="Where set, predictions and lists need `Authorization: Bearer <token>`; health and metrics do not.",
-    )
-    admin_token: SecretStr | None = Field(
-        default=None,
-        description="Needed to load, unload and change rollouts over HTTP; without it that is switched off.",
-    )
-    access_log: bool = Field(
-        default=True,
-        description="One line of JSON per request on standard output, health checks excepted.",
-    )
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        default="auto",
-        description="What runs the backbones; auto takes CUDA where there is a device and torch, else the CPU.",
-    )
-    precision: Precision | None = Field(
-        default=None,
-        description="Precision of the engines; by default what each checkpoint recorded, where this device can.",
-    )
-    max_body_bytes: PositiveInt = Field(
-        default=32 * 2**20, description="Largest request body; more is answered 413."
-    )
-    max_buffered_bytes: PositiveInt = Field(
-        default=512 * 2**20,
-        description="Bodies of all requests together that are held in memory; more is answered 429.",
-    )
-    max_images: PositiveInt = Field(
-        default=64, description="Most images in one request; more is answered 413."
-    )
-    max_pixels: PositiveInt = Field(
-        default=50_000_000,
-        description="Most pixels of one image, read from its header before anything is decoded.",
-    )
-    max_queue_images: PositiveInt = Field(
-        default=1024, description="Images accepted at once per backbone; more is answered 429."
-    )
-    deadline_seconds: PositiveSeconds = Field(
-        default=10.0,
-        description="Time from a complete request to its answer; what cannot make it is answered 429 at once.",
-    )
-    body_seconds: PositiveSeconds = Field(
-        default=30.0, description="Time in which a request's body must have arrived; else 408."
-    )
-    cached_images: Annotated[int, Ge(0)] = Field(
-        default=0,
-        description="Images whose features are kept, for those that come again; 5 KB each, per backbone. 0: none.",
-    )
-    tracing: bool = Field(
-        default=False,
-        description="OpenTelemetry spans for every request, sent where BentoML's `tracing` configuration says.",
-    )
-    keep_alive_seconds: PositiveSeconds = Field(
-        default=75.0,
-        description="Silence after which a connection is closed: longer than a proxy in front keeps it (nginx and most load balancers: "
-        "60 s), or it would now and then send a request into one that is being closed.",
-    )
-    drain_seconds: NonNegativeSeconds = Field(
-        default=1.0,
-        description="Time between SIGTERM, when /readyz turns to 503, and the end of accepting connections.",
-    )
-    shutdown_seconds: PositiveSeconds = Field(
-        default=30.0, description="The process ends at the latest this long after SIGTERM."
-    )
+    """The repository: <checkpoints>/<name>/<version>/. The newest version of every model is served,
+    or what its rollout.json says."""
+
+    poll_seconds: NonNegativeSeconds = 1.0
+    """How often the repository is read for new versions; 0: only at the start."""
+
+    api_token: SecretStr | None = None
+    """If set, predictions and lists need `Authorization: Bearer <token>`; health and metrics do
+    not."""
+
+    admin_token: SecretStr | None = None
+    """Needed to load, unload and change rollouts over HTTP; without it that is switched off."""
+
+    access_log: bool = True
+    """One line of JSON per request on standard output, health checks excepted."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """What runs the backbones; auto takes CUDA where there is a device and torch, else the CPU."""
+
+    precision: Precision | None = None
+    """Precision of the engines; by default what each checkpoint recorded, where this device can."""
+
+    max_body_bytes: PositiveInt = 32 * 2**20
+    """Largest request body; more is answered 413."""
+
+    max_buffered_bytes: PositiveInt = 512 * 2**20
+    """Bodies of all requests together that are held in memory; more is answered 429."""
+
+    max_images: PositiveInt = 64
+    """Most images in one request; more is answered 413."""
+
+    max_pixels: PositiveInt = MAX_PIXELS
+    """Most pixels of one image, read from its header before anything is decoded. Runs have the same
+    limit and read this variable too."""
+
+    max_queue_images: PositiveInt = 1024
+    """Images accepted at once per backbone; more is answered 429."""
+
+    deadline_seconds: PositiveSeconds = 10.0
+    """Time from a complete request to its answer; a request that cannot make it is answered 429
+    at once."""
+
+    body_seconds: PositiveSeconds = 30.0
+    """Time in which a request's body must have arrived; else 408."""
+
+    cached_images: NonNegativeInt = 0
+    """Images whose features are kept, for images that come again; 5 KB each, per backbone.
+    0: none."""
+
+    tracing: bool = False
+    """OpenTelemetry spans for every request, sent where BentoML's `tracing` configuration says."""
+
+    drain_seconds: NonNegativeSeconds = 1.0
+    """Time between SIGTERM, when /readyz turns to 503, and the end of accepting connections."""
+
+    shutdown_seconds: PositiveSeconds = 30.0
+    """The process ends at the latest this long after SIGTERM."""
 
     @field_validator("api_token", "admin_token")
     @classmethod
     def _check_token(cls, token: SecretStr | None) -> SecretStr | None:
         if token is not None and not (
-            len(token.get_secret_value()) >= 8 and token.get_secret_value().isprintable()
+            len(token.get_secret_value()) >= _MIN_TOKEN_CHARACTERS
+            and token.get_secret_value().isprintable()
         ):
             raise ValueError(
-                "a token is at least 8 printable characters, for example from `openssl rand -hex 16`"
+                f"a token is at least {_MIN_TOKEN_CHARACTERS} printable characters, for example "
+                "from `openssl rand -hex 16`"
             )
         return token
 
     @model_validator(mode="after")
-    def _check_together(self) -> Self:
+    def _check_limits(self) -> Self:
         if self.max_images > self.max_queue_images:
             raise ValueError(
-                f"GRAFT_MAX_IMAGES={self.max_images} is more than GRAFT_MAX_QUEUE_IMAGES={self.max_queue_images}: "
-                "such a request could never be accepted"
+                f"GRAFT_MAX_IMAGES={self.max_images} is more than "
+                f"GRAFT_MAX_QUEUE_IMAGES={self.max_queue_images}: such a request could never be "
+                "accepted"
             )
         return self
 
 
 def load_settings() -> Settings:
-    """The settings from the environment; raises GraftError with the variable, its value and what is allowed."""
+    """The settings from the environment.
+
+    Raises GraftError with the variable, its value and what is allowed.
+    """
+    if _KEEP_ALIVE_VARIABLE in os.environ:
+        raise GraftError(
+            f"{_KEEP_ALIVE_VARIABLE}={os.environ[_KEEP_ALIVE_VARIABLE]} is no setting any more; "
+            "unset it and start with `bentoml serve --timeout-keep-alive SECONDS`, whole seconds"
+        )
     try:
         return Settings()
     except ValidationError as error:

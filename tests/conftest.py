@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 from models.engine.openvino_engine import OpenVINOEngine
+from models.images import Pixels
 from models.prepared import PreparedBackbone, prepare_backbone
-from models.preprocess import Pixels
 from tests.support.servers import RunningServer, publish_colors
 from tests.support.shared import HANG_SECONDS, locked, machine, make_once
 

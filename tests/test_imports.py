@@ -27,6 +27,7 @@ LAYERS: dict[str, list[set[str]]] = {
         {"prepared"},
         {"backbone", "engine", "checkpoint"},
         {"named", "preprocess", "sources", "scores", "allowed"},
+        {"images"},
         {"errors", "files"},
     ],
     "finetune": [

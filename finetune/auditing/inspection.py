@@ -15,7 +15,8 @@ from finetune.data.duplicates import Duplicates
 from finetune.data.splits import Sample, Splits
 from finetune.probe.solve import Probe
 from models.engine.engine import Features
-from models.preprocess import ImageError, Preprocess, begins_as
+from models.images import NUM_MAGIC_BYTES, ImageError, begins_as
+from models.preprocess import Preprocess
 from models.sources import SplitName
 
 MIN_IMAGES = 10
@@ -27,6 +28,9 @@ _SUFFIXES = {
     "BMP": (".bmp", ".dib"),
     "TIFF": (".tif", ".tiff"),
     "WEBP": (".webp",),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "AVIF": (".avif", ".avifs"),
+    "HEIC": (".heic", ".heif", ".hif"),
 }
 
 
@@ -126,7 +130,7 @@ def _find_wrong_extensions(splits: Splits) -> Iterator[Finding]:
                 continue
             start = b""
             with contextlib.suppress(OSError), sample.image.open("rb") as file:
-                start = file.read(12)
+                start = file.read(NUM_MAGIC_BYTES)
             name, suffix = begins_as(start), sample.image.suffix
             if name is not None and suffix.lower() not in _SUFFIXES[name]:
                 rename = f"rename it to {_SUFFIXES[name][0]}"

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from finetune.auditing.findings import WORDING, Audit, Finding, Kind, Wording
 from finetune.data.splits import Sample
 from finetune.templates import image_uri, render
-from models.preprocess import ImageError, Preprocess
+from models.images import ImageError
+from models.preprocess import Preprocess
 
 # Of each kind; the CSV has all. A page of them all would take a browser minutes.
 _MAX_SHOWN = 60

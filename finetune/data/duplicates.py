@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import io
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +27,8 @@ from finetune.data.cache import FeatureCache, digest_image
 from finetune.data.splits import Sample, Splits
 from finetune.terminal import progress_bar
 from models.engine.engine import EngineInfo
-from models.preprocess import FORMATS, ImageError, Preprocess
+from models.images import ImageError
+from models.preprocess import Preprocess
 from models.scores import Floats
 
 _WHOLE_IMAGE = Preprocess(
@@ -185,14 +185,15 @@ def _read_signature(sample: Sample) -> Signature | None:
 
 def _compute_signature(data: bytes) -> Signature | None:
     try:
-        fine = _WHOLE_IMAGE(data)
+        opened = _WHOLE_IMAGE.open(data)
+        fine = _WHOLE_IMAGE.crop(opened)
     except ImageError:
         return None
     # From the fine grid: resized in one step, it would depend on the size resized from.
     coarse = np.asarray(
         Image.fromarray(fine).resize((_COARSE_SIDE, _COARSE_SIDE), Image.Resampling.BILINEAR)
     )
-    shorter_side = min(Image.open(io.BytesIO(data), formats=FORMATS).size)
+    shorter_side = min(opened.width, opened.height)
     return Signature(
         digest_image(data), shorter_side, fine.astype(np.int16), coarse.astype(np.int16)
     )

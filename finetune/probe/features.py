@@ -23,9 +23,10 @@ from finetune.data.views import Views
 from finetune.terminal import progress_bar
 from models.engine.engine import Engine, Features, Precision
 from models.errors import GraftError, join_first
+from models.images import MAX_PIXELS, ImageError, Pixels, read_max_pixels
 from models.prepare_ahead import prepare_ahead
 from models.prepared import Device, PreparedBackbone, prepare_backbone
-from models.preprocess import ImageError, Pixels, Preprocess, View
+from models.preprocess import Preprocess, View
 from models.quantise import NUM_CALIBRATION_IMAGES, find_quantised, quantise
 from models.sources import SplitName
 
@@ -333,6 +334,9 @@ def _decode_all(
             data, view = sample.read(), draw(index)
             digest = digest_image(data, view)
             is_cached = cache is not None and digest in cache
+            if is_cached and read_max_pixels() < MAX_PIXELS:
+                # It was kept under a higher limit, perhaps.
+                preprocess.open(data)
             return _Decoded(digest, view, None if is_cached else preprocess(data, view=view))
         except ImageError as error:
             return error

@@ -10,7 +10,8 @@ from finetune.data.splits import Sample, Splits
 from finetune.report.candidate import Candidate
 from finetune.report.plots import Mistake, draw_heat
 from models.errors import GraftError, describe_error
-from models.preprocess import ImageError, Pixels, Preprocess
+from models.images import ImageError, Pixels
+from models.preprocess import Preprocess
 
 logger = logging.getLogger("graft.mistakes")
 

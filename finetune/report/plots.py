@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from finetune.monitor import Picture
 from finetune.report.ticks import nice_ticks
-from models.preprocess import Pixels
+from models.images import Pixels
 from models.scores import Floats
 
 _INK, _FAINT, _GRID, _ACCENT = "#1f2933", "#9aa5b1", "#e4e7eb", "#0b69a3"

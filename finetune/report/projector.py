@@ -16,7 +16,8 @@ from finetune.data.splits import Sample, Splits
 from finetune.report.candidate import Candidate
 from models.errors import GraftError
 from models.files import write_whole
-from models.preprocess import ImageError, Pixels, Preprocess
+from models.images import ImageError, Pixels
+from models.preprocess import Preprocess
 from models.scores import Floats
 
 # With more, a browser becomes slow.

@@ -13,7 +13,8 @@ from PIL import Image
 
 from finetune.data.splits import Sample, Splits
 from models.errors import GraftError, describe_error, join_first
-from models.preprocess import ImageError, Preprocess
+from models.images import ImageError
+from models.preprocess import Preprocess
 
 FOLDER = "broken-batch"
 

@@ -17,8 +17,8 @@ from finetune.training.inputs import Normalise
 from finetune.training.layer_stats import channel_dim
 from models.backbone.build import build_from_config
 from models.errors import GraftError
+from models.images import Pixels
 from models.prepared import PreparedBackbone
-from models.preprocess import Pixels
 from models.scores import Floats
 
 logger = logging.getLogger("graft.explain")

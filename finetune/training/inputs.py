@@ -27,7 +27,8 @@ from models.engine.engine import Engine
 from models.engine.openvino_engine import OpenVINOEngine
 from models.engine.torch_engine import TorchEngine
 from models.errors import GraftError
-from models.preprocess import ImageError, Preprocess, View
+from models.images import ImageError
+from models.preprocess import Preprocess, View
 
 logger = logging.getLogger("graft.inputs")
 

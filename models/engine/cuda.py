@@ -15,7 +15,7 @@ import torch
 
 from models.engine.engine import Features
 from models.engine.network import Network
-from models.preprocess import Pixels
+from models.images import Pixels
 
 logger = logging.getLogger("graft.engine")
 

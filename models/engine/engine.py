@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from models.preprocess import Pixels
+from models.images import Pixels
 
 Features = npt.NDArray[np.float32]
 # `uint8 [H,W,3]` each, or one array `[B,H,W,3]`.

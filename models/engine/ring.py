@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from models.engine.engine import Crops, Features
-from models.preprocess import Pixels
+from models.images import Pixels
 
 
 class Slot(Protocol):

@@ -12,7 +12,8 @@ from models.engine.engine import Crops, EngineInfo, Features, Precision
 from models.engine.processor import cpu_name
 from models.engine.ring import Ring, Slot, join
 from models.errors import GraftError
-from models.preprocess import Pixels, Preprocess
+from models.images import Pixels
+from models.preprocess import Preprocess
 
 if TYPE_CHECKING:
     import torch

@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import NamedTuple, Protocol, Self
 
 from models.engine.engine import EngineInfo, Features
-from models.preprocess import ImageError
+from models.images import ImageError
 from service import metrics
 from service.engine.wire import Image, Outcome, Result
 from service.errors import RequestError

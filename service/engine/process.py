@@ -19,7 +19,8 @@ import numpy as np
 
 from models.engine.engine import EngineInfo, Features
 from models.errors import GraftError
-from models.preprocess import Pixels, Preprocess
+from models.images import Pixels
+from models.preprocess import Preprocess
 from service.engine.wire import Channel, Image, Outcome, pack_job, unpack_outcome
 
 logger = logging.getLogger("bentoml.graft")

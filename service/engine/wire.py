@@ -15,7 +15,7 @@ import msgpack
 import numpy as np
 
 from models.engine.engine import Features
-from models.preprocess import ImageError, ImageTooLargeError, Pixels
+from models.images import ImageError, ImageTooLargeError, Pixels
 
 # An encoded file, or a crop.
 Image = bytes | Pixels

@@ -38,8 +38,9 @@ from models.engine.engine import Engine, Features
 from models.engine.openvino_engine import OpenVINOEngine
 from models.engine.processor import num_cpus
 from models.errors import GraftError
+from models.images import ImageError, Pixels
 from models.prepared import build_engine
-from models.preprocess import ImageError, Pixels, Preprocess
+from models.preprocess import Preprocess
 from service.engine.wire import Channel, JobImage, Outcome, Result, pack_outcome, unpack_job
 
 # A batch of photographs; the system may allow less.

@@ -16,7 +16,7 @@ from opentelemetry import trace
 
 from models.checkpoint import logits
 from models.engine.engine import Features
-from models.preprocess import ImageError, Pixels
+from models.images import ImageError, Pixels
 from service import metrics
 from service.engine.batcher import Admission, deadline_exceeded
 from service.inference.repository import Backbone, Model

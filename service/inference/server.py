@@ -18,7 +18,7 @@ from typing import TypeVar
 from starlette.requests import ClientDisconnect, Request
 
 from models.errors import GraftError
-from models.preprocess import ImageError, Pixels
+from models.images import ImageError, Pixels
 from service import metrics
 from service.errors import RequestError
 from service.inference.memory_budget import MemoryBudget

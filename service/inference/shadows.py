@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 
-from models.preprocess import ImageError, Pixels
+from models.images import ImageError, Pixels
 from service import metrics
 from service.errors import RequestError
 from service.inference.predictor import Answer, Predictor

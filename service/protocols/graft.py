@@ -6,7 +6,7 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
-from models.preprocess import ImageError
+from models.images import ImageError
 from service.errors import RequestError, image_error_code
 from service.inference.predictor import Answer
 from service.inference.repository import Served

@@ -27,7 +27,8 @@ from pydantic import BaseModel, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from models.preprocess import Pixels, Preprocess
+from models.images import Pixels
+from models.preprocess import Preprocess
 from service.errors import RequestError
 from service.inference.repository import Model
 from service.inference.server import Server

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
-from models.preprocess import ImageError
+from models.images import ImageError
 from service.errors import RequestError, image_error_code
 from service.inference.predictor import Answer
 from service.inference.repository import Model

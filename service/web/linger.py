@@ -1,8 +1,9 @@
-"""An answer that comes before the request's body was read must still arrive.
+"""Closing a connection so that an answer sent before the request's body was read still arrives.
 
-Where a connection ends with its request (proxies' HTTP/1.0, `Connection: close`), uvicorn closes it right after the answer. With
-bytes unread the kernel makes a reset of that, which stops the client in the middle of sending and takes the answer along. So the
-answer goes out at once, and its end waits while what still comes is thrown away, as nginx does (`lingering_close`).
+Where a connection ends with its request (the HTTP/1.0 of proxies, `Connection: close`), uvicorn
+closes it right after the answer. If bytes are unread then, the kernel resets the connection, which
+stops the client in the middle of sending and loses the answer. So the answer goes out at once, and
+its end waits while the rest of the body is read and dropped, as nginx does (`lingering_close`).
 """
 
 from __future__ import annotations
@@ -14,20 +15,21 @@ from contextlib import suppress
 
 from starlette.types import Message, Receive, Scope, Send
 
-# Who is still sending is not silent for so long; who waits for the answer before sending, or has left, is not waited for.
+# A client that is still sending is never silent for so long. One that waits for the answer before
+# it sends, or has left, is not waited for.
 _MAX_SILENCE_SECONDS = 1.0
 
 
 class RequestBody:
-    """The body of one request: knows whether it was read to its end."""
+    """The body of one request, which knows whether it was read to its end."""
 
     def __init__(self, scope: Scope, receive: Receive) -> None:
         self._receive = receive
         headers = dict(scope["headers"])
         self.headers: Mapping[bytes, bytes] = headers
         self.is_read = b"content-length" not in headers and b"transfer-encoding" not in headers
-        # On a connection that stays, uvicorn itself throws away what still comes.
-        self._is_last = (
+        # On a connection that stays open, uvicorn itself reads and drops the rest.
+        self._closes = (
             scope["http_version"] == "1.0" or b"close" in headers.get(b"connection", b"").lower()
         )
 
@@ -37,27 +39,27 @@ class RequestBody:
             self.is_read = True
         return message
 
-    @property
-    def must_linger(self) -> bool:
-        """Whether the connection would be closed right after an answer that is sent now, with some of the body unread."""
-        return self._is_last and not self.is_read
-
     def linger(self, send: Send, seconds: float) -> Send:
-        """`send`, with the end of the answer held back until the body is read, or `seconds` or a silence have passed."""
+        """`send`, which holds the end of an answer back while a body that is unread still comes.
+
+        It waits until the body is read, `seconds` have passed, or the client is silent. Where the
+        connection stays open it does not wait.
+        """
 
         async def send_and_linger(message: Message) -> None:
-            if self.is_read or message["type"] != "http.response.body" or message.get("more_body"):
+            is_end = message["type"] == "http.response.body" and not message.get("more_body")
+            if not is_end or self.is_read or not self._closes:
                 await send(message)
                 return
             await send({**message, "more_body": True})
-            await self._throw_away(seconds)
+            await self._drop_rest(seconds)
             await send({"type": "http.response.body"})
 
         return send_and_linger
 
-    async def _throw_away(self, seconds: float) -> None:
-        # No `asyncio.timeout` around it: Python 3.11's `wait_for` loses a cancellation that comes together with a message, and who sends
-        # without end would never be let go.
+    async def _drop_rest(self, seconds: float) -> None:
+        # Not in an `asyncio.timeout`: the `wait_for` of Python 3.11 loses a cancellation that comes
+        # together with a message, and a client that sends without end would never be cut off.
         end = time.monotonic() + seconds
         with suppress(TimeoutError):
             while not self.is_read and (left := end - time.monotonic()) > 0:

@@ -23,8 +23,14 @@ from tests.support.servers import PROJECT_DIR
 DEPLOY_DIR = PROJECT_DIR / "deploy"
 KUBERNETES_DIR = DEPLOY_DIR / "kubernetes"
 DASHBOARD_PATH = DEPLOY_DIR / "grafana" / "dashboards" / "graft.json"
-# Not settings of the service: of the image's build, of tests, and set by the service itself.
-OTHER_VARIABLES = {"GRAFT_IMAGE", "GRAFT_IMAGE_DIR", "GRAFT_KILLS", "GRAFT_PARENT_PID"}
+# Not settings of the service: of the image's build, of tests, set by the service itself, of 0.1.0.
+OTHER_VARIABLES = {
+    "GRAFT_IMAGE",
+    "GRAFT_IMAGE_DIR",
+    "GRAFT_KILLS",
+    "GRAFT_PARENT_PID",
+    "GRAFT_KEEP_ALIVE_SECONDS",
+}
 # From the scrape itself, and from the adapter's rule.
 OTHER_METRICS = {"up", "graft_queue_seconds_mean"}
 

@@ -16,7 +16,8 @@ import pytest
 from PIL import Image
 
 from models.errors import GraftError
-from models.preprocess import FORMATS, MAX_PIXELS, ImageError, Pixels, Preprocess, View, begins_as
+from models.images import FORMATS, MAX_PIXELS, ImageError, Pixels, begins_as
+from models.preprocess import Preprocess, View
 
 PREPROCESS = Preprocess(height=48, width=48, crop_fraction=1.0)
 # Pillow says so where an EXIF block is broken; what matters here is the crop.
@@ -36,6 +37,8 @@ def picture(width: int = 120, height: int = 80) -> Image.Image:
 def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
     if kind == "WEBP" and "quality" not in options:
         options["lossless"] = True
+    if kind == "AVIF":
+        options = {"quality": 100, "subsampling": "4:4:4", "speed": 10, **options}
     if kind == "JPEG":
         options = {"quality": 95, "subsampling": 0, **options}
     buffer = io.BytesIO()
@@ -390,7 +393,7 @@ def test_a_file_that_ends_in_its_header_is_told_from_no_image(kind: str) -> None
     assert "not an image" not in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", ["ICO", "PPM", "PCX", "TGA", "JPEG2000"])
+@pytest.mark.parametrize("kind", ["ICO", "PCX", "TGA", "JPEG2000"])
 def test_formats_outside_the_list_are_refused(kind: str) -> None:
     with pytest.raises(ImageError):
         PREPROCESS(encode(picture(), kind))
@@ -427,6 +430,11 @@ def bomb(kind: str) -> bytes:
         extended = b"VP8X" + struct.pack("<I", 10) + b"\x00" * 4 + canvas + canvas
         data[12:12] = extended
         data[4:8] = struct.pack("<I", len(data) - 8)
+    elif kind == "PPM":
+        return bytes(data).replace(b"64 64", b"50000 50000")
+    elif kind == "AVIF":
+        size = data.index(b"ispe") + 8
+        data[size : size + 8] = struct.pack(">II", 16_000, 16_000)
     else:
         data = bytearray(encode(picture(64, 64), "TIFF"))
         first = struct.unpack_from("<I", data, 4)[0]
@@ -451,13 +459,12 @@ def test_a_bomb_is_refused_from_its_header(kind: str) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak_before < 64 * 1024
 
 
-def test_a_text_bomb_in_a_png_is_an_image_error() -> None:
-    """Which Pillow meets with a ValueError, before or after the pixels."""
+def test_a_text_bomb_in_a_png_is_not_read() -> None:
     data = encode(picture(), "PNG")
     text = chunk(b"zTXt", b"note\x00\x00" + zlib.compress(b"x" * 20_000_000))
     for place in (33, len(data) - 12):
-        with pytest.raises(ImageError, match="cannot be decoded"):
-            PREPROCESS(data[:place] + text + data[place:])
+        crop = PREPROCESS(data[:place] + text + data[place:])
+        assert np.array_equal(crop, PREPROCESS(data))
 
 
 @pytest.mark.parametrize("kind", FORMATS)

@@ -1,4 +1,7 @@
-"""The real server over real HTTP: every way to send an image, every way to get it wrong, many clients, the Bento, the end."""
+"""The real server over HTTP: every way to send an image and to get it wrong, many clients.
+
+Also the Bento, and the end of the process.
+"""
 
 from __future__ import annotations
 
@@ -293,7 +296,8 @@ def test_a_body_that_does_not_come(server: RunningServer) -> None:
     address = urlsplit(server.url)
     with socket.create_connection((address.hostname, address.port), timeout=10) as connection:
         connection.sendall(
-            b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\nContent-Length: 100\r\n\r\nabc"
+            b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\n"
+            b"Content-Length: 100\r\n\r\nabc"
         )
         answer = b""
         while b"body_timeout" not in answer and (received := connection.recv(10_000)):
@@ -312,7 +316,8 @@ def test_a_body_that_does_not_come(server: RunningServer) -> None:
         ),
         (f"PUT /predict HTTP/1.0\r\nContent-Length: {MAX_BODY_BYTES}", 405, "method_not_allowed"),
         (
-            f"POST /predict HTTP/1.0\r\nContent-Type: image/jpeg\r\nContent-Length: {2 * MAX_BODY_BYTES}",
+            "POST /predict HTTP/1.0\r\nContent-Type: image/jpeg\r\n"
+            f"Content-Length: {2 * MAX_BODY_BYTES}",
             413,
             "body_too_large",
         ),
@@ -321,7 +326,10 @@ def test_a_body_that_does_not_come(server: RunningServer) -> None:
 def test_an_early_answer_reaches_who_is_still_sending(
     server: RunningServer, head: str, status: int, code: str
 ) -> None:
-    """As proxies do, which close after each request: a close with bytes unread would reset the connection and take the answer along."""
+    """As proxies do, which close after each request.
+
+    A close with bytes unread would reset the connection, and the answer would be lost.
+    """
     address = urlsplit(server.url)
     with socket.create_connection((address.hostname, address.port), timeout=10) as connection:
         connection.sendall(f"{head}\r\nHost: x\r\n\r\n".encode())
@@ -336,7 +344,7 @@ def test_an_early_answer_reaches_who_is_still_sending(
 
 
 @pytest.mark.alone
-def test_who_is_answered_early_and_sends_no_more_or_without_end_is_let_go(
+def test_a_client_that_is_answered_early_and_stops_or_sends_without_end_is_cut_off(
     server: RunningServer,
 ) -> None:
     """Within the body's limit, 1 s here, and the answer comes first."""
@@ -344,7 +352,8 @@ def test_who_is_answered_early_and_sends_no_more_or_without_end_is_let_go(
     for is_silent in (True, False):
         with socket.create_connection((address.hostname, address.port), timeout=10) as connection:
             connection.sendall(
-                b"POST /nothing HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 1000000000\r\n\r\n"
+                b"POST /nothing HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+                b"Content-Length: 1000000000\r\n\r\n"
             )
             started = time.monotonic()
             answer = b""
@@ -441,7 +450,10 @@ def test_32_clients_with_good_and_broken_files(server: RunningServer) -> None:
 def test_clients_that_hang_up_harm_nobody(server: RunningServer, client: httpx.Client) -> None:
     address = urlsplit(server.url)
     image = draw_image("red")
-    head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\nContent-Length: {len(image)}\r\n\r\n".encode()
+    head = (
+        b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\n"
+        b"Content-Length: %d\r\n\r\n" % len(image)
+    )
     for num_bytes in (0, 10, len(image) // 2, len(image)):
         for _ in range(5):
             with socket.create_connection(
@@ -471,7 +483,7 @@ def test_without_a_model_the_server_lives_and_says_how_to_make_one(tmp_path: Pat
 
 @pytest.fixture(scope="module")
 def bento_dir(colors: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Bento of a copy of this project with two models in it, built, exported and unpacked elsewhere."""
+    """The Bento of a copy of this project with two models, built and moved elsewhere."""
     folder = tmp_path_factory.mktemp("bento")
     project = folder / "project"
     for name in ("service", "models"):
@@ -502,7 +514,7 @@ def bento_dir(colors: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = Path(sys.executable).with_name("bentoml")
     subprocess.run([command, "build"], cwd=project, env=env, capture_output=True, check=True)
     (built,) = (path for path in (folder / "home" / "bentos" / "graft").iterdir() if path.is_dir())
-    # Moved and not exported: the archive of `bentoml export` holds this very folder, after half a minute of compression.
+    # Not exported: the archive of `bentoml export` holds this very folder, and takes half a minute.
     unpacked = folder / "unpacked"
     shutil.move(built, unpacked)
     shutil.rmtree(project)
@@ -534,7 +546,8 @@ def test_the_bento_serves_from_elsewhere_without_torch_until_sigterm(
 ) -> None:
     no_torch = tmp_path / "no_torch"
     no_torch.mkdir()
-    # Python imports sitecustomize at its start: in the server's processes `import torch` fails, as where it is not installed.
+    # Python imports sitecustomize at its start: in the server's processes `import torch` fails as
+    # where it is not installed.
     (no_torch / "sitecustomize.py").write_text(
         "import sys\nsys.modules['torch'] = None\nsys.modules['timm'] = None\n"
     )

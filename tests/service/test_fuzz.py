@@ -1,6 +1,6 @@
-"""Thousands of broken requests, the same ones every time: never a 5xx, never a crash, and good requests in between answered right.
+"""Thousands of broken requests, the same every time: no 5xx, no crash, no harm to good requests.
 
-GRAFT_FUZZ_REQUESTS=20000 make test ARGS="tests/service/test_fuzz.py"      # more than a test run has time for
+GRAFT_FUZZ_REQUESTS=20000 make test ARGS="tests/service/test_fuzz.py"    # more than by default
 """
 
 from __future__ import annotations
@@ -148,7 +148,8 @@ def damaged_form(draw: random.Random) -> bytes:
     body = multipart(
         [
             (
-                b'Content-Disposition: form-data; name="images"; filename="a.jpg"\r\nContent-Type: image/jpeg',
+                b'Content-Disposition: form-data; name="images"; filename="a.jpg"\r\n'
+                b"Content-Type: image/jpeg",
                 good,
             ),
             (
@@ -255,7 +256,7 @@ KINDS_OF_REQUEST: tuple[Callable[[random.Random], bytes], ...] = (
 
 
 def send(address: tuple[str, int], data: bytes, patience: float = 3) -> bytes:
-    """What comes back until the server closes; nothing where it waits for the rest of what is not whole."""
+    """What comes back until the server closes; nothing where it waits for the rest of a request."""
     received = []
     with socket.create_connection(address, timeout=patience) as connection:
         try:
@@ -344,7 +345,10 @@ def test_one_broken_image_in_a_batch_of_16_harms_nobody(
 
 
 def test_what_the_description_allows_and_what_it_does_not(colors: Path, tmp_path: Path) -> None:
-    """Schemathesis reads /docs.json and tries the bounds of every parameter and body: each answer is one that is described there."""
+    """Schemathesis tries the bounds of every parameter and body that /docs.json describes.
+
+    Each answer must be one that is described there.
+    """
     copy_checkpoint(colors, tmp_path / "checkpoints", "colors", 1)
     env = {
         "CHECKPOINTS": str(tmp_path / "checkpoints"),
@@ -352,33 +356,15 @@ def test_what_the_description_allows_and_what_it_does_not(colors: Path, tmp_path
         "GRAFT_ADMIN_TOKEN": TOKEN,
     }
     with serve(tmp_path / "log", env) as server:
-        command: list[str | Path] = [
-            *(
-                Path(sys.executable).with_name("schemathesis"),
-                "run",
-                f"{server.url}/docs.json",
-                "--header",
-                f"Authorization: Bearer {TOKEN}",
-            ),
-            # What it does not say is that only a real image is taken, or that unloading the one model leaves none to ask (503).
-            *(
-                "--exclude-checks",
-                "positive_data_acceptance,negative_data_rejection",
-                "--exclude-path-regex",
-                ":unload$",
-            ),
-            *(
-                "--phases",
-                "coverage,fuzzing",
-                "--max-examples",
-                str(max(5, NUM_REQUESTS // 60)),
-                "--seed",
-                "1",
-                "--generation-database",
-                "none",
-            ),
-            *("--continue-on-failure", "--no-color"),
-        ]
+        command = [str(Path(sys.executable).with_name("schemathesis")), "run"]
+        command += [f"{server.url}/docs.json", "--header", f"Authorization: Bearer {TOKEN}"]
+        # The description does not say that only a real image is taken, nor that no model is left
+        # (503) once the only one is unloaded.
+        command += ["--exclude-checks", "positive_data_acceptance,negative_data_rejection"]
+        command += ["--exclude-path-regex", ":unload$"]
+        command += ["--phases", "coverage,fuzzing", "--seed", "1", "--generation-database", "none"]
+        command += ["--max-examples", str(max(5, NUM_REQUESTS // 60))]
+        command += ["--continue-on-failure", "--no-color"]
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 0, done.stdout[-5000:]
         assert "Traceback" not in server.log()

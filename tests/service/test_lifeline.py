@@ -1,7 +1,11 @@
-"""A real server whose parent or worker is killed with SIGKILL: nobody is left alone, no port is held, and orderly ends stay orderly."""
+"""A real server whose parent or worker is killed: neither is left alone, and no port is held.
+
+Orderly ends stay orderly.
+"""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -38,36 +42,68 @@ def test_in_a_container_the_server_ends_with_its_worker_so_that_the_orchestrator
         assert f"process {killed.pid}, ended with -9" in server.log()
 
 
-def test_a_worker_that_is_half_dead_is_waited_for(tmp_path: Path) -> None:
-    # Its first thread is gone and another lives on for longer than the parent waits between two looks.
-    half_dead = "import ctypes, threading, time; threading.Timer(2.5, print).start(); ctypes.CDLL(None).pthread_exit(None)"
-    parent = """
-import sys
-from circus import get_arbiter
-from service import lifeline
-arbiter = get_arbiter([{"name": "worker", "cmd": sys.executable, "args": ["-c", sys.argv[1]], "respawn": False}], check_delay=10)
-lifeline.watch_worker()
-arbiter.start()
-"""
-    command = [sys.executable, "-c", parent, half_dead]
-    ended = subprocess.run(
-        command,
-        cwd=PROJECT_DIR,
-        stderr=subprocess.PIPE,
-        text=True,
-        timeout=HANG_SECONDS,
-        check=False,
+def test_a_worker_that_is_half_dead_is_waited_for() -> None:
+    # Its first thread is gone, and another lives longer than the parent waits between two checks.
+    half_dead = (
+        "import ctypes, threading, time; threading.Timer(2.5, print).start(); "
+        "ctypes.CDLL(None).pthread_exit(None)"
     )
-    assert "ended with 0 and nobody had asked it to; the server ends" in ended.stderr
+    ended = run_parent(half_dead, "lifeline.watch_worker()")
+    assert "ended with 0 and was not asked to; the server ends" in ended.stderr
     assert "No active process found for watcher" in ended.stderr
 
 
+def test_the_private_interfaces_that_the_parent_uses_are_there() -> None:
+    """Of circus, which starts BentoML's worker; `service.lifeline` reads and replaces them."""
+    inspect = """
+import json, signal
+from tornado.ioloop import IOLoop, PeriodicCallback
+
+def inspect():
+    from circus.process import DEAD_OR_ZOMBIE, UNEXISTING
+    handler = signal.getsignal(signal.SIGTERM)
+    IOLoop.current().call_later(0.1, signal.raise_signal, signal.SIGTERM)
+    timer = arbiter.ctrl.caller
+    (watcher,) = arbiter.watchers
+    (process,) = watcher.processes.values()
+    print(json.dumps({
+        "arbiter": handler.__self__.controller.arbiter is arbiter,
+        "timer": isinstance(timer, PeriodicCallback),
+        "timer.callback": timer.callback.__name__,
+        "timer.callback_time": timer.callback_time,
+        "watcher.hooks": type(watcher.hooks).__name__,
+        "watcher.reap_process": callable(watcher.reap_process),
+        "watcher.is_stopping": watcher.is_stopping(),
+        "watcher.numprocesses": watcher.numprocesses,
+        "watcher.respawn": watcher.respawn,
+        "process.pid": type(process.pid).__name__,
+        "process.status": process.status not in (DEAD_OR_ZOMBIE, UNEXISTING),
+    }), flush=True)
+
+IOLoop.current().call_later(1, inspect)
+"""
+    ended = run_parent("import time; time.sleep(60)", inspect)
+    assert json.loads(ended.stdout) == {
+        "arbiter": True,
+        "timer": True,
+        "timer.callback": "manage_watchers",
+        "timer.callback_time": 10_000,
+        "watcher.hooks": "dict",
+        "watcher.reap_process": True,
+        "watcher.is_stopping": False,
+        "watcher.numprocesses": 1,
+        "watcher.respawn": False,
+        "process.pid": "int",
+        "process.status": True,
+    }, ended.stderr
+
+
 def test_an_orderly_end_is_not_a_death(tmp_path: Path) -> None:
-    # The worker takes longer than the parent waits between two looks.
+    # The worker takes longer than the parent waits between two checks.
     with start(tmp_path, in_container=True, drain_seconds=1.5) as server:
         server.process.terminate()
         assert server.process.wait(15) == 0
-        assert "nobody had asked" not in server.log()
+        assert "was not asked to" not in server.log()
 
 
 def test_a_worker_ends_with_its_parent_and_frees_the_port(tmp_path: Path) -> None:
@@ -75,7 +111,7 @@ def test_a_worker_ends_with_its_parent_and_frees_the_port(tmp_path: Path) -> Non
         worker = worker_of(server)
         server.process.kill()
         wait_until(lambda: is_gone(worker), seconds=5)
-        assert "this worker finishes what it has and ends" in server.log()
+        assert "this worker answers its open requests and ends" in server.log()
         # As on SIGTERM, its engines closed, and not by force.
         assert "Completed async cleanup hook" in server.log()
         assert is_refused(server)
@@ -90,6 +126,26 @@ def test_a_worker_whose_parent_died_before_it_was_up_ends_too(tmp_path: Path) ->
         # What it takes to start comes first.
         wait_until(lambda: is_gone(second), seconds=20)
         assert is_refused(server)
+
+
+def run_parent(worker: str, code: str) -> subprocess.CompletedProcess[str]:
+    """Run circus with one worker, as BentoML does, and `code` before it starts it."""
+    parent = f"""
+import sys
+from circus import get_arbiter
+from service import lifeline
+worker = {{"name": "worker", "cmd": sys.executable, "args": ["-c", sys.argv[1]], "respawn": False}}
+arbiter = get_arbiter([worker], check_delay=10)
+{code}
+arbiter.start()
+"""
+    return subprocess.run(
+        [sys.executable, "-c", parent, worker],
+        cwd=PROJECT_DIR,
+        capture_output=True,
+        text=True,
+        timeout=HANG_SECONDS,
+    )
 
 
 def start(
@@ -115,7 +171,7 @@ def worker_of(server: RunningServer, *, other_than: psutil.Process | None = None
 
 
 def is_gone(process: psutil.Process) -> bool:
-    """Whether it has ended; also where nobody asks for its exit code, as for an orphan in a container without an init."""
+    """Whether it has ended, also where nobody reaps it: an orphan in a container without init."""
     with suppress(psutil.NoSuchProcess):
         return process.status() == psutil.STATUS_ZOMBIE
     return True

@@ -15,9 +15,12 @@ from service.openapi import describe
 
 @pytest.fixture(scope="module")
 def spec() -> dict[str, Any]:
-    return describe(
-        cast(bentoml.Service[Any], Graft).openapi_spec.asdict(), ROUTES, needs_token=True
-    )
+    return described(needs_token=True)
+
+
+def described(*, needs_token: bool) -> dict[str, Any]:
+    service = cast(bentoml.Service[Any], Graft)
+    return describe(service.openapi_spec.asdict(), ROUTES, needs_token=needs_token)
 
 
 def operations(spec: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
@@ -67,19 +70,13 @@ def test_errors_have_the_shape_of_their_protocol(spec: dict[str, Any]) -> None:
         name = operation["responses"]["default"]["content"]["application/json"]["schema"][
             "$ref"
         ].rpartition("/")[2]
-        is_ours = operation["tags"][0] in ("app", "predict", "health", "admin")
+        is_ours = operation["tags"][0] in ("app", "graft", "health", "admin")
         assert name == ("ErrorResponse" if is_ours else "ProtocolError"), path
 
 
 def test_who_needs_a_token() -> None:
     def closed(needs_token: bool) -> set[str]:
-        found = operations(
-            describe(
-                cast(bentoml.Service[Any], Graft).openapi_spec.asdict(),
-                ROUTES,
-                needs_token=needs_token,
-            )
-        )
+        found = operations(described(needs_token=needs_token))
         assert all(
             operation.get("security", [{"bearer": []}]) == [{"bearer": []}]
             for operation in found.values()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from models.preprocess import Pixels
+from models.images import Pixels
 
 
 def save_weights(tensors: Any, path: Path) -> Path:

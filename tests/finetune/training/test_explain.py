@@ -19,8 +19,8 @@ from finetune.run import run
 from finetune.training.explain import _from_maps, _to_maps, explain
 from models.backbone.build import build_backbone
 from models.errors import GraftError
+from models.images import Pixels
 from models.prepared import PreparedBackbone, write_prepared
-from models.preprocess import Pixels
 from tests.support.images import write_noise_folders
 from tests.support.tiny import options
 

@@ -13,7 +13,7 @@ import torch
 from models.backbone.build import Backbone, FeatureExtractor, build_backbone
 from models.backbone.export import add_preprocess, export_openvino
 from models.engine.openvino_engine import OpenVINOEngine, openvino_core
-from models.preprocess import Pixels
+from models.images import Pixels
 from tests.support.weights import normalise
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from models.engine.engine import Engine, run
 from models.engine.openvino_engine import OpenVINOEngine
 from models.engine.torch_engine import TorchEngine
-from models.preprocess import Pixels
+from models.images import Pixels
 from tests.support.shared import HANG_SECONDS
 
 

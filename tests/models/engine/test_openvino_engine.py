@@ -12,8 +12,8 @@ import pytest
 from models.engine.engine import Precision, run
 from models.engine.openvino_engine import OpenVINOEngine, _Request, supports_bf16
 from models.errors import GraftError
+from models.images import Pixels
 from models.prepared import PreparedBackbone
-from models.preprocess import Pixels
 from tests.conftest import RunPython
 
 _SIGNAL = """

@@ -13,7 +13,7 @@ import pytest
 
 from models.engine.engine import Features
 from models.engine.ring import Ring, join
-from models.preprocess import Pixels
+from models.images import Pixels
 
 SHAPE = (4, 2, 2, 3)
 

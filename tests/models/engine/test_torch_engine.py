@@ -14,8 +14,9 @@ from models.engine.engine import Precision, run
 from models.engine.openvino_engine import OpenVINOEngine
 from models.engine.torch_engine import TorchEngine
 from models.errors import GraftError
+from models.images import Pixels
 from models.prepared import PreparedBackbone, build_engine
-from models.preprocess import Pixels, Preprocess
+from models.preprocess import Preprocess
 
 SIZE = 8
 PREPROCESS = Preprocess(height=SIZE, width=SIZE, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from models.engine.engine import EngineInfo
-from models.preprocess import ImageError, Pixels
+from models.images import ImageError, Pixels
 from service.engine.batcher import Admission, Batcher
 from service.engine.wire import Image, Outcome
 from service.errors import RequestError

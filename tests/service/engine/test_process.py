@@ -21,8 +21,8 @@ import pytest
 from models.checkpoint import load_checkpoint
 from models.engine.engine import run
 from models.errors import GraftError
+from models.images import ImageError, ImageTooLargeError, Pixels
 from models.prepared import build_engine
-from models.preprocess import ImageError, ImageTooLargeError, Pixels
 from service.engine.process import EngineProcess
 from service.engine.wire import Image, Outcome
 from tests.support.images import draw_image

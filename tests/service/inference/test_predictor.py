@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from models.preprocess import ImageError, Pixels
+from models.images import ImageError, Pixels
 from service.engine.batcher import ImageEngine
 from service.engine.wire import Image, Outcome
 from service.errors import RequestError

@@ -1,4 +1,4 @@
-"""Who sends without end is let go at the limit, however his messages fall together with it."""
+"""A client that sends without end is cut off at the limit, whenever its messages arrive."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ async def linger(seconds: float) -> tuple[list[Message], float]:
 
 @pytest.mark.alone
 def test_messages_that_never_pause_do_not_outlast_the_limit() -> None:
-    """Ten times: with a timeout around `wait_for`, Python 3.11 loses the one that comes together with a message."""
+    """Ten times: in a timeout, Python 3.11's `wait_for` loses one that comes with a message."""
     for _ in range(10):
         sent, seconds = asyncio.run(linger(0.02))
         assert [message.get("body") for message in sent] == [b"no", None]
