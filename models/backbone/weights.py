@@ -45,6 +45,7 @@ _ENTRIES = (
 )
 # Averages of the weights: timm's state_dict_ema, ConvNeXt's model_ema, ema, ema_state_dict …
 _EMA = re.compile(r"(^|[._])(ema|swa|averaged)([._]|$)")
+_AVERAGES_COUNTER = "n_averaged"  # of torch.optim.swa_utils.AveragedModel
 _NOT_WEIGHTS = re.compile(r"optim|sched|scaler", re.IGNORECASE)
 _MAX_DEPTH = 4
 # DistributedDataParallel's, torch.compile's, FSDP's and activation checkpointing's names.
@@ -98,7 +99,9 @@ def load_strictly(
 
     needed = {key for key in own if not is_head(key) and not key.endswith("num_batches_tracked")}
     tensors = _match_keys(tensors, own, needed, source)
-    missing = [key for key in own if key not in tensors and key in needed]
+    missing = [key for key in own if key not in tensors and not is_head(key)]
+    if needed.isdisjoint(missing):
+        missing = []
     extra = [key for key in tensors if key not in own and not is_head(key)]
     misshaped = [
         f"{key} {list(tensors[key].shape)} instead of {list(own[key].shape)}"
@@ -242,7 +245,11 @@ def _match_keys(
     """The tensors under the network's own names: without what wrappers put before and between."""
     if needed <= tensors.keys() <= own.keys():
         return tensors
-    tensors = {_unwrap_key(key, own): tensor for key, tensor in tensors.items()}
+    tensors = {
+        _unwrap_key(key, own): tensor
+        for key, tensor in tensors.items()
+        if key in own or key != _AVERAGES_COUNTER
+    }
     fits = Counter(
         key[: len(key) - len(suffix)]
         for key in tensors

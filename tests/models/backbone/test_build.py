@@ -185,16 +185,10 @@ def test_a_network_without_a_head_is_built_and_rebuilt(name: str, size: int) -> 
 @pytest.mark.parametrize(
     ("name", "size", "near"),
     [
-        ("maxvit_tiny_tf_224", 200, "192 or 224"),
         ("maxvit_rmlp_pico_rw_256", 100, "96 or 128"),
         ("inception_v3", 64, "80"),
-        ("inception_resnet_v2", 72, "80"),
         ("halonet26t", 100, "248"),
-        ("coatnet_rmlp_nano_rw_224", 40, "64"),
-        ("nextvit_small", 33, "64"),
-        ("crossvit_tiny_240", 100, "x"),
-        ("pnasnet5large", 32, "x"),
-        ("vit_tiny_patch16_224", 32, ""),
+        ("coatnet_rmlp_nano_rw_224", 40, "32 or 64"),
     ],
 )
 def test_a_size_that_a_network_cannot_take_is_refused_with_those_near_it(

@@ -254,7 +254,7 @@ def test_a_pickle_with_code_in_it_is_refused_and_not_run(
 ) -> None:
     path = tmp_path / "evil.pth"
     write({"conv1.weight": Code(tmp_path / "owned")}, path)
-    with pytest.raises(WeightsError, match=r"it holds \w+\.mkdir, .*without running code"):
+    with pytest.raises(WeightsError, match="without running code"):
         build_backbone("test_resnet", num_classes=2, weights=path)
     assert not (tmp_path / "owned").exists()
 
