@@ -394,7 +394,7 @@ def _timm_preprocess(model: Any, image_size: int | None) -> Preprocess:
 
 
 def _linear_classifier(name: str, model: Any) -> str:
-    classifier = model.get_classifier() if hasattr(model, "get_classifier") else None
+    classifier: Any = model.get_classifier() if hasattr(model, "get_classifier") else None
     if isinstance(getattr(classifier, "fc", None), nn.Linear):
         classifier = classifier.fc  # a head that pools before it (SAM, Sequencer)
     for module_name, module in model.named_modules():
