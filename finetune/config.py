@@ -147,8 +147,8 @@ class BackboneOptions(SharedOptions):
     features"""
 
     weights: Path | None = None
-    """pretrained state_dict, .safetensors or .pth; otherwise from a package or the Hugging Face
-    hub"""
+    """pretrained state_dict, .safetensors or .pth; FILE::ENTRY takes one of several in a file, such
+    as last.pth::state_dict_ema; otherwise from a package or the Hugging Face hub"""
 
     pretrained: bool = True
     """start from pretrained weights; --no-pretrained starts from random ones"""

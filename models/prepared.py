@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from models.backbone.freeze_policy import resolve_policy
+from models.backbone.weights_file import split_entry, with_entry
 from models.checkpoint import (
     CONFIG_FILE,
     OPENVINO_FILE,
@@ -353,9 +354,10 @@ def _cache_key(
     if is_custom(name) or name.startswith("local-dir:") or (weights is None and not pretrained):
         return None
     if weights is not None:
-        if not weights.is_file():
+        file, entry = split_entry(weights)
+        if not file.is_file():
             return None
-        source = hash_file(weights)
+        source = hash_file(file) + (with_entry(Path(), entry) if entry else "")
     else:
         # A package's version stands for its weights. The hub's are named by the model: released
         # weights do not change.

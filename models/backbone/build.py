@@ -24,7 +24,13 @@ from torch import nn
 
 from models.backbone.custom import CustomNetwork, build_custom, call_builder
 from models.backbone.efficientnet_lite import efficientnet_lite_key
-from models.backbone.weights import WeightsError, load_strictly, read_state_dict
+from models.backbone.input_size import find_sizes_near
+from models.backbone.weights import (
+    WeightsError,
+    check_finite,
+    load_strictly,
+    read_state_dict,
+)
 from models.errors import GraftError
 from models.named import is_custom
 from models.preprocess import Preprocess
@@ -42,6 +48,7 @@ WEIGHT_PACKAGES = {
 }
 _PACKAGE_LICENSE = "apache-2.0"
 _HUB_TIMEOUT_SECONDS = 8
+_NUMPY_FLOATS = (torch.float16, torch.float32, torch.float64)
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 
 
@@ -108,6 +115,7 @@ def build_backbone(
     torch.manual_seed(seed)
     if is_custom(name):
         network, preprocess, source = build_custom(name, weights, image_size)
+        check_finite(network, _weights_source(name, weights), "head")
         network.reset_classifier(num_classes)
         return Backbone(name, network, "head", preprocess, source, None, module_prefix="backbone.")
     _check_name(name)
@@ -115,7 +123,8 @@ def build_backbone(
     cfg = model.pretrained_cfg
     classifier = _linear_classifier(name, model)
     preprocess = _timm_preprocess(model, image_size)
-    _check_head_is_last(name, model, preprocess)
+    check_finite(model, _weights_source(name, weights), classifier)
+    _check_head_is_last(name, model, classifier, preprocess, image_size)
     model.reset_classifier(num_classes)
     is_own_file = weights is not None or not pretrained
     return Backbone(
@@ -150,7 +159,11 @@ def build_from_config(
         model = CustomNetwork(call_builder(architecture), config["num_features"])
     else:
         _check_name(architecture)
-        model = timm.create_model(architecture, num_classes=2, **config.get("model_args", {}))
+        cfg = config["pretrained_cfg"]
+        # Tags of one architecture differ in their size.
+        size = {"img_size": tuple(cfg["input_size"][1:])} if cfg.get("fixed_input_size") else {}
+        model_args = {**size, **config.get("model_args", {})}
+        model = timm.create_model(architecture, num_classes=2, **model_args)
     load_strictly(model, state_dict, "checkpoint", config["pretrained_cfg"]["classifier"])
     return model.eval()
 
@@ -196,9 +209,15 @@ def state_arrays(model: nn.Module) -> dict[str, np.ndarray[Any, Any]]:
     """The state_dict as contiguous arrays on the CPU, as safetensors stores it."""
     # np.ascontiguousarray would give scalars (BatchNorm's num_batches_tracked) a dimension.
     return {
-        name: tensor.detach().cpu().contiguous().numpy()
+        name: _numpy_dtype(tensor.detach().cpu()).contiguous().numpy()
         for name, tensor in model.state_dict().items()
     }
+
+
+def _numpy_dtype(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor`, in float32 where numpy has no such type (bf16, fp8): the same values."""
+    has_numpy = tensor.dtype in _NUMPY_FLOATS or not tensor.is_floating_point()
+    return tensor if has_numpy else tensor.float()
 
 
 def _check_name(name: str) -> None:
@@ -221,17 +240,15 @@ def _load_timm(
 ) -> tuple[Any, str]:
     """A timm model with its pretraining classifier, and where its weights came from as text."""
     base = name.split(".")[0]
-    model_args = _model_args(name, image_size)
     if weights is None and pretrained and base not in WEIGHT_PACKAGES:
-        return _load_hub(name, model_args)
+        return _load_hub(name, image_size)
     if (
         weights is None
         and pretrained
         and importlib.util.find_spec(WEIGHT_PACKAGES[base][0]) is None
     ):
-        return _load_hub(name, model_args)
-    model = timm.create_model(name, pretrained=False, **model_args)
-    model.graft_model_args = model_args
+        return _load_hub(name, image_size)
+    model = _create(name, image_size, pretrained=False)
     if weights is not None:
         classifier = _linear_classifier(name, model)
         load_strictly(model, read_state_dict(weights), f"--weights {weights}", classifier)
@@ -257,7 +274,7 @@ def _load_timm(
     return model, f"package {package.replace('_', '-')} (ImageNet-1k, {_PACKAGE_LICENSE})"
 
 
-def _load_hub(name: str, model_args: dict[str, Any]) -> tuple[Any, str]:
+def _load_hub(name: str, image_size: int | None) -> tuple[Any, str]:
     why_unreachable = _why_hub_unreachable()
     if why_unreachable:
         logger.warning(
@@ -270,7 +287,9 @@ def _load_hub(name: str, model_args: dict[str, Any]) -> tuple[Any, str]:
         hub_constants.HF_HUB_OFFLINE or bool(why_unreachable),
     )
     try:
-        model = timm.create_model(name, pretrained=True, **model_args)
+        model = _create(name, image_size, pretrained=True)
+    except GraftError:
+        raise
     # The hub's client, its transport and its cache raise many kinds of errors; any of them means
     # that there are no weights.
     except Exception as error:
@@ -297,7 +316,6 @@ def _load_hub(name: str, model_args: dict[str, Any]) -> tuple[Any, str]:
         ) from error
     finally:
         hub_constants.HF_HUB_OFFLINE = was_offline
-    model.graft_model_args = model_args
     cfg = model.pretrained_cfg
     return model, f"Hugging Face hub {cfg.get('hf_hub_id') or cfg.get('url')}"
 
@@ -318,12 +336,45 @@ def _why_hub_unreachable() -> str | None:
     return None
 
 
+def _create(name: str, image_size: int | None, *, pretrained: bool) -> Any:
+    """timm's model, with a linear head where timm ships none (features of DINOv2, SigLIP, MAE …).
+
+    Raises GraftError for a size that it cannot be built for; with `pretrained`, timm's errors.
+    """
+    model_args = _model_args(name, image_size)
+    try:
+        model = timm.create_model(name, pretrained=pretrained, **model_args)
+    # timm's networks check their arguments in ways of their own.
+    except Exception as error:
+        if not pretrained or (model_args and not _can_be_built(name, model_args)):
+            raise _cannot_take(name, image_size, error) from error
+        raise
+    model.graft_model_args = model_args
+    if getattr(model, "num_classes", None) == 0 and hasattr(model, "reset_classifier"):
+        # Their number is set later; timm's reset gives the layer that create_model would.
+        model.reset_classifier(2)
+    return model
+
+
+def _can_be_built(name: str, model_args: Mapping[str, Any]) -> bool:
+    try:
+        with torch.device("meta"):
+            timm.create_model(name, pretrained=False, **model_args)
+    except Exception:
+        return False
+    return True
+
+
 def _model_args(name: str, image_size: int | None) -> dict[str, Any]:
     """`img_size` for networks whose input size is fixed when they are built (transformers)."""
     if image_size is None:
         return {}
     cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
     return {"img_size": image_size} if cfg is not None and cfg.fixed_input_size else {}
+
+
+def _weights_source(name: str, weights: Path | None) -> str:
+    return f"--backbone {name}" if weights is None else f"--weights {weights}"
 
 
 def _timm_preprocess(model: Any, image_size: int | None) -> Preprocess:
@@ -343,7 +394,9 @@ def _timm_preprocess(model: Any, image_size: int | None) -> Preprocess:
 
 
 def _linear_classifier(name: str, model: Any) -> str:
-    classifier = model.get_classifier()
+    classifier: Any = model.get_classifier() if hasattr(model, "get_classifier") else None
+    if isinstance(getattr(classifier, "fc", None), nn.Linear):
+        classifier = classifier.fc  # a head that pools before it (SAM, Sequencer)
     for module_name, module in model.named_modules():
         if module is classifier and isinstance(module, nn.Linear):
             return str(module_name)
@@ -353,17 +406,55 @@ def _linear_classifier(name: str, model: Any) -> str:
     )
 
 
-def _check_head_is_last(name: str, model: Any, preprocess: Preprocess) -> None:
+def _check_head_is_last(
+    name: str, model: Any, classifier: str, preprocess: Preprocess, image_size: int | None
+) -> None:
     """Raise GraftError unless logits are the classifier of the features: a probe replaces that."""
     model.eval()
     with torch.inference_mode():
         images = torch.zeros(1, 3, preprocess.height, preprocess.width)
+        try:
+            logits = model(images)
+        # timm's networks check their input in ways of their own, torch's layers in others.
+        except Exception as error:
+            raise _cannot_take(name, image_size, error) from error
+        if not _is_linear_head(model, classifier, images, logits):
+            raise GraftError(
+                f"--backbone {name}: its logits are not one linear layer on pooled features; "
+                "wrap it as package.module:callable"
+            )
+
+
+def _is_linear_head(model: Any, classifier: str, images: torch.Tensor, logits: Any) -> bool:
+    try:
         features = FeatureExtractor(model)(images)
-        fits = features.ndim == 2 and torch.allclose(
-            model.get_classifier()(features), model(images), rtol=1e-3, atol=1e-3
+        expected = model.get_submodule(classifier)(features)
+    # A network without these methods, or whose features are of another kind.
+    except (AttributeError, TypeError, RuntimeError):
+        return False
+    return (
+        isinstance(logits, torch.Tensor)
+        and features.ndim == 2
+        and torch.allclose(expected, logits, rtol=1e-3, atol=1e-3)
+    )
+
+
+def _cannot_take(name: str, image_size: int | None, error: Exception) -> GraftError:
+    """The error for a network that fails on images of its size, with sizes near that work."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if image_size is None:
+        return GraftError(
+            f"--backbone {name}: it fails on images of its own size ({reason}); "
+            "take another backbone, or wrap it as package.module:callable (images → features)"
         )
-    if not fits:
-        raise GraftError(
-            f"--backbone {name}: its logits are not one linear layer on pooled features; "
-            "wrap it as package.module:callable"
-        )
+
+    def build(size: int) -> nn.Module:
+        model: nn.Module = timm.create_model(name, pretrained=False, **_model_args(name, size))
+        return model
+
+    near = find_sizes_near(image_size, build, is_fixed=bool(_model_args(name, image_size)))
+    offer = " or ".join(map(str, near)) if near else "leave it out for the network's own"
+    return GraftError(
+        f"--image-size {image_size}: {name} does not take images of {image_size} × {image_size} "
+        f"({reason}); sizes near it that it takes: {offer}"
+    )

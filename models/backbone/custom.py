@@ -28,7 +28,8 @@ class CustomNetwork(nn.Module):
 
     def forward_features(self, images: torch.Tensor) -> torch.Tensor:
         features: torch.Tensor = self.backbone(images)
-        return features
+        # A module may compute in bf16 by itself; heads and engines take float32.
+        return features if features.dtype == torch.float32 else features.float()
 
     def forward_head(self, features: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         return features if pre_logits else self.head(features)
@@ -105,6 +106,8 @@ def _count_features(name: str, module: nn.Module, preprocess: Preprocess) -> int
             raise GraftError(f"--backbone {name}: it fails on images {shape}: {error}") from error
     if not isinstance(features, torch.Tensor):
         got = type(features).__name__
+    elif not features.is_floating_point():
+        got = f"a tensor of {features.dtype}"
     elif features.ndim != 2 or not features.shape[1]:
         got = f"a tensor of shape {list(features.shape)}"
     else:

@@ -14,12 +14,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from safetensors.numpy import save_file as numpy_save_file
 
 from models.backbone.build import (
     Backbone,
     FeatureExtractor,
+    _create,
+    _linear_classifier,
     backbone_tensors,
     build_backbone,
     build_from_config,
@@ -130,6 +133,73 @@ def test_the_input_size_can_be_chosen_for_networks_of_fixed_and_of_free_size() -
 def test_a_network_whose_head_is_not_one_linear_layer_is_refused() -> None:
     with pytest.raises(GraftError, match=r"not one linear layer.*package\.module:callable"):
         build_backbone("levit_128s", num_classes=2, pretrained=False)
+
+
+# One of each family that timm ships without a head.
+HEADLESS = (
+    "vit_small_patch14_dinov2.lvd142m",
+    "vit_small_patch16_dinov3",
+    "convnext_tiny.dinov3_lvd1689m",
+    "vit_small_patch16_224.dino",
+    "vit_base_patch16_224.mae",
+    "vit_base_patch16_siglip_224",
+    "convnextv2_atto.fcmae",
+    "eva02_tiny_patch14_224",
+    "aimv2_large_patch14_224",
+    "hiera_tiny_224.mae",
+    "vit_base_patch32_clip_224.openai",
+    "resnet50_clip.openai",
+    "samvit_base_patch16",
+)
+
+
+@pytest.mark.parametrize("name", HEADLESS)
+def test_a_network_without_a_head_gets_the_one_of_timm(name: str) -> None:
+    with torch.device("meta"):
+        own = _create(name, None, pretrained=False)
+        own.reset_classifier(3)
+        reference = timm.create_model(name, pretrained=False, num_classes=3)
+    assert [str(module) for module in own.modules()] == [str(m) for m in reference.modules()]
+    assert own.get_submodule(_linear_classifier(name, own)).out_features in (3, 512, 1024)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("vit_small_patch14_dinov2", 28),
+        ("convnextv2_atto.fcmae", 32),
+        ("eva02_tiny_patch14_224", 28),
+    ],
+)
+def test_a_network_without_a_head_is_built_and_rebuilt(name: str, size: int) -> None:
+    backbone = build_backbone(name, num_classes=3, pretrained=False, image_size=size)
+    assert backbone.head.out_features == 3
+    rebuilt = build_from_config(timm_config(backbone), backbone.model.state_dict())
+    images = torch.rand(1, 3, size, size)
+    with torch.inference_mode():
+        assert torch.equal(
+            FeatureExtractor(rebuilt)(images), FeatureExtractor(backbone.model.eval())(images)
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "near"),
+    [
+        ("maxvit_rmlp_pico_rw_256", 100, "96 or 128"),
+        ("inception_v3", 64, "80"),
+        ("halonet26t", 100, "248"),
+        ("coatnet_rmlp_nano_rw_224", 40, "32 or 64"),
+    ],
+)
+def test_a_size_that_a_network_cannot_take_is_refused_with_those_near_it(
+    name: str, size: int, near: str
+) -> None:
+    with pytest.raises(
+        GraftError,
+        match=rf"^--image-size {size}: {name} does not take images of {size} × {size} \(.+\); "
+        rf"sizes near it that it takes: {near}$",
+    ):
+        build_backbone(name, num_classes=2, pretrained=False, image_size=size)
 
 
 def test_a_checkpoints_config_builds_the_same_network(tmp_path: Path) -> None:

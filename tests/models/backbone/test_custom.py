@@ -7,13 +7,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from models.backbone.build import FeatureExtractor, backbone_tensors, build_backbone
-from models.backbone.weights import WeightsError
+from models.backbone.build import (
+    FeatureExtractor,
+    backbone_tensors,
+    build_backbone,
+    build_from_config,
+)
+from models.backbone.weights import WeightsError, read_state_dict
+from models.checkpoint import WEIGHTS_FILE
+from models.engine.engine import run
 from models.errors import GraftError
-from tests.support.weights import save_weights
+from models.prepared import write_prepared
+from tests.support.weights import normalise, save_weights
 
 OWN = """
 import torch
@@ -41,6 +50,27 @@ class Pair(Trunk):
     def forward(self, images):
         return (images, images)
 
+class Half(Trunk):
+    # Computes in bf16, with a buffer in it.
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.tensor([1.5, 0.3], dtype=torch.bfloat16))
+        self.conv = self.conv.bfloat16()
+    def forward(self, images):
+        return self.conv(images.bfloat16()).mean(dim=(2, 3)) * self.scale[1]
+
+class Broken(Trunk):
+    def __init__(self):
+        super().__init__()
+        self.conv.weight.data[0] = float("nan")
+
+class Count(Trunk):
+    def forward(self, images):
+        return super().forward(images).long()
+
+def build_half(): return Half()
+def build_nan(): return Broken()
+def build_count(): return Count()
 def build(): return Trunk()
 def build_map(): return Map()
 def build_pair(): return Pair()
@@ -114,6 +144,11 @@ def test_a_users_own_network_takes_weights_strictly(own_package: str, tmp_path: 
             r"not a tensor of shape \[2, 6, 38, 46\]",
         ),
         ("ownnets.small:build_pair", "not tuple"),
+        ("ownnets.small:build_count", r"not a tensor of torch\.int64"),
+        (
+            "ownnets.small:build_nan",
+            r"weights are NaN or infinite: backbone\.conv\.weight \(27 of 162 values\)",
+        ),
         ("ownnets.small:build_narrow", r"it fails on images \[2, 3, 224, 224\]"),
         (
             "ownnets.small:nothing",
@@ -128,3 +163,26 @@ def test_a_users_own_network_that_does_not_work_is_refused_in_words(
 ) -> None:
     with pytest.raises(GraftError, match=f"^--backbone {name}: .*{message}"):
         build_backbone(name, num_classes=2)
+
+
+def test_a_users_own_network_may_hold_and_compute_bf16(own_package: str, tmp_path: Path) -> None:
+    backbone = build_backbone("ownnets.small:build_half", num_classes=2)
+    arrays = backbone_tensors(backbone)
+    assert arrays["backbone.scale"].dtype == np.float32
+    prepared = write_prepared(backbone, tmp_path / "prepared")
+    images = np.random.default_rng(0).integers(0, 255, (2, 40, 48, 3), np.uint8)
+    engine = prepared.open_engine("cpu", "fp32")
+    served = run(engine, images)
+    engine.close()
+    # The engine on CUDA builds it from the config and the stored tensors.
+    rebuilt = build_from_config(
+        prepared.config, read_state_dict(tmp_path / "prepared" / WEIGHTS_FILE)
+    )
+    own: Any = rebuilt
+    assert own.backbone.scale.dtype == torch.bfloat16
+    batch = normalise(images, backbone.preprocess.mean, backbone.preprocess.std)
+    with torch.inference_mode():
+        features = FeatureExtractor(rebuilt)(batch)
+    assert features.dtype == torch.float32
+    assert torch.equal(features, FeatureExtractor(backbone.model.eval())(batch))
+    assert np.allclose(served, features.numpy(), rtol=0.05, atol=0.05)

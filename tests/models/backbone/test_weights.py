@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import logging
 import os
 import pickle
 from collections.abc import Callable
@@ -18,24 +20,150 @@ from models.backbone.weights import WeightsError, read_state_dict
 from tests.support.weights import save_weights
 
 
-@pytest.mark.parametrize(
-    "wrap",
-    [
-        lambda tensors: {"state_dict": tensors, "epoch": 3},
-        lambda tensors: {"model": tensors, "args": {"lr": 0.1}},
-        lambda tensors: {f"module.{name}": tensor for name, tensor in tensors.items()},
-        lambda tensors: {
-            "state_dict": {f"module.{name}": tensor for name, tensor in tensors.items()}
-        },
-    ],
-)
-def test_what_training_scripts_write_is_unwrapped(
-    wrap: Callable[[Any], Any], tmp_path: Path
-) -> None:
+def prefixed(prefix: str, tensors: Any) -> dict[str, Any]:
+    return {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
+
+
+# What training scripts, wrappers and loops write, by who writes it.
+FORMS: dict[str, Callable[[Any], Any]] = {
+    "state_dict": lambda own: {"state_dict": own, "epoch": 3},
+    "model": lambda own: {"model": own, "args": {"lr": 0.1}},
+    "DistributedDataParallel": lambda own: prefixed("module.", own),
+    "both": lambda own: {"state_dict": prefixed("module.", own)},
+    "PyTorch's tutorial": lambda own: {"epoch": 1, "model_state_dict": own, "loss": 0.5},
+    "net": lambda own: {"net": own, "acc": 93.1, "epoch": 7},
+    "nested": lambda own: {"checkpoint": {"model": {"state_dict": own}}},
+    "torch.compile": lambda own: prefixed("_orig_mod.", own),
+    "compiled, then distributed": lambda own: prefixed("module._orig_mod.", own),
+    "distributed, then compiled": lambda own: prefixed("_orig_mod.module.", own),
+    "a compiled part": lambda own: {
+        name.replace("bn1.", "bn1._orig_mod."): tensor for name, tensor in own.items()
+    },
+    "Lightning": lambda own: {
+        "state_dict": {**prefixed("model.", own), "criterion.weight": torch.ones(5)}
+    },
+    "Lightning, compiled": lambda own: {"state_dict": prefixed("model._orig_mod.", own)},
+    "two wrappers": lambda own: prefixed("learner.encoder.", own),
+    "AveragedModel": lambda own: {**prefixed("module.", own), "n_averaged": torch.tensor(3)},
+    "timm's train.py": lambda own: {"state_dict": own, "args": argparse.Namespace(lr=1)},
+    "a numpy scalar beside": lambda own: {"state_dict": own, "best": np.float64(1)},
+    "with its optimizer": lambda own: {
+        "model": own,
+        "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}, "model": {"x": torch.ones(1)}},
+    },
+    "an EMA of it beside": lambda own: {
+        "state_dict": own,
+        "state_dict_ema": {name: tensor + 1 for name, tensor in own.items()},
+    },
+    "an EMA of it beside, in one dict": lambda own: {
+        **prefixed("ema_model.", {name: tensor + 1 for name, tensor in own.items()}),
+        **prefixed("model.", own),
+    },
+    "only an EMA": lambda own: {"model_ema": own, "epoch": 3},
+    "without BatchNorm's counters": lambda own: {
+        name: tensor for name, tensor in own.items() if not name.endswith("num_batches_tracked")
+    },
+    "double": lambda own: {name: tensor.double() for name, tensor in own.items()},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_training_scripts_write_is_unwrapped(form: str, tmp_path: Path) -> None:
     tensors = timm.create_model("test_resnet").state_dict()
-    path = save_weights(wrap(tensors), tmp_path / "last.pth")
+    path = save_weights(FORMS[form](tensors), tmp_path / "last.pth")
     loaded = backbone_tensors(build_backbone("test_resnet", num_classes=2, weights=path))
+    assert set(loaded) == {name for name in tensors if not name.startswith("fc.")}
     assert all(np.array_equal(array, tensors[name].numpy()) for name, array in loaded.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".bin"])
+def test_half_precision_weights_are_widened(
+    dtype: torch.dtype, suffix: str, tmp_path: Path
+) -> None:
+    half = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in timm.create_model("test_resnet").state_dict().items()
+    }
+    path = tmp_path / f"half{suffix}"
+    # Hugging Face's files are safetensors by other names too.
+    save_weights(half, tmp_path / "as.safetensors" if suffix == ".bin" else path)
+    if suffix == ".bin":
+        (tmp_path / "as.safetensors").rename(path)
+    loaded = backbone_tensors(build_backbone("test_resnet", num_classes=2, weights=path))
+    for name, array in loaded.items():
+        assert array.dtype == (np.float32 if half[name].is_floating_point() else np.int64)
+        assert np.array_equal(array, half[name].float().numpy())
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [("state_dict", 0.0), ("state_dict_ema", 1.0), ("deeper.teacher", 2.0), ("both.b", 4.0)],
+)
+def test_one_of_several_state_dicts_can_be_chosen(entry: str, value: float, tmp_path: Path) -> None:
+    own = timm.create_model("test_resnet").state_dict()
+
+    def filled(value: float) -> dict[str, torch.Tensor]:
+        return {name: torch.full_like(tensor, value) for name, tensor in own.items()}
+
+    held = {
+        "state_dict": filled(0),
+        "state_dict_ema": filled(1),
+        "deeper": {"teacher": filled(2)},
+        "both": prefixed("a.", filled(3)) | prefixed("b.", filled(4)),
+    }
+    path = save_weights(held, tmp_path / "last.pth")
+    name = Path(f"{path}::{entry}")
+    if entry == "both.b":
+        # Two networks in one dict: the file does not say which.
+        path = save_weights(held["both"], tmp_path / "two.pth")
+        with pytest.raises(WeightsError, match=r"two\.pth: it holds 2 .*: a, b; name one as .*::a"):
+            build_backbone("test_resnet", num_classes=2, weights=path)
+        name = Path(f"{path}::b")
+    backbone = build_backbone("test_resnet", num_classes=2, weights=name)
+    assert backbone.weights == f"file {name.name}"
+    assert (backbone_tensors(backbone)["bn1.bias"] == value).all()
+
+
+def test_averages_are_said_with_the_way_to_choose_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = timm.create_model("test_resnet").state_dict()
+    path = save_weights({"state_dict": own, "state_dict_ema": own}, tmp_path / "last.pth")
+    with caplog.at_level(logging.INFO, "graft"):
+        read_state_dict(path)
+    assert caplog.messages == [
+        f"{path}: taking 'state_dict'; it holds averages (EMA) too, which "
+        f"{path}::state_dict_ema would take"
+    ]
+
+
+def test_an_entry_that_is_not_there_is_refused_with_those_that_are(tmp_path: Path) -> None:
+    held = {"net": {"weight": torch.ones(1)}, "ema": {"weight": torch.ones(1)}}
+    path = save_weights(held, tmp_path / "last.pth")
+    with pytest.raises(
+        WeightsError, match=r"last\.pth::best: there is no entry 'best'; it has net, ema$"
+    ):
+        read_state_dict(Path(f"{path}::best"))
+    two = save_weights({"student": held["net"], "teacher": held["ema"]}, tmp_path / "dino.pth")
+    with pytest.raises(
+        WeightsError,
+        match=r"dino\.pth: it holds 2 state_dicts: student, teacher; name one as \S+::student$",
+    ):
+        read_state_dict(two)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("key", ["conv1.0.weight", "bn1.bias", "bn1.running_var"])
+def test_weights_that_are_not_finite_are_named(key: str, value: float, tmp_path: Path) -> None:
+    tensors = timm.create_model("test_resnet").state_dict()
+    tensors[key].view(-1)[0] = value
+    path = save_weights(tensors, tmp_path / "diverged.pth")
+    with pytest.raises(
+        WeightsError,
+        match=rf"diverged\.pth: weights are NaN or infinite: {key} \(1 of \d+ values\); .*earlier",
+    ):
+        build_backbone("test_resnet", num_classes=2, weights=path)
 
 
 @pytest.mark.parametrize("num_classes", [0, 5])
@@ -138,7 +266,16 @@ def test_a_pickle_with_code_in_it_is_refused_and_not_run(
         ("gone.safetensors", None, "there is no such weights file"),
         ("text.pth", b"not weights", "not a state_dict file that can be read"),
         ("text.safetensors", b"not weights", "not a safetensors file that can be read"),
-        ("empty.pth", b"", "not a state_dict file that can be read"),
+        ("empty.pth", b"", "it is an empty file"),
+        ("empty.safetensors", b"", "it is an empty file"),
+        ("lfs.pth", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        ("page.pth", b"\n<!DOCTYPE html><html>", r"a web page \(HTML\)"),
+        ("page.safetensors", b"<html><body>404", r"a web page \(HTML\)"),
+        ("denied.pth", b'<?xml version="1.0"?><Error>', "an XML answer"),
+        ("model.safetensors.index.json", b'{"weight_map": {}}', "it is JSON"),
+        ("keras.h5", b"\x89HDF\r\n\x1a\n", "HDF5"),
+        ("packed.pth", b"\x1f\x8b\x08\x00", "gunzip"),
+        ("cut.pth", b"PK\x03\x04" + bytes(40), "not a state_dict file that can be read"),
     ],
 )
 def test_a_weights_file_that_cannot_be_read_is_named(
@@ -154,3 +291,16 @@ def test_a_weights_file_that_cannot_be_read_is_named(
 def test_a_pth_that_holds_no_tensors_is_refused(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="it holds list, not a state_dict"):
         read_state_dict(save_weights([1, 2], tmp_path / "list.pth"))
+
+
+def test_a_whole_model_is_named_with_the_way_out(tmp_path: Path) -> None:
+    path = save_weights(timm.create_model("test_resnet"), tmp_path / "model.pth")
+    with pytest.raises(
+        WeightsError, match=r"it holds timm\.models\.\S+, .*; .*save model\.state_dict\(\) alone"
+    ):
+        read_state_dict(path)
+
+
+def test_a_folder_of_weights_is_named(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="it is a folder; name the file"):
+        read_state_dict(tmp_path)
