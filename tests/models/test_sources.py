@@ -55,7 +55,7 @@ def _tar() -> bytes:
     [
         (_zip(), "it is a zip archive; unpack it"),
         (_tar(), "it is a tar archive; unpack it"),
-        (gzip.compress(b"path,label\n"), "it is a gzip file; unpack it"),
+        (gzip.compress(b"path,label\n", mtime=0), "it is a gzip file; unpack it"),
         (b"7z\xbc\xaf\x27\x1c" + bytes(9), "it is a 7z archive"),
         (b"Rar!\x1a\x07" + bytes(9), "it is a rar archive"),
         (b"BZh9" + bytes(9), "it is a bzip2 file"),
