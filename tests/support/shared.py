@@ -25,7 +25,11 @@ def locked(name: str, *, shared: bool = False) -> Iterator[None]:
     """Hold the lock of this name; several processes may, where all of them ask for it shared."""
     with _lock_path(name).open("w") as file:
         fcntl.flock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
-        yield
+        try:
+            yield
+        finally:
+            # Closing is not enough: a forked process that outlives the test holds the file, too.
+            fcntl.flock(file, fcntl.LOCK_UN)
 
 
 @contextmanager
