@@ -59,6 +59,7 @@ SWITCHES = {
     "new_split": "--new-split",
     "new_labels": "--new-labels",
     "strict": "--strict",
+    "stretch": "--stretch",
     "cache": "--no-cache",
     "pretrained": "--no-pretrained",
     "preflight": "--preflight",
@@ -84,6 +85,7 @@ ALWAYS = {
     "new_split",
     "new_labels",
     "strict",
+    "stretch",
     "cache",
 }
 
