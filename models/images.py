@@ -61,6 +61,7 @@ _STAND_INS = (
         b"/annex/objects/",
         "it is a git-annex pointer, not the image; fetch the images with git annex get",
     ),
+    (b"\x1f\x8b", "it is compressed with gzip; unpack it first"),
     (
         b"bplist00",
         "it is a placeholder of iCloud or a property list, not the image; download the image first",

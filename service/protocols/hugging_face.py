@@ -19,7 +19,6 @@ from starlette.responses import Response
 from service.errors import RequestError
 from service.inference.server import Server
 from service.protocols.shared import (
-    check_uncompressed,
     choose_one,
     decode_base64,
     parse_json,
@@ -56,7 +55,6 @@ class ImageClassificationRequest(BaseModel):
 async def classify_image(request: Request, server: Server) -> Response:
     """`POST /hf/NAME`: labels and scores of one image, best first."""
     server.check_room()
-    check_uncompressed(request)
     parameters = ImageClassificationParameters()
     with server.memory_budget.reserve() as reservation:
         image = await read_body(request, server.settings, reservation)
