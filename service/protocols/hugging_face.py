@@ -48,7 +48,7 @@ class ImageClassificationParameters(BaseModel):
 class ImageClassificationRequest(BaseModel):
     """An image and its parameters."""
 
-    inputs: str = Field(description="An image file in base64.")
+    inputs: str = Field(description="An image file in base64, or as a data: URL.")
     parameters: ImageClassificationParameters | None = None
 
 

@@ -40,7 +40,7 @@ class Base64Bytes(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    b64: str = Field(description="An image file in base64.")
+    b64: str = Field(description="An image file in base64, or as a data: URL.")
 
 
 class NamedBytes(BaseModel):

@@ -23,8 +23,8 @@ _GZIP_MAGIC = b"\x1f\x8b"
 def decode_content(chunks: AsyncIterator[bytes], content_encoding: str) -> AsyncIterator[bytes]:
     """The body as it was before its encoding, in pieces.
 
-    Raises RequestError for an encoding that is not taken, and while it is read for data that are
-    not so encoded, or are compressed where the header does not say so.
+    Raises RequestError for an encoding that is not taken; while it is read, for data that are not
+    encoded so, and for gzip that the header does not name.
     """
     encoding = content_encoding.strip().lower().removeprefix("x-")
     if encoding in ("", "identity"):
@@ -104,6 +104,6 @@ class _Streams:
 def _broken(encoding: str, reason: str) -> RequestError:
     return RequestError(
         "broken_encoding",
-        f"the body cannot be decompressed as {encoding}, its Content-Encoding ({reason}); compress "
-        "it once more, or send it as it is",
+        f"the body is not whole {encoding}, which its Content-Encoding says ({reason}); send all "
+        "of it, or send it uncompressed",
     )

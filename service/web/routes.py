@@ -133,14 +133,14 @@ class Routes:
         # Not redirected: clients repeat a redirected POST as a GET, or without its body.
         clean = "/" + "/".join(part for part in request.scope["path"].split("/") if part)
         asked = {**request.scope, "path": clean}
-        way_out = "POST /predict takes images"
+        way_out = "POST /predict takes images,"
         for route in self._router.routes:
             if route.matches(asked)[0] is not routing.Match.NONE:
-                # Its error has the shape of this one's, and is counted as its.
+                # The error has the shape of this route's, and is counted as its.
                 request.scope["route"] = route
-                way_out = f"without the extra slash it is {clean[:200]}"
+                way_out = f"did you mean {clean[:200]}, without the extra slash?"
         return RequestError(
-            "not_found", f"there is nothing here; {way_out}, /docs.json describes all the rest"
+            "not_found", f"there is nothing here; {way_out} /docs.json describes all the rest"
         )
 
     async def _on_crash(self, request: Request, error: Exception) -> Response:

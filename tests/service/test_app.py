@@ -130,9 +130,9 @@ def test_a_body_that_is_compressed_wrongly(client: httpx.Client) -> None:
         (packed, None, 415, "unsupported_encoding", "compressed with gzip and no header says so"),
         (packed, "br", 415, "unsupported_encoding", "'br'"),
         (packed, "zstd", 415, "unsupported_encoding", "'zstd'"),
-        (image, "gzip", 400, "broken_encoding", "cannot be decompressed as gzip"),
+        (image, "gzip", 400, "broken_encoding", "not whole gzip"),
         (packed[:-9], "gzip", 400, "broken_encoding", "too soon"),
-        (packed, "deflate", 400, "broken_encoding", "cannot be decompressed as deflate"),
+        (packed, "deflate", 400, "broken_encoding", "not whole deflate"),
         (gzip.compress(bytes(2**30)), "gzip", 413, "body_too_large", "decompressed"),
     ):
         headers = {"content-type": "image/jpeg"}

@@ -157,7 +157,7 @@ def test_a_slash_too_many_is_named(ask: Ask, path: str, clean: str) -> None:
         response = ask(method, f"http://test{path}")
         assert response.status_code == 404
         message = message_of(response, is_plain=route.error_body is plain_error)
-        assert f"without the extra slash it is {clean}, " in message
+        assert f"did you mean {clean}, without the extra slash? " in message
 
 
 @pytest.mark.parametrize(
