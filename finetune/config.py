@@ -81,8 +81,8 @@ class SharedOptions(ProgramOptions):
     newest run on this data under --output had them, and only new images are drawn"""
 
     strict: bool = False
-    """stop at an unreadable image, which is otherwise left out, and at an image that leaks from one
-    split to another"""
+    """stop at an image or folder that cannot be read, which is otherwise left out, and at an image
+    that leaks from one split to another"""
 
     image_size: int | None = Field(None, ge=32, le=1024)
     """side of the input crop in pixels; the backbone's own if not given"""
