@@ -24,6 +24,7 @@ from models.checkpoint import check_name
 from models.engine.engine import Precision
 from models.engine.processor import num_cpus
 from models.errors import GraftError
+from models.files import find_home
 from models.sources import identify_source
 
 Augment = Literal["none", "light", "flip"]
@@ -44,10 +45,7 @@ def _default_cache_dir() -> Path:
     # Empty and relative ones are to be ignored (XDG Base Directory Specification).
     if Path(xdg).is_absolute():
         return Path(xdg) / "graft"
-    try:
-        return Path.home() / ".cache" / "graft"
-    except RuntimeError:
-        return Path(os.environ.get("TMPDIR") or "/tmp") / f"graft-{os.getuid()}"
+    return find_home() / ".cache" / "graft"
 
 
 class ProgramOptions(BaseModel):
