@@ -287,7 +287,9 @@ def _find_contradictions(labelled: Labelled) -> tuple[str, ...]:
 
 def _find_joined_labels(labelled: Labelled) -> tuple[str, ...]:
     """A note on classes whose names look like several labels in one cell."""
-    joined = sorted({named for _, named, _ in labelled if SEPARATOR in named})
+    joined = sorted(
+        {named for _, named, _ in labelled if isinstance(named, str) and SEPARATOR in named}
+    )
     if not joined:
         return ()
     return (
