@@ -9,7 +9,9 @@ from __future__ import annotations
 import logging
 from dataclasses import fields
 
+from finetune.auditing.inspection import holds_wide_images
 from finetune.config import BackboneOptions, Options, SharedOptions, flag_of
+from finetune.data.splits import Splits
 from finetune.training.settings import TrainingSettings
 from models.named import is_custom
 
@@ -80,6 +82,13 @@ def warn_if_split_is_given(options: SharedOptions) -> None:
     """Log a warning for options that draw a split, for data that have splits of their own."""
     reason = f"{options.data} has a val split of its own; leave it out"
     _warn(options, dict.fromkeys(sorted(SPLIT_OPTIONS), reason))
+
+
+def warn_if_nothing_is_stretched(options: SharedOptions, splits: Splits) -> None:
+    """Log a warning for `--stretch` where no image has more than 8 bits a channel."""
+    if options.stretch and not holds_wide_images(splits):
+        reason = f"no image of {options.data} has more than 8 bits a channel; leave it out"
+        _warn(options, {"stretch": reason})
 
 
 def _warn(options: SharedOptions, unused: dict[str, str]) -> None:
