@@ -61,6 +61,7 @@ from finetune.timer import Timer
 from finetune.training.broken_batch import FOLDER as BROKEN_BATCH_DIR
 from finetune.unused import (
     warn_if_nothing_is_stretched,
+    warn_if_service_takes_less,
     warn_if_split_is_given,
     warn_if_unused,
 )
@@ -89,6 +90,7 @@ def run(options: Options) -> Path:
             options = read_options(options)
         else:
             warn_if_unused(options)
+        warn_if_service_takes_less()
         if ":" in options.head_init:
             import_named("--head-init", options.head_init)  # fail before any work
         restore = None

@@ -17,10 +17,12 @@ from finetune.unused import (
     SPLIT_OPTIONS,
     find_unused,
     warn_if_nothing_is_stretched,
+    warn_if_service_takes_less,
     warn_if_split_is_given,
     warn_if_unused,
 )
 from models.errors import GraftError
+from models.images import MAX_PIXELS
 
 # A value of every option that is not its default.
 OTHER = {
@@ -222,3 +224,19 @@ def test_stretch_is_named_where_no_image_has_more_than_8_bits(
             "out"
         ]
     )
+
+
+@pytest.mark.parametrize(
+    ("limit", "num_warnings"), [("", 0), (MAX_PIXELS - 1, 0), (MAX_PIXELS, 0), (MAX_PIXELS + 1, 1)]
+)
+def test_a_run_that_takes_larger_images_than_the_service_says_so(
+    limit: int | str,
+    num_warnings: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("GRAFT_MAX_PIXELS", str(limit))
+    warn_if_service_takes_less()
+    assert [f"GRAFT_MAX_PIXELS={limit}: " in one for one in caplog.messages] == num_warnings * [
+        True
+    ]

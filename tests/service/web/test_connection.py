@@ -22,7 +22,6 @@ from tests.support.images import draw_image
 from tests.support.servers import RunningServer, copy_checkpoint, serve
 
 HEADER_SECONDS = 1.0
-KEEP_ALIVE_SECONDS = 5  # BentoML's default
 H2C = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n"
 IMAGE = draw_image("red", size=(800, 600))
 FORM = (
@@ -93,6 +92,13 @@ def is_red(answer: tuple[int, dict[str, object]]) -> bool:
     predictions = body.get("predictions")
     assert isinstance(predictions, list), body
     return status == 200 and predictions[0]["label"] == "red"
+
+
+def count_of(server: RunningServer, reason: str) -> float:
+    """How many requests were refused for this reason, by /metrics."""
+    text = httpx.get(f"{server.url}/metrics").text
+    series = f'graft_rejected_total{{model="",reason="{reason}",version=""}} '
+    return sum(float(line.removeprefix(series)) for line in text.splitlines() if series in line)
 
 
 ZIPPED = gzip.compress(IMAGE)
@@ -216,6 +222,7 @@ def test_an_upgrade_without_a_body(server: RunningServer) -> None:
 )
 def test_slow_headers_are_given_up(server: RunningServer, pieces: list[bytes]) -> None:
     """However they drip: a second after their first byte or the connection's beginning."""
+    before = count_of(server, "header_timeout")
     started = time.monotonic()
     with closing(connect(server)) as connection:
         connection.settimeout(0.1)
@@ -233,7 +240,8 @@ def test_slow_headers_are_given_up(server: RunningServer, pieces: list[bytes]) -
                 break
         seconds = time.monotonic() - started
     assert re.search(rb"HTTP/1.1 408 .*connection: close.*GRAFT_HEADER_SECONDS", received, re.S)
-    assert HEADER_SECONDS <= seconds < KEEP_ALIVE_SECONDS
+    assert seconds >= HEADER_SECONDS
+    assert count_of(server, "header_timeout") == before + 1
 
 
 @pytest.mark.parametrize("sent", [b"", b"\r\n"], ids=["nothing", "an empty line"])
@@ -242,15 +250,13 @@ def test_a_connection_without_a_request_is_closed_without_an_answer(
 ) -> None:
     with closing(connect(server)) as connection:
         connection.sendall(sent)
-        started = time.monotonic()
         assert read_rest(connection) == b""
-        assert time.monotonic() - started < KEEP_ALIVE_SECONDS
 
 
 def test_empty_lines_do_not_hold_a_connection(server: RunningServer) -> None:
     with closing(connect(server)) as connection:
         connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
-        end = time.monotonic() + KEEP_ALIVE_SECONDS
+        end = time.monotonic() + 60
         with suppress(BrokenPipeError, ConnectionResetError):
             while time.monotonic() < end:
                 time.sleep(0.1)
@@ -258,6 +264,7 @@ def test_empty_lines_do_not_hold_a_connection(server: RunningServer) -> None:
         assert time.monotonic() < end
 
 
+@pytest.mark.alone
 def test_an_idle_connection_waits_longer_than_headers_may_take(server: RunningServer) -> None:
     with closing(connect(server)) as connection:
         for _ in range(2):
@@ -331,9 +338,11 @@ def test_what_is_no_request_is_told_so(server: RunningServer, data: bytes) -> No
     error = json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
     assert error["code"] == "bad_request"
     assert "not an HTTP/1.1 request" in error["message"]
+    assert count_of(server, "bad_request") >= 1
 
 
 def test_headers_have_a_size(server: RunningServer) -> None:
+    before = count_of(server, "headers_too_large")
     with closing(connect(server)) as connection:
         connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n")
         num_bytes = 0
@@ -343,6 +352,7 @@ def test_headers_have_a_size(server: RunningServer) -> None:
                 num_bytes += 1000
                 time.sleep(0.001)
     assert num_bytes < 1_000_000
+    assert count_of(server, "headers_too_large") == before + 1
 
 
 def test_a_server_as_a_whole_says_what_it_takes(server: RunningServer) -> None:
@@ -353,10 +363,8 @@ def test_a_server_as_a_whole_says_what_it_takes(server: RunningServer) -> None:
     assert b"\r\nallow: GET, HEAD, PATCH, POST\r\n" in answer
 
 
-def test_what_the_server_counted(server: RunningServer) -> None:
-    text = httpx.get(f"{server.url}/metrics").text
-    for reason in ("header_timeout", "bad_request", "headers_too_large"):
-        assert f'graft_rejected_total{{model="",reason="{reason}",version=""}}' in text
+def test_the_server_never_failed(server: RunningServer) -> None:
+    assert httpx.get(f"{server.url}/readyz").status_code == 200
     assert "Traceback" not in server.log()
 
 
