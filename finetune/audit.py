@@ -24,7 +24,7 @@ from finetune.data.lasting_split import load_lasting_splits
 from finetune.probe.features import extract_splits, open_engine, prepare, prepare_meanwhile
 from finetune.probe.solve import solve_probe
 from finetune.terminal import run_program
-from finetune.unused import warn_if_unused
+from finetune.unused import warn_if_nothing_is_stretched, warn_if_unused
 from models.errors import GraftError
 from models.files import scratch_folder
 
@@ -46,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def audit(options: AuditOptions) -> Audit:
     """Print what is wrong with the images of `--data`, and write a CSV and a page beside the runs.
 
-    Under `--strict` raises GraftError, after all is written, if an image leaks or cannot be read.
+    Under `--strict` raises GraftError if a folder cannot be read and, after all is written, if an
+    image leaks or cannot be read.
     """
     warn_if_unused(options)
     with prepare_meanwhile(options):
@@ -58,8 +59,10 @@ def audit(options: AuditOptions) -> Audit:
             runs_dir=None if options.new_split else options.output,
             cache_dir=options.enabled_cache_dir,
             num_workers=options.workers,
+            strict=options.strict,
             check=False,
         )
+    warn_if_nothing_is_stretched(options, loaded)
     with scratch_folder() as scratch:
         backbone = prepare(
             options.backbone,

@@ -21,7 +21,7 @@ from finetune.probe.features import extract_splits, open_engine, prepare
 from finetune.probe.solve import solve_probe
 from finetune.report.plots import MeasuredBackbone, draw_backbones
 from finetune.terminal import run_program
-from finetune.unused import warn_if_unused
+from finetune.unused import warn_if_nothing_is_stretched, warn_if_unused
 from models.errors import GraftError
 from models.files import scratch_folder
 
@@ -59,7 +59,9 @@ def compare(options: CompareOptions) -> Comparison:
         runs_dir=None if options.new_split else options.output,
         cache_dir=options.enabled_cache_dir,
         num_workers=options.workers,
+        strict=options.strict,
     )
+    warn_if_nothing_is_stretched(options, splits)
     if splits.task.metric != "accuracy":
         raise GraftError(
             f"--data {options.data}: backbones are compared by the accuracy of single labels, and "

@@ -24,6 +24,7 @@ from models.checkpoint import check_name
 from models.engine.engine import Precision
 from models.engine.processor import num_cpus
 from models.errors import GraftError
+from models.files import find_home
 from models.sources import identify_source
 
 Augment = Literal["none", "light", "flip"]
@@ -44,10 +45,7 @@ def _default_cache_dir() -> Path:
     # Empty and relative ones are to be ignored (XDG Base Directory Specification).
     if Path(xdg).is_absolute():
         return Path(xdg) / "graft"
-    try:
-        return Path.home() / ".cache" / "graft"
-    except RuntimeError:
-        return Path(os.environ.get("TMPDIR") or "/tmp") / f"graft-{os.getuid()}"
+    return find_home() / ".cache" / "graft"
 
 
 class ProgramOptions(BaseModel):
@@ -81,8 +79,8 @@ class SharedOptions(ProgramOptions):
     newest run on this data under --output had them, and only new images are drawn"""
 
     strict: bool = False
-    """stop at an unreadable image, which is otherwise left out, and at an image that leaks from one
-    split to another"""
+    """stop at an image or folder that cannot be read, which is otherwise left out, and at an image
+    that leaks from one split to another"""
 
     image_size: int | None = Field(None, ge=32, le=1024)
     """side of the input crop in pixels; the backbone's own if not given"""

@@ -59,7 +59,12 @@ from finetune.resume import (
 from finetune.terminal import run_program
 from finetune.timer import Timer
 from finetune.training.broken_batch import FOLDER as BROKEN_BATCH_DIR
-from finetune.unused import warn_if_split_is_given, warn_if_unused
+from finetune.unused import (
+    warn_if_nothing_is_stretched,
+    warn_if_service_takes_less,
+    warn_if_split_is_given,
+    warn_if_unused,
+)
 from models.checkpoint import check_repository
 from models.errors import GraftError, describe_error
 from models.files import check_writable, full_disk_in_words, scratch_folder, write_whole
@@ -85,6 +90,7 @@ def run(options: Options) -> Path:
             options = read_options(options)
         else:
             warn_if_unused(options)
+        warn_if_service_takes_less()
         if ":" in options.head_init:
             import_named("--head-init", options.head_init)  # fail before any work
         restore = None
@@ -100,11 +106,14 @@ def run(options: Options) -> Path:
                 runs_dir=None if options.new_split else options.output,
                 cache_dir=options.enabled_cache_dir,
                 num_workers=options.workers,
+                strict=options.strict,
                 restore=restore,
                 refuse=functools.partial(_refuse, options),
             )
-        if not splits.is_drawn and options.resume is None:
-            warn_if_split_is_given(options)
+        if options.resume is None:
+            if not splits.is_drawn:
+                warn_if_split_is_given(options)
+            warn_if_nothing_is_stretched(options, splits)
         run_dir = options.resume or _make_run_dir(options)
         with (
             _kept_or_removed(run_dir, options),

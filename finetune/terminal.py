@@ -30,6 +30,7 @@ from rich.progress import (
 from rich.text import Text
 
 from models.errors import GraftError
+from models.files import find_home
 
 _console = Console(stderr=True)
 _ERRORS = "graft"
@@ -91,6 +92,8 @@ def run_program(work: Callable[[], object]) -> int:
     gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS)
     atexit.register(gc.freeze)
     sys.unraisablehook = _raise_again
+    # OpenVINO fails for a user without a home, and others would write to a folder named "~".
+    os.environ.setdefault("HOME", str(find_home()))
     try:
         with _handling({signal.SIGTERM: _raise_terminated}):
             work()

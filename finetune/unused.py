@@ -1,7 +1,8 @@
 """Options that have no effect on a run: the one place that decides it, before any work.
 
 A contradiction, such as `--ema 0.9` without gradient epochs, is refused by `finetune/config.py`.
-What is here is harmless, but not what its user expects: it is a warning.
+What is here is harmless, but not what its user expects: it is a warning. So is a limit on pixels
+that is not the service's.
 """
 
 from __future__ import annotations
@@ -9,8 +10,11 @@ from __future__ import annotations
 import logging
 from dataclasses import fields
 
+from finetune.auditing.inspection import holds_wide_images
 from finetune.config import BackboneOptions, Options, SharedOptions, flag_of
+from finetune.data.splits import Splits
 from finetune.training.settings import TrainingSettings
+from models.images import MAX_PIXELS, read_max_pixels
 from models.named import is_custom
 
 logger = logging.getLogger("graft.options")
@@ -80,6 +84,25 @@ def warn_if_split_is_given(options: SharedOptions) -> None:
     """Log a warning for options that draw a split, for data that have splits of their own."""
     reason = f"{options.data} has a val split of its own; leave it out"
     _warn(options, dict.fromkeys(sorted(SPLIT_OPTIONS), reason))
+
+
+def warn_if_nothing_is_stretched(options: SharedOptions, splits: Splits) -> None:
+    """Log a warning for `--stretch` where no image has more than 8 bits a channel."""
+    if options.stretch and not holds_wide_images(splits):
+        reason = f"no image of {options.data} has more than 8 bits a channel; leave it out"
+        _warn(options, {"stretch": reason})
+
+
+def warn_if_service_takes_less() -> None:
+    """Log a warning where GRAFT_MAX_PIXELS lets this run take more than the service's default."""
+    limit = read_max_pixels()
+    if limit > MAX_PIXELS:
+        logger.warning(
+            "GRAFT_MAX_PIXELS=%d: this run takes images of over %.1f megapixels, which the service "
+            "refuses unless it is started with this variable too",
+            limit,
+            MAX_PIXELS / 1e6,
+        )
 
 
 def _warn(options: SharedOptions, unused: dict[str, str]) -> None:

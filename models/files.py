@@ -102,6 +102,14 @@ def move_whole(written: Path, path: Path) -> bool:
     return True
 
 
+def find_home() -> Path:
+    """The user's home; for a user without one, as containers have them, a folder in TMPDIR."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return Path(os.environ.get("TMPDIR") or "/tmp") / f"graft-{os.getuid()}"
+
+
 def check_writable(folder: Path, num_bytes: int = 0) -> None:
     """Write, flush and rename a file in `folder`, or in the one that it would be made in.
 

@@ -80,8 +80,8 @@ class Unread:
         if self.empty:
             notes.append(f"no file in the class folders {names(self.empty)}")
         if self.closed:
-            reasons = [f"{path.relative_to(root)} ({reason})" for path, reason in self.closed]
-            notes.append(f"folders that cannot be read: {join_first(reasons)}")
+            closed = self.describe_closed(root)
+            notes.append(f"folders that cannot be read: {join_first(closed)}")
         if self.loops:
             notes.append(f"links back to a folder above them: {names(self.loops)}")
         if self.system:
@@ -92,6 +92,9 @@ class Unread:
                 "files (git annex get, dvc pull), or remove them"
             )
         return tuple(notes)
+
+    def describe_closed(self, root: Path) -> tuple[str, ...]:
+        return tuple(f"{path.relative_to(root)} ({reason})" for path, reason in self.closed)
 
 
 @dataclass(frozen=True)

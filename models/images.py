@@ -46,6 +46,9 @@ _MAGIC = {
     (b"MM\x00+", 0): "TIFF",
 }
 _PPM = re.compile(rb"P[1-6][\s#]")
+# Of a grey one: width, height, and the highest value.
+_GAP = rb"(?:\s|#[^\r\n]*[\r\n])+"
+_PGM_HEADER = re.compile(rb"P[25]" + _GAP + rb"\d+" + _GAP + rb"\d+" + _GAP + rb"(\d{1,5})\b")
 _AVIF_BRANDS = {b"avif", b"avis"}
 _HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1"}
 # So many bytes of a file say its format.
@@ -61,6 +64,7 @@ _STAND_INS = (
         b"/annex/objects/",
         "it is a git-annex pointer, not the image; fetch the images with git annex get",
     ),
+    (b"\x1f\x8b", "it is compressed with gzip; unpack it first"),
     (
         b"bplist00",
         "it is a placeholder of iCloud or a property list, not the image; download the image first",
@@ -192,10 +196,12 @@ def begins_as(data: bytes) -> str | None:
 
 
 def is_wide(data: bytes) -> bool:
-    """Whether the header of a PNG or TIFF says 16 bits a channel."""
+    """Whether the header of a PNG, TIFF or PGM says more than 8 bits a channel."""
     name = begins_as(data)
     if name == "PNG":
         return data[24:25] == b"\x10"
+    if header := _PGM_HEADER.match(data):
+        return int(header[1]) > 255
     if name != "TIFF" or len(data) < 8:
         return False
     order = "<" if data[:2] == b"II" else ">"

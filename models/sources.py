@@ -90,12 +90,14 @@ def identify_source(data: str, data_root: Path) -> str:
 class Source:
     """Labelled images, their splits where the source has some, and what one should know of it.
 
-    `notes` say what was left out, or cannot be read, and why.
+    `notes` say what was left out, or cannot be read, and why; `closed` names the folders that could
+    not be read, whose images nobody has counted.
     """
 
     labelled: Labelled
     splits: FixedSplits = None
     notes: tuple[str, ...] = ()
+    closed: tuple[str, ...] = ()
 
 
 def read_source(data: str, data_root: Path) -> Source:
@@ -185,7 +187,8 @@ def _load_digits() -> Labelled:
 def _load_folder(root: Path) -> Source:
     found = read_image_folder(root)
     labelled: Labelled = [(str(path), name, path) for name, path in found.images]
-    return Source(labelled, found.splits, found.unread.describe(root))
+    unread = found.unread
+    return Source(labelled, found.splits, unread.describe(root), unread.describe_closed(root))
 
 
 def _load_csv(path: Path) -> Source:
@@ -204,7 +207,11 @@ def _load_csv(path: Path) -> Source:
         labelled.append((name, label, path.parent / name))
         if "split" in columns:
             splits.append(_read_split(path, number, row["split"]))
-    notes = (*_check_paths(path, labelled), *_find_contradictions(labelled))
+    notes = (
+        *_check_paths(path, labelled),
+        *_find_contradictions(labelled),
+        *_find_joined_labels(labelled),
+    )
     return Source(labelled, splits if "split" in columns else None, notes)
 
 
@@ -275,6 +282,19 @@ def _find_contradictions(labelled: Labelled) -> tuple[str, ...]:
     return (
         f"paths with different labels: {len(twice):,}, {join_first(twice, 3)}; keep one line for "
         f"each, or write labels with {SEPARATOR} between them in a column labels",
+    )
+
+
+def _find_joined_labels(labelled: Labelled) -> tuple[str, ...]:
+    """A note on classes whose names look like several labels in one cell."""
+    joined = sorted(
+        {named for _, named, _ in labelled if isinstance(named, str) and SEPARATOR in named}
+    )
+    if not joined:
+        return ()
+    return (
+        f"classes with {SEPARATOR} in their names: {join_first(joined, 3)}; if it separates "
+        "several labels, call the column labels",
     )
 
 

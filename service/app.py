@@ -34,9 +34,11 @@ from service.protocols.hugging_face import classify_image
 from service.protocols.schemas import PredictResponse
 from service.settings import load_settings
 from service.tasks.task import DEFAULT_TOP_K
+from service.web.connection import use_connections
 from service.web.responses import plain_error
 from service.web.route import Handler, Route
 from service.web.routes import Routes
+from service.web.uploads import OPTION_FIELDS
 
 _PAGE = Path(__file__).with_name("page.html")
 
@@ -65,9 +67,10 @@ def _for_each(
     return [Route(method, one + suffix, handler, error_body=plain_error) for one in addresses]
 
 
+_VERSION = "/v1/models/{name}/versions/{version}"
 _TF_SERVING = (
     "/v1/models/{name}",
-    "/v1/models/{name}/versions/{version}",
+    _VERSION,
     "/v1/models/{name}/labels/{label}",
 )
 _OPEN_INFERENCE = ("/v2/models/{name}", "/v2/models/{name}/versions/{version}")
@@ -75,18 +78,16 @@ _HUGGING_FACE = ("/hf/{name}", "/hf/{name}/versions/{version}")
 
 ROUTES = (
     Route("GET", "/", page, needs="nothing"),
-    Route("POST", "/predict", predict),
-    Route("GET", "/v1/models", list_models),
-    Route("GET", "/v1/status", status),
+    Route("POST", "/predict", predict, query=OPTION_FIELDS),
+    Route("GET", "/v1/models", list_models, query=()),
+    Route("GET", "/v1/status", status, query=()),
     Route("GET", "/docs.json", docs, needs="nothing"),
     Route("GET", "/livez", livez, needs="nothing"),
     Route("GET", "/readyz", readyz, needs="nothing"),
     Route("GET", "/metrics", prometheus, needs="nothing"),
-    Route("POST", "/v1/models/{name}/versions/{version}:load", load_version, needs="admin_token"),
-    Route(
-        "POST", "/v1/models/{name}/versions/{version}:unload", unload_version, needs="admin_token"
-    ),
-    Route("PATCH", "/v1/models/{name}/rollout", patch_rollout, needs="admin_token"),
+    Route("POST", _VERSION + ":load", load_version, needs="admin_token", query=()),
+    Route("POST", _VERSION + ":unload", unload_version, needs="admin_token", query=()),
+    Route("PATCH", "/v1/models/{name}/rollout", patch_rollout, needs="admin_token", query=()),
     *_for_each(_TF_SERVING, "POST", ":predict", tf_serving.predict),
     *_for_each(_TF_SERVING, "GET", "", tf_serving.model_status),
     *_for_each(_TF_SERVING, "GET", "/metadata", tf_serving.model_metadata),
@@ -105,6 +106,8 @@ try:
 except GraftError as error:
     # BentoML would show a traceback of its own import.
     sys.exit(f"error: {error}")
+
+use_connections(_SETTINGS.header_seconds)
 
 
 @bentoml.service(

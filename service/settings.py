@@ -88,6 +88,10 @@ class Settings(BaseSettings):
     """Time from a complete request to its answer; a request that cannot make it is answered 429
     at once."""
 
+    header_seconds: PositiveSeconds = 30.0
+    """Time in which a request's headers must have arrived, from its first byte or from the
+    beginning of the connection; else 408."""
+
     body_seconds: PositiveSeconds = 30.0
     """Time in which a request's body must have arrived; else 408."""
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+import gc
 import os
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,21 @@ import httpx
 import numpy as np
 import pytest
 
+from models.engine import openvino_engine
 from models.engine.openvino_engine import OpenVINOEngine
 from models.images import Pixels
 from models.prepared import PreparedBackbone, prepare_backbone
+from tests.support.forked import IMPORTED_BY_A_RUN, Forker
 from tests.support.servers import RunningServer, publish_colors
 from tests.support.shared import HANG_SECONDS, locked, machine, make_once
 
 # A shell's background jobs ignore Ctrl-C, and every process of a test would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# Tests start a hundred processes, and without bytecode each would compile the project again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+# Looking for cycles in what is imported, and stays, takes a tenth of the imports' time.
+gc.disable()
 # pytest-xdist's workers inherit the home of the process that started them, and share what is in it.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     _HOME = tempfile.TemporaryDirectory(prefix="graft-tests-")
@@ -55,33 +63,18 @@ for _name in (
     os.environ.pop(_name, None)
 
 PROJECT_DIR = Path(__file__).resolve().parent.parent
+SMALL_SIZE = 96
 
-_FORKER = """
-import json, os, signal, sys, traceback
-import torch, torchvision
-for line in sys.stdin:
-    pids = []
-    for job in json.loads(line):
-        pid = os.fork()
-        if pid == 0:
-            signal.alarm(600)  # ends what hangs, with -14
-            os.environ.update(job["env"])
-            output = os.open(job["output"], os.O_WRONLY | os.O_CREAT)
-            os.dup2(output, 1)
-            os.dup2(output, 2)
-            try:
-                exec(job["code"], {"__name__": "__main__"})
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-                code = 1
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-        pids.append(pid)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-    print(json.dumps(codes), flush=True)
-"""
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest tests, so that no process is left with one at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
+def pytest_collection_finish() -> None:
+    """All is imported: from here on only what tests make is looked through for cycles."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -100,6 +93,17 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _short_search() -> Iterator[None]:
+    """An engine's search for its fastest batch: a batch or two of each size, not 0.7 s.
+
+    No result depends on the batch.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(openvino_engine, "_ROUND_SECONDS", 0.01)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -127,18 +131,28 @@ def cache_dir() -> Path:
     return Path(os.environ["XDG_CACHE_HOME"]) / "graft"
 
 
-@pytest.fixture(scope="session")
-def prepared(cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> PreparedBackbone:
-    """The embedded backbone with its ImageNet weights, converted once."""
+def _prepare(image_size: int | None, cache_dir: Path, scratch_dir: Path) -> PreparedBackbone:
     with locked("embedded backbone"):
         return prepare_backbone(
             "tf_efficientnet_lite0",
             weights=None,
             pretrained=True,
-            image_size=None,
+            image_size=image_size,
             cache_dir=cache_dir,
-            scratch_dir=tmp_path_factory.mktemp("scratch"),
+            scratch_dir=scratch_dir,
         )
+
+
+@pytest.fixture(scope="session")
+def prepared(cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> PreparedBackbone:
+    """The embedded backbone with its ImageNet weights, converted once."""
+    return _prepare(None, cache_dir, tmp_path_factory.mktemp("scratch"))
+
+
+@pytest.fixture(scope="session")
+def small_prepared(cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> PreparedBackbone:
+    """The same for images of `SMALL_SIZE`, a fifth of the work: where hundreds go through it."""
+    return _prepare(SMALL_SIZE, cache_dir, tmp_path_factory.mktemp("scratch"))
 
 
 @pytest.fixture(scope="session")
@@ -192,41 +206,28 @@ def run_python() -> RunPython:
     return run
 
 
-RunForked = Callable[[list[tuple[str, dict[str, str]]]], list[tuple[int, str]]]
+RunForked = Callable[..., "list[subprocess.CompletedProcess[str]]"]
+
+
+@contextlib.contextmanager
+def _forking(
+    modules: Sequence[str], env: Mapping[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunForked]:
+    forker = Forker(modules, env)
+    yield lambda *programs: forker.run(programs, tmp_path_factory.mktemp("forked"))
+    forker.close()
 
 
 @pytest.fixture(scope="session")
 def run_forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunForked]:
-    """Run programs at once, each with its own environment; gives exit codes and outputs.
+    """Run `Program`s at once, forked from a process that has imported what a run imports."""
+    with _forking(IMPORTED_BY_A_RUN, os.environ, tmp_path_factory) as run:
+        yield run
 
-    They are forked from a process that has imported torch, which takes seconds.
-    """
-    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", _FORKER],
-        cwd=PROJECT_DIR,
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    requests, answers = process.stdin, process.stdout
-    assert requests is not None
-    assert answers is not None
 
-    def run(jobs: list[tuple[str, dict[str, str]]]) -> list[tuple[int, str]]:
-        folder = tmp_path_factory.mktemp("forked")
-        outputs = [folder / str(index) for index in range(len(jobs))]
-        request = [
-            {"code": code, "env": env, "output": str(output)}
-            for (code, env), output in zip(jobs, outputs, strict=True)
-        ]
-        requests.write(json.dumps(request) + "\n")
-        requests.flush()
-        codes = json.loads(answers.readline())
-        return [(code, output.read_text()) for code, output in zip(codes, outputs, strict=True)]
-
-    yield run
-    requests.close()
-    process.wait(HANG_SECONDS)
-    answers.close()
+@pytest.fixture(scope="session")
+def run_forked_online(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunForked]:
+    """As `run_forked`, but only torch is imported, and a hub may be asked (on the loopback)."""
+    env = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    with _forking(("torch", "torchvision"), env, tmp_path_factory) as run:
+        yield run

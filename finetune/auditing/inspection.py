@@ -155,14 +155,24 @@ def _find_narrow_ranges(splits: Splits) -> Iterator[Finding]:
             yield Finding("narrow_range", split, splits.describe(sample), detail, sample=sample)
 
 
+def holds_wide_images(splits: Splits) -> bool:
+    """Whether any image has more than 8 bits a channel; the files' headers are read."""
+    return any(
+        isinstance(sample.image, Path) and _wide_values(sample) is not None
+        for _, samples in splits.named()
+        for sample in samples
+    )
+
+
 def _wide_values(sample: Sample) -> tuple[int, int] | None:
     """The lowest and the highest value of an image of 16 bits a channel, None of others."""
     with contextlib.suppress(OSError, ImageError):
         assert isinstance(sample.image, Path)
         with sample.image.open("rb") as file:
             start = file.read(NUM_MAGIC_BYTES)
-        if begins_as(start) in ("PNG", "TIFF"):
-            data = sample.read() if begins_as(start) == "TIFF" or is_wide(start) else start
+        name = begins_as(start)
+        if name in ("PNG", "TIFF", "PPM"):
+            data = start if name == "PNG" and not is_wide(start) else sample.read()
             return open_image(data).values if is_wide(data) else None
     return None
 

@@ -31,10 +31,13 @@ def load_lasting_splits(
     cache_dir: Path | None,
     num_workers: int,
     check: bool = True,
+    strict: bool = False,
     restore: Callable[[Splits], Splits | None] | None = None,
     refuse: Callable[[Splits], None] = lambda splits: None,
 ) -> tuple[Splits, Duplicates]:
-    """The images of `--data`, split, and which of them are copies; `check` as in load_splits.
+    """The images of `--data`, split, and which of them are copies.
+
+    `check` and `strict` are as in load_splits.
 
     Where Graft draws the split, images stay where the newest run on them in `runs_dir` had them,
     and copies are on one side. None draws anew. Splits that `restore` makes of the loaded ones, a
@@ -49,6 +52,7 @@ def load_lasting_splits(
         seed=seed,
         kept=kept,
         check=check,
+        strict=strict,
     )
     restored = None if restore is None else restore(splits)
     splits = restored or splits

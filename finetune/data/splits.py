@@ -130,13 +130,20 @@ def load_splits(
     seed: int,
     kept: KeptSplit | None = None,
     check: bool = True,
+    strict: bool = False,
 ) -> Splits:
     """Read the images of `--data` and split them.
 
     Where Graft draws the split, images stay where `kept` has them. Raises GraftError if there is
-    nothing to train on and, under `check`, if a class has no image of a split that it needs.
+    nothing to train on; under `check`, if a class has no image of a split that it needs; under
+    `strict`, if a folder cannot be read.
     """
     source = read_source(data, data_root)
+    if strict and source.closed:
+        raise GraftError(
+            f"--data {data}: folders that cannot be read: {join_first(source.closed)}; make them "
+            "readable (--strict stops here; without it they are left out)"
+        )
     splits = _to_splits(data, source.labelled, source.splits, val_fraction, seed, kept)
     _log_seen(data, splits, source.notes)
     if check:

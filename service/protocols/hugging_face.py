@@ -19,7 +19,6 @@ from starlette.responses import Response
 from service.errors import RequestError
 from service.inference.server import Server
 from service.protocols.shared import (
-    check_uncompressed,
     choose_one,
     decode_base64,
     parse_json,
@@ -49,14 +48,13 @@ class ImageClassificationParameters(BaseModel):
 class ImageClassificationRequest(BaseModel):
     """An image and its parameters."""
 
-    inputs: str = Field(description="An image file in base64.")
+    inputs: str = Field(description="An image file in base64, or as a data: URL.")
     parameters: ImageClassificationParameters | None = None
 
 
 async def classify_image(request: Request, server: Server) -> Response:
     """`POST /hf/NAME`: labels and scores of one image, best first."""
     server.check_room()
-    check_uncompressed(request)
     parameters = ImageClassificationParameters()
     with server.memory_budget.reserve() as reservation:
         image = await read_body(request, server.settings, reservation)

@@ -34,7 +34,6 @@ from service.inference.repository import Model
 from service.inference.server import Server
 from service.protocols.shared import (
     check_num_images,
-    check_uncompressed,
     choose_one,
     decode_base64,
     parse_json,
@@ -238,7 +237,6 @@ async def model_metadata(request: Request, server: Server) -> Response:
 async def infer(request: Request, server: Server) -> Response:
     """`POST /v2/models/NAME/infer`: classify encoded images, or crops that are pixels already."""
     server.check_room()
-    check_uncompressed(request)
     with server.memory_budget.reserve() as reservation:
         body = await read_body(request, server.settings, reservation)
         text, binary = _split(body, request.headers.get(_HEADER_LENGTH))

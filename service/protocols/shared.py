@@ -9,10 +9,10 @@ import base64
 import json
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
+from urllib.parse import unquote
 
 import numpy as np
 from pydantic import BaseModel, ValidationError
-from starlette.requests import Request
 
 from models.images import ImageError
 from service.errors import RequestError, image_error_code
@@ -23,6 +23,7 @@ from service.tasks.task import Scores
 from service.web.uploads import too_many_images
 
 Shape = TypeVar("Shape", bound=BaseModel)
+_URL_SAFE = bytes.maketrans(b"-_", b"+/")
 
 
 def choose_one(server: Server, name: str, version: str = "") -> Model:
@@ -37,16 +38,6 @@ def choose_one(server: Server, name: str, version: str = "") -> Model:
         )
     (model,) = server.choose(name, version)
     return model
-
-
-def check_uncompressed(request: Request) -> None:
-    """Raises RequestError for a compressed body, whose size in memory is not known in advance."""
-    encoding = request.headers.get("content-encoding", "identity")
-    if encoding.lower() != "identity":
-        raise RequestError(
-            "unsupported_content_type",
-            f"the body is compressed ({encoding[:20]}); send it as it is: images are small already",
-        )
 
 
 def check_num_images(num_images: int, server: Server) -> None:
@@ -89,13 +80,29 @@ def parse_json(
 
 
 def decode_base64(text: str, place: str) -> bytes:
-    """The bytes of base64, whose lines may be wrapped; raises RequestError that names `place`."""
+    """The bytes of base64 in any form: wrapped lines, URL-safe (RFC 4648, 5), unpadded, data: URL.
+
+    Raises RequestError that names `place`.
+    """
+    if text[:5].lower() == "data:":
+        head, comma, text = text.partition(",")
+        if not comma or not head.replace(" ", "").lower().endswith(";base64"):
+            raise RequestError(
+                "bad_request",
+                f"{place} is a data: URL that does not say ';base64,' before its data "
+                f"({head[:50]!r}); encode the image file in base64",
+            )
+        text = unquote(text)
     try:
-        return base64.b64decode(text.replace("\n", "").replace("\r", ""), validate=True)
+        digits = text.encode("ascii").translate(_URL_SAFE, b" \t\r\n")
+        if not digits.endswith(b"="):
+            digits += b"=" * (-len(digits) % 4)
+        return base64.b64decode(digits, validate=True)
     except ValueError as error:
         raise RequestError(
             "bad_request",
-            f"{place} is not base64 ({error}); encode the image file itself: URLs are not fetched",
+            f"{place} is not base64 ({str(error)[:100]}); encode the image file itself: URLs are "
+            "not fetched",
         ) from None
 
 

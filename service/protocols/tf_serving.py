@@ -19,7 +19,6 @@ from service.errors import RequestError
 from service.inference.server import Server
 from service.protocols.shared import (
     check_num_images,
-    check_uncompressed,
     choose_one,
     decode_base64,
     parse_json,
@@ -41,7 +40,7 @@ class Base64Bytes(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    b64: str = Field(description="An image file in base64.")
+    b64: str = Field(description="An image file in base64, or as a data: URL.")
 
 
 class NamedBytes(BaseModel):
@@ -128,7 +127,6 @@ class ModelMetadata(BaseModel):
 async def predict(request: Request, server: Server) -> Response:
     """`POST /v1/models/NAME:predict`: classify images in base64, as rows or as a column."""
     server.check_room()
-    check_uncompressed(request)
     settings = server.settings
     with server.memory_budget.reserve() as reservation:
         body = await read_body(request, settings, reservation)

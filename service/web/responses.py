@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 from service.errors import STATUS_BY_CODE, RequestError
+from service.web.content_encoding import ACCEPTED
 
 
 def graft_error(error: RequestError) -> dict[str, Any]:
@@ -41,6 +42,8 @@ def error_response(error: RequestError, body: Mapping[str, Any]) -> Response:
         headers["Retry-After"] = str(error.retry_after_seconds)
     if error.allowed_methods:
         headers["Allow"] = ", ".join(error.allowed_methods)
+    if error.code == "unsupported_encoding":
+        headers["Accept-Encoding"] = ACCEPTED
     if error.code == "unauthorized":
         headers["WWW-Authenticate"] = "Bearer"
     return json_response(body, STATUS_BY_CODE[error.code], headers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,6 +30,8 @@ class Route:
     handler: Handler
     needs: Access = "api_token"
     error_body: ErrorBody = graft_error
+    query: Sequence[str] | None = None
+    """The parameters that the query may have; None where it is not looked at."""
 
     @property
     def parameters(self) -> list[str]:

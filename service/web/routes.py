@@ -7,10 +7,13 @@ import random
 import re
 import time
 from collections.abc import Sequence
+from copy import copy
 
 from starlette import routing
 from starlette.convertors import StringConvertor, register_url_convertor
+from starlette.datastructures import QueryParams
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -60,8 +63,10 @@ class Routes:
             for route in routes
             if route.parameters and route.error_body is graft_error
         )
-        self._answer = ExceptionMiddleware(
-            build_router(routes, server),
+        self._router = build_router(routes, server)
+        self._methods = sorted({"HEAD", *(route.method for route in routes)})
+        self._answer: ASGIApp = ExceptionMiddleware(
+            self._router,
             handlers={
                 RequestError: self._on_request_error,
                 HTTPException: self._on_http_error,
@@ -69,6 +74,12 @@ class Routes:
                 Exception: self._on_crash,
             },
         )
+        if isinstance(app, CORSMiddleware):
+            # BentoML's, as its setting http.cors says. It stands below this middleware, so that
+            # alone it would reach nothing but BentoML's own paths.
+            cors = copy(app)
+            cors.app = self._answer
+            self._answer = cors
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in _BENTOML_PATHS:
@@ -109,10 +120,27 @@ class Routes:
     async def _on_http_error(self, request: Request, error: Exception) -> Response:
         """Starlette's own: no such path, or a path without this method."""
         assert isinstance(error, HTTPException)
+        if request.method == "OPTIONS" and request.scope["path"] == "*":
+            # It asks about the server as a whole (RFC 9110, 9.3.7).
+            return Response(status_code=204, headers={"Allow": ", ".join(self._methods)})
         allowed = sorted((error.headers or {}).get("Allow", "").split(", "))
         return await self._on_request_error(
             request,
-            _no_route(request) if error.status_code == 404 else _no_method(request, allowed),
+            self._no_route(request) if error.status_code == 404 else _no_method(request, allowed),
+        )
+
+    def _no_route(self, request: Request) -> RequestError:
+        # Not redirected: clients repeat a redirected POST as a GET, or without its body.
+        clean = "/" + "/".join(part for part in request.scope["path"].split("/") if part)
+        asked = {**request.scope, "path": clean}
+        way_out = "POST /predict takes images,"
+        for route in self._router.routes:
+            if route.matches(asked)[0] is not routing.Match.NONE:
+                # The error has the shape of this route's, and is counted as its.
+                request.scope["route"] = route
+                way_out = f"did you mean {clean[:200]}, without the extra slash?"
+        return RequestError(
+            "not_found", f"there is nothing here; {way_out} /docs.json describes all the rest"
         )
 
     async def _on_crash(self, request: Request, error: Exception) -> Response:
@@ -145,10 +173,29 @@ def _build_route(route: Route, server: Server) -> routing.Route:
             api_token=server.settings.api_token,
             admin_token=server.settings.admin_token,
         )
+        if route.query is not None and request.scope["query_string"]:
+            _check_query(request.query_params, route.query, request.scope["path"])
         return await route.handler(request, server)
 
     path = route.path.replace("}", ":name}")
     return routing.Route(path, answer, methods=[route.method], name=route.path)
+
+
+def _check_query(query: QueryParams, allowed: Sequence[str], path: str) -> None:
+    """Raises RequestError for a parameter that the route does not have, or that is there twice."""
+    seen = set()
+    for name, _ in query.multi_items():
+        if name not in allowed:
+            raise RequestError(
+                "bad_parameter",
+                f"the query has a parameter {name[:100]!r}; {path[:200]} takes "
+                + (", ".join(allowed) or "none"),
+            )
+        if name in seen:
+            raise RequestError(
+                "bad_parameter", f"the query has {name!r} more than once; send it once"
+            )
+        seen.add(name)
 
 
 def _route_path(scope: Scope) -> str:
@@ -159,13 +206,6 @@ def _route_path(scope: Scope) -> str:
 
 def _find_request_id(given: bytes) -> bytes:
     return given if _REQUEST_ID.fullmatch(given) else b"%032x" % random.getrandbits(128)
-
-
-def _no_route(request: Request) -> RequestError:
-    return RequestError(
-        "not_found",
-        "there is nothing here; POST /predict takes images, /docs.json describes all the rest",
-    )
 
 
 def _no_method(request: Request, allowed: Sequence[str]) -> RequestError:

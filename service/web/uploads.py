@@ -10,6 +10,8 @@ import json
 import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from email.message import Message
+from email.utils import collapse_rfc2231_value
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
@@ -18,6 +20,7 @@ from starlette.requests import Request
 from service.errors import RequestError
 from service.inference.memory_budget import Reservation
 from service.settings import Settings
+from service.web.content_encoding import decode_content
 
 IMAGES_FIELD = "images"
 OPTION_FIELDS = ("model", "version", "top_k")
@@ -167,11 +170,12 @@ class _Form:
         self._num_parts_left -= 1
         if self._num_parts_left < 0:
             raise too_many_images(self._max_images)
-        _, parameters = parse_options_header(self._headers.get(b"content-disposition"))
-        name = parameters.get(b"name", b"").decode("utf-8", "replace")
+        disposition = self._headers.get(b"content-disposition", b"")
+        _, parameters = parse_options_header(disposition)
+        name = _read_parameter(disposition, parameters, "name") or ""
         data = b"".join(self._data)
         if name == IMAGES_FIELD:
-            self._add_image(self._file_name(parameters), data)
+            self._add_image(self._file_name(disposition, parameters), data)
         elif name in OPTION_FIELDS:
             self._add_option(name, data)
         else:
@@ -184,10 +188,11 @@ class _Form:
     def end(self) -> None:
         self.is_complete = True
 
-    def _file_name(self, parameters: dict[bytes, bytes]) -> str | None:
+    def _file_name(self, disposition: bytes, parameters: dict[bytes, bytes]) -> str | None:
         """The name of the part's file, "" for a file without one, None for text."""
-        if b"filename" in parameters:
-            return parameters[b"filename"].decode("utf-8", "replace")
+        name = _read_parameter(disposition, parameters, "filename")
+        if name is not None:
+            return name
         # Some clients give a part its type and no file name.
         content_type = self._headers.get(b"content-type", b"")
         return "" if content_type.startswith((b"image/", b"application/octet-stream")) else None
@@ -217,22 +222,40 @@ class _Form:
         self.upload.options[name] = _plain_text(data.decode("utf-8", "replace"))
 
 
+def _read_parameter(disposition: bytes, parameters: dict[bytes, bytes], name: str) -> str | None:
+    """A parameter of Content-Disposition, from `name=` or else from `name*=` (RFC 8187).
+
+    RFC 7578 forbids the second in forms, which is why python-multipart leaves it out of
+    `parameters`, but urllib3 below 1.25 sends a non-ASCII file name in no other way.
+    """
+    plain = parameters.get(name.encode())
+    if plain is not None:
+        return plain.decode("utf-8", "replace")
+    if b"*" not in disposition:
+        return None
+    message = Message()
+    message["Content-Disposition"] = disposition.decode("latin-1")
+    value = message.get_param(name, header="Content-Disposition")
+    return None if value is None else collapse_rfc2231_value(value)
+
+
 async def _read_chunks(
     request: Request, max_bytes: int, reservation: Reservation
 ) -> AsyncIterator[bytes]:
-    """The body chunk by chunk.
+    """The body chunk by chunk, decompressed.
 
     A body that is too large is refused by its Content-Length before a byte is read, and by its true
-    size where there is none.
+    size where there is none, or where it is compressed.
     """
     announced = request.headers.get("content-length", "")
     if announced.isascii() and announced.isdigit() and int(announced) > max_bytes:
         raise _body_too_large(max_bytes)
+    encoding = ", ".join(request.headers.getlist("content-encoding"))
     received = 0
-    async for chunk in request.stream():
+    async for chunk in decode_content(request.stream(), encoding):
         received += len(chunk)
         if received > max_bytes:
-            raise _body_too_large(max_bytes)
+            raise _body_too_large(max_bytes, "the decompressed body" if encoding else "the body")
         reservation.add(len(chunk))
         yield chunk
 
@@ -245,10 +268,10 @@ def _body_timeout(seconds: float) -> RequestError:
     return RequestError("body_timeout", f"the body did not arrive within {seconds:g} s")
 
 
-def _body_too_large(max_bytes: int) -> RequestError:
+def _body_too_large(max_bytes: int, what: str = "the body") -> RequestError:
     return RequestError(
         "body_too_large",
-        f"the body is larger than {max_bytes} bytes (GRAFT_MAX_BODY_BYTES); "
+        f"{what} is larger than {max_bytes} bytes (GRAFT_MAX_BODY_BYTES); "
         "send fewer or smaller images",
     )
 

@@ -26,6 +26,7 @@ from finetune.run import run
 from models.checkpoint import load_checkpoint
 from models.errors import GraftError
 from models.prepared import PreparedBackbone
+from tests.conftest import SMALL_SIZE
 from tests.support.images import draw_shape, write_class_folders
 from tests.support.pages import ParsedPage
 
@@ -33,7 +34,12 @@ from tests.support.pages import ParsedPage
 def audit_of(data: Path, output: Path, cache_dir: Path, **changes: Any) -> Audit:
     return audit(
         AuditOptions(
-            data=str(data), output=output, cache_dir=cache_dir, precision="fp32", **changes
+            data=str(data),
+            image_size=SMALL_SIZE,
+            output=output,
+            cache_dir=cache_dir,
+            precision="fp32",
+            **changes,
         )
     )
 
@@ -68,7 +74,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(prepared: PreparedBackbone, faults: Faults, output: Path, cache_dir: Path) -> Audit:
+def found(small_prepared: PreparedBackbone, faults: Faults, output: Path, cache_dir: Path) -> Audit:
     return audit_of(faults.folder, output, cache_dir)
 
 
@@ -155,6 +161,8 @@ def test_strict_ends_with_an_error_after_all_is_written(
     options = (
         "--data",
         faults.folder,
+        "--image-size",
+        SMALL_SIZE,
         "--output",
         tmp_path,
         "--cache-dir",
@@ -176,7 +184,7 @@ def test_strict_ends_with_an_error_after_all_is_written(
 
 
 def test_a_wrong_extension_is_told_from_a_right_one(
-    prepared: PreparedBackbone, tmp_path: Path, cache_dir: Path
+    small_prepared: PreparedBackbone, tmp_path: Path, cache_dir: Path
 ) -> None:
     data = write_class_folders(tmp_path / "data", 6)
     (data / "circle" / "drawn.png").write_bytes(draw_shape("circle", 50, "JPEG"))
@@ -192,7 +200,7 @@ def test_a_wrong_extension_is_told_from_a_right_one(
 
 
 def test_names_are_shown_and_never_run(
-    prepared: PreparedBackbone, tmp_path: Path, cache_dir: Path
+    small_prepared: PreparedBackbone, tmp_path: Path, cache_dir: Path
 ) -> None:
     data = write_class_folders(tmp_path / "data", 6)
     name = '"><script>alert(1)<&.jpeg'
@@ -216,7 +224,7 @@ def test_names_are_shown_and_never_run(
 
 
 def test_images_without_fault_are_said_to_be_so(
-    prepared: PreparedBackbone, tmp_path: Path, cache_dir: Path
+    small_prepared: PreparedBackbone, tmp_path: Path, cache_dir: Path
 ) -> None:
     data = write_class_folders(tmp_path / "data", 16)
     found = audit_of(data, tmp_path, cache_dir, min_images=5)
@@ -233,7 +241,10 @@ def test_images_without_fault_are_said_to_be_so(
 
 
 def test_a_run_is_not_proposed_on_what_it_would_refuse(
-    prepared: PreparedBackbone, tmp_path: Path, cache_dir: Path, capsys: pytest.CaptureFixture[str]
+    small_prepared: PreparedBackbone,
+    tmp_path: Path,
+    cache_dir: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     data = write_class_folders(tmp_path / "data", 16)
     audit_of(data, tmp_path, cache_dir)
@@ -261,6 +272,7 @@ def test_a_source_of_one_class_is_refused(tmp_path: Path, cache_dir: Path) -> No
 def options_of(data: Path, tmp_path: Path, cache_dir: Path, **changes: Any) -> Options:
     return Options(
         data=str(data),
+        image_size=SMALL_SIZE,
         output=tmp_path / "runs",
         repository=tmp_path / "checkpoints",
         cache_dir=cache_dir,
@@ -274,7 +286,10 @@ def newest_run(tmp_path: Path) -> Path:
 
 
 def test_a_run_is_audited_and_its_split_keeps_duplicates_together(
-    prepared: PreparedBackbone, tmp_path: Path, cache_dir: Path, caplog: pytest.LogCaptureFixture
+    small_prepared: PreparedBackbone,
+    tmp_path: Path,
+    cache_dir: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     data = write_class_folders(tmp_path / "shapes", 12)
     for number in range(4):
@@ -300,7 +315,7 @@ def test_a_run_is_audited_and_its_split_keeps_duplicates_together(
 
 
 def test_an_image_of_something_else_is_an_outlier(
-    prepared: PreparedBackbone, tmp_path: Path, cache_dir: Path
+    small_prepared: PreparedBackbone, tmp_path: Path, cache_dir: Path
 ) -> None:
     data = write_class_folders(tmp_path / "data", 30)
     photo = next(Path(datasets.__file__).parent.glob("images/china.jpg"))
@@ -309,7 +324,7 @@ def test_an_image_of_something_else_is_an_outlier(
 
 
 def test_a_later_run_on_a_grown_folder_moves_no_image(
-    prepared: PreparedBackbone, tmp_path: Path, cache_dir: Path
+    small_prepared: PreparedBackbone, tmp_path: Path, cache_dir: Path
 ) -> None:
     data = write_class_folders(tmp_path / "shapes", 12)
     run(options_of(data, tmp_path, cache_dir))
@@ -326,7 +341,7 @@ def test_a_later_run_on_a_grown_folder_moves_no_image(
 
 
 def test_a_strict_run_stops_on_a_leak(
-    prepared: PreparedBackbone, tmp_path: Path, cache_dir: Path
+    small_prepared: PreparedBackbone, tmp_path: Path, cache_dir: Path
 ) -> None:
     data = tmp_path / "shapes"
     write_class_folders(data / "train", 8)
@@ -366,7 +381,7 @@ def dark(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_image_that_uses_little_of_its_range_is_found(
-    prepared: PreparedBackbone, dark: Path, cache_dir: Path, tmp_path: Path
+    small_prepared: PreparedBackbone, dark: Path, cache_dir: Path, tmp_path: Path
 ) -> None:
     found = audit_of(dark, tmp_path, cache_dir)
     findings = found.of_kind("narrow_range")
@@ -379,13 +394,14 @@ def test_an_image_that_uses_little_of_its_range_is_found(
 
 
 def test_a_stretched_run_is_served_as_it_was_trained(
-    prepared: PreparedBackbone, dark: Path, cache_dir: Path, tmp_path: Path
+    small_prepared: PreparedBackbone, dark: Path, cache_dir: Path, tmp_path: Path
 ) -> None:
     preprocesses = []
     for stretch in (False, True):
         checkpoint = run(
             Options(
                 data=str(dark),
+                image_size=SMALL_SIZE,
                 output=tmp_path / "runs",
                 repository=tmp_path / "checkpoints",
                 cache_dir=cache_dir,

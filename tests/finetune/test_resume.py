@@ -43,13 +43,14 @@ from finetune.training.state import draw_batches
 from models.backbone.build import Backbone
 from models.checkpoint import list_versions
 from models.errors import GraftError
+from tests.conftest import RunForked
+from tests.support.forked import Program
 from tests.support.images import write_noise_folders
 from tests.support.tiny import Recorder, build, draw_splits, options, probe_of, snapshot, train_tiny
 
 PROJECT_DIR = Path(__file__).parents[2]
 # What depends on the clock.
 TIMED = {"train/images_per_second", "train/waiting_for_data"}
-RunForked = Callable[[list[tuple[str, dict[str, str]]]], list[tuple[int, str]]]
 
 # Killed some milliseconds after it wrote so many points of its curves; never, for 0.
 RUN_AND_DIE = """
@@ -409,6 +410,7 @@ def read_outcome(run_dir: Path, repository: Path, version: int) -> dict[str, Any
     }
 
 
+@pytest.mark.long
 def test_a_run_killed_again_and_again_ends_as_one_that_never_was(
     tmp_path: Path, arguments: list[str], run_forked: RunForked
 ) -> None:
@@ -432,7 +434,8 @@ def test_a_run_killed_again_and_again_ends_as_one_that_never_was(
             "SECONDS": str(generator.uniform(0, 0.05)),
             "ARGUMENTS": "|".join(given),
         }
-        return run_forked([(RUN_AND_DIE, settings)])[0]
+        (done,) = run_forked(Program(code=RUN_AND_DIE, env=settings))
+        return done.returncode, done.stderr
 
     code, said = finetune(arguments)
     assert code == 0, said

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -23,40 +22,48 @@ from models.checkpoint import check_golden, list_versions, load_checkpoint, logi
 from models.engine.engine import run
 from models.engine.processor import supports_vnni
 from models.prepared import build_engine
-from tests.support.images import draw_shape, write_class_folders
+from tests.conftest import RunForked
+from tests.support.forked import Program
+from tests.support.images import draw_shape, write_class_folders, write_noise_folders
 from tests.support.shared import HANG_SECONDS
 
 ROOT = Path(__file__).parents[2]
 Finetune = Callable[..., subprocess.CompletedProcess[str]]
 
 
+def program(tmp_path: Path, cache_dir: Path, *arguments: object, **limits: Any) -> Program:
+    folders = ("--output", tmp_path / "runs", "--repository", tmp_path / "checkpoints")
+    return Program(
+        path=str(ROOT / "finetune" / "run.py"),
+        arguments=[str(part) for part in (*folders, "--cache-dir", cache_dir, *arguments)],
+        cwd=str(tmp_path),
+        env={"HF_HOME": str(tmp_path / "hf")},
+        **limits,
+    )
+
+
 @pytest.fixture
-def finetune(tmp_path: Path, cache_dir: Path) -> Finetune:
-    def run(
-        *arguments: object, cwd: Path | None = None, **options: Any
-    ) -> subprocess.CompletedProcess[str]:
-        folders = (
-            "--output",
-            tmp_path / "runs",
-            "--repository",
-            tmp_path / "checkpoints",
-            "--cache-dir",
-            cache_dir,
-        )
-        command = [
-            sys.executable,
-            str(ROOT / "finetune" / "run.py"),
-            *map(str, (*folders, *arguments)),
-        ]
-        env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+def finetune(tmp_path: Path, cache_dir: Path, run_forked: RunForked) -> Finetune:
+    def run(*arguments: object, **limits: Any) -> subprocess.CompletedProcess[str]:
+        (done,) = run_forked(program(tmp_path, cache_dir, *arguments, **limits))
+        return done
+
+    return run
+
+
+@pytest.fixture
+def finetune_typed(tmp_path: Path, cache_dir: Path) -> Finetune:
+    """As `finetune`, in a Python of its own that imports all by itself."""
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        typed = program(tmp_path, cache_dir, *arguments)
         return subprocess.run(
-            command,
-            cwd=cwd or tmp_path,
-            env=env,
+            [sys.executable, typed.path, *typed.arguments],
+            cwd=typed.cwd,
+            env={**os.environ, **typed.env},
             capture_output=True,
             text=True,
             timeout=HANG_SECONDS,
-            **options,
         )
 
     return run
@@ -84,8 +91,9 @@ def assert_refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
         assert part in done.stderr
 
 
-def test_defaults_fit_the_digits(finetune: Finetune, tmp_path: Path) -> None:
-    done = finetune()
+@pytest.mark.long
+def test_defaults_fit_the_digits(finetune_typed: Finetune, tmp_path: Path) -> None:
+    done = finetune_typed()
     assert done.returncode == 0, done.stderr
     metrics = read_metrics(tmp_path)
     assert metrics["val"]["accuracy"] >= 0.94
@@ -123,6 +131,7 @@ def test_defaults_fit_the_digits(finetune: Finetune, tmp_path: Path) -> None:
     assert "curl" in done.stdout
 
 
+@pytest.mark.long
 def test_digits_gain_from_training_past_the_probe(finetune: Finetune, tmp_path: Path) -> None:
     done = finetune("--freeze", "until:blocks.4", "--epochs", 5)
     assert done.returncode == 0, done.stderr
@@ -164,11 +173,11 @@ def test_second_run_publishes_the_next_version(
 def test_where_training_wins_it_is_published(finetune: Finetune, tmp_path: Path) -> None:
     """Random convolutions get 94 % of the digits right; training all but the first gets more."""
     (tmp_path / "small_net.py").write_text(
-        "from torch import nn\ndef build():\n    pooled = (nn.AvgPool2d(8), nn.Conv2d(3, 16, 3, "
+        "from torch import nn\ndef build():\n    pooled = (nn.AvgPool2d(4), nn.Conv2d(3, 16, 3, "
         "2), nn.ReLU())\n    return nn.Sequential(*pooled, nn.Conv2d(16, 16, 3, 2), nn.ReLU(), "
         "nn.AdaptiveAvgPool2d(2), nn.Flatten())\n"
     )
-    options = ("--backbone", "small_net:build", "--image-size", 96, "--name", "small")
+    options = ("--backbone", "small_net:build", "--image-size", 48, "--name", "small")
     done = finetune(
         *options, "--freeze", "until:1", "--epochs", 8, "--lr", 0.01, "--backbone-lr", 0.01
     )
@@ -200,19 +209,19 @@ def test_where_training_wins_it_is_published(finetune: Finetune, tmp_path: Path)
 
 
 def test_on_a_tie_the_probe_is_published_as_if_nothing_had_been_trained(
-    finetune: Finetune, tmp_path: Path, shapes: Path
+    finetune: Finetune, tmp_path: Path
 ) -> None:
-    done = finetune(
-        "--data", shapes, "--freeze", "until:blocks.5", "--epochs", 1, "--name", "shapes"
-    )
+    data = write_noise_folders(tmp_path / "noise", 12, brighter=250)
+    options = ("--data", data, "--backbone", "tests.support.tiny:build_trunk", "--name", "noise")
+    done = finetune(*options, "--freeze", "until:stem", "--epochs", 1)
     assert done.returncode == 0, done.stderr
     assert "a tie, so the probe is published" in done.stdout
     metrics = read_metrics(tmp_path)
     assert metrics["verdict"]["published"] == "probe"
     assert metrics["val"]["accuracy"] == metrics["probe"]["accuracy"]
-    assert finetune("--data", shapes, "--name", "shapes").returncode == 0
+    assert finetune(*options).returncode == 0
     tied, probed = (
-        load_checkpoint(tmp_path / "checkpoints" / "shapes" / str(version)) for version in (1, 2)
+        load_checkpoint(tmp_path / "checkpoints" / "noise" / str(version)) for version in (1, 2)
     )
     assert tied.fingerprint == probed.fingerprint
     assert tied.config["graft"]["freeze"] == "backbone"
@@ -328,18 +337,18 @@ def test_a_run_that_fails_leaves_no_folder(
 def test_weights_file_written_by_timm(finetune: Finetune, tmp_path: Path, shapes: Path) -> None:
     import timm
 
-    path = tmp_path / "resnet18.pth"
+    path = tmp_path / "resnet.pth"
     torch.manual_seed(0)
-    torch.save(timm.create_model("resnet18").state_dict(), path)
-    done = finetune("--data", shapes, "--backbone", "resnet18", "--weights", path)
+    torch.save(timm.create_model("test_resnet").state_dict(), path)
+    done = finetune("--data", shapes, "--backbone", "test_resnet", "--weights", path)
     assert done.returncode == 0, done.stderr
     card = (tmp_path / "checkpoints" / "shapes-of-3" / "1" / "README.md").read_text()
-    assert "file resnet18.pth" in card
+    assert "file resnet.pth" in card
     assert "No pretrained weights" not in card
 
 
 def test_no_pretrained_is_in_log_and_card(finetune: Finetune, tmp_path: Path, shapes: Path) -> None:
-    done = finetune("--data", shapes, "--backbone", "resnet18", "--no-pretrained")
+    done = finetune("--data", shapes, "--backbone", "test_resnet", "--no-pretrained")
     assert done.returncode == 0, done.stderr
     assert "RANDOM weights" in done.stderr
     assert (
@@ -423,13 +432,8 @@ def test_unwritable_output(finetune: Finetune, tmp_path: Path, shapes: Path) -> 
 def test_full_disk_publishes_nothing(finetune: Finetune, tmp_path: Path, shapes: Path) -> None:
     assert finetune("--data", shapes, "--name", "warm").returncode == 0
 
-    def limit_file_size() -> None:
-        # As ENOSPC does, EFBIG stops the write of the checkpoint's weights (14 MB) after a part of
-        # them.
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, 4_000_000))
-
-    done = finetune("--data", shapes, "--name", "full", preexec_fn=limit_file_size)
+    # The checkpoint's weights are 14 MB.
+    done = finetune("--data", shapes, "--name", "full", max_file_bytes=4_000_000)
     assert_refused(done, "could not be written", "nothing was published")
     assert list((tmp_path / "checkpoints" / "full").iterdir()) == []
 
@@ -458,8 +462,8 @@ def test_ctrl_c_ends_with_a_line(tmp_path: Path, cache_dir: Path) -> None:
     assert "nothing was published" in said
 
 
-def test_help_teaches(finetune: Finetune) -> None:
-    done = finetune("--help")
+def test_help_teaches(finetune_typed: Finetune) -> None:
+    done = finetune_typed("--help")
     assert done.returncode == 0
     for word in ("--backbone", "--freeze", "until:NAME", "torchvision:NAME", "--no-pretrained"):
         assert word in done.stdout

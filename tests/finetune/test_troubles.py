@@ -10,7 +10,7 @@ import shutil
 import signal
 import time
 from collections import namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from finetune.training.memory import is_out_of_memory, run_in_parts
 from finetune.training.preflight import estimate_time, warn_if_starved
 from models.backbone.build import Backbone
 from models.errors import GraftError
+from tests.conftest import RunForked
+from tests.support.forked import Program
 from tests.support.tiny import (
     PREPROCESS,
     Recorder,
@@ -38,9 +40,6 @@ from tests.support.tiny import (
     snapshot,
     train_tiny,
 )
-
-RunForked = Callable[[list[tuple[str, dict[str, str]]]], list[tuple[int, str]]]
-
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -105,10 +104,10 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, run_forked: RunForked) -> 
         "print(type(asked()).__name__, flush=True)\n    os.kill(os.getpid(), signal.SIGINT); "
         "time.sleep(30)\n"
     )
-    ((exit_code, said),) = run_forked([(code, {})])
-    assert exit_code == 130
-    assert "stopping after this step; once more ends it at once" in said
-    assert said.endswith("KeyboardInterrupt\n")
+    (done,) = run_forked(Program(code=code))
+    assert done.returncode == 130
+    assert "stopping after this step; once more ends it at once" in done.stderr
+    assert done.stdout == "KeyboardInterrupt\n"
 
 
 def test_sigterm_outside_of_the_training_ends_the_program_too(
@@ -331,16 +330,16 @@ print("finished", trained.best_epoch >= 0)
 def test_memory_that_really_runs_out_ends_in_a_finished_run(
     tmp_path: Path, run_forked: RunForked
 ) -> None:
-    ((code, said),) = run_forked([(STARVE, {"SPARE_MB": "300", "FOLDER": str(tmp_path)})])
-    assert code == 0, said
-    assert "out of memory (" in said
-    assert said.endswith("finished True\n")
+    (done,) = run_forked(Program(code=STARVE, env={"SPARE_MB": "300", "FOLDER": str(tmp_path)}))
+    assert done.returncode == 0, done.stderr
+    assert "out of memory (" in done.stderr
+    assert done.stdout.endswith("finished True\n")
 
 
 def test_memory_for_less_than_one_image_raises(tmp_path: Path, run_forked: RunForked) -> None:
-    ((code, said),) = run_forked([(STARVE, {"SPARE_MB": "4", "FOLDER": str(tmp_path)})])
-    assert code == 1
-    assert "GraftError: out of memory with a single image (" in said
+    (done,) = run_forked(Program(code=STARVE, env={"SPARE_MB": "4", "FOLDER": str(tmp_path)}))
+    assert done.returncode == 1
+    assert "GraftError: out of memory with a single image (" in done.stderr
 
 
 # ---------------------------------------------------------------------------------------- preflight

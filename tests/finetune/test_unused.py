@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from finetune.config import AuditOptions, CompareOptions, Options, flag_of, parse_options
+from finetune.data.splits import load_splits
 from finetune.unused import (
     EPOCH_OPTIONS,
     SPLIT_OPTIONS,
     find_unused,
+    warn_if_nothing_is_stretched,
+    warn_if_service_takes_less,
     warn_if_split_is_given,
     warn_if_unused,
 )
 from models.errors import GraftError
+from models.images import MAX_PIXELS
 
 # A value of every option that is not its default.
 OTHER = {
@@ -88,6 +95,12 @@ ALWAYS = {
     "stretch",
     "cache",
 }
+
+
+def _encode(dtype: type[np.integer], kind: str) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.arange(4, dtype=dtype).reshape(2, 2)).save(file, kind)
+    return file.getvalue()
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture, arguments: list[str]) -> list[str]:
@@ -177,3 +190,53 @@ def test_options_of_a_drawn_split_are_named_where_the_data_has_its_own(
         "--val-fraction 0.3 has no effect: photos has a val split of its own; leave it out"
     ]
     assert Options.model_fields.keys() >= SPLIT_OPTIONS
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "is_used"),
+    [
+        ("grey8.png", _encode(np.uint8, "PNG"), False),
+        ("grey16.png", _encode(np.uint16, "PNG"), True),
+        ("grey8.pgm", b"P5 2 2 255\n" + bytes(4), False),
+        ("grey16.pgm", b"P5 2 2 4095\n" + bytes(8), True),
+        ("commented.pgm", b"P5 # 12 bits\n2 2 4095\n" + bytes(8), True),
+        ("text.pgm", b"P2\n2 2\n65535\n0 1 2 65535\n", True),
+        ("colour.ppm", b"P6 2 2 255\n" + bytes(12), False),
+        ("grey8.tif", _encode(np.uint8, "TIFF"), False),
+        ("grey16.tif", _encode(np.uint16, "TIFF"), True),
+        ("broken.png", _encode(np.uint16, "PNG")[:40], False),
+    ],
+)
+def test_stretch_is_named_where_no_image_has_more_than_8_bits(
+    tmp_path: Path, name: str, data: bytes, is_used: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    for folder in ("cat", "dog"):
+        for number in range(2):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            (tmp_path / folder / f"{number}-{name}").write_bytes(data)
+    splits = load_splits(str(tmp_path), data_root=tmp_path, val_fraction=0.5, seed=0)
+    warn_if_nothing_is_stretched(parse_options(Options, ["--data", "photos", "--stretch"]), splits)
+    assert caplog.messages == (
+        []
+        if is_used
+        else [
+            "--stretch has no effect: no image of photos has more than 8 bits a channel; leave it "
+            "out"
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("limit", "num_warnings"), [("", 0), (MAX_PIXELS - 1, 0), (MAX_PIXELS, 0), (MAX_PIXELS + 1, 1)]
+)
+def test_a_run_that_takes_larger_images_than_the_service_says_so(
+    limit: int | str,
+    num_warnings: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("GRAFT_MAX_PIXELS", str(limit))
+    warn_if_service_takes_less()
+    assert [f"GRAFT_MAX_PIXELS={limit}: " in one for one in caplog.messages] == num_warnings * [
+        True
+    ]

@@ -255,6 +255,7 @@ def test_a_folder_that_may_not_be_read_is_named(open_folder: Path) -> None:
     assert found.unread.describe(open_folder) == (
         "folders that cannot be read: cat/private (Permission denied)",
     )
+    assert found.unread.describe_closed(open_folder) == ("cat/private (Permission denied)",)
 
 
 def test_a_class_that_may_not_be_read_stops(open_folder: Path) -> None:

@@ -266,6 +266,7 @@ def test_heic_is_read_where_pillow_heif_is_installed() -> None:
         (b"/annex/objects/SHA256E-s9--4d.jpg\n", "git annex get"),
         (b"\x00" * 40_000, "placeholder of OneDrive"),
         (b"bplist00\xd4", "placeholder of iCloud"),
+        (b"\x1f\x8b\x08\x00", "compressed with gzip; unpack it first"),
         (HEIC[:40] + b"\x01", "HEIC|cut short or damaged|decoded"),
         (b"%PDF-1.7", "readable are JPEG, PNG, WEBP, GIF, BMP, TIFF, PPM, AVIF"),
         (b"<html>", "it starts with b'<html>'"),

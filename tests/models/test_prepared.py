@@ -31,6 +31,8 @@ from models.prepared import (
     write_prepared,
 )
 from models.preprocess import Preprocess
+from tests.conftest import RunForked
+from tests.support.forked import Program
 
 PREPARE = """
 import sys, time
@@ -168,7 +170,7 @@ def test_the_input_size_decides(small: tuple[PreparedBackbone, Path, Path], tmp_
 
 
 def test_processes_that_prepare_at_once_agree_and_leave_one_folder(
-    run_forked: Any, tmp_path: Path
+    run_forked: RunForked, tmp_path: Path
 ) -> None:
     weights = write_weights(tmp_path / "weights.pth", 1)
     program = PREPARE.format(
@@ -177,9 +179,9 @@ def test_processes_that_prepare_at_once_agree_and_leave_one_folder(
         cache_dir=str(tmp_path / "cache"),
         scratch_dir=str(tmp_path / "scratch"),
     )
-    results = run_forked([(program, {"HF_HUB_OFFLINE": "1"})] * 2)
-    assert [code for code, _ in results] == [0, 0], results
-    answers = {tuple(output.split()[-3:-1]) for _, output in results}
+    results = run_forked(*[Program(code=program)] * 2)
+    assert [done.returncode for done in results] == [0, 0], results
+    answers = {tuple(done.stdout.split()[:2]) for done in results}
     assert len(answers) == 1
     folder = Path(answers.pop()[0])
     assert list((tmp_path / "cache" / "backbones").iterdir()) == [folder]

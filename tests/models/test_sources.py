@@ -151,6 +151,11 @@ def test_what_is_doubtful_in_a_csv_stops(tmp_path: Path, text: str, message: str
             "path,label\na.png,x\nb.png,y\ngone.png,y\n",
             "1 of 3 images are not there, looked for in {folder}: gone.png",
         ),
+        (
+            "path,label\na.png,x|y\nb.png,y\n",
+            "classes with | in their names: x|y; if it separates several labels, call the column "
+            "labels",
+        ),
     ],
 )
 def test_what_is_odd_in_a_csv_is_told(tmp_path: Path, text: str, note: str) -> None:

@@ -5,6 +5,7 @@ Also the Bento, and the end of the process.
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -99,6 +101,52 @@ def test_an_answer_says_whether_it_is_unsure_and_the_model_at_what_coverage(
     (info,) = client.get("/v1/models").json()["models"]
     assert (info["coverage"], info["threshold"]) == (0.9, 0.5)
     assert prediction["unsure"] is (prediction["score"] < 0.5)
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
+@pytest.mark.parametrize("is_form", [True, False], ids=["form", "raw"])
+def test_a_compressed_body(client: httpx.Client, encoding: str, is_form: bool) -> None:
+    image = draw_image("green")
+    plain = client.build_request(
+        "POST",
+        "/predict",
+        files=files(image) if is_form else None,
+        content=None if is_form else image,
+        headers={} if is_form else {"content-type": "image/jpeg"},
+    )
+    compress = gzip.compress if encoding == "gzip" else zlib.compress
+    response = client.post(
+        "/predict",
+        content=compress(plain.read()),
+        headers={"content-type": plain.headers["content-type"], "content-encoding": encoding},
+    )
+    assert labels_of(response) == ["green"]
+
+
+def test_a_body_that_is_compressed_wrongly(client: httpx.Client) -> None:
+    image = draw_image("green")
+    packed = gzip.compress(image)
+    for content, encoding, status, code, words in (
+        (packed, None, 415, "unsupported_encoding", "compressed with gzip and no header says so"),
+        (packed, "br", 415, "unsupported_encoding", "'br'"),
+        (packed, "zstd", 415, "unsupported_encoding", "'zstd'"),
+        (image, "gzip", 400, "broken_encoding", "not whole gzip"),
+        (packed[:-9], "gzip", 400, "broken_encoding", "too soon"),
+        (packed, "deflate", 400, "broken_encoding", "not whole deflate"),
+        (gzip.compress(bytes(2**30)), "gzip", 413, "body_too_large", "decompressed"),
+    ):
+        headers = {"content-type": "image/jpeg"}
+        headers |= {} if encoding is None else {"content-encoding": encoding}
+        response = client.post("/predict", content=content, headers=headers)
+        assert words in check_error(response, status, code)
+        accepted = "gzip, deflate" if status == 415 else None
+        assert response.headers.get("accept-encoding") == accepted
+
+
+def test_a_compressed_file_in_a_form_is_called_compressed(client: httpx.Client) -> None:
+    packed = gzip.compress(draw_image("green"))
+    response = client.post("/predict", files=files(packed))
+    assert "compressed with gzip" in check_error(response, 400, "unreadable_image")
 
 
 def test_many_files_in_order_with_options(client: httpx.Client) -> None:

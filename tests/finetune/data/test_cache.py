@@ -114,6 +114,20 @@ class Counted:
 Extract = Callable[[list[Sample]], tuple[Features, int]]
 
 
+@pytest.fixture(scope="module")
+def prepared(small_prepared: PreparedBackbone) -> PreparedBackbone:
+    return small_prepared
+
+
+@pytest.fixture(scope="module")
+def engine(prepared: PreparedBackbone) -> Iterator[OpenVINOEngine]:
+    engine = OpenVINOEngine(
+        prepared.openvino_path, prepared.preprocess, precision="fp32", batch_size=4, num_streams=2
+    )
+    yield engine
+    engine.close()
+
+
 @pytest.fixture
 def extract(prepared: PreparedBackbone, engine: OpenVINOEngine, tmp_path: Path) -> Extract:
     """One run on some samples: their features, and how many images the engine was given."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import os
+import re
 import struct
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -553,3 +556,25 @@ def test_a_torchvision_data_set_without_files_and_network_is_an_error_with_a_way
         r"downloaded \(.+\); run",
     ):
         load(f"torchvision:{name}", data_root=tmp_path)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_folder_that_cannot_be_read_stops_a_strict_run(
+    tmp_path: Path, strict: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_images(tmp_path, {"cat": 4, "cat/private": 4, "dog": 4})
+    scandir = os.scandir
+
+    def refuse(path: Path) -> Iterator[os.DirEntry[str]]:
+        if path.name == "private":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    message = "folders that cannot be read: cat/private (Permission denied)"
+    if strict:
+        with pytest.raises(GraftError, match=re.escape(f"{message}; make them readable")):
+            load(tmp_path, strict=True)
+    else:
+        assert len(load(tmp_path).train) == 6
+        assert message in caplog.text

@@ -28,6 +28,7 @@ from models.engine.processor import supports_vnni
 from models.prepared import PreparedBackbone, read_prepared
 from models.quantise import find_quantised
 from models.sources import SplitName
+from tests.conftest import SMALL_SIZE
 from tests.support.images import draw_shape, write_class_folders
 
 FLOAT = "bf16" if supports_bf16() else "fp32"
@@ -38,19 +39,19 @@ needs_bf16 = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def own_cache(prepared: PreparedBackbone, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def own_cache(small_prepared: PreparedBackbone, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache with the converted backbone for these tests alone.
 
     Whoever quantises first decides which images it is calibrated on.
     """
     own = tmp_path_factory.mktemp("cache")
-    shutil.copytree(prepared.folder, own / "backbones" / prepared.folder.name)
+    shutil.copytree(small_prepared.folder, own / "backbones" / small_prepared.folder.name)
     return own
 
 
 @pytest.fixture(scope="module")
-def backbone(prepared: PreparedBackbone, own_cache: Path) -> PreparedBackbone:
-    return read_prepared(own_cache / "backbones" / prepared.folder.name)
+def backbone(small_prepared: PreparedBackbone, own_cache: Path) -> PreparedBackbone:
+    return read_prepared(own_cache / "backbones" / small_prepared.folder.name)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +81,9 @@ def forget(own_cache: Path) -> None:
 
 
 def options_of(data: Path | str, own_cache: Path, **changes: Any) -> Options:
-    return Options(data=str(data), cache_dir=own_cache, device="cpu", **changes)
+    return Options(
+        data=str(data), cache_dir=own_cache, device="cpu", image_size=SMALL_SIZE, **changes
+    )
 
 
 def splits_of(options: Options) -> Splits:

@@ -31,6 +31,8 @@ from models.backbone.build import (
 )
 from models.backbone.weights import WeightsError, read_state_dict
 from models.errors import GraftError
+from tests.conftest import RunForked
+from tests.support.forked import Program
 from tests.support.weights import save_weights
 
 
@@ -314,6 +316,13 @@ def stem_line(tensors: dict[str, torch.Tensor]) -> str:
     return "stem " + hashlib.sha256(tensors["conv1.weight"].numpy().tobytes()).hexdigest()
 
 
+def run_build(run_forked_online: RunForked, env: dict[str, str]) -> str:
+    """What it prints and logs."""
+    (done,) = run_forked_online(Program(code=BUILD, env=env))
+    assert done.returncode == 0, done.stderr
+    return done.stderr + done.stdout
+
+
 def seconds(output: str) -> float:
     return float(output.rpartition("seconds ")[2].split()[0])
 
@@ -326,13 +335,15 @@ def closed_port() -> int:
 
 
 def test_weights_come_from_a_hub_and_then_from_its_cache(
-    run_forked: Any, resnet_weights: dict[str, torch.Tensor], closed_port: int, tmp_path: Path
+    run_forked_online: RunForked,
+    resnet_weights: dict[str, torch.Tensor],
+    closed_port: int,
+    tmp_path: Path,
 ) -> None:
     path = save_weights(resnet_weights, tmp_path / "model.safetensors")
     home = {"HF_HOME": str(tmp_path / "home")}
     with serve_hub("timm/resnet18.a1_in1k", "model.safetensors", path.read_bytes()) as hub:
-        [(code, output)] = run_forked([(BUILD, {**home, "HF_ENDPOINT": hub.url})])
-        assert code == 0, output
+        output = run_build(run_forked_online, {**home, "HF_ENDPOINT": hub.url})
         assert stem_line(resnet_weights) in output
         assert "weights Hugging Face hub timm/resnet18.a1_in1k" in output
         assert "classes 3" in output
@@ -341,53 +352,56 @@ def test_weights_come_from_a_hub_and_then_from_its_cache(
             ("GET", hub.file_path)
         ]
         hub.requests.clear()
-        [(code, output)] = run_forked(
-            [(BUILD, {**home, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "1"})]
+        output = run_build(
+            run_forked_online, {**home, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "1"}
         )
-        assert (code, hub.requests) == (0, []), output
+        assert hub.requests == [], output
         assert stem_line(resnet_weights) in output
     # Gone, and nobody has said that it would be: the cache serves.
-    [(code, output)] = run_forked(
-        [(BUILD, {**home, "HF_ENDPOINT": f"http://127.0.0.1:{closed_port}"})]
+    output = run_build(
+        run_forked_online, {**home, "HF_ENDPOINT": f"http://127.0.0.1:{closed_port}"}
     )
-    assert code == 0, output
     assert stem_line(resnet_weights) in output
     assert "does not answer" in output
     assert seconds(output) < 15
 
 
 def test_a_hub_that_cannot_be_reached_is_an_error_at_once_and_not_after_minutes(
-    run_forked: Any, closed_port: int, tmp_path: Path
+    run_forked_online: RunForked, closed_port: int, tmp_path: Path
 ) -> None:
     home = {"HF_HOME": str(tmp_path / "home")}
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         impatient = BUILD.replace("started =", "backbones._HUB_TIMEOUT_SECONDS = 0.3\nstarted =")
-        refused, swallowed = run_forked(
-            [
-                (BUILD, {**home, "HF_ENDPOINT": f"http://127.0.0.1:{closed_port}"}),
-                (impatient, {**home, "HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}"}),
-            ]
+        refused, swallowed = (
+            done.stderr + done.stdout
+            for done in run_forked_online(
+                *(
+                    Program(code=code, env={**home, "HF_ENDPOINT": f"http://127.0.0.1:{port}"})
+                    for code, port in (
+                        (BUILD, closed_port),
+                        (impatient, silent.getsockname()[1]),
+                    )
+                )
+            )
         )
-    for code, output in (refused, swallowed):
-        assert code == 0, output
+    for output in (refused, swallowed):
         assert (
             "error --backbone resnet18: no pretrained weights could be had (http://127.0.0.1:"
             in output
         )
         assert "Three ways out" in output
         assert seconds(output) < 15
-    assert "refused" in refused[1]
-    assert "Timeout" in swallowed[1]
+    assert "refused" in refused
+    assert "Timeout" in swallowed
 
 
 def test_a_hub_without_the_file_is_an_error_with_the_ways_out(
-    run_forked: Any, tmp_path: Path
+    run_forked_online: RunForked, tmp_path: Path
 ) -> None:
     with serve_hub("timm/other", "model.safetensors", b"") as hub:
-        [(code, output)] = run_forked([(BUILD, {"HF_HOME": str(tmp_path), "HF_ENDPOINT": hub.url})])
-    assert code == 0, output
+        output = run_build(run_forked_online, {"HF_HOME": str(tmp_path), "HF_ENDPOINT": hub.url})
     assert "error --backbone resnet18: no pretrained weights could be had (" in output
     assert "404" in output
     assert "Three ways out" in output

@@ -6,6 +6,7 @@ Every form of a request that its documentation allows, and bad requests.
 from __future__ import annotations
 
 import base64
+import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -177,7 +178,7 @@ def test_one_unreadable_image_fails_the_request_and_is_named(client: httpx.Clien
             b'{"instances": [{"b64": "http://127.0.0.1/x.jpg"}]}',
             ["instances[0]", "not base64", "not fetched"],
         ),
-        (b'{"instances": [{"b64": "Zm9"}]}', ["instances[0]", "padding"]),
+        (b'{"instances": [{"b64": "Zm9vY"}]}', ["instances[0]", "not base64", "multiple of 4"]),
         (b'{"instances": [{"b64": "\\u00e9\\ud800"}]}', ["instances[0]"]),
         (b'{"instances": [{"b64": ""}]}', ["instances[0]", "empty"]),
         (
@@ -220,7 +221,20 @@ def test_the_limits(client: httpx.Client) -> None:
     ):
         check_error(client.post(path, json=body), 413, "GRAFT_MAX_IMAGES")
     check_error(client.post(path, content=b" " * (MAX_BODY_BYTES + 1)), 413, "GRAFT_MAX_BODY_BYTES")
-    check_error(client.post(path, content=b"{}", headers={"content-encoding": "gzip"}), 415, "gzip")
+
+
+def test_a_compressed_body(client: httpx.Client) -> None:
+    path, headers = "/v1/models/colors:predict", {"content-encoding": "gzip"}
+    body = gzip.compress(json.dumps({"instances": [b64(draw_image("green"))]}).encode())
+    response = client.post(path, content=body, headers=headers)
+    assert response.json()["predictions"][0]["label"] == "green"
+    check_error(client.post(path, content=b"{}", headers=headers), 400, "gzip")
+    check_error(client.post(path, content=body), 415, "no header says so")
+    bomb = gzip.compress(b" " * (MAX_BODY_BYTES + 1))
+    check_error(client.post(path, content=bomb, headers=headers), 413, "decompressed")
+    response = client.post(path, content=body, headers={"content-encoding": "br"})
+    check_error(response, 415, "'br'")
+    assert response.headers["accept-encoding"] == "gzip, deflate"
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,92 @@ def test_an_unknown_path_gets_a_way_out_in_the_shape_of_its_protocol(
         assert "/docs.json describes" in message_of(response, is_plain=is_plain)
 
 
+@pytest.mark.parametrize(
+    ("path", "clean"),
+    [
+        ("/predict/", "/predict"),
+        ("//predict", "/predict"),
+        ("/predict//", "/predict"),
+        ("/predict/?model=a", "/predict"),
+        ("/v1/models/", "/v1/models"),
+        ("/v1//models", "/v1/models"),
+        ("/v1/models/colors/rollout/", "/v1/models/colors/rollout"),
+        ("/v1/models/colors:predict/", "/v1/models/colors:predict"),
+        ("/v1/models/colors/versions/1:load/", "/v1/models/colors/versions/1:load"),
+        ("/v2/", "/v2"),
+        ("/v2/models/colors/infer/", "/v2/models/colors/infer"),
+        ("//v2/models/colors/ready", "/v2/models/colors/ready"),
+        ("/hf/colors/", "/hf/colors"),
+        ("//", "/"),
+        ("/metrics/", "/metrics"),
+    ],
+)
+def test_a_slash_too_many_is_named(ask: Ask, path: str, clean: str) -> None:
+    """No redirect, in which clients lose the body of a POST."""
+    (route,) = (one for one in ROUTES if matches(one, clean))
+    for method in ("GET", "POST"):
+        response = ask(method, f"http://test{path}")
+        assert response.status_code == 404
+        message = message_of(response, is_plain=route.error_body is plain_error)
+        assert f"did you mean {clean}, without the extra slash? " in message
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "words"),
+    [
+        ("POST", "/predict?modle=colors", ["'modle'", "/predict takes model, version, top_k"]),
+        ("POST", "/predict?model=colors&topk=3", ["'topk'", "top_k"]),
+        ("POST", "/predict?Model=colors", ["'Model'"]),
+        ("POST", "/predict?images=a.jpg", ["'images'"]),
+        ("POST", "/predict?=colors", ["''"]),
+        ("POST", "/predict?model=a&model=b", ["'model' more than once"]),
+        ("POST", "/predict?top_k=1&top_k=1", ["'top_k' more than once"]),
+        ("POST", "/predict?%D0%BA=1", ["'к'"]),
+        ("GET", "/v1/models?verbose", ["'verbose'", "/v1/models takes none"]),
+        ("GET", "/v1/status?model=colors", ["'model'", "takes none"]),
+        ("POST", f"/predict?{1000 * 'x'}", [f"'{100 * 'x'}'"]),
+    ],
+)
+def test_an_unknown_query_parameter_is_named(
+    ask: Ask, method: str, path: str, words: list[str]
+) -> None:
+    response = ask(method, path)
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == "bad_parameter"
+    message = message_of(response, is_plain=False)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("suffix", ["/versions/1:load", "/versions/1:unload", "/rollout"])
+def test_administration_takes_no_query(tmp_path: Path, suffix: str) -> None:
+    tokens = {"admin_token": SecretStr(ADMIN_TOKEN)}
+    ask = ask_with(Settings.model_validate({"CHECKPOINTS": tmp_path, **tokens}))
+    response = ask(
+        "PATCH" if suffix == "/rollout" else "POST",
+        f"/v1/models/colors{suffix}?force=1",
+        headers={"authorization": f"Bearer {ADMIN_TOKEN}"},
+    )
+    assert response.status_code == 400
+    assert "'force'" in message_of(response, is_plain=False)
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/?utm_source=a", 200),
+        ("/livez?verbose", 200),
+        ("/metrics?module=a", 200),
+        ("/docs.json?v=1", 200),
+        ("/v2?a=b", 200),
+        ("/v1/models/colors?a=b", 503),
+        ("/predict?", 405),
+    ],
+)
+def test_a_query_that_is_not_looked_at(ask: Ask, path: str, status: int) -> None:
+    """Browsers, probes and scrapers add their own; other protocols' clients may (tritonclient)."""
+    assert ask("GET", path).status_code == status
+
+
 @pytest.mark.parametrize(("path", "is_plain"), [("/crash", False), ("/v2/crash", True)])
 def test_a_crash_tells_the_client_nothing_and_the_log_everything(
     ask: Ask, path: str, is_plain: bool, caplog: pytest.LogCaptureFixture

@@ -145,9 +145,60 @@ def test_one_chunk_of_what_is_nearly_a_boundary_does_not_hold_the_event_loop(dat
         (b'form-data; name="images"; filename*=UTF-8\'\'b.jpg; filename="a.jpg"', "a.jpg"),
         ('form-data; name="images"; filename="Größe.jpg"'.encode(), "Größe.jpg"),
         (b'form-data; name="images"; filename="a.jpg', '"a.jpg'),
+        (b"form-data; name=\"images\"; filename*=utf-8''%D0%BA%D0%BE%D1%82.jpg", "кот.jpg"),
+        (b"form-data; name=\"images\"; FileName*=UTF-8'ru'%D0%BA%D0%BE%D1%82.jpg", "кот.jpg"),
+        (b"form-data; name=\"images\"; filename*=iso-8859-1''Gr%F6%DFe.jpg", "Größe.jpg"),
+        (b"form-data; name=\"images\"; filename*=klingon''a.jpg", "a.jpg"),
+        (b"form-data; name=\"images\"; filename*=UTF-8''a%3Bb%22c.jpg", 'a;b"c.jpg'),
+        (b'form-data; name="images"; filename*="UTF-8\'\'a.jpg"', "a.jpg"),
+        (b'form-data; name="images"; filename*=a.jpg', "a.jpg"),
+        (b'form-data; name="images"; filename*0="a"; filename*1="b.jpg"', "ab.jpg"),
+        (b"form-data; name=\"images\"; filename*0*=UTF-8''%D0%BA; filename*1=b.jpg", "кb.jpg"),
+        (b"form-data; name*=UTF-8''images; filename=\"a.jpg\"", "a.jpg"),
+        (b"form-data; name*=UTF-8''%69mages; filename*=UTF-8''a.jpg", "a.jpg"),
+        (b"form-data; filename*=UTF-8''a.jpg; name=images", "a.jpg"),
+        (b"form-data; name=images; filename=a.jpg; filename*=utf-8''b.jpg", "a.jpg"),
+        (b'form-data; name="images"; filename="=?UTF-8?B?0LrQvtGC?="', "=?UTF-8?B?0LrQvtGC?="),
+        (b'form-data; name="images"; filename="a*b.jpg"', "a*b.jpg"),
+        (b'form-data; name="images"; filename="%22a%22.jpg"', "%22a%22.jpg"),
+        (b'form-data; name="images"; filename="a\\\\b.jpg"', "a\\b.jpg"),
+        (b'form-data; name="images"; filename="\xff.jpg"', "\ufffd.jpg"),
+        (b'form-data; name="images"; filename="/home/me/a.jpg"', "/home/me/a.jpg"),
     ],
-    ids=["quoted", "bare", "windows", "extended", "utf-8", "cut short"],
+    ids=[
+        "quoted",
+        "bare",
+        "windows",
+        "both",
+        "utf-8",
+        "cut short",
+        "extended",
+        "with a language",
+        "latin-1",
+        "unknown charset",
+        "escaped",
+        "quoted extended",
+        "no charset",
+        "continued",
+        "continued and extended",
+        "extended name",
+        "extended and escaped name",
+        "extended before the name",
+        ".NET",
+        "RFC 2047",
+        "star",
+        "percent",
+        "backslash",
+        "not utf-8",
+        "path",
+    ],
 )
 def test_names_as_clients_write_them(disposition: bytes, name: str) -> None:
     body = b"--b\r\nContent-Disposition: " + disposition + b"\r\n\r\nx\r\n--b--"
     assert parse(body).images == [NamedImage(name, b"x")]
+
+
+def test_a_text_without_a_file_name_is_no_file() -> None:
+    head = b"Content-Disposition: form-data; name=\"images\"; other*=UTF-8''a.jpg\r\n"
+    with pytest.raises(RequestError, match="holds text, not a file"):
+        parse(b"--b\r\n" + head + b"\r\nx\r\n--b--")
