@@ -58,8 +58,8 @@ def draw_clipart(seed: int, size: int = 256, colors: str = "RGB") -> Image.Image
         radius = generator.uniform(0.1, 0.2) * 4 * size
         color = tuple(palette[number]["RGB".index(channel)] for channel in colors)
         box = (x - radius, y - radius, x + radius, y + radius)
-        outline = {"fill": color, "outline": (0, 0, 0), "width": size // 16}
-        (draw.ellipse if number % 2 else draw.rectangle)(box, **outline)
+        shape = draw.ellipse if number % 2 else draw.rectangle
+        shape(box, fill=color, outline=(0, 0, 0), width=size // 16)
     ends = tuple(generator.uniform(0.1, 0.9, 4) * 4 * size)
     draw.line(ends, fill=(160, 0, 160), width=size // 12)
     return large.resize((size, size), Image.Resampling.BOX)
