@@ -8,6 +8,9 @@ emoji           Microsoft's Fluent Emoji in 3D, 256x256 in colour (npm @lobehub/
 photos          500x334 JPEG crops of the two photographs that scikit-learn ships, one class each:
                 for speed only, the classes are trivial to tell apart
 
+A folder without classes:
+wallpapers      400x300 JPEG tiles of Debian's wallpapers; the packages: benchmarks/duplicates.py
+
 Encoded in memory:
 requests        such crops and the whole photographs, 640x427, as clients send them
 """
@@ -51,6 +54,8 @@ _FASHION_CLASSES = (
 _EMOJI_PACKAGE = "@lobehub/fluent-emoji-3d@1.1.0"
 _EMOJI_GROUPS_PACKAGE = "unicode-emoji-json@0.9.0"
 _PHOTO_SIZE = (500, 334)
+_WALLPAPER_WIDTH = 2_000
+_TILE_SIZE = (400, 300)
 _PHOTO_QUALITY = 90
 
 _Bytes = npt.NDArray[np.uint8]
@@ -123,6 +128,31 @@ def make_emoji(data_dir: Path, *, limit: int | None = None) -> Path:
                     )
 
     return _make(data_dir / ("emoji" if limit is None else f"emoji-{limit}"), write)
+
+
+def make_wallpaper_tiles(data_dir: Path, root: Path) -> Path:
+    """All wallpapers below `root`, each once, cut into tiles that do not overlap."""
+
+    def write(folder: Path) -> None:
+        largest: dict[Path, Path] = {}
+        for share in ("wallpapers", "backgrounds"):
+            for path in sorted((root / "usr/share" / share).rglob("*")):
+                if path.suffix in (".jpg", ".png") and not path.is_symlink():
+                    # KDE's have a folder of one picture in several sizes.
+                    picture = path.parent if path.parent.name.startswith("images") else path
+                    before = largest.get(picture, path)
+                    largest[picture] = max(before, path, key=lambda each: each.stat().st_size)
+        for number, path in enumerate(largest.values()):
+            with Image.open(path) as opened:
+                image = opened.convert("RGB")
+            image.thumbnail((_WALLPAPER_WIDTH, image.height), Image.Resampling.LANCZOS)
+            width, height = _TILE_SIZE
+            for top in range(0, image.height - height + 1, height):
+                for left in range(0, image.width - width + 1, width):
+                    tile = image.crop((left, top, left + width, top + height))
+                    _save(tile, folder / f"{number:03d}-{top}-{left}.jpg")
+
+    return _make(data_dir / "wallpapers", write)
 
 
 def make_photos(data_dir: Path, *, count: int) -> Path:

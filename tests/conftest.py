@@ -182,7 +182,7 @@ def colors(prepared: PreparedBackbone) -> Path:
 @pytest.fixture
 def client(server: RunningServer) -> Iterator[httpx.Client]:
     """A client of the server that the test's own module starts."""
-    with httpx.Client(base_url=server.url, timeout=30) as client:
+    with httpx.Client(base_url=server.url, timeout=HANG_SECONDS) as client:
         yield client
 
 

@@ -457,7 +457,7 @@ def test_ctrl_c_ends_with_a_line(tmp_path: Path, cache_dir: Path) -> None:
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     said = process.stderr.read()
-    assert process.wait(30) == 130
+    assert process.wait(HANG_SECONDS) == 130
     assert "Traceback" not in said
     assert "nothing was published" in said
 

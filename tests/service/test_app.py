@@ -514,7 +514,7 @@ def test_clients_that_hang_up_harm_nobody(server: RunningServer, client: httpx.C
 
 def test_without_a_model_the_server_lives_and_says_how_to_make_one(tmp_path: Path) -> None:
     with serve(tmp_path / "log", {"CHECKPOINTS": str(tmp_path / "none")}, until="/livez") as server:
-        end = time.monotonic() + 10
+        end = time.monotonic() + HANG_SECONDS
         while (ready := httpx.get(f"{server.url}/readyz")).json()["error"]["code"] == "not_ready":
             assert time.monotonic() < end
             time.sleep(0.05)
@@ -657,6 +657,6 @@ def check_sigterm_finishes_what_is_in(server: RunningServer) -> None:
     check_error(httpx.get(f"{server.url}/readyz"), 503, "shutting_down")
     sending.join()
     assert labels_of(answers[0]) == ["green"] * 60
-    assert server.process.wait(15) == 0
+    assert server.process.wait(HANG_SECONDS) == 0
     with pytest.raises(httpx.TransportError):
         httpx.get(f"{server.url}/readyz", timeout=2)

@@ -25,6 +25,7 @@ import pytest
 
 from tests.support.images import draw_image
 from tests.support.servers import LABELS, RunningServer, copy_checkpoint, serve
+from tests.support.shared import HANG_SECONDS
 
 NUM_REQUESTS = int(os.environ.get("GRAFT_FUZZ_REQUESTS", "600"))
 # Most of them wait for what does not come.
@@ -273,7 +274,7 @@ def check_good(address: tuple[str, int], number: int) -> None:
     answer = send(
         address,
         request(b"/predict", {b"Content-Type": b"application/octet-stream"}, IMAGES[label, kind]),
-        30,
+        HANG_SECONDS,
     )
     assert answer.startswith(b"HTTP/1.1 200 "), answer[:500]
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["predictions"][0]["label"] == label
@@ -338,34 +339,29 @@ def test_one_broken_image_in_a_batch_of_16_harms_nobody(
         response = httpx.post(
             server.url + "/predict",
             files=[("images", ("a", image)) for image in images],
-            timeout=30,
+            timeout=HANG_SECONDS,
         )
         found = [entry.get("label") for entry in response.json()["predictions"]]
         assert found == [None if index == position else label for index, label in enumerate(labels)]
 
 
-def test_what_the_description_allows_and_what_it_does_not(colors: Path, tmp_path: Path) -> None:
+def test_what_the_description_allows_and_what_it_does_not(
+    server: RunningServer, tmp_path: Path
+) -> None:
     """Schemathesis tries the bounds of every parameter and body that /docs.json describes.
 
     Each answer must be one that is described there.
     """
-    copy_checkpoint(colors, tmp_path / "checkpoints", "colors", 1)
-    env = {
-        "CHECKPOINTS": str(tmp_path / "checkpoints"),
-        "GRAFT_BODY_SECONDS": "1",
-        "GRAFT_ADMIN_TOKEN": TOKEN,
-    }
-    with serve(tmp_path / "log", env) as server:
-        command = [str(Path(sys.executable).with_name("schemathesis")), "run"]
-        command += [f"{server.url}/docs.json", "--header", f"Authorization: Bearer {TOKEN}"]
-        # The description does not say that only a real image is taken, nor that no model is left
-        # (503) once the only one is unloaded.
-        command += ["--exclude-checks", "positive_data_acceptance,negative_data_rejection"]
-        command += ["--exclude-path-regex", ":unload$"]
-        command += ["--phases", "coverage,fuzzing", "--seed", "1", "--generation-database", "none"]
-        command += ["--max-examples", str(max(5, NUM_REQUESTS // 60))]
-        command += ["--continue-on-failure", "--no-color"]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-        assert done.returncode == 0, done.stdout[-5000:]
-        assert "Traceback" not in server.log()
-        check_good(address_of(server), 0)
+    command = [str(Path(sys.executable).with_name("schemathesis")), "run"]
+    command += [f"{server.url}/docs.json", "--header", f"Authorization: Bearer {TOKEN}"]
+    # The description does not say that only a real image is taken, nor that no model is left
+    # (503) once the only one is unloaded.
+    command += ["--exclude-checks", "positive_data_acceptance,negative_data_rejection"]
+    command += ["--exclude-path-regex", ":unload$"]
+    command += ["--phases", "coverage,fuzzing", "--seed", "1", "--generation-database", "none"]
+    command += ["--max-examples", str(max(5, NUM_REQUESTS // 60))]
+    command += ["--request-timeout", str(HANG_SECONDS), "--continue-on-failure", "--no-color"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert "Traceback" not in server.log()
+    check_good(address_of(server), 0)

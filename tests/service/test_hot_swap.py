@@ -142,7 +142,7 @@ def test_a_checkpoint_put_into_an_empty_repository_is_served(
     assert client.get("/readyz").status_code in (200, 503)
     assert version_of(client, name) is None
     publish(1)
-    until(lambda: version_of(client, name) == 1, 5)
+    until(lambda: version_of(client, name) == 1)
     assert client.get("/readyz").status_code == 200
 
 

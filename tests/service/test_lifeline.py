@@ -29,7 +29,7 @@ def test_a_killed_worker_is_replaced_and_the_server_serves_again(tmp_path: Path)
         assert httpx.get(f"{server.url}/livez", timeout=HANG_SECONDS).status_code == 200
         assert f"process {killed.pid}, ended with -9" in server.log()
         server.process.terminate()
-        assert server.process.wait(15) == 0
+        assert server.process.wait(HANG_SECONDS) == 0
 
 
 def test_in_a_container_the_server_ends_with_its_worker_so_that_the_orchestrator_acts(
@@ -102,7 +102,7 @@ def test_an_orderly_end_is_not_a_death(tmp_path: Path) -> None:
     # The worker takes longer than the parent waits between two checks.
     with start(tmp_path, in_container=True, drain_seconds=1.5) as server:
         server.process.terminate()
-        assert server.process.wait(15) == 0
+        assert server.process.wait(HANG_SECONDS) == 0
         assert "was not asked to" not in server.log()
 
 

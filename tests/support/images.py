@@ -46,6 +46,25 @@ def draw_image(
     return _encode(Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST), kind)
 
 
+def draw_clipart(seed: int, size: int = 256, colors: str = "RGB") -> Image.Image:
+    """Saturated shapes with black outlines and a thin line on transparency, RGBA; `colors` names
+    the order of the channels, as in "BGR"."""
+    generator = np.random.default_rng((7, seed))
+    large = Image.new("RGBA", (4 * size, 4 * size), (0, 0, 0, 0))
+    draw = ImageDraw.Draw(large)
+    palette = ((230, 20, 20), (20, 60, 220), (250, 210, 20), (20, 150, 60))
+    for number in range(4):
+        x, y = generator.uniform(0.2, 0.8, 2) * 4 * size
+        radius = generator.uniform(0.1, 0.2) * 4 * size
+        color = tuple(palette[number]["RGB".index(channel)] for channel in colors)
+        box = (x - radius, y - radius, x + radius, y + radius)
+        shape = draw.ellipse if number % 2 else draw.rectangle
+        shape(box, fill=color, outline=(0, 0, 0), width=size // 16)
+    ends = tuple(generator.uniform(0.1, 0.9, 4) * 4 * size)
+    draw.line(ends, fill=(160, 0, 160), width=size // 12)
+    return large.resize((size, size), Image.Resampling.BOX)
+
+
 def draw_noise(label: int, seed: int, brighter: int = 30, size: int = NOISE_SIZE) -> bytes:
     """A PNG of noise in which the colour of the label's number is a little brighter."""
     generator = np.random.default_rng((label, seed))

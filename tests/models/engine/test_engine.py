@@ -46,7 +46,7 @@ def test_many_threads_at_once_each_get_their_own_features(
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(HANG_SECONDS)
     assert not any(thread.is_alive() for thread in threads)
     assert errors == []
 

@@ -15,6 +15,7 @@ from models.errors import GraftError
 from models.images import Pixels
 from models.prepared import PreparedBackbone
 from tests.conftest import RunPython
+from tests.support.shared import HANG_SECONDS
 
 _SIGNAL = """
 import os
@@ -41,6 +42,7 @@ import openvino as ov
 from openvino import opset13
 from models.engine.openvino_engine import OpenVINOEngine
 from models.preprocess import Preprocess
+from tests.support.shared import HANG_SECONDS
 
 images = opset13.parameter([-1, 8, 8, 3], np.uint8)
 means = opset13.reduce_mean(opset13.convert(images, np.float32), opset13.constant(np.array([1, 2])))
@@ -142,7 +144,7 @@ def test_in_the_callers_threads_it_gives_the_same_bits_and_hands_nothing_over(
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(HANG_SECONDS)
     assert found == [True] * 12, "one thread more than streams waits, and all are served"
     assert sum(own_seconds) > 0.8 * (time.process_time() - before)
     assert np.array_equal(run(own, crops), expected)
@@ -166,7 +168,7 @@ def test_close_waits_for_what_is_in_flight(prepared: PreparedBackbone, crops: Pi
     )
     future = engine.submit(crops[:6])
     engine.close()
-    assert future.result(timeout=5).shape == (6, 1280)
+    assert future.result(timeout=HANG_SECONDS).shape == (6, 1280)
 
 
 def test_engines_that_come_and_go_leave_the_process_alive(

@@ -14,6 +14,7 @@ import pytest
 from models.engine.engine import Features
 from models.engine.ring import Ring, join
 from models.images import Pixels
+from tests.support.shared import HANG_SECONDS
 
 SHAPE = (4, 2, 2, 3)
 
@@ -145,7 +146,7 @@ def test_a_batch_too_large_for_a_slot_is_joined_from_several(ring: Ring) -> None
     answers: queue.SimpleQueue[Features] = queue.SimpleQueue()
     joined = join([ring.submit(batch(1)), ring.submit(batch(2)), ring.submit(batch(3, 1))])
     joined.add_done_callback(lambda future: answers.put(future.result()))
-    features = answers.get(timeout=10)
+    features = answers.get(timeout=HANG_SECONDS)
     assert features[:, 0].tolist() == [1.0] * 4 + [2.0] * 4 + [3.0]
     with pytest.raises(RuntimeError, match="the device failed"):
         join([ring.submit(batch(255)), ring.submit(batch(1))]).result(10)

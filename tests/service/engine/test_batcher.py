@@ -17,6 +17,7 @@ from models.images import ImageError, Pixels
 from service.engine.batcher import Admission, Batcher
 from service.engine.wire import Image, Outcome
 from service.errors import RequestError
+from tests.support.shared import HANG_SECONDS
 
 Done = Callable[[Outcome | Exception], None]
 
@@ -451,7 +452,7 @@ def test_closing_finishes_admitted_requests_and_refuses_new_ones() -> None:
         assert not closing.done()
         await engine.finish_all()
         assert [await task for task in tasks] == [[1], [2]]
-        await asyncio.wait_for(closing, 5)
+        await asyncio.wait_for(closing, HANG_SECONDS)
         assert engine.is_closed
 
     asyncio.run(scenario())
@@ -460,7 +461,7 @@ def test_closing_finishes_admitted_requests_and_refuses_new_ones() -> None:
 def test_closing_an_idle_queue_returns() -> None:
     async def scenario() -> None:
         engine = ManualEngine()
-        await asyncio.wait_for(Batcher(engine, max_images=1).close(), 5)
+        await asyncio.wait_for(Batcher(engine, max_images=1).close(), HANG_SECONDS)
         assert engine.is_closed
 
     asyncio.run(scenario())

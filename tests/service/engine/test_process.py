@@ -27,6 +27,7 @@ from service.engine.process import EngineProcess
 from service.engine.wire import Image, Outcome
 from tests.support.images import draw_image
 from tests.support.servers import LABELS
+from tests.support.shared import HANG_SECONDS
 
 MAX_PIXELS = 500_000
 
@@ -50,7 +51,7 @@ def engine(colors: Path) -> Iterator[EngineProcess]:
 async def ask(engine: EngineProcess, *images: Image) -> Outcome | Exception:
     answered: asyncio.Future[Outcome | Exception] = asyncio.get_running_loop().create_future()
     engine.start(images, answered.set_result)
-    return await asyncio.wait_for(answered, 30)
+    return await asyncio.wait_for(answered, HANG_SECONDS)
 
 
 def outcome_of(answer: Outcome | Exception) -> Outcome:
@@ -70,7 +71,7 @@ def is_running(pid: int) -> bool:
 
 
 def wait_for_end_of(pid: int) -> None:
-    end = time.monotonic() + 5
+    end = time.monotonic() + HANG_SECONDS
     while is_running(pid):
         assert time.monotonic() < end
         time.sleep(0.02)

@@ -24,6 +24,7 @@ from models.checkpoint import CONFIG_FILE
 from models.preprocess import Preprocess
 from tests.support.images import draw_image
 from tests.support.servers import LABELS, RunningServer, copy_checkpoint, serve
+from tests.support.shared import HANG_SECONDS
 
 MAX_IMAGES = 8
 MAX_BODY_BYTES = 8_000_000
@@ -59,7 +60,9 @@ def endpoint(colors: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 @pytest.fixture
 def client(endpoint: Endpoint) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=endpoint.server.url, timeout=30, headers=token()) as client:
+    with httpx.Client(
+        base_url=endpoint.server.url, timeout=HANG_SECONDS, headers=token()
+    ) as client:
         yield client
 
 
