@@ -20,3 +20,8 @@ def describe_error(error: Exception) -> str:
 def join_first(names: Sequence[str], most: int = 5) -> str:
     """The first `most` names, and how many more there are: `a, b and 7 more`."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none (bare assertions)."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

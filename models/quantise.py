@@ -14,7 +14,7 @@ from typing import Any
 
 from models.checkpoint import CONFIG_FILE, OPENVINO_FILE, WEIGHTS_FILE, fingerprint, hash_file
 from models.engine.openvino_engine import openvino_core
-from models.errors import GraftError, describe_error
+from models.errors import GraftError, describe_error, first_line
 from models.files import move_whole, temporary_folder
 from models.images import Pixels
 from models.prepared import PreparedBackbone, hash_openvino, read_kept, read_prepared
@@ -93,6 +93,6 @@ def _write_quantised(backbone: PreparedBackbone, images: Pixels, path: Path) -> 
         )
     except (RuntimeError, ValueError) as error:
         raise GraftError(
-            f"--precision int8: NNCF cannot quantise {backbone.name}: {str(error).splitlines()[0]}"
+            f"--precision int8: NNCF cannot quantise {backbone.name}: {first_line(error)}"
         ) from error
     ov.save_model(quantised, path, compress_to_fp16=False)

@@ -28,7 +28,7 @@ from finetune.training.depthwise import DepthwiseGradientsInFloat32
 from finetune.training.ema import Ema
 from finetune.training.inputs import ImageGoneError, Inputs
 from finetune.training.layer_stats import LayerStats
-from finetune.training.memory import is_out_of_memory, run_in_parts
+from finetune.training.memory import run_in_parts
 from finetune.training.mix import build_mix
 from finetune.training.optimize import build_optimizer, log_stages, open_stages, rate_share
 from finetune.training.preflight import check_disk, check_learning, estimate_time, warn_if_starved
@@ -45,6 +45,7 @@ from finetune.training.state import (
 from finetune.training.tensors import changing_tensors
 from models.backbone.build import Backbone
 from models.backbone.freezing import Freezing, set_train_mode
+from models.backbone.memory import is_out_of_memory
 from models.errors import GraftError
 
 logger = logging.getLogger("graft.train")

@@ -9,29 +9,12 @@ from typing import TypeVar
 
 import torch
 
-from models.errors import GraftError
+from models.backbone.memory import is_out_of_memory
+from models.errors import GraftError, first_line
 
 logger = logging.getLogger("graft.memory")
 
 _Done = TypeVar("_Done")
-# Parts of plain RuntimeErrors: of torch's CPU allocator, the system behind it, oneDNN, and CUDA's
-# libraries.
-_WORDS = (
-    "can't allocate memory",
-    "cannot allocate memory",
-    "not enough memory",
-    "bad_alloc",
-    "out of memory",
-    "out_of_memory",
-    "alloc_failed",
-)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory ran out, on the CPU or on a GPU."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _WORDS)
 
 
 def run_in_parts(
@@ -57,7 +40,7 @@ def run_in_parts(
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            reason = (str(error).strip().splitlines() or ["MemoryError"])[0][:200]
+            reason = first_line(error)[:200]
         # Not in the except clause: while the error lives, so does what its traceback holds.
         undo()
         gc.collect()

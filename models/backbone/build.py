@@ -25,13 +25,14 @@ from torch import nn
 from models.backbone.custom import CustomNetwork, build_custom, call_builder
 from models.backbone.efficientnet_lite import efficientnet_lite_key
 from models.backbone.input_size import find_sizes_near
+from models.backbone.memory import is_out_of_memory
 from models.backbone.weights import (
     WeightsError,
     check_finite,
     load_strictly,
     read_state_dict,
 )
-from models.errors import GraftError
+from models.errors import GraftError, first_line
 from models.named import is_custom
 from models.preprocess import Preprocess
 
@@ -299,11 +300,10 @@ def _load_hub(name: str, image_size: int | None) -> tuple[Any, str]:
             if base in WEIGHT_PACKAGES
             else "--backbone tf_efficientnet_lite0, whose weights a package ships"
         )
-        reason = (str(error).strip().splitlines() or [""])[0]
         reason = (
             f"{hub_constants.ENDPOINT} does not answer: {why_unreachable}"
             if why_unreachable
-            else f"{type(error).__name__}: {reason}"
+            else f"{type(error).__name__}: {first_line(error)}"
         )
         raise WeightsError(
             f"--backbone {name}: no pretrained weights could be had ({reason})\n"
@@ -400,9 +400,15 @@ def _linear_classifier(name: str, model: Any) -> str:
     for module_name, module in model.named_modules():
         if module is classifier and isinstance(module, nn.Linear):
             return str(module_name)
+    if isinstance(classifier, tuple | list | nn.ModuleList):
+        has = f"it has {len(classifier)} classifiers"
+    elif classifier is None:
+        has = "it has no classifier"
+    else:
+        has = f"its classifier is {type(classifier).__name__}"
     raise GraftError(
-        f"--backbone {name}: its classifier is {type(classifier).__name__}, not one linear layer, "
-        "so no probe can be solved for it; wrap it as package.module:callable (images → features)"
+        f"--backbone {name}: {has}, not one linear layer, so no probe can be solved for it; "
+        "wrap it as package.module:callable (images → features)"
     )
 
 
@@ -441,10 +447,16 @@ def _is_linear_head(model: Any, classifier: str, images: torch.Tensor, logits: A
 
 def _cannot_take(name: str, image_size: int | None, error: Exception) -> GraftError:
     """The error for a network that fails on images of its size, with sizes near that work."""
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if is_out_of_memory(error):
+        return GraftError(
+            f"--backbone {name}: memory ran out ({str(error).strip()[:200] or 'MemoryError'}); "
+            "take a smaller network or --image-size, or a machine with more memory"
+        )
+    # timm's bare assertions have no message.
+    reason = "".join(f" ({line})" for line in str(error).strip().splitlines()[:1])
     if image_size is None:
         return GraftError(
-            f"--backbone {name}: it fails on images of its own size ({reason}); "
+            f"--backbone {name}: it fails on images of its own size{reason}; "
             "take another backbone, or wrap it as package.module:callable (images → features)"
         )
 
@@ -455,6 +467,6 @@ def _cannot_take(name: str, image_size: int | None, error: Exception) -> GraftEr
     near = find_sizes_near(image_size, build, is_fixed=bool(_model_args(name, image_size)))
     offer = " or ".join(map(str, near)) if near else "leave it out for the network's own"
     return GraftError(
-        f"--image-size {image_size}: {name} does not take images of {image_size} × {image_size} "
-        f"({reason}); sizes near it that it takes: {offer}"
+        f"--image-size {image_size}: {name} does not take images of {image_size} × {image_size}"
+        f"{reason}; sizes near it that it takes: {offer}"
     )

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from models.errors import GraftError
+from models.errors import GraftError, first_line
+from models.images import Pixels
 from models.named import is_custom
 from models.preprocess import Preprocess
 
@@ -25,22 +29,37 @@ def export_openvino(module: nn.Module, name: str, preprocess: Preprocess, path: 
     """
     import openvino as ov
 
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        with warnings.catch_warnings(), torch.no_grad(), _in_eval_mode(module):
             # OpenVINO converts through torch.jit.trace, which warns that it is deprecated.
             warnings.simplefilter("ignore")
             model = _convert(module, name, [3, preprocess.height, preprocess.width])
     # OpenVINO's frontend raises errors of its own, and tracing whatever the user's code raises.
     except Exception as error:
-        raise GraftError(
-            f"OpenVINO cannot convert {name}: {str(error).strip().splitlines()[0]}"
-        ) from error
+        raise GraftError(f"OpenVINO cannot convert {name}: {first_line(error)}") from error
+    ov.save_model(add_preprocess(model, preprocess), path, compress_to_fp16=False)
+
+
+def compute_features(
+    module: nn.Module, preprocess: Preprocess, crops: Pixels
+) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Features `float32 [B,F]` of `uint8 [B,H,W,3]` by torch on the CPU, as the IR gives them."""
+    scaled = torch.from_numpy(crops).float() / 255
+    images = (scaled - torch.tensor(preprocess.mean)) / torch.tensor(preprocess.std)
+    with torch.inference_mode(), _in_eval_mode(module):
+        features: torch.Tensor = module(images.permute(0, 3, 1, 2).contiguous())
+    return features.float().numpy()
+
+
+@contextlib.contextmanager
+def _in_eval_mode(module: nn.Module) -> Iterator[None]:
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
     finally:
         for part, is_training in modes.items():
             part.training = is_training
-    ov.save_model(add_preprocess(model, preprocess), path, compress_to_fp16=False)
 
 
 def add_preprocess(model: ov.Model, preprocess: Preprocess) -> ov.Model:

@@ -1,4 +1,7 @@
-"""Which sizes of images a network takes, tried without weights on torch's "meta" device."""
+"""Which sizes of images a network takes, tried without weights on torch's "meta" device.
+
+What is found there is tried once more on the CPU: "meta" does not check the values of indices.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +26,16 @@ def find_sizes_near(
     all. A search of seconds: it may find nothing.
     """
     ends_at = time.monotonic() + _SEARCH_SECONDS
-    any_size = None if is_fixed else _build_on_meta(build, asked)
+    any_size = None if is_fixed else _try_build(build, asked, "meta")
+    any_real = None if is_fixed else _try_build(build, asked, "cpu")
     found = []
     for sizes in (range(asked - 1, _SMALLEST - 1, -1), range(asked + 1, _LARGEST + 1)):
         for size in _on_steps(sizes):
             if time.monotonic() > ends_at:
                 break
-            if _takes(any_size or _build_on_meta(build, size), size):
+            if _takes(any_size or _try_build(build, size, "meta"), size, "meta") and _takes(
+                any_real or _try_build(build, size, "cpu"), size, "cpu"
+            ):
                 found.append(size)
                 break
         # The other direction has as much time.
@@ -41,20 +47,20 @@ def _on_steps(sizes: range) -> Iterator[int]:
     return (size for size in sizes if any(size % step == 0 for step in _STEPS))
 
 
-def _build_on_meta(build: Callable[[int], nn.Module], size: int) -> nn.Module | None:
+def _try_build(build: Callable[[int], nn.Module], size: int, device: str) -> nn.Module | None:
     try:
-        with torch.device("meta"):
+        with torch.device(device):
             return build(size).eval()
     # A size that the network cannot be built for.
     except Exception:
         return None
 
 
-def _takes(model: nn.Module | None, size: int) -> bool:
+def _takes(model: nn.Module | None, size: int, device: str) -> bool:
     if model is None:
         return False
     try:
-        with torch.inference_mode(), torch.device("meta"):
+        with torch.inference_mode(), torch.device(device):
             model(torch.zeros(1, 3, size, size))
     # A size that the network does not take.
     except Exception:

@@ -24,7 +24,7 @@ from models.backbone.weights_file import (
     split_entry,
     with_entry,
 )
-from models.errors import GraftError, join_first
+from models.errors import GraftError, first_line, join_first
 
 logger = logging.getLogger("graft.weights")
 
@@ -170,10 +170,9 @@ def _read(path: Path) -> Any:
     # A file of another kind raises any of torch's, zipfile's or safetensors' errors.
     except Exception as error:
         kind_of_file = "safetensors" if isinstance(error, SafetensorError) else "state_dict"
-        reason = (str(error).strip().splitlines() or [""])[0]
         raise WeightsError(
             f"{path}: not a {kind_of_file} file that can be read without running code from it "
-            f"({reason})"
+            f"({first_line(error)})"
         ) from error
 
 

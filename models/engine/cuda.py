@@ -15,6 +15,7 @@ import torch
 
 from models.engine.engine import Features
 from models.engine.network import Network
+from models.errors import first_line
 from models.images import Pixels
 
 logger = logging.getLogger("graft.engine")
@@ -49,7 +50,7 @@ class CudaBatches:
         except RuntimeError as error:
             self._graphs = {}
             torch.cuda.synchronize(self.device)
-            logger.info("the backbone runs without CUDA graphs: %s", str(error).splitlines()[0])
+            logger.info("the backbone runs without CUDA graphs: %s", first_line(error))
         self.num_features = int(self.run(1).shape[1])
 
     def open_slot(self) -> CudaSlot:

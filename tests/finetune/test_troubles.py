@@ -23,9 +23,10 @@ from torch import nn
 from finetune.resume import STATE_DIR, TRAINING_FILE
 from finetune.terminal import Terminated, run_program
 from finetune.training.broken_batch import FOLDER, BrokenLossError
-from finetune.training.memory import is_out_of_memory, run_in_parts
+from finetune.training.memory import run_in_parts
 from finetune.training.preflight import estimate_time, warn_if_starved
 from models.backbone.build import Backbone
+from models.backbone.memory import is_out_of_memory
 from models.errors import GraftError
 from tests.conftest import RunForked
 from tests.support.forked import Program

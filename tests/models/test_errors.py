@@ -9,7 +9,7 @@ from urllib.error import URLError
 
 import pytest
 
-from models.errors import describe_error
+from models.errors import describe_error, first_line
 
 
 def test_an_error_of_the_system(tmp_path: Path) -> None:
@@ -26,3 +26,16 @@ def test_an_error_without_a_file_and_one_that_is_wrapped() -> None:
 def test_what_is_no_error_of_the_system_speaks_for_itself() -> None:
     assert describe_error(RuntimeError("no kernel image")) == "no kernel image"
     assert describe_error(OSError("cannot write")) == "cannot write"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (RuntimeError("no kernel image\nCompile with"), "no kernel image"),
+        (RuntimeError("\n  shapes differ\n"), "shapes differ"),
+        (AssertionError(), "AssertionError"),
+        (MemoryError(" \n"), "MemoryError"),
+    ],
+)
+def test_the_first_line_of_an_error_is_never_missing(error: Exception, line: str) -> None:
+    assert first_line(error) == line

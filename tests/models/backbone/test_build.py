@@ -18,6 +18,7 @@ import timm
 import torch
 from safetensors.numpy import save_file as numpy_save_file
 
+from models.backbone import input_size
 from models.backbone.build import (
     Backbone,
     FeatureExtractor,
@@ -33,6 +34,7 @@ from models.backbone.weights import WeightsError, read_state_dict
 from models.errors import GraftError
 from tests.conftest import RunForked
 from tests.support.forked import Program
+from tests.support.shared import HANG_SECONDS
 from tests.support.weights import save_weights
 
 
@@ -132,9 +134,53 @@ def test_the_input_size_can_be_chosen_for_networks_of_fixed_and_of_free_size() -
             assert backbone.model.eval()(torch.zeros(1, 3, size, size)).shape == (1, 2)
 
 
-def test_a_network_whose_head_is_not_one_linear_layer_is_refused() -> None:
-    with pytest.raises(GraftError, match=r"not one linear layer.*package\.module:callable"):
-        build_backbone("levit_128s", num_classes=2, pretrained=False)
+@pytest.mark.parametrize(
+    ("name", "has"),
+    [
+        ("levit_128s", "it has 2 classifiers"),
+        ("efficientformer_l1", "it has 2 classifiers"),
+        ("crossvit_tiny_240", "it has 2 classifiers"),
+        ("resnetv2_18", "its classifier is Conv2d"),
+        ("dla34", "its classifier is Conv2d"),
+        ("dpn48b", "its classifier is Conv2d"),
+        ("caformer_s18", "its classifier is MlpHead"),
+        ("repvit_m0_9", "its classifier is RepVitClassifier"),
+        ("gemma4_vit_167m_enc", "it has no classifier"),
+    ],
+)
+def test_a_network_whose_head_is_not_one_linear_layer_is_refused(name: str, has: str) -> None:
+    with torch.device("meta"):
+        model = _create(name, None, pretrained=False)
+    with pytest.raises(
+        GraftError,
+        match=rf"^--backbone {name}: {has}, not one linear layer.*package\.module:callable",
+    ):
+        _linear_classifier(name, model)
+
+
+def test_a_network_whose_features_are_not_what_its_head_takes_is_refused() -> None:
+    with pytest.raises(GraftError, match=r"not one linear layer on pooled.*\.module:callable"):
+        build_backbone("volo_d1_224", num_classes=2, pretrained=False, image_size=64)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), r"\[enforce"),
+        (MemoryError(), "MemoryError"),
+    ],
+)
+def test_a_network_that_memory_does_not_suffice_for_is_not_called_a_wrong_size(
+    error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def create_model(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    with pytest.raises(
+        GraftError, match=rf"^--backbone test_vit: memory ran out \({reason}.*\); take a smaller"
+    ):
+        build_backbone("test_vit", num_classes=2, pretrained=False, image_size=64)
 
 
 # One of each family that timm ships without a head.
@@ -191,14 +237,25 @@ def test_a_network_without_a_head_is_built_and_rebuilt(name: str, size: int) -> 
         ("inception_v3", 64, "80"),
         ("halonet26t", 100, "248"),
         ("coatnet_rmlp_nano_rw_224", 40, "32 or 64"),
+        ("gcvit_xxtiny", 100, "96 or 128"),
+        ("nest_tiny", 100, "96 or 112"),
+        ("hiera_tiny_224", 100, "96 or 128"),
+        ("mvitv2_tiny", 40, "32 or 64"),  # by the values of indices, which "meta" does not check
+        ("twins_svt_small", 100, "96 or 128"),
+        ("xcit_nano_12_p16_224", 100, "96 or 112"),
+        ("visformer_tiny", 33, "32 or 40"),
+        ("hrnet_w18_small", 33, "32 or 64"),
+        ("inception_v4", 64, "80"),
+        ("botnet26t_256", 33, "32 or 64"),  # refused by an assertion without a message
     ],
 )
 def test_a_size_that_a_network_cannot_take_is_refused_with_those_near_it(
-    name: str, size: int, near: str
+    name: str, size: int, near: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(input_size, "_SEARCH_SECONDS", HANG_SECONDS)
     with pytest.raises(
         GraftError,
-        match=rf"^--image-size {size}: {name} does not take images of {size} × {size} \(.+\); "
+        match=rf"^--image-size {size}: {name} does not take images of {size} × {size}( \(.+\))?; "
         rf"sizes near it that it takes: {near}$",
     ):
         build_backbone(name, num_classes=2, pretrained=False, image_size=size)

@@ -59,6 +59,11 @@ class Half(Trunk):
     def forward(self, images):
         return self.conv(images.bfloat16()).mean(dim=(2, 3)) * self.scale[1]
 
+class Branch(Trunk):
+    def forward(self, images):
+        features = super().forward(images)
+        return 2 * features if images.abs().sum() > 0 else features
+
 class Broken(Trunk):
     def __init__(self):
         super().__init__()
@@ -70,6 +75,7 @@ class Count(Trunk):
 
 def build_half(): return Half()
 def build_nan(): return Broken()
+def build_branch(): return Branch()
 def build_count(): return Count()
 def build(): return Trunk()
 def build_map(): return Map()
@@ -186,3 +192,17 @@ def test_a_users_own_network_may_hold_and_compute_bf16(own_package: str, tmp_pat
     assert features.dtype == torch.float32
     assert torch.equal(features, FeatureExtractor(backbone.model.eval())(batch))
     assert np.allclose(served, features.numpy(), rtol=0.05, atol=0.05)
+
+
+def test_a_network_that_the_engine_computes_otherwise_is_refused(
+    own_package: str, tmp_path: Path
+) -> None:
+    """Tracing keeps one way through a forward that branches on the values of images."""
+    backbone = build_backbone("ownnets.small:build_branch", num_classes=2)
+    with pytest.raises(
+        GraftError,
+        match=r"^--backbone ownnets\.small:build_branch: openvino \S+ gives other features than "
+        r"torch for it at 40 × 48 pixels: they differ by 50\.0% of the largest; .*branch",
+    ):
+        write_prepared(backbone, tmp_path / "prepared")
+    assert not (tmp_path / "prepared").exists()

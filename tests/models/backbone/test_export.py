@@ -13,7 +13,9 @@ import torch
 from models.backbone.build import Backbone, FeatureExtractor, build_backbone
 from models.backbone.export import add_preprocess, export_openvino
 from models.engine.openvino_engine import OpenVINOEngine, openvino_core
+from models.errors import GraftError
 from models.images import Pixels
+from models.preprocess import Preprocess
 from tests.support.weights import normalise
 
 
@@ -55,6 +57,16 @@ def test_an_exported_network_is_what_openvinos_own_converter_makes_of_it(
     assert exported == expected, version
     exported_weights = (tmp_path / "exported.bin").read_bytes()
     assert exported_weights == (tmp_path / "reference.bin").read_bytes(), version
+
+
+class Unsure(torch.nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        raise AssertionError  # as timm's networks do, without a message
+
+
+def test_a_network_that_cannot_be_converted_is_named(tmp_path: Path) -> None:
+    with pytest.raises(GraftError, match=r"^OpenVINO cannot convert own: \S"):
+        export_openvino(Unsure(), "own", Preprocess(), tmp_path / "own.xml")
 
 
 def _operations(path: Path) -> list[tuple[str, list[str], dict[str, object]]]:
