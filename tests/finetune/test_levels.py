@@ -100,7 +100,7 @@ def test_timm_reads_the_head_on_the_last_level(published: Path) -> None:
 
 
 def test_the_service_answers_by_the_head_on_all_levels(published: Path) -> None:
-    snapshot = load_snapshot(Settings(checkpoints=published.parents[1]))
+    snapshot = load_snapshot(Settings(CHECKPOINTS=published.parents[1]))
     try:
         assert not snapshot.refused
         model = snapshot.models[published.parent.name].default

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,8 +36,13 @@ class Staged(Trunk):
         return second.mean(dim=(2, 3)), [first, second]
 
 
+def _timm(name: str) -> nn.Module:
+    model: nn.Module = timm.create_model(name)
+    return model
+
+
 def _swin() -> nn.Module:
-    return SwinTransformer(
+    model: nn.Module = SwinTransformer(
         img_size=64,
         patch_size=4,
         window_size=4,
@@ -45,11 +51,12 @@ def _swin() -> nn.Module:
         num_heads=(1, 2, 4),
         num_classes=2,
     )
+    return model
 
 
 # A network, its image size, and its sets' widths.
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, list[int]]] = {
-    name: (lambda name=name: timm.create_model(name), size, widths)
+    name: (functools.partial(_timm, name), size, widths)
     for name, size, widths in (
         ("test_resnet", 160, [96, 1104, 1296, 2640]),
         ("test_efficientnet", 160, [256, 688, 808, 1384]),
