@@ -118,7 +118,7 @@ def publish(repository: Path, name: str, measured: Measured, head: Head) -> Path
         "label_names": list(head.label_names),
     }
     config["graft"] = {
-        "format_version": checkpoints.FORMAT_VERSION,
+        "format_version": 1,
         "fingerprint": backbone.fingerprint,
         "freeze": "backbone",
         "temperature": 1.0,

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from finetune.config import Options
 from finetune.data.splits import Splits
@@ -15,6 +15,7 @@ from finetune.evaluation.comparison import Comparison
 from finetune.evaluation.metrics import Metrics
 from finetune.monitor import Monitor
 from finetune.probe.features import extract_splits, open_engine
+from finetune.probe.levels import LevelProbes, solve_on_best_levels
 from finetune.probe.solve import Head, Probe, soften, solve_on_best_views
 from finetune.report.candidate import Candidate
 from finetune.resume import STATE_DIR, fix_options
@@ -46,17 +47,13 @@ def fit_probe(
     so on.
     """
     labels = _labels_by_split(splits)
+    # With --balance sampler, too: weighted sampling equals a weighted loss in expectation.
+    class_weights = _class_weights(labels["train"], splits, options.balance)
     with Timer() as timer:
-        solved = solve_on_best_views(
-            features["train"],
-            labels["train"],
-            len(splits.label_names),
-            task=splits.task,
-            seed=options.seed,
-            # With --balance sampler, too: weighted sampling equals a weighted loss in expectation.
-            class_weights=_class_weights(labels["train"], splits, options.balance),
+        solved, levels = _solve(
+            features["train"], labels["train"], splits, backbone, class_weights, options.seed
         )
-    head = Head(solved.weight, solved.bias)
+    head = solved.head
     logits = _compute_logits(head, features)
     calibration, calibrated = splits.task.calibrate_probe(
         solved.out_of_fold_logits,
@@ -79,6 +76,8 @@ def fit_probe(
         calibrated=calibrated,
         seconds=timer.seconds,
         solved=solved,
+        levels=levels,
+        last_metrics=None if levels is None else _evaluate_last(levels, splits, features, labels),
     )
     logger.info(
         "probe: val %s %.4f, in %.1f s (L2 %.0e)",
@@ -88,6 +87,34 @@ def fit_probe(
         solved.l2,
     )
     return probe
+
+
+def _solve(
+    features: Features,
+    labels: Labels,
+    splits: Splits,
+    backbone: PreparedBackbone,
+    class_weights: Floats | None,
+    seed: int,
+) -> tuple[Probe, LevelProbes | None]:
+    """The probe on the last level, or on the best levels of a backbone that gives them."""
+    solve: dict[str, Any] = {"task": splits.task, "seed": seed, "class_weights": class_weights}
+    num_classes = len(splits.label_names)
+    if len(backbone.level_sets) == 1:
+        return solve_on_best_views(features, labels, num_classes, **solve), None
+    levels = solve_on_best_levels(features, labels, num_classes, backbone.level_sets, **solve)
+    return levels.probe, levels
+
+
+def _evaluate_last(
+    levels: LevelProbes,
+    splits: Splits,
+    features: Mapping[SplitName, Features],
+    labels: Mapping[SplitName, Labels],
+) -> Metrics:
+    """On the validation images, of the head that timm reads."""
+    logits = levels.last.logits(features["val"]) / levels.last.temperature
+    return splits.task.evaluate(logits, labels["val"])
 
 
 def fine_tune(
@@ -187,10 +214,11 @@ def choose(probe: Candidate, tuned: Candidate | None, verdict: Comparison | None
 
 def _first_head(probe: Candidate, train_labels: Labels, task: Task, head_init: str) -> Probe:
     """The solved head that training begins from, unless `--head-init` names another."""
+    last = probe.last
     if head_init != "soft":
-        return probe.solution
-    plain = probe.features["train"][: len(train_labels)]
-    return soften(probe.solution, plain, train_labels, len(probe.head.bias), task)
+        return last
+    plain = probe.features["train"][: len(train_labels), : last.weight.shape[1]]
+    return soften(last, plain, train_labels, len(last.bias), task)
 
 
 def _copy_head(network: Backbone) -> Head:
@@ -257,6 +285,4 @@ def _class_weights(labels: Labels, splits: Splits, balance: str) -> Floats | Non
 
 def _compute_logits(head: Head, features: Mapping[SplitName, Features]) -> dict[SplitName, Floats]:
     """`[N,C]` of every split except train."""
-    return {
-        split: features[split] @ head.weight.T + head.bias for split in features if split != "train"
-    }
+    return {split: head.logits(features[split]) for split in features if split != "train"}

@@ -220,6 +220,12 @@ class Options(BackboneOptions):
     """augmented views of each training image that are computed once and trained on, also by the
     probe; 1: the plain crop (gradient epochs use as many as there are epochs, at most four)"""
 
+    levels: Literal["last", "auto"] = "last"
+    """what the probe's head reads. last: the network's last level. auto: the last one, the upper
+    half, all, or all with a coarse grid of each, whichever has the least out-of-fold loss (the
+    fewest of those that chance does not tell apart); for a little more time, more accuracy, most
+    of all where images are unlike those of the pretraining"""
+
     coverage: float = Field(0.95, gt=0, lt=1)
     """target coverage of the conformal label set; an answer is marked unsure unless its set
     contains exactly one label"""
@@ -321,6 +327,11 @@ class Options(BackboneOptions):
                 "one; say 2 or more"
             )
         return self
+
+    @property
+    def uses_all_levels(self) -> bool:
+        """Whether the probe may read more than the last level."""
+        return self.levels == "auto"
 
     @property
     def first_head(self) -> str:

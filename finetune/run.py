@@ -97,7 +97,10 @@ def run(options: Options) -> Path:
         if options.resume is not None:
             restore = functools.partial(restore_splits, options.resume, data=options.data)
         _check_folders(options)
-        with _moved_data_in_words(options), prepare_meanwhile(options):
+        with (
+            _moved_data_in_words(options),
+            prepare_meanwhile(options, all_levels=options.uses_all_levels),
+        ):
             splits, duplicates = load_lasting_splits(
                 options.data,
                 data_root=options.data_root,
@@ -178,6 +181,7 @@ def _fit(
         scratch,
         weights=options.weights,
         pretrained=options.pretrained,
+        all_levels=options.uses_all_levels,
     )
     prepared.check_freeze(options.freeze)
     _check_folders(options, sum(path.stat().st_size for path in prepared.folder.iterdir()))
@@ -195,7 +199,9 @@ def _fit(
     options = options.model_copy(update={"precision": engine.precision})
     probe = fit_probe(options, splits, backbone, engine, features)
     with Timer() as auditing:
-        audit = inspect(loaded, splits, features, probe.solution, duplicates, backbone.preprocess)
+        audit = inspect(
+            loaded, splits, probe.columns, probe.solution, duplicates, backbone.preprocess
+        )
         _log_audit(audit, write_audit(audit, run_dir, "audit", options.data), options.strict)
     with Timer() as measuring:
         learning_curve = _measure_learning_curve(splits, probe, options.seed)
@@ -262,12 +268,13 @@ def _kept_or_removed(run_dir: Path, options: Options) -> Iterator[None]:
 
 def _measure_learning_curve(splits: Splits, probe: Candidate, seed: int) -> LearningCurve:
     train_labels, val_labels = splits.labels(splits.train), splits.labels(splits.val)
-    learnt_from = probe.features["train"][: probe.solution.num_views * len(train_labels)]
+    columns = probe.columns
+    learnt_from = columns["train"][: probe.solution.num_views * len(train_labels)]
     return measure_learning_curve(
         learnt_from,
         train_labels,
         probe.solution,
-        probe.features["val"],
+        columns["val"],
         val_labels,
         splits.task,
         seed=seed,

@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from models.errors import GraftError, describe_error
 from models.files import (
@@ -31,8 +31,10 @@ from models.files import (
 )
 from models.preprocess import Preprocess
 
-FORMAT_VERSION = 1
+# Of a head on the last level, and of one on all levels, which stands in a file of its own.
+FORMAT_VERSIONS = (1, 2)
 WEIGHTS_FILE = "model.safetensors"
+LEVEL_HEAD_FILE = "head.safetensors"
 CONFIG_FILE = "config.json"
 GOLDEN_FILE = "golden.npz"
 OPENVINO_FILE = "backbone.xml"
@@ -60,8 +62,19 @@ class Golden:
 
 
 @dataclass(frozen=True)
+class LevelHead:
+    """A head on several levels: weight `[C,K]` for the first K columns of features, bias `[C]`."""
+
+    weight: npt.NDArray[np.float32]
+    bias: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on disk: the head's arrays are read, the backbone is left to the engine."""
+    """A checkpoint on disk: the head's arrays are read, the backbone is left to the engine.
+
+    The head is the one that answers: that on all levels where there is one, else the network's own.
+    """
 
     path: Path
     name: str
@@ -78,7 +91,7 @@ class Checkpoint:
     threshold: float | None
     # [C], the least score at which an image has a label; None in single-label checkpoints.
     thresholds: npt.NDArray[np.float32] | None
-    head_weight: npt.NDArray[np.float32]  # [C,F]
+    head_weight: npt.NDArray[np.float32]  # [C,K], for the first K columns of features
     head_bias: npt.NDArray[np.float32]  # [C]
     golden: Golden
     metrics: Mapping[str, Any]
@@ -169,14 +182,16 @@ def publish(
     state: Mapping[str, Array],
     config: Mapping[str, Any],
     golden: Golden,
+    level_head: LevelHead | None = None,
     write_engine: Callable[[Path], None],
     card: Callable[[int], str],
 ) -> Path:
     """Write a checkpoint as the next version of `name` and return its folder.
 
     `config` is the whole `config.json`; the hashes of the other files are added to its "graft"
-    section. `write_engine` writes the IR to the path that it is given; `card` gives the model card
-    of a version. Raises GraftError where the disk is full or not writable; nothing is left then.
+    section. `level_head` is written beside the weights. `write_engine` writes the IR to the path
+    that it is given; `card` gives the model card of a version. Raises GraftError where the disk is
+    full or not writable; nothing is left then.
     """
     check_name(name)
     folder = repository / name
@@ -184,6 +199,9 @@ def publish(
         with temporary_folder(folder) as temporary:
             remove_temporary(folder, older_than_seconds=_ABANDONED_SECONDS)
             save_file(dict(state), temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+            if level_head is not None:
+                head = {"weight": level_head.weight, "bias": level_head.bias}
+                save_file(head, temporary / LEVEL_HEAD_FILE)
             _write_golden(temporary / GOLDEN_FILE, golden)
             write_engine(temporary / OPENVINO_FILE)
             hashes = {path.name: hash_file(path) for path in sorted(temporary.iterdir())}
@@ -228,7 +246,17 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 def logits(checkpoint: Checkpoint, features: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """The head's logits, before temperature: features `[B,F]` → `float32 [B,C]`."""
-    return np.asarray(features @ checkpoint.head_weight.T + checkpoint.head_bias, np.float32)
+    columns = features[:, : checkpoint.head_weight.shape[1]]
+    return np.asarray(columns @ checkpoint.head_weight.T + checkpoint.head_bias, np.float32)
+
+
+def read_level_head(path: Path) -> LevelHead | None:
+    """The head on all levels in a version's folder, None where there is none."""
+    file = path / LEVEL_HEAD_FILE
+    if not file.exists():
+        return None
+    tensors = load_file(file)
+    return LevelHead(tensors["weight"], tensors["bias"])
 
 
 def check_golden(checkpoint: Checkpoint, computed: npt.NDArray[np.float32]) -> None:
@@ -265,8 +293,12 @@ def _read(path: Path) -> Checkpoint:
     graft = config["graft"]
     _check_format(path, graft)
     with safe_open(path / WEIGHTS_FILE, framework="np") as tensors:
-        head_weight = tensors.get_tensor(f"{graft['head']}.weight")
-        head_bias = tensors.get_tensor(f"{graft['head']}.bias")
+        head = LevelHead(
+            tensors.get_tensor(f"{graft['head']}.weight"),
+            tensors.get_tensor(f"{graft['head']}.bias"),
+        )
+    if graft["format_version"] == 2:
+        head = read_level_head(path) or head
     coverage, threshold = _read_conformal(graft)
     task = _read_task(graft)
     return Checkpoint(
@@ -282,8 +314,8 @@ def _read(path: Path) -> Checkpoint:
         coverage=coverage,
         threshold=threshold,
         thresholds=_read_thresholds(graft) if task == "multi-label" else None,
-        head_weight=head_weight,
-        head_bias=head_bias,
+        head_weight=head.weight,
+        head_bias=head.bias,
         golden=_read_golden(path / GOLDEN_FILE),
         metrics=graft["metrics"],
         engine=graft["engine"],
@@ -292,9 +324,10 @@ def _read(path: Path) -> Checkpoint:
 
 
 def _check_format(path: Path, graft: Mapping[str, Any]) -> None:
-    if graft["format_version"] != FORMAT_VERSION:
+    if graft["format_version"] not in FORMAT_VERSIONS:
         raise CheckpointError(
-            f"{path}: format {graft['format_version']}, this Graft reads format {FORMAT_VERSION}"
+            f"{path}: format {graft['format_version']}, this Graft reads the formats "
+            f"{' and '.join(map(str, FORMAT_VERSIONS))}"
         )
     for file_name, expected in graft["files"].items():
         if "/" in file_name or hash_file(path / file_name) != expected:
@@ -306,7 +339,9 @@ def _check_format(path: Path, graft: Mapping[str, Any]) -> None:
 def _check_shapes(checkpoint: Checkpoint) -> None:
     num_classes, path = len(checkpoint.label_names), checkpoint.path
     head = checkpoint.head_weight.shape, checkpoint.head_bias.shape
-    if head != ((num_classes, checkpoint.config["num_features"]), (num_classes,)):
+    # The widths that the engine's features may be read in.
+    sets = checkpoint.config.get("levels", {"last": checkpoint.config["num_features"]})
+    if head not in [((num_classes, width), (num_classes,)) for width in sets.values()]:
         raise CheckpointError(
             f"{path}: the head is {checkpoint.head_weight.shape}, its labels are {num_classes}"
         )

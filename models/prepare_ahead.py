@@ -30,6 +30,7 @@ def prepare_ahead(
     pretrained: bool,
     image_size: int | None,
     cache_dir: Path | None,
+    all_levels: bool = False,
 ) -> Iterator[None]:
     """Prepare the backbone while the body runs; at its end the cache has it.
 
@@ -42,10 +43,11 @@ def prepare_ahead(
         "pretrained": pretrained,
         "image_size": image_size,
         "cache_dir": cache_dir,
+        "all_levels": all_levels,
     }
     if (
         "torch" in sys.modules
-        or find_missing(name, weights, pretrained, image_size, cache_dir) is None
+        or find_missing(name, weights, pretrained, image_size, cache_dir, all_levels) is None
     ):
         yield
         return

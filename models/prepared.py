@@ -80,6 +80,15 @@ class PreparedBackbone:
     module_prefix: str
     stages: tuple[str, ...]
 
+    @property
+    def level_sets(self) -> Mapping[str, int]:
+        """Nested sets of the engine's columns, smallest first: name → the number of columns.
+
+        "last", the first `num_features` of them, is the one that timm's own head reads.
+        """
+        sets: Mapping[str, int] = self.config.get("levels", {"last": self.num_features})
+        return sets
+
     def check_freeze(self, policy: str) -> None:
         """Raise GraftError where `policy` does not fit this network."""
         resolve_policy(
@@ -115,7 +124,7 @@ class PreparedBackbone:
                 precision=precision,
                 **found,
             )
-            return DeferredEngine(known, self.num_features, build)
+            return DeferredEngine(known, max(self.level_sets.values()), build)
         # Compiling for each batch size takes up to 4 s.
         logger.info("searching for the engine's fastest batch (once) …")
         engine = build_engine(
@@ -150,23 +159,26 @@ def prepare_backbone(
     image_size: int | None,
     cache_dir: Path | None,
     scratch_dir: Path,
+    all_levels: bool = False,
 ) -> PreparedBackbone:
     """The backbone from the cache, else built, converted and kept there.
 
+    With `all_levels` its engine gives the features of every stage besides those of the last.
     Written to `scratch_dir` instead: random weights, a user's own module (its code may change
     unseen), and everything where `cache_dir` is None. Raises GraftError as `build_backbone` does.
     """
-    key = _cache_key(name, weights, pretrained, image_size)
+    key = _cache_key(name, weights, pretrained, image_size, all_levels)
+    build = functools.partial(_build, name, weights, pretrained, image_size, all_levels)
     if cache_dir is None or key is None:
         logger.info("converting %s for this machine …", name)
-        return _build(name, weights, pretrained, image_size, scratch_dir / "backbone")
+        return build(scratch_dir / "backbone")
     folder = cache_dir / "backbones" / key
     kept = read_kept(folder)
     if kept is not None:
         return kept
     # Importing torch, reading the weights and converting them take 4 to 10 s.
     logger.info("converting %s for this machine (once) …", name)
-    return _build(name, weights, pretrained, image_size, folder)
+    return build(folder)
 
 
 def find_missing(
@@ -175,39 +187,49 @@ def find_missing(
     pretrained: bool,
     image_size: int | None,
     cache_dir: Path | None,
+    all_levels: bool = False,
 ) -> Path | None:
     """The folder that `prepare_backbone` would write in the cache, from weights on this machine.
 
     None where it is there already, where it is not kept, or where weights would be downloaded.
     """
-    key = _cache_key(name, weights, pretrained, image_size)
+    key = _cache_key(name, weights, pretrained, image_size, all_levels)
     if cache_dir is None or key is None or (weights is None and _version(_package(name)) is None):
         return None
     folder = cache_dir / "backbones" / key
     return None if folder.exists() else folder
 
 
-def write_prepared(backbone: Backbone, folder: Path) -> PreparedBackbone:
+def write_prepared(
+    backbone: Backbone, folder: Path, *, all_levels: bool = False
+) -> PreparedBackbone:
     """Convert `backbone` and write it to `folder`, whole or not at all.
 
     What another run wrote there meanwhile is read instead. Raises GraftError.
     """
-    from models.backbone.build import FeatureExtractor, backbone_tensors
+    from models.backbone.build import backbone_tensors
     from models.backbone.export import export_openvino
+    from models.backbone.levels import count_level_sets, feature_module
 
     tensors, described = backbone_tensors(backbone), _describe(backbone)
+    level_sets = count_level_sets(backbone.model, backbone.preprocess) if all_levels else {}
+    if len(level_sets) > 1:
+        described["config"]["levels"] = level_sets
     try:
         with temporary_folder(folder.parent) as temporary:
             save_file(tensors, temporary / WEIGHTS_FILE)
             export_openvino(
-                FeatureExtractor(backbone.model),
+                feature_module(backbone.model, tuple(level_sets)),
                 backbone.name,
                 backbone.preprocess,
                 temporary / OPENVINO_FILE,
             )
             _check_engine(backbone, temporary / OPENVINO_FILE)
             # A user's code shapes the network as its tensors do; the converted graph has both.
-            artefact = hash_openvino(temporary) if is_custom(backbone.name) else "float"
+            if is_custom(backbone.name):
+                artefact = hash_openvino(temporary)
+            else:
+                artefact = "float, all levels" if len(level_sets) > 1 else "float"
             described["fingerprint"] = fingerprint(
                 described["config"]["architecture"], tensors, backbone.preprocess, artefact
             )
@@ -282,12 +304,16 @@ def build_engine(
     Raises GraftError where there is no such device, or where it cannot run the precision.
     """
     if resolve_device(device) == "cuda":
-        from models.backbone.build import FeatureExtractor, build_from_config
+        from models.backbone.build import build_from_config
+        from models.backbone.levels import feature_module
         from models.backbone.weights import read_state_dict
 
         model = build_from_config(config, read_state_dict(folder / WEIGHTS_FILE))
         return TorchEngine(
-            FeatureExtractor(model), preprocess, precision=precision, batch_size=batch_size
+            feature_module(model, tuple(config.get("levels", ()))),
+            preprocess,
+            precision=precision,
+            batch_size=batch_size,
         )
     return OpenVINOEngine(
         folder / OPENVINO_FILE,
@@ -321,7 +347,12 @@ def resolve_device(asked: Device) -> Literal["cpu", "cuda"]:
 
 
 def _build(
-    name: str, weights: Path | None, pretrained: bool, image_size: int | None, folder: Path
+    name: str,
+    weights: Path | None,
+    pretrained: bool,
+    image_size: int | None,
+    all_levels: bool,
+    folder: Path,
 ) -> PreparedBackbone:
     from models.backbone.build import build_backbone
 
@@ -329,7 +360,7 @@ def _build(
     backbone = build_backbone(
         name, num_classes=2, weights=weights, pretrained=pretrained, image_size=image_size
     )
-    return write_prepared(backbone, folder)
+    return write_prepared(backbone, folder, all_levels=all_levels)
 
 
 def _check_engine(backbone: Backbone, path: Path) -> None:
@@ -388,7 +419,11 @@ def _describe(backbone: Backbone) -> dict[str, Any]:
 
 
 def _cache_key(
-    name: str, weights: Path | None, pretrained: bool, image_size: int | None
+    name: str,
+    weights: Path | None,
+    pretrained: bool,
+    image_size: int | None,
+    all_levels: bool,
 ) -> str | None:
     """The name of the backbone's folder in the cache, from all that shapes it; None: not kept."""
     if is_custom(name) or name.startswith("local-dir:") or (weights is None and not pretrained):
@@ -402,7 +437,10 @@ def _cache_key(
         # A package's version stands for its weights. The hub's are named by the model: released
         # weights do not change.
         source = _version(_package(name)) or "hub"
-    parts = [_FORMAT_VERSION, name, source, image_size, _version("timm"), _version("openvino")]
+    versions = [_version("timm"), _version("openvino")]
+    parts = [_FORMAT_VERSION, name, source, image_size, *versions]
+    if all_levels:
+        parts.append("all levels")
     return f"{name.replace('/', '-')}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}"
 
 

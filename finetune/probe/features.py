@@ -153,7 +153,9 @@ class _Pipeline:
         self._not_cached.clear()
 
 
-def prepare_meanwhile(options: BackboneOptions) -> contextlib.AbstractContextManager[None]:
+def prepare_meanwhile(
+    options: BackboneOptions, *, all_levels: bool = False
+) -> contextlib.AbstractContextManager[None]:
     """A context in which another process prepares the backbone that `prepare` will ask for."""
     return prepare_ahead(
         options.backbone,
@@ -161,6 +163,7 @@ def prepare_meanwhile(options: BackboneOptions) -> contextlib.AbstractContextMan
         pretrained=options.pretrained,
         image_size=options.image_size,
         cache_dir=options.enabled_cache_dir,
+        all_levels=all_levels,
     )
 
 
@@ -172,10 +175,12 @@ def prepare(
     *,
     weights: Path | None = None,
     pretrained: bool = True,
+    all_levels: bool = False,
 ) -> PreparedBackbone:
     """The pretrained backbone `name`, with `--precision int8` quantised on `samples`.
 
-    Without `--cache` it is written to `scratch`. Raises GraftError where it cannot be had.
+    With `all_levels` it gives the features of all its stages, where it shows them. Without
+    `--cache` it is written to `scratch`. Raises GraftError where it cannot be had.
     """
     backbone = prepare_backbone(
         name,
@@ -184,10 +189,17 @@ def prepare(
         image_size=options.image_size,
         cache_dir=options.enabled_cache_dir,
         scratch_dir=scratch,
+        all_levels=all_levels,
     )
     if options.stretch:
         backbone = backbone.stretched()
     logger.info("backbone %s, weights: %s", backbone.name, backbone.weights)
+    if all_levels and len(backbone.level_sets) == 1:
+        logger.warning(
+            "--levels auto: %s does not show its stages (forward_intermediates), so its last "
+            "level is used",
+            backbone.name,
+        )
     if options.precision == "int8":
         return prepare_int8(backbone, samples, num_workers=options.workers)
     return backbone

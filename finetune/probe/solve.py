@@ -53,7 +53,11 @@ class Probe:
 
     def logits(self, features: Features) -> Floats:
         """Features `[B,F]` → logits `[B,C]`, before temperature."""
-        return np.asarray(features @ self.weight.T + self.bias, np.float32)
+        return self.head.logits(features)
+
+    @property
+    def head(self) -> Head:
+        return Head(self.weight, self.bias)
 
 
 def solve_probe(
@@ -115,6 +119,7 @@ def solve_on_best_views(
     task: Task = SINGLE_LABEL,
     seed: int,
     class_weights: Floats | None = None,
+    l2_path: tuple[float, ...] = L2_PATH,
 ) -> Probe:
     """`solve_probe` on all views in `features` `[V·N,F]`, or on the plain ones if that is as good.
 
@@ -128,6 +133,7 @@ def solve_on_best_views(
         task=task,
         seed=seed,
         class_weights=class_weights,
+        l2_path=l2_path,
     )
     if num_views == 1:
         return plain
@@ -139,6 +145,7 @@ def solve_on_best_views(
         seed=seed,
         num_views=num_views,
         class_weights=class_weights,
+        l2_path=l2_path,
     )
     losses = [
         task.log_loss(probe.out_of_fold_logits, labels, class_weights)
@@ -373,7 +380,12 @@ def _direction(gradients: Floats, history: list[_Update]) -> Floats:
 
 @dataclass(frozen=True)
 class Head:
-    """The head to publish: weight `[C,F]` and bias `[C]`."""
+    """The head to publish: weight `[C,K]` and bias `[C]`, for the first K columns of features."""
 
     weight: Floats
     bias: Floats
+
+    def logits(self, features: Features) -> Floats:
+        """Features `[B,F]`, F at least K → logits `[B,C]`, before temperature."""
+        columns = features[:, : self.weight.shape[1]]
+        return np.asarray(columns @ self.weight.T + self.bias, np.float32)

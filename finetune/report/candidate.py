@@ -9,6 +9,7 @@ from typing import Any, Literal
 from finetune.evaluation.calibration import Calibration, CalibrationQuality
 from finetune.evaluation.epoch import EpochMetrics
 from finetune.evaluation.metrics import Metrics
+from finetune.probe.levels import LevelProbes
 from finetune.probe.solve import Head, Probe
 from models.engine.engine import EngineInfo, Features
 from models.prepared import PreparedBackbone
@@ -23,9 +24,11 @@ class Candidate:
     """A model with all that was measured on it.
 
     `logits` `[N,C]`, `metrics` and `calibrated` are of the splits that no candidate learnt from,
-    "val" always among them; `features` `[N,F]` of those at least. `freeze` is the policy that holds
-    for its backbone. `solved` is what cross-validation said of a probe; `best_epoch` and `epochs`
-    are those of training, the best one 0 where none was better than the head that it began from.
+    "val" always among them; `features` `[N,F]` of those at least, of which the head reads the first
+    columns. `freeze` is the policy that holds for its backbone. `solved` is what cross-validation
+    said of a probe, `levels` among which levels it chose, `last_metrics` how good its head on the
+    last level alone is on "val". `best_epoch` and `epochs` are those of training, the best one 0
+    where none was better than the head that it began from.
     """
 
     name: CandidateName
@@ -40,6 +43,8 @@ class Candidate:
     calibrated: Mapping[SplitName, CalibrationQuality]
     seconds: float
     solved: Probe | None = None
+    levels: LevelProbes | None = None
+    last_metrics: Metrics | None = None
     best_epoch: int | None = None
     epochs: tuple[EpochMetrics, ...] = ()
 
@@ -48,6 +53,27 @@ class Candidate:
         """`solved` of the probe."""
         assert self.solved is not None
         return self.solved
+
+    @property
+    def columns(self) -> dict[SplitName, Features]:
+        """The features that the head reads, `[N,K]`."""
+        width = self.head.weight.shape[1]
+        return {split: features[:, :width] for split, features in self.features.items()}
+
+    @property
+    def last(self) -> Probe:
+        """The probe on the last level, which is `solved` where no other levels were tried."""
+        return self.solution if self.levels is None else self.levels.last
+
+    @property
+    def last_head(self) -> Head:
+        """The head on the last level, which the network itself has."""
+        return self.head if self.levels is None else self.levels.last.head
+
+    @property
+    def has_level_head(self) -> bool:
+        """Whether `head` reads other levels than the last."""
+        return bool(self.head.weight.shape[1] > self.backbone.num_features)
 
     def metrics_to_dict(self, label_names: tuple[str, ...]) -> dict[str, Any]:
         """Metrics and calibration of each split."""

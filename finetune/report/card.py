@@ -99,6 +99,12 @@ def _describe_making(result: Result) -> str:
         "precision": f"{result.engine.precision}: {result.why_precision}",
         "probe alone": f"val {result.metric_name} {result.probe_metrics.score:.4f}",
     }
+    if result.chosen.levels is not None and result.chosen.last_metrics is not None:
+        facts["levels"] = (
+            f"{result.chosen.levels.chosen} ({result.head.weight.shape[1]:,} features); a head on "
+            f"the last level alone, which timm reads, has val {result.metric_name} "
+            f"{result.chosen.last_metrics.score:.4f}"
+        )
     return "\n".join(("| | |", "|---|---|", *(f"| {name} | {facts[name]} |" for name in facts)))
 
 

@@ -50,7 +50,7 @@ def explain_mistakes(candidate: Candidate, mistakes: Sequence[Mistake]) -> list[
     crops = [mistake.crop for mistake in mistakes]
     answers = [mistake.label for mistake in mistakes]
     try:
-        heats = explain(candidate.backbone, candidate.head, crops, answers)
+        heats = explain(candidate.backbone, candidate.last_head, crops, answers)
     except GraftError as error:
         logger.warning("no pictures of where the network looked: %s", error)
         return list(mistakes)

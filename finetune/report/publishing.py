@@ -26,13 +26,14 @@ from finetune.resume import read_id
 from models.checkpoint import (
     CARD_FILE,
     CONFIG_FILE,
-    FORMAT_VERSION,
     OPENVINO_FILE,
     WEIGHTS_FILE,
     Golden,
+    LevelHead,
     list_versions,
     load_checkpoint,
     publish,
+    read_level_head,
 )
 from models.errors import GraftError, join_first
 
@@ -137,6 +138,7 @@ def publish_again(source: Path, repository: Path, name: str, new_labels: bool) -
         repository,
         name,
         state=load_file(source / WEIGHTS_FILE),
+        level_head=read_level_head(source),
         config={**checkpoint.config, "graft": graft},
         golden=checkpoint.golden,
         write_engine=lambda path: _copy_engine(source / OPENVINO_FILE, path),
@@ -186,7 +188,7 @@ def _publish(
         "label_names": list(result.splits.label_names),
         "pretrained_cfg": {**backbone.config["pretrained_cfg"], "num_classes": num_classes},
         "graft": {
-            "format_version": FORMAT_VERSION,
+            "format_version": 2 if result.chosen.has_level_head else 1,
             "run": run_dir.name,
             "run_id": read_id(run_dir),
             "candidate": result.chosen.name,
@@ -207,14 +209,19 @@ def _publish(
             },
         },
     }
+    last = result.chosen.last_head
     head = {
-        f"{backbone.classifier}.weight": result.head.weight,
-        f"{backbone.classifier}.bias": result.head.bias,
+        f"{backbone.classifier}.weight": last.weight,
+        f"{backbone.classifier}.bias": last.bias,
     }
+    level_head = None
+    if result.chosen.has_level_head:
+        level_head = LevelHead(result.head.weight, result.head.bias)
     return publish(
         repository,
         name,
         state={**backbone.read_tensors(), **head},
+        level_head=level_head,
         config=config,
         golden=golden,
         write_engine=lambda path: _copy_engine(backbone.openvino_path, path),

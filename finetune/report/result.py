@@ -21,7 +21,7 @@ from models.scores import Floats
 from models.sources import SplitName
 
 # Options that shape a probe, and those that shape gradient epochs besides.
-_PROBE_OPTIONS = ("balance", "augment", "views")
+_PROBE_OPTIONS = ("balance", "augment", "views", "levels")
 _EPOCH_OPTIONS = (
     *("epochs", "batch_size", "lr", "backbone_lr", "weight_decay", "batch_norm"),
     *("label_smoothing", "mix", "ema", "gradual", "layer_decay"),
@@ -86,7 +86,7 @@ class Result:
 
     @property
     def val_features(self) -> Features:
-        return self.chosen.features["val"]
+        return self.chosen.columns["val"]
 
     @property
     def probe_metrics(self) -> Metrics:
@@ -145,6 +145,15 @@ class Result:
             if self.tuned is None
             else {candidate.name: candidate.to_dict(names) for candidate in self.candidates},
             "audit": self.audit.to_dict(),
+            "levels": None
+            if self.probe.levels is None or self.probe.last_metrics is None
+            else {
+                **self.probe.levels.to_dict(),
+                "last": {
+                    self.metric: self.probe.last_metrics.score,
+                    "loss": self.probe.last_metrics.loss,
+                },
+            },
             "verdict": None if self.verdict is None else self.verdict.to_dict(),
             "calibration": self.calibration.to_dict(),
             "learning_curve": self.learning_curve.to_dict(),

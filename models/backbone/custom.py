@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,6 +37,14 @@ class CustomNetwork(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.forward_head(self.forward_features(images))
+
+    def forward_intermediates(
+        self, images: torch.Tensor
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Features and maps `[B,C,H,W]` of stages, where the module has a method of this name."""
+        module: Any = self.backbone
+        features, stages = module.forward_intermediates(images)
+        return features.float(), stages
 
     def get_classifier(self) -> nn.Module:
         return self.head

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import shutil
+import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import RunForked
+from tests.support.forked import Program
 from tests.support.images import write_noise_folders
-
-RunForked = Callable[[list[tuple[str, dict[str, str]]]], list[tuple[int, str]]]
 
 # Mounts are this process's alone.
 RUN = """
-import ctypes, os, subprocess, tempfile
+import ctypes, os, subprocess, sys, tempfile
 mounts, unset, user = {mounts!r}, {unset!r}, {user!r}
 if mounts:
     assert ctypes.CDLL(None).unshare(0x00020000) == 0, "CLONE_NEWNS"
@@ -31,7 +31,7 @@ if user:
     assert os.getuid() == user
 tempfile.tempdir = None  # chosen before the fork
 from finetune.run import main
-print("code", main({arguments!r}))
+sys.exit(main({arguments!r}))
 """
 FULL, READ_ONLY = "nr_inodes=1", "ro"
 
@@ -56,7 +56,12 @@ class Surroundings:
         self.user = user
         self.arguments = arguments
 
-    def job(self, root: Path, data: Path) -> tuple[str, dict[str, str]]:
+    @property
+    def decides_at_import(self) -> bool:
+        """Whether the default of an option depends on it."""
+        return "XDG_CACHE_HOME" in (*self.unset, *self.env)
+
+    def program(self, root: Path, data: Path) -> Program:
         for name in ("cache", "out", "checkpoints", "tmp"):
             (root / name).mkdir()
             (root / name).chmod(0o777)
@@ -65,7 +70,7 @@ class Surroundings:
             f"--data {data} --backbone tests.support.tiny:build_trunk --workers 1 "
             f"--precision fp32 --output {root}/out --repository {root}/checkpoints"
         )
-        cache = "" if "XDG_CACHE_HOME" in (*self.unset, *self.env) else f" --cache-dir {root}/cache"
+        cache = "" if self.decides_at_import else f" --cache-dir {root}/cache"
         code = RUN.format(
             mounts=[
                 (folder if folder.startswith("/") else f"{root}/{folder}", how)
@@ -75,7 +80,7 @@ class Surroundings:
             user=self.user,
             arguments=f"{common}{cache} {self.arguments}".split(),
         )
-        return code, {"TMPDIR": f"{root}/tmp", **self.env}
+        return Program(code=code, env={"TMPDIR": f"{root}/tmp", **self.env})
 
 
 NOBODY = 54321
@@ -101,35 +106,40 @@ ODD = {
 
 
 @pytest.fixture(scope="module")
-def ends(run_forked: RunForked) -> Iterator[dict[str, tuple[int, str]]]:
-    """The exit code and the output of each run."""
+def ends(
+    run_forked: RunForked, run_forked_online: RunForked
+) -> Iterator[dict[str, subprocess.CompletedProcess[str]]]:
     # Every user can reach it, unlike pytest's.
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         root.chmod(0o755)
         data = write_noise_folders(root / "data", 6)
-        jobs = []
-        for number, surroundings in enumerate(ODD.values()):
+        programs = {}
+        for number, (name, surroundings) in enumerate(ODD.items()):
             own = root / str(number)
             own.mkdir()
-            jobs.append(surroundings.job(own, data))
-        found = [end for at in range(0, len(jobs), 4) for end in run_forked(jobs[at : at + 4])]
-        yield dict(zip(ODD, found, strict=True))
-        shutil.rmtree(root / "data")
+            programs[name] = surroundings.program(own, data)
+        ends: dict[str, subprocess.CompletedProcess[str]] = {}
+        for run, late in ((run_forked, False), (run_forked_online, True)):
+            names = [name for name in ODD if ODD[name].decides_at_import == late]
+            for place in range(0, len(names), 4):
+                some = names[place : place + 4]
+                ends |= zip(some, run(*(programs[name] for name in some)), strict=True)
+        yield ends
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_a_run_works_or_names_the_place(name: str, ends: dict[str, tuple[int, str]]) -> None:
-    code, said = ends[name]
-    if "CLONE_NEW" in said:
+def test_a_run_works_or_names_the_place(
+    name: str, ends: dict[str, subprocess.CompletedProcess[str]]
+) -> None:
+    done = ends[name]
+    if "CLONE_NEW" in done.stderr:
         pytest.skip("namespaces of its own need root")
-    assert code == 0, said
-    assert "Traceback" not in said
-    last = said[said.rindex("code ") :].strip()
+    assert "Traceback" not in done.stderr
     expected = ODD[name].says
     if not expected:
-        assert last == "code 0", said
+        assert done.returncode == 0, done.stderr
         return
-    assert last == "code 2", said
-    (error,) = (line for line in said.splitlines() if line.startswith("error: "))
+    assert done.returncode == 2, done.stderr
+    (error,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
     assert expected in error

@@ -336,7 +336,7 @@ def test_a_missing_file_is_named(copied: Path, name: str) -> None:
 
 def test_another_format_is_refused_with_both_numbers(copied: Path) -> None:
     edit_config(copied, lambda config: config["graft"].update(format_version=99))
-    with pytest.raises(CheckpointError, match="format 99, this Graft reads format 1"):
+    with pytest.raises(CheckpointError, match="format 99, this Graft reads the formats 1 and 2"):
         load_checkpoint(copied)
 
 

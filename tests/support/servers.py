@@ -53,7 +53,7 @@ def publish_colors(repository: Path, name: str = "colors") -> Path:
     head = {f"{backbone.classifier}.weight": weight, f"{backbone.classifier}.bias": bias}
     config = {**backbone.config, "num_classes": len(LABELS), "label_names": LABELS}
     config["graft"] = {
-        "format_version": checkpoints.FORMAT_VERSION,
+        "format_version": 1,
         "fingerprint": backbone.fingerprint,
         "freeze": "backbone",
         "temperature": 1.5,
