@@ -6,11 +6,12 @@ A network is a timm model or a user's own (`CustomNetwork`). Both have `forward_
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import importlib.util
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -420,20 +421,45 @@ def _check_head_is_last(
     with torch.inference_mode():
         images = torch.zeros(1, 3, preprocess.height, preprocess.width)
         try:
-            logits = model(images)
+            with _noting_used(model) as used:
+                logits = model(images)
         # timm's networks check their input in ways of their own, torch's layers in others.
         except Exception as error:
             raise _cannot_take(name, image_size, error) from error
-        if not _is_linear_head(model, classifier, images, logits):
+        if not _is_linear_head(model, classifier, images, logits, used):
             raise GraftError(
                 f"--backbone {name}: its logits are not one linear layer on pooled features; "
                 "wrap it as package.module:callable"
             )
 
 
-def _is_linear_head(model: Any, classifier: str, images: torch.Tensor, logits: Any) -> bool:
+@contextlib.contextmanager
+def _noting_used(model: nn.Module) -> Iterator[set[str]]:
+    """Within, the names of the modules with tensors of their own that run."""
+    used: set[str] = set()
+    hooks = [
+        module.register_forward_hook(lambda *_, name=name: used.add(name))
+        for name, module in model.named_modules()
+        if any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
+    ]
     try:
-        features = FeatureExtractor(model)(images)
+        yield used
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _is_linear_head(
+    model: Any, classifier: str, images: torch.Tensor, logits: Any, used: set[str]
+) -> bool:
+    """`used` are the modules that gave `logits`.
+
+    A norm between features and classifier is the identity in random weights, and not once it has
+    trained.
+    """
+    try:
+        with _noting_used(model) as used_for_features:
+            features = FeatureExtractor(model)(images)
         expected = model.get_submodule(classifier)(features)
     # A network without these methods, or whose features are of another kind.
     except (AttributeError, TypeError, RuntimeError):
@@ -441,6 +467,9 @@ def _is_linear_head(model: Any, classifier: str, images: torch.Tensor, logits: A
     return (
         isinstance(logits, torch.Tensor)
         and features.ndim == 2
+        and all(
+            f"{classifier}.".startswith(f"{name}.") or not name for name in used - used_for_features
+        )
         and torch.allclose(expected, logits, rtol=1e-3, atol=1e-3)
     )
 

@@ -158,9 +158,17 @@ def test_a_network_whose_head_is_not_one_linear_layer_is_refused(name: str, has:
         _linear_classifier(name, model)
 
 
-def test_a_network_whose_features_are_not_what_its_head_takes_is_refused() -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        "volo_d1_224",  # its patches have a say, too
+        "efficientvit_m0",  # a BatchNorm before its classifier, the identity in random weights
+        "shvit_s1",
+    ],
+)
+def test_a_network_whose_features_are_not_what_its_head_takes_is_refused(name: str) -> None:
     with pytest.raises(GraftError, match=r"not one linear layer on pooled.*\.module:callable"):
-        build_backbone("volo_d1_224", num_classes=2, pretrained=False, image_size=64)
+        build_backbone(name, num_classes=2, pretrained=False, image_size=64)
 
 
 @pytest.mark.parametrize(
