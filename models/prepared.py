@@ -47,6 +47,8 @@ from models.named import is_custom
 from models.preprocess import Preprocess
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from models.backbone.build import Backbone
 
 logger = logging.getLogger("graft.prepared")
@@ -215,16 +217,17 @@ def write_prepared(
     level_sets = count_level_sets(backbone.model, backbone.preprocess) if all_levels else {}
     if len(level_sets) > 1:
         described["config"]["levels"] = level_sets
+    extractor = feature_module(backbone.model, tuple(level_sets))
     try:
         with temporary_folder(folder.parent) as temporary:
             save_file(tensors, temporary / WEIGHTS_FILE)
             export_openvino(
-                feature_module(backbone.model, tuple(level_sets)),
+                extractor,
                 backbone.name,
                 backbone.preprocess,
                 temporary / OPENVINO_FILE,
             )
-            _check_engine(backbone, temporary / OPENVINO_FILE)
+            _check_engine(backbone, extractor, temporary / OPENVINO_FILE)
             # A user's code shapes the network as its tensors do; the converted graph has both.
             if is_custom(backbone.name):
                 artefact = hash_openvino(temporary)
@@ -363,20 +366,19 @@ def _build(
     return write_prepared(backbone, folder, all_levels=all_levels)
 
 
-def _check_engine(backbone: Backbone, path: Path) -> None:
+def _check_engine(backbone: Backbone, extractor: nn.Module, path: Path) -> None:
     """Raise GraftError unless OpenVINO gives torch's features of one image of noise.
 
     Tracing keeps one way through a forward that branches on the values of images, and OpenVINO's
     CPU plugin (2026.4.1) computes attention wrongly for some shapes: for swin_base_patch4_window7
     at 64 pixels by 3 % of the largest feature, differently in each call.
     """
-    from models.backbone.build import FeatureExtractor
     from models.backbone.export import compute_features
 
     preprocess = backbone.preprocess
     shape = (1, preprocess.height, preprocess.width, 3)
     noise = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    expected = compute_features(FeatureExtractor(backbone.model), preprocess, noise)
+    expected = compute_features(extractor, preprocess, noise)
     engine = OpenVINOEngine(
         path,
         preprocess,
