@@ -7,7 +7,7 @@ python benchmarks/backbones.py --report                     docs/backbones.md fr
 
 Weights are random, images small. Each architecture has a process of its own with limits of memory
 and time, so that one that crashes costs its own row; the first of each family is also tried with
-sizes that it may not take.
+a size that it may not take.
 """
 
 from __future__ import annotations
@@ -142,8 +142,8 @@ def main() -> int:
         _build_on_meta(name)  # imports of torch that a forked process need not repeat
     for family, name, is_first in queue:
         found = journal.measured.get((family, name, 0))
-        again = {args.retry} if args.build_only else {args.retry, "built"}
-        if found is not None and found.outcome not in again:
+        again = args.retry or ("" if args.build_only else "built")
+        if found is not None and found.outcome != again:
             continue
         while args.pause_while is not None and args.pause_while.exists():
             time.sleep(5)
@@ -407,30 +407,30 @@ def report(rows: Sequence[Row]) -> list[str]:
     rows = sorted(rows, key=lambda row: (row.family, row.name))
     families = {family: timm.list_models(module=family) for family in timm.list_modules()}
     lines = [
-        f"| family | architectures | {' | '.join(_OUTCOMES[:3])} | not tried yet | smallest size "
-        "that was tried and works |",
-        "|---|---|---|---|---|---|---|",
+        f"| family | architectures | {' | '.join(_OUTCOMES)} | size |",
+        f"|---|---|{'---|' * len(_OUTCOMES)}---|",
     ]
     total: Counter[str] = Counter()
     for family, names in families.items():
         found = [row for row in rows if row.family == family and row.name in names]
         counts = Counter(row.outcome for row in found)
-        counts["architectures"], counts["left"] = len(names), len(names) - len(found)
+        counts["architectures"] = len(names)
         total += counts
         lines.append(_table_row(family, counts, _sizes(found)))
     lines.append(_table_row("all", total, ""))
     refused: dict[str, list[str]] = {}
     for row in rows:
         if row.outcome in ("refused", "fault"):
-            refused.setdefault(row.words.replace(row.name, "NAME"), []).append(row.name)
-    lines += ["", "Refused, and with which words:", ""]
+            words = f"{row.outcome}: {row.words.replace(row.name, 'NAME')}"
+            refused.setdefault(words, []).append(row.name)
+    lines += ["", "What was refused, in which words:", ""]
     lines += [f"- {_as_text(words)}: {', '.join(names)}" for words, names in refused.items()]
     large = [
-        f"{row.name} ({row.million_parameters:,.0f} million parameters)"
+        f"{row.name} ({row.million_parameters:,.0f} million parameters, {row.words})"
         for row in rows
         if row.outcome == "too large"
     ]
-    lines += ["", f"Too large for this machine: {', '.join(large) or 'none'}.", ""]
+    lines += ["", f"Too large or too slow for this machine: {', '.join(large) or 'none'}.", ""]
     lines += ["| one of each family | what `--image-size` says |", "|---|---|"]
     lines += [f"| {row.name} | {_as_text(row.odd_size)} |" for row in rows if row.odd_size]
     machine = describe_machine(
@@ -440,8 +440,8 @@ def report(rows: Sequence[Row]) -> list[str]:
 
 
 def _table_row(family: str, counts: Counter[str], sizes: str) -> str:
-    cells = [counts["architectures"], *(counts[outcome] for outcome in _OUTCOMES[:3])]
-    return f"| {family} | {' | '.join(map(str, cells))} | {counts['left']} | {sizes} |"
+    cells = [counts["architectures"], *(counts[outcome] for outcome in _OUTCOMES)]
+    return f"| {family} | {' | '.join(map(str, cells))} | {sizes} |"
 
 
 def _sizes(rows: Sequence[Row]) -> str:
