@@ -67,8 +67,16 @@ SMALL_SIZE = 96
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the longest tests, so that no process is left with one at the end."""
-    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+    """Begin with the longest tests, so that no process is left with one at the end.
+
+    End with those that are alone: the others would wait for as long as the longest one takes.
+    """
+    items.sort(
+        key=lambda item: (
+            item.get_closest_marker("alone") is not None,
+            item.get_closest_marker("long") is None,
+        )
+    )
 
 
 def pytest_collection_finish() -> None:
