@@ -140,7 +140,7 @@ def test_digits_gain_from_training_past_the_probe(finetune: Finetune, tmp_path: 
     # right: at 224 pixels 0.989 with AVX-512, 0.983 without. So 0.985 may not be above the interval
     # of what was reached, and the gain over the probe is beyond chance.
     _, high = metrics["val"]["intervals"]["accuracy"]
-    assert metrics["published"] == "tuned"
+    assert metrics["verdict"]["published"] == "tuned"
     assert high >= 0.985
     assert metrics["verdict"]["fine_tuned_accuracy"] > metrics["probe"]["accuracy"]
     assert metrics["verdict"]["interval"][0] > 0
