@@ -379,6 +379,8 @@ def _check_engine(backbone: Backbone, extractor: nn.Module, path: Path) -> None:
     shape = (1, preprocess.height, preprocess.width, 3)
     noise = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     expected = compute_features(extractor, preprocess, noise)
+    if not np.isfinite(expected).all():
+        return  # the run names the images whose features are NaN or infinite
     engine = OpenVINOEngine(
         path,
         preprocess,

@@ -25,6 +25,7 @@ KUBERNETES_DIR = DEPLOY_DIR / "kubernetes"
 DASHBOARD_PATH = DEPLOY_DIR / "grafana" / "dashboards" / "graft.json"
 # Not settings of the service: of the image's build, of tests, set by the service itself, of 0.1.0.
 OTHER_VARIABLES = {
+    "GRAFT_CLIENT_VENV",
     "GRAFT_IMAGE",
     "GRAFT_IMAGE_DIR",
     "GRAFT_KILLS",

@@ -504,6 +504,7 @@ def test_limits_and_choices_reach_the_process(
         "GRAFT_BODY_SECONDS": "1",
         "GRAFT_CACHED_IMAGES": "10",
         "GRAFT_DEVICE": "cpu",
+        "GRAFT_HEADER_SECONDS": "1",
         "GRAFT_MAX_BODY_BYTES": "100000",
         "GRAFT_MAX_IMAGES": "3",
         "GRAFT_MAX_PIXELS": "1000",
@@ -523,7 +524,12 @@ def test_limits_and_choices_reach_the_process(
             headers={"Authorization": f"Bearer {admin}"},
         )
         found["GRAFT_ADMIN_TOKEN"] = rollout.status_code == 200
-        found["GRAFT_BODY_SECONDS"] = _send_half(container, token) == 408
+        head = (
+            f"POST /predict HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n"
+            "Content-Type: image/png\r\nContent-Length: 500\r\n\r\n"
+        )
+        found["GRAFT_BODY_SECONDS"] = _send_part(container, f"{head}x") == 408
+        found["GRAFT_HEADER_SECONDS"] = _send_part(container, head[:50]) == 408
         assert container.post(small, token=token).status_code == 200
         found["GRAFT_CACHED_IMAGES"] = (
             'graft_cached_features_total{found="' in httpx.get(f"{container.url}/metrics").text
@@ -638,12 +644,9 @@ def _is_silent(container: Container) -> bool:
     return False
 
 
-def _send_half(container: Container, token: str) -> int:
+def _send_part(container: Container, part: str) -> int:
+    """The status of the answer to a request that never ends."""
     port = int(container.url.rsplit(":", 1)[1])
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
-        head = (
-            f"POST /predict HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n"
-            "Content-Type: image/png\r\nContent-Length: 500\r\n\r\nx"
-        )
-        connection.sendall(head.encode())
+        connection.sendall(part.encode())
         return int(connection.recv(4096).split()[1])
