@@ -136,12 +136,8 @@ def test_digits_gain_from_training_past_the_probe(finetune: Finetune, tmp_path: 
     done = finetune("--freeze", "until:blocks.4", "--epochs", 5, "--image-size", 160)
     assert done.returncode == 0, done.stderr
     metrics = read_metrics(tmp_path)
-    # Processors round differently, and some epochs later two images of 359 are wrong that were
-    # right: at 224 pixels 0.989 with AVX-512, 0.983 without. So 0.985 may not be above the interval
-    # of what was reached, and the gain over the probe is beyond chance.
-    _, high = metrics["val"]["intervals"]["accuracy"]
-    assert metrics["verdict"]["published"] == "tuned"
-    assert high >= 0.985
+    assert metrics["verdict"]["published"] == "fine-tuned"
+    assert metrics["verdict"]["fine_tuned_accuracy"] >= 0.985
     assert metrics["verdict"]["fine_tuned_accuracy"] > metrics["probe"]["accuracy"]
     assert metrics["verdict"]["interval"][0] > 0
 
