@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import os
 import signal
 import socket
@@ -64,6 +65,13 @@ for _name in (
 
 PROJECT_DIR = Path(__file__).resolve().parent.parent
 SMALL_SIZE = 96
+
+
+@pytest.fixture(autouse=True)
+def _levels_of_logging() -> None:
+    """A program that ran in this process, in a test before, has set levels."""
+    logging.getLogger().setLevel(logging.WARNING)
+    logging.getLogger("graft").setLevel(logging.NOTSET)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
