@@ -25,6 +25,7 @@ from finetune.tasks.multi_label import MULTI_LABEL
 from models.checkpoint import load_checkpoint
 from models.errors import GraftError
 from models.sources import EncodedImage
+from tests.conftest import SMALL_SIZE
 from tests.support import tiny
 from tests.support.images import SHAPES, draw_shape
 from tests.support.servers import serve
@@ -145,7 +146,9 @@ def test_a_probe_is_served_as_it_was_measured(
 
 def test_layers_train_past_the_probe(finetune: Finetune, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "graft"):
-        _, metrics = finetune(freeze="until:blocks.5", epochs=1, augment="none")
+        _, metrics = finetune(
+            freeze="until:blocks.5", epochs=1, augment="none", image_size=SMALL_SIZE
+        )
     assert set(metrics["verdict"]) >= {
         "probe_mean_average_precision",
         "fine_tuned_mean_average_precision",

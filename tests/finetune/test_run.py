@@ -22,7 +22,7 @@ from models.checkpoint import check_golden, list_versions, load_checkpoint, logi
 from models.engine.engine import run
 from models.engine.processor import supports_vnni
 from models.prepared import build_engine
-from tests.conftest import RunForked
+from tests.conftest import SMALL_SIZE, RunForked
 from tests.support.forked import Program
 from tests.support.images import draw_shape, write_class_folders, write_noise_folders
 from tests.support.shared import HANG_SECONDS
@@ -133,7 +133,7 @@ def test_defaults_fit_the_digits(finetune_typed: Finetune, tmp_path: Path) -> No
 
 @pytest.mark.long
 def test_digits_gain_from_training_past_the_probe(finetune: Finetune, tmp_path: Path) -> None:
-    done = finetune("--freeze", "until:blocks.4", "--epochs", 5, "--image-size", 160)
+    done = finetune("--freeze", "until:blocks.3", "--epochs", 4, "--image-size", SMALL_SIZE)
     assert done.returncode == 0, done.stderr
     metrics = read_metrics(tmp_path)
     assert metrics["verdict"]["published"] == "fine-tuned"
@@ -234,8 +234,9 @@ def test_on_a_tie_the_probe_is_published_as_if_nothing_had_been_trained(
 def test_int8_is_quantised_once_and_served_as_it_was_solved(
     finetune: Finetune, tmp_path: Path, shapes: Path
 ) -> None:
+    small = ("--data", shapes, "--image-size", SMALL_SIZE)
     for name in ("int8", "again"):
-        done = finetune("--data", shapes, "--precision", "int8", "--name", name)
+        done = finetune(*small, "--precision", "int8", "--name", name)
         assert done.returncode == 0, done.stderr
     assert "quantised to int8" not in done.stderr
     first, second = (
@@ -243,7 +244,7 @@ def test_int8_is_quantised_once_and_served_as_it_was_solved(
     )
     assert first.engine["precision"] == "int8"
     assert first.fingerprint == second.fingerprint
-    assert finetune("--data", shapes, "--name", "float").returncode == 0
+    assert finetune(*small, "--name", "float").returncode == 0
     assert (
         load_checkpoint(tmp_path / "checkpoints" / "float" / "1").fingerprint != first.fingerprint
     )

@@ -275,14 +275,14 @@ def test_preparing_leaves_the_network_in_the_mode_it_was_in(tmp_path: Path) -> N
     )
 
 
-def test_the_search_for_batch_and_streams_is_remembered(prepared: PreparedBackbone) -> None:
-    first = prepared.open_engine("cpu", "fp32")
+def test_the_search_for_batch_and_streams_is_remembered(small_prepared: PreparedBackbone) -> None:
+    first = small_prepared.open_engine("cpu", "fp32")
     first.close()
-    again = prepared.open_engine("cpu", "fp32")
+    again = small_prepared.open_engine("cpu", "fp32")
     again.close()
     # The speed is measured, so two searches would not agree on it to the last digit.
     assert again.info == first.info
-    path = prepared.folder / "engine-fp32.json"
+    path = small_prepared.folder / "engine-fp32.json"
     recorded = json.loads(path.read_text())
     for changed in (
         {"num_cpus": 1000},
@@ -292,7 +292,7 @@ def test_the_search_for_batch_and_streams_is_remembered(prepared: PreparedBackbo
         {"precision": None},
     ):
         path.write_text(json.dumps({**recorded, **changed}))
-        other = prepared.open_engine("cpu", "fp32")
+        other = small_prepared.open_engine("cpu", "fp32")
         other.close()
         assert other.info != again.info
         assert json.loads(path.read_text()) == {
