@@ -6,17 +6,15 @@ INSTALLED := .venv/installed
 FLAVOUR ?= cpu
 ENGINE ?= docker
 # Test processes share the cores: two threads of linear algebra in each would only wait for each other.
-# They also wait for servers to start and end, a seventh of the time, so there is one more than cores.
 ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
-PROCESSES := $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
-PARALLEL := --numprocesses $(PROCESSES) --maxprocesses 8 --dist worksteal
+PARALLEL := --numprocesses auto --maxprocesses 8 --dist worksteal
 
 .PHONY: run test test-image check serve tensorboard bento image contents sbom audit fmt clean
 
 run: $(INSTALLED) ## fine-tune: make run ARGS="--backbone resnet18 --data photos/"
 	@$(BIN)/python finetune/run.py $(ARGS)
 
-test: $(INSTALLED) ## run the tests, in parallel: make test ARGS="-k freezing"
+test: $(INSTALLED) ## run the tests, a process per core: make test ARGS="-k freezing"
 	$(ONE_THREAD) $(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-image: $(INSTALLED) ## build the image with Debian's buildah and boot it: as root, minutes

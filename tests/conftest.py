@@ -77,11 +77,13 @@ def _levels_of_logging() -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the longest tests, so that no process is left with one at the end.
 
-    End with those that are alone: the others would wait for as long as the longest one takes.
+    End with those that are alone, for which the others wait; where they have their file's server,
+    starting it anew would take longer.
     """
     items.sort(
         key=lambda item: (
-            item.get_closest_marker("alone") is not None,
+            item.get_closest_marker("alone") is not None
+            and "server" not in getattr(item, "fixturenames", ()),
             item.get_closest_marker("long") is None,
         )
     )
