@@ -3,7 +3,7 @@
 python benchmarks/backbones.py                              all; a later call goes on where it was
 python benchmarks/backbones.py --family convnext --name '*tiny*'
 python benchmarks/backbones.py --retry fault                try again what ended in this way
-python benchmarks/backbones.py --report                     docs/backbones.md from the journal
+python benchmarks/backbones.py --report                     docs/backbones.md from its .jsonl
 
 Weights are random, images small. Each architecture has a process of its own with limits of memory
 and time, so that one that crashes costs its own row; the first of each family is also tried with
@@ -119,7 +119,7 @@ def main() -> int:
     parser.add_argument("--family", default="*", help="a module of timm.models, or a pattern")
     parser.add_argument("--name", default="*", help="an architecture, or a pattern")
     parser.add_argument("--retry", choices=_OUTCOMES, help="try what ended in this way once more")
-    parser.add_argument("--journal", type=Path, default=_ROOT / "runs" / "backbones.jsonl")
+    parser.add_argument("--journal", type=Path, default=_ROOT / "docs" / "backbones.jsonl")
     parser.add_argument("--seconds", type=float, default=150, help="limit of an architecture")
     parser.add_argument("--memory-gb", type=float, default=12, help="limit of an architecture")
     parser.add_argument("--pause-while", type=Path, help="wait while this file exists")
@@ -130,7 +130,7 @@ def main() -> int:
     journal = Journal(args.journal, Row, keep=True)
     if args.report:
         path = _ROOT / "docs" / "backbones.md"
-        write_section(path, "# Backbones\n", "table", report(list(journal.measured.values())))
+        write_section(path, "# Backbones\n", "table", report(journal.compact()))
         return 0
     queue = [
         one

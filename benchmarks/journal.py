@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
+from models.files import write_whole
+
 
 class Entry(Protocol):
     """A benchmark's dataclass: what it measured, with case, method and repeat as the key."""
@@ -37,3 +39,10 @@ class Journal(Generic[E]):
         with self._path.open("a") as file:
             file.write(json.dumps(entry.to_dict()) + "\n")
         print(entry, flush=True)
+
+    def compact(self) -> list[E]:
+        """Write the last entry of each key alone, in order; gives them."""
+        entries = [self.measured[key] for key in sorted(self.measured)]
+        lines = [json.dumps(entry.to_dict()) + "\n" for entry in entries]
+        write_whole(self._path, "".join(lines))
+        return entries

@@ -68,6 +68,7 @@ def solve_on_best_levels(
             task=task,
             seed=seed,
             class_weights=class_weights,
+            l2_path=L2_PATH[::2],
         )
         for name, width in level_sets.items()
     }
@@ -96,8 +97,6 @@ def solve_on_best_levels(
     )
 
     def solve(name: str) -> Probe:
-        if len(compared) == len(features):
-            return probes[name]
         return solve_on_best_views(
             features[:, : level_sets[name]],
             labels,
@@ -126,4 +125,4 @@ def choose_set(fold_losses: Floats) -> int:
 def _path_near(l2: float) -> tuple[float, ...]:
     """The part of the path around a strength; more images want a weaker one."""
     place = L2_PATH.index(l2)
-    return L2_PATH[max(0, place - 1) : place + 3]
+    return L2_PATH[max(0, place - 1) : place + 4]

@@ -5,7 +5,9 @@ its own.
 
 Full-batch L-BFGS (Nocedal & Wright, Numerical Optimization, algorithm 7.5) runs all folds in
 lockstep, so that one matrix product serves them all, and starts each strength of the path where
-the one before ended. docs/finetune-benchmark.md compares it with SciPy and scikit-learn.
+the one before ended. Where features outnumber images, their coordinates in the span of the images
+are solved on, which is the same problem. docs/finetune-benchmark.md compares it with SciPy and
+scikit-learn.
 """
 
 from __future__ import annotations
@@ -32,6 +34,13 @@ _MAX_STEPS = 100
 _MAX_HALVINGS = 12
 # A step that lowers the loss by less than this part of it is the last: 1e-5 moves no prediction.
 _TOLERANCE = 1e-5
+# Of at least twice as many images, so many find where on the path the best L2 lies.
+_MAX_SEARCHED = 2000
+# Of so many times as many features as images, the coordinates in the images' span save more time
+# than they take.
+_WORTH_A_SPAN = 1.5
+# A part of an image's own square norm, and what keeps images without any apart.
+_OWN_COORDINATE, _TINY = 1e-5, 1e-12
 
 
 @dataclass(frozen=True)
@@ -73,6 +82,9 @@ def solve_probe(
 ) -> Probe:
     """Fit `features` `float32 [N,F]` to the labels of a task, with L2 by cross-validation.
 
+    Of many images a part finds where on the path the best L2 lies, and all of them are solved on
+    from there: more images never want a stronger one by much.
+
     With `num_views` V, `features` are `[V·N,F]`: all images in their first, plain view, then all in
     their second, and so on. All views of an image are in one fold, and only plain views are
     predicted. `class_weights` `[C]` weigh the loss, also the one that chooses L2, but not the one
@@ -80,6 +92,26 @@ def solve_probe(
     """
     assert len(features) == num_views * len(labels)
     scaling = Scaling.of(features)
+    patience, warm = 2, None
+    if len(labels) >= 2 * _MAX_SEARCHED and len(l2_path) > 1:
+        part = np.sort(task.draw_order(labels, seed)[:_MAX_SEARCHED])
+        rows = np.concatenate([part + view * len(labels) for view in range(num_views)])
+        found = solve_probe(
+            features[rows],
+            labels[part],
+            num_classes,
+            task=task,
+            seed=seed,
+            num_views=num_views,
+            class_weights=class_weights,
+            l2_path=l2_path,
+        )
+        l2_path, patience = l2_path[l2_path.index(found.l2) :], 1
+        warm = scaling.take_out(found.weight, found.bias)
+    span = None
+    if features.shape[1] >= _WORTH_A_SPAN * len(features):
+        span = Span.of(features, scaling)
+        features, scaling = span.coordinates, Scaling.none(len(features))
     folds = task.assign_folds(labels, NUM_FOLDS, seed)
     num_folds = int(folds.max()) + 1
     all_labels, plain = np.concatenate([labels] * num_views), features[: len(labels)]
@@ -87,6 +119,8 @@ def solve_probe(
     is_in_training = np.stack([folds != fold for fold in range(num_folds)]).astype(np.float32)
     in_training = np.tile(is_in_training, num_views) * weights
     solution = np.zeros((num_folds, features.shape[1] + 1, num_classes), np.float32)
+    if warm is not None and span is None:
+        solution += warm
     best_loss = np.inf
     best = (l2_path[0], solution, np.zeros((len(labels), num_classes), np.float32))
     num_worse = 0
@@ -99,12 +133,12 @@ def solve_probe(
             best_loss, best, num_worse = loss, (l2, solution, held_out), 0
         else:
             num_worse += 1
-            if num_worse == 2:
+            if num_worse == patience:
                 break
     l2, solution, held_out = best
     objective = Objective(features, all_labels, weights[None], l2, scaling, num_classes, task)
-    start = solution.mean(axis=0, keepdims=True)
-    weight, bias = scaling.fold_in(minimise(objective, start)[0])
+    solution = minimise(objective, solution.mean(axis=0, keepdims=True))[0]
+    weight, bias = scaling.fold_in(solution) if span is None else span.fold_in(solution)
     temperature = task.fit_temperature(held_out, labels)
     return Probe(
         np.ascontiguousarray(weight.T), bias, l2, held_out, temperature, num_views, class_weights
@@ -179,9 +213,7 @@ def solve_head(
     scaling = Scaling.of(features)
     solution = np.zeros((1, features.shape[1] + 1, num_classes), np.float32)
     if start is not None:
-        weight, bias = start
-        solution[0, :-1] = weight.T * np.where(np.isinf(scaling.scale), 0, scaling.scale)[:, None]
-        solution[0, -1] = bias + weight @ scaling.mean
+        solution[0] = scaling.take_out(*start)
     weights = _image_weights(labels, class_weights)[None]
     objective = Objective(features, labels, weights, l2, scaling, num_classes, task)
     solved, bias = scaling.fold_in(minimise(objective, solution)[0])
@@ -239,10 +271,51 @@ class Scaling:
             np.where(scale <= 1e-5 * np.abs(mean), np.inf, floored).astype(np.float32),
         )
 
+    @classmethod
+    def none(cls, num_features: int) -> Scaling:
+        """Leaves features as they are."""
+        return cls(np.zeros(num_features, np.float32), np.ones(num_features, np.float32))
+
     def fold_in(self, solution: Floats) -> tuple[Floats, Floats]:
         """Weights `[…,F,C]` and biases `[…,C]` for raw features from a solution `[…,F+1,C]`."""
         weight = solution[..., :-1, :] / self.scale[:, None]
         return weight, solution[..., -1, :] - np.einsum("f,...fc->...c", self.mean, weight)
+
+    def take_out(self, weight: Floats, bias: Floats) -> Floats:
+        """The solution `[F+1,C]` of a head with weight `[C,F]` and bias `[C]`: of fold_in's."""
+        scaled = weight.T * np.where(np.isinf(self.scale), 0, self.scale)[:, None]
+        return np.concatenate([scaled, (bias + weight @ self.mean)[None]])
+
+
+@dataclass(frozen=True)
+class Span:
+    """N images in the span of their standardised features S `[N,F]`, where F is more than N.
+
+    The best head with L2 is a sum of images' features (Kimeldorf & Wahba, Some results on
+    Tchebycheffian spline functions, 1971), so it suffices to look there: with the Cholesky factor
+    S Sᵀ = L Lᵀ, `coordinates` L `[N,N]` have the products and norms that the features have.
+    """
+
+    coordinates: Floats
+    standardised: Floats
+    scaling: Scaling
+
+    @classmethod
+    def of(cls, features: Features, scaling: Scaling) -> Span:
+        standardised = (features - scaling.mean) / scaling.scale
+        products = (standardised @ standardised.T).astype(np.float64)
+        # Images that are sums of others, as one is of all once they are centred, have no
+        # coordinate of their own: a small one is given to each.
+        products[np.diag_indices_from(products)] += (
+            _OWN_COORDINATE * np.trace(products) / len(products) + _TINY
+        )
+        return cls(np.linalg.cholesky(products).astype(np.float32), standardised, scaling)
+
+    def fold_in(self, solution: Floats) -> tuple[Floats, Floats]:
+        """Weights `[F,C]` and a bias `[C]` for raw features from a solution `[N+1,C]`."""
+        shares = np.linalg.solve(self.coordinates.T.astype(np.float64), solution[:-1])
+        weights = self.standardised.T @ shares.astype(np.float32)
+        return self.scaling.fold_in(np.concatenate([weights, solution[-1:]]))
 
 
 def _held_out_logits(

@@ -16,9 +16,11 @@ from sklearn.preprocessing import StandardScaler
 
 from finetune.evaluation.class_metrics import class_log_loss
 from finetune.evaluation.conformal import fit_temperature
+from finetune.probe import solve
 from finetune.probe.solve import (
     L2_PATH,
     Probe,
+    Scaling,
     soften,
     solve_head,
     solve_probe,
@@ -94,6 +96,52 @@ def test_it_is_as_accurate_as_scikit_learns_best_on_the_same_path(data: object) 
     assert class_log_loss(probe.out_of_fold_logits, train_y) == pytest.approx(
         losses[best], rel=0.01
     )
+
+
+def test_in_the_span_of_the_images_the_solution_is_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    train_x, train_y, test_x, _ = wide()
+    train_x[:, 7] = 3.0  # says nothing
+    in_span = solve_probe(train_x, train_y, 4, seed=0)
+    monkeypatch.setattr(solve, "_WORTH_A_SPAN", np.inf)
+    plain = solve_probe(train_x, train_y, 4, seed=0)
+    assert in_span.l2 == plain.l2
+    spread = plain.logits(test_x).std()
+    np.testing.assert_allclose(in_span.logits(test_x), plain.logits(test_x), atol=0.02 * spread)
+    np.testing.assert_allclose(
+        in_span.out_of_fold_logits, plain.out_of_fold_logits, atol=0.02 * spread
+    )
+    assert not in_span.weight[:, 7].any()
+
+
+@pytest.mark.parametrize("num_views", [1, 2])
+def test_of_many_images_a_part_finds_the_strength_and_all_are_solved_on(
+    monkeypatch: pytest.MonkeyPatch, num_views: int
+) -> None:
+    train_x, train_y, test_x, test_y = digits()
+    views = np.concatenate([train_x] * num_views)
+    whole = solve_probe(views, train_y, 10, seed=0, num_views=num_views)
+    monkeypatch.setattr(solve, "_MAX_SEARCHED", 150)
+    found = solve_probe(views, train_y, 10, seed=0, num_views=num_views)
+    assert found.out_of_fold_logits.shape == whole.out_of_fold_logits.shape
+    assert class_log_loss(found.out_of_fold_logits, train_y) == pytest.approx(
+        class_log_loss(whole.out_of_fold_logits, train_y), rel=0.01
+    )
+    assert accuracy(found, test_x, test_y) == pytest.approx(
+        accuracy(whole, test_x, test_y), abs=0.01
+    )
+
+
+def test_a_head_taken_out_of_raw_features_is_folded_in_again() -> None:
+    features, _ = noise(50, 6, 3)
+    features[:, 2] = 1.0
+    scaling = Scaling.of(features * 30 + 5)
+    weight, bias = noise(4, 6, 3)[0], noise(1, 4, 3)[0][0]
+    weight[:, 2] = 0
+    again, same = scaling.fold_in(scaling.take_out(weight, bias))
+    np.testing.assert_allclose(again, weight.T, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(same, bias, rtol=1e-4, atol=1e-4)
 
 
 def test_out_of_fold_logits_of_random_labels_are_at_chance() -> None:
