@@ -12,19 +12,23 @@ sklearn       scikit-learn's LogisticRegression (lbfgs, warm_start), a fold at a
 Each chooses L2 by five-fold cross-validation along the probe's path and refits on all images.
 Cases with real features (digits) run the backbone; the others are drawn: class means in Gaussian
 noise whose spectrum falls as that of a backbone's features does, and at the accuracy of the data
-that they stand for. Results are kept in --data-dir between calls.
+that they stand for. Results are kept in --data-dir between calls. A solver that takes --limit times
+as long as Graft's did is stopped there.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import shlex
+import signal
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast
@@ -69,7 +73,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Solved:
-    """`loss` is the objective's on the training images at `l2`, in float64."""
+    """`loss` is the objective's on the training images at `l2`, in float64.
+
+    One that was stopped has the seconds until then, and NaN elsewhere.
+    """
 
     case: str
     solver: str
@@ -84,6 +91,7 @@ CASES = {
     "digits": Case("digits", 1797, 1280, 10, None),
     "fashion": Case("3,000 × 1,280 × 10", 3_000, 1280, 10, 0.10),
     "many": Case("20,000 × 1,280 × 10", 20_000, 1280, 10, 0.085),
+    "levels": Case("20,000 × 2,848 × 10", 20_000, 2848, 10, 0.085),
     "wide": Case("5,000 × 1,280 × 500", 5_000, 1280, 500, 0.20),
 }
 TITLES = {
@@ -103,7 +111,13 @@ def main() -> int:
         return 0
     train, held_out = load_case(args.case)
     for name in args.solvers:
-        solved = measure(args.case, name, *train, *held_out)
+        graft = read_journal(journal).get((args.case, "graft"))
+        limit = 0.0 if graft is None or name == "graft" else args.limit * graft.seconds
+        try:
+            with stopped_after(limit):
+                solved = measure(args.case, name, *train, *held_out)
+        except TimeoutError:
+            solved = Solved(args.case, name, limit, *[math.nan] * 4)
         print(solved, flush=True)
         with journal.open("a") as file:
             file.write(json.dumps(asdict(solved)) + "\n")
@@ -116,11 +130,27 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--case", choices=CASES, default="digits")
     parser.add_argument("--solvers", nargs="+", choices=TITLES, default=list(TITLES))
+    parser.add_argument("--limit", type=float, default=100.0, help="times Graft's seconds")
     parser.add_argument("--report", action="store_true", help="write the table, measure nothing")
     default = Path(tempfile.gettempdir()) / "graft-benchmark"
     parser.add_argument("--data-dir", type=Path, default=default, help="what was measured")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")
     return parser.parse_args()
+
+
+@contextmanager
+def stopped_after(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in what runs longer; 0: never."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def load_case(name: str) -> tuple[tuple[Floats, Labels], tuple[Floats, Labels]]:
@@ -299,7 +329,8 @@ SOLVERS: dict[str, Solver] = {
 
 def read_journal(path: Path) -> dict[tuple[str, str], Solved]:
     """The newest measurement of each case and solver."""
-    solved = [Solved(**json.loads(line)) for line in path.read_text().splitlines()]
+    lines = path.read_text().splitlines() if path.exists() else []
+    solved = [Solved(**json.loads(line)) for line in lines]
     return {(found.case, found.solver): found for found in solved}
 
 
@@ -339,6 +370,11 @@ def command_shown() -> Sequence[str]:
 
 def table_row(solved: Solved, graft: Solved | None) -> str:
     times = "" if graft is None else f"{solved.seconds / graft.seconds:.1f}"
+    if math.isnan(solved.loss):
+        seconds, over = f"over {solved.seconds:.0f}", f"over {times}"
+        return (
+            f"| {CASES[solved.case].title} | {TITLES[solved.solver]} | {seconds} | {over} | | | | |"
+        )
     cells = (
         CASES[solved.case].title,
         TITLES[solved.solver],
