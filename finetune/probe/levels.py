@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune.probe.solve import L2_PATH, Probe, solve_on_best_views, solve_probe
+from finetune.probe.solve import L2_PATH, ROUGH_TOLERANCE, Probe, solve_on_best_views, solve_probe
 from finetune.tasks.strata import NUM_FOLDS
 from finetune.tasks.task import Task
 from models.engine.engine import Features
@@ -69,6 +69,7 @@ def solve_on_best_levels(
             seed=seed,
             class_weights=class_weights,
             l2_path=L2_PATH[::2],
+            tolerance=ROUGH_TOLERANCE,
         )
         for name, width in level_sets.items()
     }

@@ -34,6 +34,8 @@ _MAX_STEPS = 100
 _MAX_HALVINGS = 12
 # A step that lowers the loss by less than this part of it is the last: 1e-5 moves no prediction.
 _TOLERANCE = 1e-5
+# Where strengths or sets of features are compared: it moves out-of-fold losses by a few percent.
+ROUGH_TOLERANCE = 1e-3
 # Of at least twice as many images, so many find where on the path the best L2 lies.
 _MAX_SEARCHED = 2000
 # Of so many times as many features as images, the coordinates in the images' span save more time
@@ -79,6 +81,7 @@ def solve_probe(
     num_views: int = 1,
     class_weights: Floats | None = None,
     l2_path: tuple[float, ...] = L2_PATH,
+    tolerance: float = _TOLERANCE,
 ) -> Probe:
     """Fit `features` `float32 [N,F]` to the labels of a task, with L2 by cross-validation.
 
@@ -88,7 +91,7 @@ def solve_probe(
     With `num_views` V, `features` are `[V·N,F]`: all images in their first, plain view, then all in
     their second, and so on. All views of an image are in one fold, and only plain views are
     predicted. `class_weights` `[C]` weigh the loss, also the one that chooses L2, but not the one
-    that the temperature is fitted by.
+    that the temperature is fitted by. `tolerance` is `minimise`'s.
     """
     assert len(features) == num_views * len(labels)
     scaling = Scaling.of(features)
@@ -105,6 +108,7 @@ def solve_probe(
             num_views=num_views,
             class_weights=class_weights,
             l2_path=l2_path,
+            tolerance=ROUGH_TOLERANCE,
         )
         l2_path, patience = l2_path[l2_path.index(found.l2) :], 1
         warm = scaling.take_out(found.weight, found.bias)
@@ -126,7 +130,7 @@ def solve_probe(
     num_worse = 0
     for l2 in l2_path:
         objective = Objective(features, all_labels, in_training, l2, scaling, num_classes, task)
-        solution = minimise(objective, solution)
+        solution = minimise(objective, solution, tolerance)
         held_out = _held_out_logits(plain, scaling, solution, folds)
         loss = task.log_loss(held_out, labels, class_weights)
         if loss < best_loss:
@@ -137,7 +141,7 @@ def solve_probe(
                 break
     l2, solution, held_out = best
     objective = Objective(features, all_labels, weights[None], l2, scaling, num_classes, task)
-    solution = minimise(objective, solution.mean(axis=0, keepdims=True))[0]
+    solution = minimise(objective, solution.mean(axis=0, keepdims=True), tolerance)[0]
     weight, bias = scaling.fold_in(solution) if span is None else span.fold_in(solution)
     temperature = task.fit_temperature(held_out, labels)
     return Probe(
@@ -373,8 +377,11 @@ class Objective:
         return losses, gradients.reshape(num_problems, -1)
 
 
-def minimise(objective: Objective, start: Floats) -> Floats:
-    """Solutions `[K,F+1,C]` by L-BFGS on all K problems in lockstep, from `start` `[K,F+1,C]`."""
+def minimise(objective: Objective, start: Floats, tolerance: float = _TOLERANCE) -> Floats:
+    """Solutions `[K,F+1,C]` by L-BFGS on all K problems in lockstep, from `start` `[K,F+1,C]`.
+
+    A step that lowers the loss by less than `tolerance` of it is the last.
+    """
     points = start.reshape(len(start), -1).copy()
     losses, gradients = objective.evaluate(points)
     history: list[_Update] = []
@@ -399,7 +406,7 @@ def minimise(objective: Objective, start: Floats) -> Floats:
             new_gradients[is_too_long] = gradients[is_too_long]
         update = _Update.of(new_points - points, new_gradients - gradients)
         history = [*history[1 - _MEMORY :], update]
-        is_done |= losses - new_losses <= _TOLERANCE * np.abs(losses)
+        is_done |= losses - new_losses <= tolerance * np.abs(losses)
         points, losses, gradients = new_points, new_losses, new_gradients
         if is_done.all():
             break
