@@ -34,6 +34,8 @@ _MAX_STEPS = 100
 _MAX_HALVINGS = 12
 # A step that lowers the loss by less than this part of it is the last: 1e-5 moves no prediction.
 _TOLERANCE = 1e-5
+# Of thousands of images the next step moves even less.
+_TOLERANCE_OF_MANY = 1e-4
 # Where strengths or sets of features are compared: it moves out-of-fold losses by a few percent.
 ROUGH_TOLERANCE = 1e-3
 # Of at least twice as many images, so many find where on the path the best L2 lies.
@@ -94,59 +96,168 @@ def solve_probe(
     that the temperature is fitted by. `tolerance` is `minimise`'s.
     """
     assert len(features) == num_views * len(labels)
-    scaling = Scaling.of(features)
-    patience, warm = 2, None
-    if len(labels) >= 2 * _MAX_SEARCHED and len(l2_path) > 1:
+    assign = functools.partial(task.assign_folds, num_folds=NUM_FOLDS, seed=seed)
+    if len(labels) < 2 * _MAX_SEARCHED or len(l2_path) == 1:
+        folds = _Folds.of(
+            features, labels, assign(labels), num_classes, task, num_views, class_weights
+        )
+        best = _search_from_the_strongest(folds, l2_path, tolerance)
+    else:
         part = np.sort(task.draw_order(labels, seed)[:_MAX_SEARCHED])
         rows = np.concatenate([part + view * len(labels) for view in range(num_views)])
-        found = solve_probe(
+        of_part = _Folds.of(
             features[rows],
             labels[part],
+            assign(labels[part]),
             num_classes,
-            task=task,
-            seed=seed,
-            num_views=num_views,
-            class_weights=class_weights,
-            l2_path=l2_path,
-            tolerance=ROUGH_TOLERANCE,
+            task,
+            num_views,
+            class_weights,
         )
-        l2_path, patience = l2_path[l2_path.index(found.l2) :], 1
-        warm = scaling.take_out(found.weight, found.bias)
-    span = None
-    if features.shape[1] >= _WORTH_A_SPAN * len(features):
-        span = Span.of(features, scaling)
-        features, scaling = span.coordinates, Scaling.none(len(features))
-    folds = task.assign_folds(labels, NUM_FOLDS, seed)
-    num_folds = int(folds.max()) + 1
-    all_labels, plain = np.concatenate([labels] * num_views), features[: len(labels)]
-    weights = _image_weights(all_labels, class_weights)
-    is_in_training = np.stack([folds != fold for fold in range(num_folds)]).astype(np.float32)
-    in_training = np.tile(is_in_training, num_views) * weights
-    solution = np.zeros((num_folds, features.shape[1] + 1, num_classes), np.float32)
-    if warm is not None and span is None:
-        solution += warm
-    best_loss = np.inf
-    best = (l2_path[0], solution, np.zeros((len(labels), num_classes), np.float32))
+        found = _search_from_the_strongest(of_part, l2_path, ROUGH_TOLERANCE)
+        # The penalty is on the mean loss: that of twice as many images is half as strong.
+        place = l2_path.index(found.l2) + round(2 * np.log10(len(labels) / len(part)))
+        folds = _Folds.of(
+            features, labels, assign(labels), num_classes, task, num_views, class_weights
+        )
+        tolerance = max(tolerance, _TOLERANCE_OF_MANY)
+        start = folds.start_from(*of_part.solve_on_all(found, ROUGH_TOLERANCE))
+        best = _search_around(folds, l2_path, min(place, len(l2_path) - 1), start, tolerance)
+    weight, bias = folds.solve_on_all(best, tolerance)
+    return Probe(
+        np.ascontiguousarray(weight.T),
+        bias,
+        best.l2,
+        best.held_out,
+        task.fit_temperature(best.held_out, labels),
+        num_views,
+        class_weights,
+    )
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Solutions `[K,F+1,C]` of all folds at one strength, and what they say of held-out images."""
+
+    l2: float
+    solution: Floats
+    held_out: Floats
+    loss: float
+
+
+@dataclass(frozen=True)
+class _Folds:
+    """K problems, each with a fold held out. `features` are coordinates in `span`, if any."""
+
+    features: Features
+    scaling: Scaling
+    span: Span | None
+    labels: Labels
+    folds: npt.NDArray[np.int64]
+    num_classes: int
+    task: Task
+    num_views: int
+    class_weights: Floats | None
+
+    @classmethod
+    def of(
+        cls,
+        features: Features,
+        labels: Labels,
+        folds: npt.NDArray[np.int64],
+        num_classes: int,
+        task: Task,
+        num_views: int,
+        class_weights: Floats | None,
+    ) -> _Folds:
+        scaling, span = Scaling.of(features), None
+        if features.shape[1] >= _WORTH_A_SPAN * len(features):
+            span = Span.of(features, scaling)
+            features, scaling = span.coordinates, Scaling.none(len(features))
+        return cls(
+            features, scaling, span, labels, folds, num_classes, task, num_views, class_weights
+        )
+
+    @functools.cached_property
+    def zero(self) -> Floats:
+        num_folds = int(self.folds.max()) + 1
+        return np.zeros((num_folds, self.features.shape[1] + 1, self.num_classes), np.float32)
+
+    def start_from(self, weight: Floats, bias: Floats) -> Floats:
+        """Solutions `[K,F+1,C]`, each this head `[F,C]` for raw features; in a span, zeros."""
+        return (
+            self.zero
+            if self.span is not None
+            else self.zero + self.scaling.take_out(weight.T, bias)
+        )
+
+    def solve(self, l2: float, start: Floats, tolerance: float) -> _Found:
+        is_in_training = np.stack([self.folds != fold for fold in range(len(self.zero))])
+        counts = np.tile(is_in_training.astype(np.float32), self.num_views) * self._weights
+        solution = minimise(self._objective(counts, l2), start, tolerance)
+        plain = self.features[: len(self.labels)]
+        held_out = _held_out_logits(plain, self.scaling, solution, self.folds)
+        loss = self.task.log_loss(held_out, self.labels, self.class_weights)
+        return _Found(l2, solution, held_out, loss)
+
+    def solve_on_all(self, found: _Found, tolerance: float) -> tuple[Floats, Floats]:
+        """Weights `[F,C]` and a bias `[C]` for raw features, with no image held out."""
+        start = found.solution.mean(axis=0, keepdims=True)
+        objective = self._objective(self._weights[None], found.l2)
+        solution = minimise(objective, start, tolerance)[0]
+        return (self.scaling if self.span is None else self.span).fold_in(solution)
+
+    @functools.cached_property
+    def _all_labels(self) -> Labels:
+        return np.concatenate([self.labels] * self.num_views)
+
+    @functools.cached_property
+    def _weights(self) -> Floats:
+        return _image_weights(self._all_labels, self.class_weights)
+
+    def _objective(self, counts: Floats, l2: float) -> Objective:
+        return Objective(
+            self.features,
+            self._all_labels,
+            counts,
+            l2,
+            self.scaling,
+            self.num_classes,
+            self.task,
+        )
+
+
+def _search_from_the_strongest(
+    folds: _Folds, l2_path: tuple[float, ...], tolerance: float
+) -> _Found:
+    """The best strength, until two in a row are worse than the best before them."""
+    best = found = folds.solve(l2_path[0], folds.zero, tolerance)
     num_worse = 0
-    for l2 in l2_path:
-        objective = Objective(features, all_labels, in_training, l2, scaling, num_classes, task)
-        solution = minimise(objective, solution, tolerance)
-        held_out = _held_out_logits(plain, scaling, solution, folds)
-        loss = task.log_loss(held_out, labels, class_weights)
-        if loss < best_loss:
-            best_loss, best, num_worse = loss, (l2, solution, held_out), 0
+    for l2 in l2_path[1:]:
+        found = folds.solve(l2, found.solution, tolerance)
+        if found.loss < best.loss:
+            best, num_worse = found, 0
         else:
             num_worse += 1
-            if num_worse == patience:
+            if num_worse == 2:
                 break
-    l2, solution, held_out = best
-    objective = Objective(features, all_labels, weights[None], l2, scaling, num_classes, task)
-    solution = minimise(objective, solution.mean(axis=0, keepdims=True), tolerance)[0]
-    weight, bias = scaling.fold_in(solution) if span is None else span.fold_in(solution)
-    temperature = task.fit_temperature(held_out, labels)
-    return Probe(
-        np.ascontiguousarray(weight.T), bias, l2, held_out, temperature, num_views, class_weights
-    )
+    return best
+
+
+def _search_around(
+    folds: _Folds, l2_path: tuple[float, ...], place: int, start: Floats, tolerance: float
+) -> _Found:
+    """The best strength on the way from a place to weaker ones, or else to stronger ones."""
+    best = first = folds.solve(l2_path[place], start, tolerance)
+    for way in (l2_path[place + 1 :], l2_path[:place][::-1]):
+        for l2 in way:
+            found = folds.solve(l2, best.solution, tolerance)
+            if found.loss >= best.loss:
+                break
+            best = found
+        if best is not first:
+            break
+    return best
 
 
 def solve_on_best_views(
