@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
-RunPython = Callable[..., subprocess.CompletedProcess[str]]
+from tests.conftest import RunForked, RunPython
+from tests.support.forked import Program
 
 BEGIN = """
 import sys, time
@@ -53,18 +52,19 @@ with prepare_ahead("tf_efficientnet_lite0", **given):
     assert list((tmp_path / "backbones").iterdir()) == []
 
 
-def test_what_is_wrong_is_left_to_the_run(run_python: RunPython, tmp_path: Path) -> None:
+def test_what_is_wrong_is_left_to_the_run(run_forked: RunForked, tmp_path: Path) -> None:
     weights = tmp_path / "weights.safetensors"
     weights.write_bytes(b"no tensors")
-    done = run_python(
-        f"""{BEGIN}
+    code = f"""
+import sys
+sys.argv = ["-c", {str(tmp_path / "cache")!r}]
+{BEGIN}
 given["weights"] = Path({str(weights)!r})
 with prepare_ahead("tf_efficientnet_lite0", **given):
     pass
 prepare_backbone("tf_efficientnet_lite0", **given, scratch_dir=cache)
-""",
-        str(tmp_path / "cache"),
-    )
+"""
+    (done,) = run_forked(Program(code=code))
     assert done.returncode == 1
     assert done.stderr.count("direct cause") == 1
     assert str(weights) in done.stderr

@@ -32,6 +32,7 @@ from models.prepared import (
 )
 from models.preprocess import Preprocess
 from tests.conftest import RunForked
+from tests.support import tiny
 from tests.support.forked import Program
 
 PREPARE = """
@@ -275,14 +276,15 @@ def test_preparing_leaves_the_network_in_the_mode_it_was_in(tmp_path: Path) -> N
     )
 
 
-def test_the_search_for_batch_and_streams_is_remembered(small_prepared: PreparedBackbone) -> None:
-    first = small_prepared.open_engine("cpu", "fp32")
+def test_the_search_for_batch_and_streams_is_remembered(tmp_path: Path) -> None:
+    prepared = write_prepared(tiny.build(), tmp_path / "tiny")
+    first = prepared.open_engine("cpu", "fp32")
     first.close()
-    again = small_prepared.open_engine("cpu", "fp32")
+    again = prepared.open_engine("cpu", "fp32")
     again.close()
     # The speed is measured, so two searches would not agree on it to the last digit.
     assert again.info == first.info
-    path = small_prepared.folder / "engine-fp32.json"
+    path = prepared.folder / "engine-fp32.json"
     recorded = json.loads(path.read_text())
     for changed in (
         {"num_cpus": 1000},
@@ -292,7 +294,7 @@ def test_the_search_for_batch_and_streams_is_remembered(small_prepared: Prepared
         {"precision": None},
     ):
         path.write_text(json.dumps({**recorded, **changed}))
-        other = small_prepared.open_engine("cpu", "fp32")
+        other = prepared.open_engine("cpu", "fp32")
         other.close()
         assert other.info != again.info
         assert json.loads(path.read_text()) == {
