@@ -184,9 +184,9 @@ def _fit(
         pretrained=options.pretrained,
         all_levels=options.uses_all_levels,
     )
-    fit = None
+    chosen_fit = None
     if options.fit == "auto":
-        fit = choose_fit(
+        chosen_fit = choose_fit(
             prepared,
             loaded,
             duplicates.sizes,
@@ -196,7 +196,9 @@ def _fit(
             cache=options.feature_cache,
             seed=options.seed,
         )
-    prepared = prepared.fitted(options.fit if fit is None else fit.chosen)
+        prepared = prepared.fitted(chosen_fit.chosen)
+    else:
+        prepared = prepared.fitted(options.fit)
     prepared.check_freeze(options.freeze)
     _check_folders(options, sum(path.stat().st_size for path in prepared.folder.iterdir()))
     with Timer() as extraction:
@@ -233,7 +235,7 @@ def _fit(
         chosen=choose(probe, tuned, verdict),
         verdict=verdict,
         why_precision=why_precision,
-        fit=fit,
+        fit=chosen_fit,
         learning_curve=learning_curve,
         audit=audit,
         seconds={

@@ -116,11 +116,10 @@ class Preprocess:
             min(top + crop_height, height),
         )
         size = target = self._target_size(orientation)
+        margin = (0, 0)
         if self.crop_mode == "border":
-            size = (
-                max(1, round(target[0] * (inside[2] - inside[0]) / crop_width)),
-                max(1, round(target[1] * (inside[3] - inside[1]) / crop_height)),
-            )
+            region = (left, top, left + crop_width, top + crop_height)
+            size, margin = _place(inside, region, target)
         # Resized from the box: a resize before the crop would compute pixels for nothing.
         try:
             crop = opened.pixels.resize(
@@ -129,10 +128,6 @@ class Preprocess:
         except (ValueError, MemoryError) as error:
             raise ImageError(f"the image cannot be resized: {error}") from error
         if size != target:
-            margin = (
-                min(round(target[0] * (inside[0] - left) / crop_width), target[0] - size[0]),
-                min(round(target[1] * (inside[1] - top) / crop_height), target[1] - size[1]),
-            )
             canvas = Image.new("RGB", target, tuple(round(255 * share) for share in self.mean))
             canvas.paste(crop, margin)
             crop = canvas
@@ -172,3 +167,23 @@ class Preprocess:
             width / target_width, height / target_height
         )
         return target_width * pixels_per_target, target_height * pixels_per_target
+
+
+def _place(
+    inside: tuple[float, float, float, float],
+    region: tuple[float, float, float, float],
+    target: tuple[int, int],
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Size and left upper corner, on a canvas, of what of a region (left, top, right, bottom) is
+    inside the image.
+
+    Margins are rounded on each side alike, so that a picture and its mirror image are mirrored.
+    """
+    sizes, corners = [], []
+    for axis in (0, 1):
+        scale = target[axis] / (region[axis + 2] - region[axis])
+        before = round(scale * (inside[axis] - region[axis]))
+        after = round(scale * (region[axis + 2] - inside[axis + 2]))
+        sizes.append(max(1, target[axis] - before - after))
+        corners.append(min(before, target[axis] - 1))
+    return (sizes[0], sizes[1]), (corners[0], corners[1])

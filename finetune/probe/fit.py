@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune.data.cache import CacheSettings
+from finetune.config import CacheSettings
 from finetune.data.splits import Splits
 from finetune.probe.features import extract_splits
 from finetune.probe.solve import L2_PATH, solve_probe

@@ -117,7 +117,7 @@ def test_of_square_pictures_only_more_or_less_of_them_is_tried(
 def test_trained_layers_see_what_the_probe_saw(wide: Path, tmp_path: Path, cache_dir: Path) -> None:
     options = options_of(wide, tmp_path, cache_dir, "squash")
     trained = options.model_copy(
-        update={"freeze": "until:blocks.5", "epochs": 1, "publish": "tuned", "explain": "no"}
+        update={"freeze": "until:blocks.6", "epochs": 1, "publish": "tuned", "explain": "no"}
     )
     checkpoint = load_checkpoint(run(trained))
     assert (checkpoint.preprocess.crop_mode, checkpoint.preprocess.crop_fraction) == ("squash", 1.0)
