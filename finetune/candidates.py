@@ -147,8 +147,7 @@ def fine_tune(
             image_size=options.image_size,
             seed=options.seed,
         )
-        if options.stretch:
-            network = replace(network, preprocess=replace(network.preprocess, stretch=True))
+        network = replace(network, preprocess=probe.backbone.preprocess)
         trained = train(
             network,
             splits,

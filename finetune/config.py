@@ -25,6 +25,7 @@ from models.engine.engine import Precision
 from models.engine.processor import num_cpus
 from models.errors import GraftError
 from models.files import find_home
+from models.preprocess import Fit
 from models.sources import identify_source
 
 Augment = Literal["none", "light", "flip"]
@@ -225,6 +226,12 @@ class Options(BackboneOptions):
     half, all, or all with a coarse grid of each, whichever has the least out-of-fold loss (the
     fewest of those that chance does not tell apart); for a little more time, more accuracy, most
     of all where images are unlike those of the pretraining"""
+
+    fit: Literal["auto"] | Fit = "crop"
+    """how a picture becomes the square that the network sees. crop: as it was pretrained, mostly
+    the middle 87.5 % of the shorter side. whole: all of the shorter side. squash: all of both
+    sides, each to its own scale. pad: all of both, with a grey margin. auto: the one with the least
+    out-of-fold loss on up to 1,000 images, crop where chance could explain the difference"""
 
     coverage: float = Field(0.95, gt=0, lt=1)
     """target coverage of the conformal label set; an answer is marked unsure unless its set

@@ -32,6 +32,7 @@ from finetune.data.lasting_split import load_lasting_splits
 from finetune.data.splits import Splits
 from finetune.monitor import Monitor
 from finetune.probe.features import prepare, prepare_meanwhile
+from finetune.probe.fit import choose_fit
 from finetune.probe.learning_curve import LearningCurve, measure_learning_curve
 from finetune.probe.precision import extract_in_best_precision
 from finetune.report.candidate import Candidate
@@ -183,6 +184,21 @@ def _fit(
         pretrained=options.pretrained,
         all_levels=options.uses_all_levels,
     )
+    chosen_fit = None
+    if options.fit == "auto":
+        chosen_fit = choose_fit(
+            prepared,
+            loaded,
+            duplicates.sizes,
+            device=options.device,
+            precision=options.precision,
+            num_workers=options.workers,
+            cache=options.feature_cache,
+            seed=options.seed,
+        )
+        prepared = prepared.fitted(chosen_fit.chosen)
+    else:
+        prepared = prepared.fitted(options.fit)
     prepared.check_freeze(options.freeze)
     _check_folders(options, sum(path.stat().st_size for path in prepared.folder.iterdir()))
     with Timer() as extraction:
@@ -219,6 +235,7 @@ def _fit(
         chosen=choose(probe, tuned, verdict),
         verdict=verdict,
         why_precision=why_precision,
+        fit=chosen_fit,
         learning_curve=learning_curve,
         audit=audit,
         seconds={

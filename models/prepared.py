@@ -44,7 +44,7 @@ from models.engine.torch_engine import TorchEngine
 from models.errors import GraftError
 from models.files import describe_write_error, move_whole, temporary_folder, write_whole
 from models.named import is_custom
-from models.preprocess import Preprocess
+from models.preprocess import Fit, Preprocess
 
 if TYPE_CHECKING:
     from torch import nn
@@ -65,7 +65,8 @@ class PreparedBackbone:
     """`config` is timm's model-folder config without labels, `license` that of the weights.
 
     `module_names` are the network's, in order, with `module_prefix` before those of a user's own;
-    `stages` are the names offered for `--freeze until:NAME`.
+    `stages` are the names offered for `--freeze until:NAME`. `fit` is how `preprocess` makes a
+    picture a square.
     """
 
     folder: Path
@@ -81,6 +82,7 @@ class PreparedBackbone:
     module_names: tuple[str, ...]
     module_prefix: str
     stages: tuple[str, ...]
+    fit: Fit = "crop"
 
     @property
     def level_sets(self) -> Mapping[str, int]:
@@ -135,6 +137,27 @@ class PreparedBackbone:
         with contextlib.suppress(OSError):
             write_whole(path, json.dumps({**engine.info.to_dict(), "num_cpus": num_cpus()}))
         return engine
+
+    def fitted(self, fit: Fit) -> PreparedBackbone:
+        """The same backbone for pictures made square in this way, with a fingerprint of its own.
+
+        It is the backbone itself where the pretraining's way is no other.
+        """
+        preprocess = self.preprocess.fitted(fit)
+        if preprocess == self.preprocess:
+            return self
+        cfg = {
+            **self.config["pretrained_cfg"],
+            "crop_pct": preprocess.crop_fraction,
+            "crop_mode": preprocess.crop_mode,
+        }
+        return replace(
+            self,
+            fit=fit,
+            preprocess=preprocess,
+            config={**self.config, "pretrained_cfg": cfg},
+            fingerprint=hashlib.sha256(f"{self.fingerprint} {fit}".encode()).hexdigest(),
+        )
 
     def stretched(self) -> PreparedBackbone:
         """The same backbone for crops of stretched images, under a fingerprint of its own."""

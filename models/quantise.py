@@ -26,7 +26,7 @@ NUM_CALIBRATION_IMAGES = 100
 def find_quantised(backbone: PreparedBackbone) -> PreparedBackbone | None:
     """The quantised backbone kept beside `backbone`, or None."""
     kept = read_kept(_folder(backbone))
-    return kept.stretched() if kept is not None and backbone.preprocess.stretch else kept
+    return None if kept is None else _for_crops_of(backbone, kept)
 
 
 def quantise(backbone: PreparedBackbone, images: Pixels) -> PreparedBackbone:
@@ -53,8 +53,7 @@ def quantise(backbone: PreparedBackbone, images: Pixels) -> PreparedBackbone:
             (temporary / CONFIG_FILE).write_text(json.dumps(stored, indent=2) + "\n")
             # Where another run was faster, heads are solved on its folder.
             move_whole(temporary, folder)
-        quantised = read_prepared(folder)
-        return quantised.stretched() if backbone.preprocess.stretch else quantised
+        return _for_crops_of(backbone, read_prepared(folder))
     except OSError as error:
         raise GraftError(
             f"the quantised backbone could not be written to {folder}: {describe_error(error)}"
@@ -63,8 +62,15 @@ def quantise(backbone: PreparedBackbone, images: Pixels) -> PreparedBackbone:
 
 def _folder(backbone: PreparedBackbone) -> Path:
     # Calibrated on other crops.
+    fit = "" if backbone.fit == "crop" else f"-{backbone.fit}"
     stretch = "-stretch" if backbone.preprocess.stretch else ""
-    return backbone.folder.with_name(f"{backbone.folder.name}-int8{stretch}")
+    return backbone.folder.with_name(f"{backbone.folder.name}-int8{fit}{stretch}")
+
+
+def _for_crops_of(backbone: PreparedBackbone, quantised: PreparedBackbone) -> PreparedBackbone:
+    if backbone.preprocess.stretch:
+        quantised = quantised.stretched()
+    return quantised.fitted(backbone.fit)
 
 
 def _write_quantised(backbone: PreparedBackbone, images: Pixels, path: Path) -> None:

@@ -140,13 +140,15 @@ class Audit:
     """Findings by kind and score, and the effect of the leaks on the score.
 
     `scores` are the probe's on each split that it did not train on: on all images, and without
-    leaks (None if there is nothing else). `metric` is what they measure, in words.
+    leaks (None if there is nothing else). `metric` is what they measure, in words. Of `num_cropped`
+    images the crop cuts off a fifth of a side or more.
     """
 
     findings: tuple[Finding, ...]
     scores: Mapping[SplitName, tuple[float, float | None]]
     num_images: int
     metric: str = "accuracy"
+    num_cropped: int = 0
 
     def of_kind(self, *kinds: Kind) -> list[Finding]:
         return [finding for finding in self.findings if finding.kind in kinds]
@@ -182,6 +184,7 @@ class Audit:
         }
         return {
             "num_images": self.num_images,
+            "num_cropped": self.num_cropped,
             "found": self.count(),
             self.metric.replace(" ", "_"): scores,
         }
@@ -216,7 +219,14 @@ class Audit:
             f"audit: {finding.detail}"
             for finding in self.of_kind("missing_class", "small_class")[:5]
         ]
+        if self.num_cropped:
+            lines.append(f"audit: {self.describe_crop()}")
         return lines + [f"audit: {line}" for line in self.describe_leaks()]
+
+    def describe_crop(self) -> str:
+        """Of how many images the crop cuts much off, and what to do."""
+        of = "an image" if self.num_cropped == 1 else f"{self.num_cropped:,} images"
+        return f"the crop cuts off 20 % or more of a side of {of}; --fit auto tries other ways"
 
     def describe_leaks(self) -> list[str]:
         """Effect of the leaks on the probe's score, a line for each split with leaks."""

@@ -23,6 +23,7 @@ MIN_IMAGES = 10
 # The highest value of 16 bits; data of up to 14 bits in such files uses a quarter of the range.
 _MAX_WIDE = 2**16 - 1
 _NARROW_FRACTION = 0.25
+_MUCH_CUT_OFF = 0.2  # of a side
 # What a file of each format may be called, its usual name first.
 _SUFFIXES = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
@@ -69,6 +70,9 @@ def inspect(
         scores=_score_without_leaks(splits, features, probe, copies),
         num_images=sum(len(samples) for _, samples in loaded.named()),
         metric=splits.task.metric_name,
+        num_cropped=sum(
+            preprocess.share_cut_off(*size) >= _MUCH_CUT_OFF for size in duplicates.sizes.values()
+        ),
     )
 
 

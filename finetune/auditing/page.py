@@ -53,6 +53,7 @@ def write_page(audit: Audit, data: str) -> str:
         title=f"Audit of {data}",
         num_images=audit.num_images,
         num_findings=len(audit.findings),
+        crop=audit.describe_crop() if audit.num_cropped else "",
         metric=audit.metric,
         scores=[
             _Score(split, whole, clean, split in leaking)

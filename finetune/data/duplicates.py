@@ -40,7 +40,7 @@ _WHOLE_IMAGE = Preprocess(
 )
 _GRID_SIDE = 16
 _NUM_BYTES = 3 * _GRID_SIDE**2
-_NUM_FLOATS = _NUM_BYTES // 4 + 1
+_NUM_FLOATS = _NUM_BYTES // 4 + 2
 # How far two copies may differ in any cell, of 255 in luma. What encoding and resizing change grows
 # as a cell has fewer pixels (the power fits icons of 22 to 64 pixels), until the image has fewer
 # than the grid has cells: a digit of 10x10 has no noise that could not be another digit.
@@ -69,13 +69,17 @@ _Places = npt.NDArray[np.intp]
 class Signature:
     """What two images are compared by.
 
-    A digest of the bytes, the shorter side in pixels, and the whole image on a grid
-    `uint8 [16,16,3]` of luma, Cb and Cr.
+    A digest of the bytes, width and height in pixels as they are stored, and the whole image on a
+    grid `uint8 [16,16,3]` of luma, Cb and Cr.
     """
 
     digest: bytes
-    shorter_side: int
+    size: tuple[int, int]
     grid: _Bytes
+
+    @property
+    def shorter_side(self) -> int:
+        return min(self.size)
 
     def similarity(self, other: Signature) -> float:
         """1 where all cells are the same, 0 between black and white."""
@@ -87,12 +91,14 @@ class Duplicates:
     """Groups of samples that are the same image, in the order of the splits.
 
     `signatures` are of those in groups, by `id` of the sample. `digests` of the bytes of every
-    image that could be read, by the sample's key, show later whether it has changed.
+    image that could be read, by the sample's key, show later whether it has changed; `sizes` are
+    their widths and heights.
     """
 
     groups: tuple[tuple[Sample, ...], ...]
     signatures: dict[int, Signature]
     digests: dict[str, bytes] = field(default_factory=dict)
+    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def is_exact(self, first: Sample, second: Sample) -> bool:
         """Whether two of a group are the same to the byte."""
@@ -106,7 +112,7 @@ class Duplicates:
 def open_grids(cache_dir: Path) -> FeatureCache:
     """Grids of images seen before, so that a second run decodes nothing to find copies."""
     how = EngineInfo(f"pillow {importlib.metadata.version('pillow')}", "cpu", "uint8", 1, 1, 0.0)
-    return FeatureCache(cache_dir, "luma and chroma grid, 2", how, _NUM_FLOATS)
+    return FeatureCache(cache_dir, "luma and chroma grid, 3", how, _NUM_FLOATS)
 
 
 def find_duplicates(
@@ -120,12 +126,14 @@ def find_duplicates(
     grids = np.zeros((len(samples), _GRID_SIDE, _GRID_SIDE, 3), np.uint8)
     sides = np.zeros(len(samples), np.int64)
     digests: dict[str, bytes] = {}
+    sizes: dict[str, tuple[int, int]] = {}
     read = functools.partial(_read_signature, cache=cache)
     for index, found in enumerate(_map(read, samples, num_workers, "looking for copies")):
         if found is not None:
             signature, is_new = found
             grids[index], sides[index] = signature.grid, signature.shorter_side
             digests[samples[index].key] = signature.digest
+            sizes[samples[index].key] = signature.size
             if cache is not None and is_new:
                 cache.write([signature.digest], _pack(signature)[None])
     places = np.flatnonzero(sides)
@@ -136,13 +144,16 @@ def find_duplicates(
     groups = _connect(_copies(pairs, grids, sides))
     in_groups = {
         id(samples[index]): Signature(
-            digests[samples[index].key], int(sides[index]), grids[index].copy()
+            digests[samples[index].key], sizes[samples[index].key], grids[index].copy()
         )
         for group in groups
         for index in group
     }
     return Duplicates(
-        tuple(tuple(samples[index] for index in group) for group in groups), in_groups, digests
+        tuple(tuple(samples[index] for index in group) for group in groups),
+        in_groups,
+        digests,
+        sizes,
     )
 
 
@@ -160,14 +171,14 @@ def _read_signature(sample: Sample, cache: FeatureCache | None) -> tuple[Signatu
 
 
 def _pack(signature: Signature) -> Floats:
-    """As the cache keeps it, `float32 [193]`: the bytes of the grid, four by four, and the side."""
+    """As the cache keeps it, `float32 [194]`: the bytes of the grid, four by four, and the size."""
     of_grid = np.ascontiguousarray(signature.grid).reshape(-1).view(np.float32)
-    return np.append(of_grid, np.float32(signature.shorter_side))
+    return np.append(of_grid, np.array(signature.size, np.float32))
 
 
 def _unpack(digest: bytes, packed: Floats) -> Signature:
-    grid = packed[:-1].view(np.uint8).reshape(_GRID_SIDE, _GRID_SIDE, 3)
-    return Signature(digest, int(packed[-1]), grid)
+    grid = packed[:-2].view(np.uint8).reshape(_GRID_SIDE, _GRID_SIDE, 3)
+    return Signature(digest, (int(packed[-2]), int(packed[-1])), grid)
 
 
 def compute_signature(data: bytes) -> Signature | None:
@@ -180,7 +191,7 @@ def compute_signature(data: bytes) -> Signature | None:
     # In two steps: resized in one, it would depend more on the size resized from. The second one's
     # filter, as wide as four cells of the first, takes what edges lose by a shift of half a pixel.
     grid = pixels.convert("YCbCr").resize((_GRID_SIDE, _GRID_SIDE), Image.Resampling.BILINEAR)
-    return Signature(digest_image(data), min(opened.width, opened.height), np.asarray(grid))
+    return Signature(digest_image(data), (opened.width, opened.height), np.asarray(grid))
 
 
 def are_copies(first: _Bytes, second: _Bytes, sides: npt.NDArray[np.int64]) -> npt.NDArray[np.bool]:

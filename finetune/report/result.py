@@ -12,6 +12,7 @@ from finetune.data.splits import Splits
 from finetune.evaluation.calibration import Calibration, CalibrationQuality
 from finetune.evaluation.comparison import Comparison
 from finetune.evaluation.metrics import Metrics
+from finetune.probe.fit import FitChoice
 from finetune.probe.learning_curve import LearningCurve
 from finetune.probe.solve import Head
 from finetune.report.candidate import Candidate
@@ -21,7 +22,7 @@ from models.scores import Floats
 from models.sources import SplitName
 
 # Options that shape a probe, and those that shape gradient epochs besides.
-_PROBE_OPTIONS = ("balance", "augment", "views", "levels")
+_PROBE_OPTIONS = ("balance", "augment", "views", "levels", "fit")
 _EPOCH_OPTIONS = (
     *("epochs", "batch_size", "lr", "backbone_lr", "weight_decay", "batch_norm"),
     *("label_smoothing", "mix", "ema", "gradual", "layer_decay"),
@@ -34,7 +35,7 @@ class Result:
 
     `candidates` are the probe and, where layers were trained, the fine-tuned one, which `verdict`
     compares. `replace(result, chosen=other)` describes the other one. `why_precision` is the reason
-    for the engine's precision.
+    for the engine's precision, `fit` what came of --fit auto.
     """
 
     options: Options
@@ -46,6 +47,7 @@ class Result:
     why_precision: str
     learning_curve: LearningCurve
     audit: Audit
+    fit: FitChoice | None
     seconds: Mapping[str, float]
 
     @property
@@ -154,6 +156,9 @@ class Result:
                     "loss": self.probe.last_metrics.loss,
                 },
             },
+            "fit": {"chosen": self.probe.backbone.fit, "losses": {}}
+            if self.fit is None
+            else self.fit.to_dict(),
             "verdict": None if self.verdict is None else self.verdict.to_dict(),
             "calibration": self.calibration.to_dict(),
             "learning_curve": self.learning_curve.to_dict(),

@@ -385,7 +385,7 @@ def _timm_preprocess(model: Any, image_size: int | None) -> Preprocess:
         height=image_size or height,
         width=image_size or width,
         crop_fraction=cfg["crop_pct"],
-        crop_mode="squash" if cfg.get("crop_mode") == "squash" else "center",
+        crop_mode=cfg["crop_mode"] if cfg.get("crop_mode") in ("squash", "border") else "center",
         interpolation=cfg["interpolation"]
         if cfg["interpolation"] in _INTERPOLATIONS
         else "bicubic",

@@ -17,7 +17,7 @@ from PIL import Image
 
 from models.errors import GraftError
 from models.images import FORMATS, MAX_PIXELS, ImageError, Pixels, begins_as
-from models.preprocess import Preprocess, View
+from models.preprocess import FITS, Fit, Preprocess, View
 
 PREPROCESS = Preprocess(height=48, width=48, crop_fraction=1.0)
 # Pillow says so where an EXIF block is broken; what matters here is the crop.
@@ -537,3 +537,94 @@ def test_decoding_engines_and_checkpoints_need_no_torch(run_python: Any, tmp_pat
     path.write_bytes(encode(picture(), "JPEG"))
     done = run_python(program, str(path))
     assert (done.stdout.strip(), done.stderr) == ("(8, 8, 3)", "")
+
+
+# Pillow's plainest way for each fit: which part of the picture, and where on the canvas it goes.
+def plainly_fitted(image: Image.Image, fit: Fit, side: int) -> Pixels:
+    width, height = image.size
+    if fit == "squash":
+        return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
+    if fit == "pad":
+        scale = side / max(width, height)
+        margins = [round((side - scale * length) / 2) for length in (width, height)]
+        size = (max(1, side - 2 * margins[0]), max(1, side - 2 * margins[1]))
+        canvas = Image.new("RGB", (side, side), (124, 116, 104))  # ImageNet's mean
+        small = image.resize(size, Image.Resampling.BICUBIC)
+        canvas.paste(small, (margins[0], margins[1]))
+        return np.asarray(canvas)
+    return plain_crop(image, Preprocess(side, side, 0.875 if fit == "crop" else 1.0))
+
+
+@pytest.mark.parametrize("size", [(120, 80), (80, 120), (97, 31), (31, 200), (64, 64), (3, 90)])
+@pytest.mark.parametrize("fit", FITS)
+def test_each_fit_is_what_pillow_makes_of_it(fit: Fit, size: tuple[int, int]) -> None:
+    crop = Preprocess(48, 48).fitted(fit)(encode(picture(*size), "PNG"))
+    assert difference(crop, plainly_fitted(picture(*size), fit, 48)) < 2.5
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("fit", FITS)
+def test_each_fit_turns_pictures_upright(fit: Fit, orientation: int, kind: str) -> None:
+    upright = picture(150, 60)
+    turned = {
+        1: [],
+        2: [Image.Transpose.FLIP_LEFT_RIGHT],
+        3: [Image.Transpose.ROTATE_180],
+        4: [Image.Transpose.FLIP_TOP_BOTTOM],
+        5: [Image.Transpose.TRANSPOSE],
+        6: [Image.Transpose.ROTATE_90],
+        7: [Image.Transpose.TRANSVERSE],
+        8: [Image.Transpose.ROTATE_270],
+    }[orientation]
+    stored = upright
+    for step in turned:
+        stored = stored.transpose(step)
+    exif = Image.Exif()
+    exif[274] = orientation
+    crop = Preprocess(48, 48).fitted(fit)(encode(stored, kind, exif=exif))
+    assert difference(crop, Preprocess(48, 48).fitted(fit)(encode(upright, kind))) < 3
+
+
+@pytest.mark.parametrize("size", [(150, 60), (60, 150), (90, 90)])
+def test_a_padded_picture_has_the_pretrainings_mean_beside_it_and_is_whole(
+    size: tuple[int, int],
+) -> None:
+    white = Image.new("RGB", size, "white")
+    crop = Preprocess(48, 48).fitted("pad")(encode(white, "PNG"))
+    is_margin = (crop == (124, 116, 104)).all(axis=2)
+    is_picture = (crop == 255).all(axis=2)
+    assert (is_margin | is_picture).all()
+    narrow = 48 - 2 * round((48 - 48 * min(size) / max(size)) / 2)
+    assert is_picture.sum() == 48 * narrow
+
+
+@pytest.mark.parametrize("fit", FITS)
+def test_views_of_each_fit_are_whole_crops(fit: Fit) -> None:
+    preprocess = Preprocess(48, 48).fitted(fit)
+    data = encode(picture(150, 60), "PNG")
+    plain = preprocess(data)
+    assert np.array_equal(preprocess(data, view=View()), plain)
+    assert np.array_equal(preprocess(data, view=View(mirror=True)), plain[:, ::-1])
+    for view in (View(0.08, -0.08, 1.12), View(-0.08, 0.08, 0.85), View(0, 0, 0.85)):
+        assert preprocess(data, view=view).shape == (48, 48, 3)
+    if fit == "pad":  # shrunk by a view, there is more margin
+        margin = (preprocess(data, view=View(scale=1.12)) == (124, 116, 104)).all(axis=2).sum()
+        assert margin > (plain == (124, 116, 104)).all(axis=2).sum()
+
+
+@pytest.mark.parametrize("fit", FITS)
+def test_transparency_is_laid_on_white_in_each_fit(fit: Fit) -> None:
+    clear = Image.new("RGBA", (120, 40), (255, 0, 0, 0))
+    crop = Preprocess(48, 48).fitted(fit)(encode(clear, "PNG"))
+    assert (crop[24, 24] == 255).all()
+
+
+def test_the_share_of_a_side_that_is_cut_off() -> None:
+    preprocess = Preprocess(48, 48)
+    assert preprocess.share_cut_off(100, 100) == pytest.approx(0.125)
+    assert preprocess.share_cut_off(400, 100) == preprocess.share_cut_off(100, 400)
+    assert preprocess.share_cut_off(400, 100) == pytest.approx(1 - 0.875 / 4)
+    assert preprocess.fitted("whole").share_cut_off(400, 100) == pytest.approx(0.75)
+    for fit in ("squash", "pad"):
+        assert preprocess.fitted(fit).share_cut_off(400, 100) == 0

@@ -106,6 +106,7 @@ def make_result(
             drawn.train, labels["train"], solved, drawn.val, labels["val"], task, seed=0
         ),
         audit=Audit((), {"val": (0.9, 0.9)}, 100 * num_classes),
+        fit=None,
         seconds={"probe": 1.5, "total": 4.6},
     )
 

@@ -309,7 +309,7 @@ def test_memory_grows_with_the_images_and_not_with_their_square(
 ) -> None:
     def compute(data: bytes) -> Signature:
         grid = np.random.default_rng(int(data)).integers(0, 256, (16, 16, 3), np.uint8)
-        return Signature(data, 200, grid)
+        return Signature(data, (200, 200), grid)
 
     monkeypatch.setattr(duplicates, "_BLOCK_BYTES", 1_000_000)
     monkeypatch.setattr(duplicates, "compute_signature", compute)
