@@ -34,8 +34,6 @@ _MAX_STEPS = 100
 _MAX_HALVINGS = 12
 # A step that lowers the loss by less than this part of it is the last: 1e-5 moves no prediction.
 _TOLERANCE = 1e-5
-# Of thousands of images the next step moves even less.
-_TOLERANCE_OF_MANY = 1e-4
 # Where strengths or sets of features are compared: it moves out-of-fold losses by a few percent.
 ROUGH_TOLERANCE = 1e-3
 # Of at least twice as many images, so many find where on the path the best L2 lies.
@@ -120,7 +118,6 @@ def solve_probe(
         folds = _Folds.of(
             features, labels, assign(labels), num_classes, task, num_views, class_weights
         )
-        tolerance = max(tolerance, _TOLERANCE_OF_MANY)
         start = folds.start_from(*of_part.solve_on_all(found, ROUGH_TOLERANCE))
         best = _search_around(folds, l2_path, min(place, len(l2_path) - 1), start, tolerance)
     weight, bias = folds.solve_on_all(best, tolerance)
