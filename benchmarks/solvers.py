@@ -49,7 +49,9 @@ from benchmarks.machine import describe_machine
 from benchmarks.sections import write_section
 from finetune.evaluation.class_metrics import class_log_loss
 from finetune.probe import solve
-from finetune.probe.solve import L2_PATH, Objective, Scaling, solve_probe
+from finetune.probe.lbfgs import TOLERANCE, Objective
+from finetune.probe.scaling import Scaling
+from finetune.probe.solve import L2_PATH, solve_probe
 from finetune.tasks.strata import NUM_FOLDS, assign_class_folds
 from models.scores import Floats, Labels
 
@@ -242,7 +244,7 @@ def solve_scipy_folds(
         return solve_graft(features, labels, num_classes)
 
 
-def minimise_together(objective: Objective, start: Floats, tolerance: float = 1e-5) -> Floats:
+def minimise_together(objective: Objective, start: Floats, tolerance: float = TOLERANCE) -> Floats:
     """In place of solve.minimise: the sum over the problems, which share no unknowns."""
 
     def evaluate(flat: npt.NDArray[np.float64]) -> tuple[float, npt.NDArray[np.float64]]:
@@ -260,7 +262,9 @@ def minimise_together(objective: Objective, start: Floats, tolerance: float = 1e
     return np.asarray(found.x, np.float32).reshape(start.shape)
 
 
-def minimise_one_by_one(objective: Objective, start: Floats, tolerance: float = 1e-5) -> Floats:
+def minimise_one_by_one(
+    objective: Objective, start: Floats, tolerance: float = TOLERANCE
+) -> Floats:
     """In place of solve.minimise: each problem by itself, on the images that count in it."""
     solutions = []
     for problem, one in zip(objective.in_training, start, strict=True):

@@ -54,8 +54,8 @@ class Preprocess:
 
     `mean` and `std` are fractions of 255, per channel, applied inside the engine. `crop_mode` has
     timm's names: "center" keeps the aspect ratio and crops, "border" keeps it and pads with `mean`,
-    "squash" does not keep it. `stretch` spreads the values that
-    an image of 16 bits a channel uses over the whole range.
+    "squash" does not keep it. `stretch` spreads the values that an image of 16 bits a channel uses
+    over the whole range.
     """
 
     height: int = 224

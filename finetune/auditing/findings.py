@@ -226,7 +226,7 @@ class Audit:
     def describe_crop(self) -> str:
         """Of how many images the crop cuts much off, and what to do."""
         of = "an image" if self.num_cropped == 1 else f"{self.num_cropped:,} images"
-        return f"the crop cuts off 20 % or more of a side of {of}; --fit auto tries other ways"
+        return f"the crop cuts off 20 % or more of a side of {of}; see run.py --fit"
 
     def describe_leaks(self) -> list[str]:
         """Effect of the leaks on the probe's score, a line for each split with leaks."""

@@ -94,7 +94,8 @@ def _describe_making(result: Result) -> str:
         "trained with": result.trained_with,
         "data": f"`{result.options.data}`: {sizes}",
         "audit of the data": result.audit.summary,
-        "input": f"{preprocess.width}x{preprocess.height}, {preprocess.interpolation}",
+        "input": f"{preprocess.width}x{preprocess.height}, {preprocess.interpolation}, fit "
+        f"{result.probe.backbone.fit}",
         "engine at save time": result.engine,
         "precision": f"{result.engine.precision}: {result.why_precision}",
         "probe alone": f"val {result.metric_name} {result.probe_metrics.score:.4f}",

@@ -223,7 +223,11 @@ def _making(result: Result) -> list[tuple[str, str]]:
         *began,
         ("data", result.options.data),
         ("audit of the data", result.audit.summary),
-        ("input", f"{preprocess.width}x{preprocess.height}, {preprocess.interpolation}"),
+        (
+            "input",
+            f"{preprocess.width}x{preprocess.height}, {preprocess.interpolation}, fit "
+            f"{result.probe.backbone.fit}",
+        ),
         ("engine", str(result.engine)),
         ("precision", f"{result.engine.precision}: {result.why_precision}"),
         ("probe", f"L2 {result.l2:.0e}"),

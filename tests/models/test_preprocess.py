@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from timm.data import create_transform
 
 from models.errors import GraftError
 from models.images import FORMATS, MAX_PIXELS, ImageError, Pixels, begins_as
@@ -560,6 +561,24 @@ def plainly_fitted(image: Image.Image, fit: Fit, side: int) -> Pixels:
 def test_each_fit_is_what_pillow_makes_of_it(fit: Fit, size: tuple[int, int]) -> None:
     crop = Preprocess(48, 48).fitted(fit)(encode(picture(*size), "PNG"))
     assert difference(crop, plainly_fitted(picture(*size), fit, 48)) < 2.5
+
+
+@pytest.mark.parametrize("size", [(150, 60), (60, 150), (500, 375)])
+@pytest.mark.parametrize("fit", FITS)
+def test_timms_transform_makes_the_same_square(fit: Fit, size: tuple[int, int]) -> None:
+    preprocess = Preprocess(96, 96).fitted(fit)
+    transform: Any = create_transform(
+        (3, 96, 96),
+        interpolation=preprocess.interpolation,
+        mean=preprocess.mean,
+        std=preprocess.std,
+        crop_pct=preprocess.crop_fraction,
+        crop_mode=preprocess.crop_mode,
+        normalize=False,
+    )
+    expected = np.asarray(transform(picture(*size))).transpose(1, 2, 0)
+    # timm cuts after resizing, to whole pixels.
+    assert difference(preprocess(encode(picture(*size), "PNG")), expected) < 1.5
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])

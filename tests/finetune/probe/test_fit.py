@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -16,6 +17,8 @@ from models.checkpoint import load_checkpoint
 from models.preprocess import Fit
 from models.scores import Floats
 from tests.conftest import SMALL_SIZE
+from tests.support.servers import serve
+from tests.support.shared import HANG_SECONDS
 
 COLOURS = {"red": (200, 40, 40), "blue": (40, 40, 200)}
 
@@ -79,8 +82,8 @@ def test_what_a_crop_would_cut_off_is_seen_in_training_and_in_the_service(
     with caplog.at_level("INFO", "graft"):
         cropped = load_checkpoint(run(options_of(wide, tmp_path, cache_dir, "crop")))
     assert (
-        "audit: the crop cuts off 20 % or more of a side of 80 images; --fit auto tries other "
-        in (" ".join(caplog.messages))
+        "audit: the crop cuts off 20 % or more of a side of 80 images; see run.py --fit"
+        in caplog.messages
     )
     fitted = load_checkpoint(run(options_of(wide, tmp_path, cache_dir, "auto")))
     accuracies = {}
@@ -98,6 +101,17 @@ def test_what_a_crop_would_cut_off_is_seen_in_training_and_in_the_service(
     assert fitted.config["pretrained_cfg"]["crop_pct"] == 1.0
     assert fitted.config["pretrained_cfg"]["crop_mode"] == fitted.preprocess.crop_mode
     assert fitted.preprocess.crop_mode == {"squash": "squash", "pad": "border"}[chosen]
+    assert f", fit {chosen} |" in (fitted.path / "README.md").read_text()
+    name, version = fitted.path.parent.name, fitted.path.name
+    with serve(tmp_path / "log", {"CHECKPOINTS": str(tmp_path / "checkpoints")}) as server:
+        for label in COLOURS:
+            for file in ("0.png", "1.png"):
+                answer = httpx.post(
+                    f"{server.url}/predict?model={name}&version={version}",
+                    files={"images": (wide / label / file).read_bytes()},
+                    timeout=HANG_SECONDS,
+                ).json()
+                assert answer["predictions"][0]["label"] == label
 
 
 def test_of_square_pictures_only_more_or_less_of_them_is_tried(

@@ -17,10 +17,10 @@ from sklearn.preprocessing import StandardScaler
 from finetune.evaluation.class_metrics import class_log_loss
 from finetune.evaluation.conformal import fit_temperature
 from finetune.probe import solve
+from finetune.probe.scaling import Scaling
 from finetune.probe.solve import (
     L2_PATH,
     Probe,
-    Scaling,
     soften,
     solve_head,
     solve_probe,
@@ -133,14 +133,14 @@ def test_of_many_images_a_part_finds_the_strength_and_all_are_solved_on(
     )
 
 
-def test_a_head_taken_out_of_raw_features_is_folded_in_again() -> None:
+def test_unfolding_undoes_folding_in() -> None:
     features, _ = noise(50, 6, 3)
     features[:, 2] = 1.0
     scaling = Scaling.of(features * 30 + 5)
-    weight, bias = noise(4, 6, 3)[0], noise(1, 4, 3)[0][0]
-    weight[:, 2] = 0
-    again, same = scaling.fold_in(scaling.take_out(weight, bias))
-    np.testing.assert_allclose(again, weight.T, rtol=1e-5, atol=1e-6)
+    weight, bias = noise(6, 4, 3)[0], noise(1, 4, 3)[0][0]
+    weight[2] = 0
+    again, same = scaling.fold_in(scaling.unfold(weight, bias))
+    np.testing.assert_allclose(again, weight, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(same, bias, rtol=1e-4, atol=1e-4)
 
 
