@@ -170,6 +170,7 @@ def _make_candidate(
         license="apache-2.0",
         is_pretrained=True,
         preprocess=Preprocess(height=224, width=224),
+        fit="crop",
     )
     return Candidate(
         name=name,
