@@ -82,7 +82,8 @@ def measure(model: nn.Module, args: argparse.Namespace) -> list[float]:
         caught = DepthwiseGradientsInFloat32() if is_caught else contextlib.nullcontext()
         with caught, torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bf16"):
             logits = model(images.contiguous(memory_format=memory_format))
-        nn.functional.cross_entropy(logits.float(), labels).backward()  # type: ignore[no-untyped-call]
+        loss = nn.functional.cross_entropy(logits.float(), labels)
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return time.perf_counter() - started

@@ -15,7 +15,13 @@ import argparse
 import json
 from pathlib import Path
 
-from fastai.vision.all import ImageDataLoaders, Resize, accuracy, set_seed, vision_learner  # type: ignore[import-not-found]
+from fastai.vision.all import (  # type: ignore[import-not-found]
+    ImageDataLoaders,
+    Resize,
+    accuracy,
+    set_seed,
+    vision_learner,
+)
 
 
 def main() -> None:

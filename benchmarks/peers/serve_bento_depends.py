@@ -29,7 +29,9 @@ class Predict:
     def __init__(self) -> None:
         self._classifier = load_classifier(num_threads=THREADS_PER_WORKER)
 
-    @bentoml.api(batchable=True, max_batch_size=MAX_BATCH_SIZE, max_latency_ms=10_000)  # type: ignore[untyped-decorator]
+    @bentoml.api(  # type: ignore[untyped-decorator]
+        batchable=True, max_batch_size=MAX_BATCH_SIZE, max_latency_ms=10_000
+    )
     def predict(self, inputs: npt.NDArray[Any]) -> list[Answer]:
         return self._classifier.predict(as_inputs(inputs))
 

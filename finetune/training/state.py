@@ -176,7 +176,8 @@ class TrainingState:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata()
-                tensors: Tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no mapping
+                names: list[str] = list(file.keys())
+                tensors: Tensors = {name: file.get_tensor(name) for name in names}
             rest = json.loads(metadata[METADATA_KEY])
             version = rest["format_version"]
             if version == _FORMAT_VERSION and metadata[_DIGEST_KEY] != _digest(

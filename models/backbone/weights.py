@@ -51,15 +51,13 @@ _MAX_DEPTH = 4
 # DistributedDataParallel's, torch.compile's, FSDP's and activation checkpointing's names.
 _OUTER_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _WRAPPERS = _OUTER_WRAPPERS[1:]
+_SCALAR = np._core.multiarray.scalar  # type: ignore[attr-defined]
 # What is saved beside weights, and runs no code when it is read: options and numpy's scalars.
 _HARMLESS = [
     argparse.Namespace,
     np.dtype,
     *(getattr(np.dtypes, name) for name in np.dtypes.__all__),
-    *(
-        (np._core.multiarray.scalar, f"numpy.{core}.multiarray.scalar")  # type: ignore[attr-defined]
-        for core in ("core", "_core")
-    ),
+    *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
 ]
 
 

@@ -80,7 +80,9 @@ def only_run(tmp_path: Path) -> Path:
 
 
 def read_metrics(tmp_path: Path) -> dict[str, dict[str, Any]]:
-    return json.loads((only_run(tmp_path) / "metrics.json").read_text())  # type: ignore[no-any-return]
+    text = (only_run(tmp_path) / "metrics.json").read_text()
+    metrics: dict[str, dict[str, Any]] = json.loads(text)
+    return metrics
 
 
 def assert_refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:

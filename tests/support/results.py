@@ -18,8 +18,8 @@ from finetune.probe.learning_curve import measure_learning_curve
 from finetune.probe.solve import Head, solve_probe
 from finetune.report.candidate import Candidate, CandidateName
 from finetune.report.result import Result
-from finetune.tasks.multi_label import MULTI_LABEL
 from finetune.tasks.single_label import SINGLE_LABEL
+from finetune.tasks.task import Task
 from models.engine.engine import EngineInfo
 from models.preprocess import Preprocess
 from models.scores import Floats, Labels
@@ -53,12 +53,12 @@ def make_result(
     *,
     is_trained: bool = False,
     publish: CandidateName = "probe",
-    is_multi_label: bool = False,
+    task: Task = SINGLE_LABEL,
     options: Mapping[str, Any] | None = None,
 ) -> Result:
     """Of 60 training and 40 validation images a class; `is_trained` adds a tuned candidate."""
-    drawn = _draw(num_classes, is_multi_label=is_multi_label)
-    task, labels = drawn.splits.task, drawn.labels
+    drawn = _draw(num_classes, task)
+    labels = drawn.labels
     solved = solve_probe(drawn.train, labels["train"], num_classes, task=task, seed=0)
     head = Head(solved.weight, solved.bias)
     logits = solved.logits(drawn.val)
@@ -117,14 +117,14 @@ def _sure_logits(labels: Labels, num_classes: int) -> Floats:
     return (8 * is_label - 4).astype(np.float32)
 
 
-def _draw(num_classes: int, *, is_multi_label: bool) -> _Drawn:
+def _draw(num_classes: int, task: Task) -> _Drawn:
     generator = np.random.default_rng(0)
     centres = generator.normal(0, 2, (num_classes, NUM_FEATURES))
 
     def draw(count: int) -> tuple[Floats, list[Any]]:
         classes = np.arange(count) % num_classes
         features = centres[classes] + generator.normal(0, 3, (count, NUM_FEATURES))
-        if not is_multi_label:
+        if task is SINGLE_LABEL:
             return features.astype(np.float32), [int(label) for label in classes]
         # The class, and for every fourth image the next one, too.
         named = [
@@ -139,7 +139,7 @@ def _draw(num_classes: int, *, is_multi_label: bool) -> _Drawn:
         names,
         _samples(train_labels),
         _samples(val_labels),
-        task=MULTI_LABEL if is_multi_label else SINGLE_LABEL,
+        task=task,
     )
     return _Drawn(splits, train, val)
 

@@ -213,7 +213,8 @@ def test_an_engine_that_rounds_differently_does_not_hit(
     tmp_path: Path, change: dict[str, object]
 ) -> None:
     fill(tmp_path, range(3))
-    with open_cache(tmp_path, info=dataclasses.replace(INFO, **change)) as cache:  # type: ignore[arg-type]
+    changed = dataclasses.replace(INFO, **change)  # type: ignore[arg-type]
+    with open_cache(tmp_path, info=changed) as cache:
         assert DIGESTS[0] not in cache
 
 

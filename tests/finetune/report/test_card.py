@@ -12,6 +12,7 @@ from finetune.auditing.findings import Audit, Finding
 from finetune.report.candidate import CandidateName
 from finetune.report.card import write_card
 from finetune.report.result import Result
+from finetune.tasks.multi_label import MULTI_LABEL
 from tests.support.pages import ParsedPage
 from tests.support.results import EPOCHS, make_result
 
@@ -87,7 +88,7 @@ def test_names_of_others_stay_text(result: Result) -> None:
 
 
 def test_any_number_of_labels_an_image_has_no_confused_pairs() -> None:
-    card = write_card(make_result(is_multi_label=True, is_trained=True), 7, RUN_DIR)
+    card = write_card(make_result(task=MULTI_LABEL, is_trained=True), 7, RUN_DIR)
     assert "Most confused" not in card
     assert "| label | precision | recall | F1 | average precision | images |" in card
 

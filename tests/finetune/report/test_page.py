@@ -15,6 +15,7 @@ from finetune.report.charts import chart_losses, chart_scores
 from finetune.report.page import write_report
 from finetune.report.plots import Mistake
 from finetune.report.result import Result
+from finetune.tasks.multi_label import MULTI_LABEL
 from tests.support.pages import ParsedPage
 from tests.support.results import EPOCHS, make_result
 
@@ -173,7 +174,7 @@ def test_names_of_others_stay_text(tuned: Result) -> None:
 
 
 def test_any_number_of_labels_an_image_has_no_matrix() -> None:
-    result = make_result(is_multi_label=True, is_trained=True)
+    result = make_result(task=MULTI_LABEL, is_trained=True)
     parsed = read(result)
     assert parsed.open == []
     assert "Confusion" not in parsed.words

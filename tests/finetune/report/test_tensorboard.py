@@ -12,6 +12,7 @@ from finetune.monitor import Monitor
 from finetune.report.plots import Mistake
 from finetune.report.result import Result
 from finetune.report.tensorboard import show_in_tensorboard, show_metrics
+from finetune.tasks.multi_label import MULTI_LABEL
 from finetune.tasks.single_label import SINGLE_LABEL
 from tests.support.events import read_events, text_of
 from tests.support.results import make_result
@@ -109,7 +110,7 @@ def test_both_candidates_have_metrics_and_confusion(
 
 
 def test_any_number_of_labels_an_image_has_no_confusion(monitor: Monitor, tmp_path: Path) -> None:
-    show_in_tensorboard(monitor, make_result(is_multi_label=True, is_trained=True), [])
+    show_in_tensorboard(monitor, make_result(task=MULTI_LABEL, is_trained=True), [])
     events = read_events(tmp_path)
     assert events.Tags()["images"] == ["val/worst_mistakes"]
     assert "candidates/tuned/val/mean_average_precision" in events.Tags()["scalars"]

@@ -294,7 +294,8 @@ def test_as_many_views_are_kept_as_are_asked_for_or_of_use(
         seen.add(activation.view(torch.int16).numpy().tobytes())
         if epoch <= expected:
             # The very view that this epoch would draw without the cache.
-            crop = WHOLE_NUMBERS(SPLITS.train[0].read(), view=draw_view(augment, 0, epoch, 0))  # type: ignore[arg-type]
+            view = draw_view(augment, 0, epoch, 0)  # type: ignore[arg-type]
+            crop = WHOLE_NUMBERS(SPLITS.train[0].read(), view=view)
             assert torch.equal(
                 activation.float(),
                 torch.from_numpy(crop.copy()).permute(2, 0, 1)[:, ::2, ::2].flatten().float(),

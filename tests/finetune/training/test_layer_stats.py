@@ -209,7 +209,8 @@ def test_gradients_that_explode_or_vanish_are_named(
     convolutions = (nn.Conv2d(3, 6, 3, bias=False), nn.Conv2d(6, 8, 3, bias=False))
     backbone = own(nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten()), 8)
     with torch.no_grad():
-        for module, scale in zip(backbone.model.backbone[:2], scales, strict=True):  # type: ignore[index]
+        stages = backbone.model.backbone[:2]  # type: ignore[index]
+        for module, scale in zip(stages, scales, strict=True):
             module.weight *= scale
     assert words in run_steps(backbone, tmp_path, caplog)
 
