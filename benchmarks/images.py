@@ -5,6 +5,10 @@ fashion-mnist   Debian's dataset-fashion-mnist: 28x28 grey photographs of clothe
 emoji           Microsoft's Fluent Emoji in 3D, 256x256 in colour (npm @lobehub/fluent-emoji-3d,
                 MIT), in Unicode's 9 groups (npm unicode-emoji-json, MIT); one skin tone each, so
                 that no picture is in both splits in another shade
+stamps          Debian's tuxpaint-stamps-default: photographs and drawings of all sizes and shapes,
+                in 8 folders (various free licences)
+clip-art        Debian's openclipart-png: drawings of all sizes and shapes, 150 each of the 10
+                largest folders (public domain)
 photos          500x334 JPEG crops of the two photographs that scikit-learn ships, one class each:
                 for speed only, the classes are trivial to tell apart
 
@@ -53,6 +57,11 @@ _FASHION_CLASSES = (
 )
 _EMOJI_PACKAGE = "@lobehub/fluent-emoji-3d@1.1.0"
 _EMOJI_GROUPS_PACKAGE = "unicode-emoji-json@0.9.0"
+_STAMPS_DIR = Path("usr/share/tuxpaint/stamps")
+_CLIP_ART_DIR = Path("usr/share/openclipart/png")
+# A few are posters of hundreds of megapixels.
+_MAX_CLIP_PIXELS = 10_000_000
+_MAX_SIDE = 512
 _PHOTO_SIZE = (500, 334)
 _WALLPAPER_WIDTH = 2_000
 _TILE_SIZE = (400, 300)
@@ -128,6 +137,66 @@ def make_emoji(data_dir: Path, *, limit: int | None = None) -> Path:
                     )
 
     return _make(data_dir / ("emoji" if limit is None else f"emoji-{limit}"), write)
+
+
+def make_stamps(data_dir: Path, root: Path) -> Path:
+    """The stamps below `root` in folders of 30 or more; one in five of each is val."""
+    return _make_from_folders(data_dir / "stamps", root / _STAMPS_DIR, min_images=30)
+
+
+def make_clip_art(data_dir: Path, root: Path) -> Path:
+    """150 pictures below `root` from each of the 10 largest folders; one in five is val."""
+    return _make_from_folders(
+        data_dir / "clip-art", root / _CLIP_ART_DIR, max_images=150, max_folders=10
+    )
+
+
+def _make_from_folders(
+    folder: Path,
+    source: Path,
+    *,
+    min_images: int = 1,
+    max_images: int | None = None,
+    max_folders: int | None = None,
+) -> Path:
+    """PNG pictures of a package's folders, without transparency, of at most 512 pixels a side.
+
+    They are ordered by a hash of their names.
+
+    A picture that is there twice under two names is taken once.
+    """
+
+    def write(target: Path) -> None:
+        if not source.is_dir():
+            raise RuntimeError(f"{source} is not there; {__doc__} says which package has it")
+        members: dict[str, list[Path]] = {}
+        seen: set[bytes] = set()
+        for path in sorted(source.rglob("*.png")):
+            digest = hashlib.sha256(path.read_bytes()).digest()
+            if digest not in seen and _count_pixels(path) <= _MAX_CLIP_PIXELS:
+                seen.add(digest)
+                members.setdefault(path.relative_to(source).parts[0], []).append(path)
+        named = members.keys() - {"special", "unsorted"}
+        largest = sorted(named, key=lambda name: (-len(members[name]), name))[:max_folders]
+        for name in largest:
+            paths = members[name]
+            if len(paths) < min_images:
+                continue
+            paths.sort(key=lambda path: hashlib.sha256(path.name.encode()).digest())
+            for index, path in enumerate(paths[:max_images]):
+                split = "train" if index % 5 else "val"
+                with Image.open(path) as opened:
+                    picture = _on_white(opened)
+                picture.thumbnail((_MAX_SIDE, _MAX_SIDE), Image.Resampling.LANCZOS)
+                _save(picture, target / split / name / f"{index:04d}.png")
+
+    return _make(folder, write)
+
+
+def _count_pixels(path: Path) -> int:
+    """From the header, for Pillow refuses to open the largest."""
+    width, height = (int.from_bytes(path.read_bytes()[at : at + 4], "big") for at in (16, 20))
+    return width * height
 
 
 def make_wallpaper_tiles(data_dir: Path, root: Path) -> Path:

@@ -221,7 +221,7 @@ class Options(BackboneOptions):
     """augmented views of each training image that are computed once and trained on, also by the
     probe; 1: the plain crop (gradient epochs use as many as there are epochs, at most four)"""
 
-    levels: Literal["last", "auto"] = "last"
+    levels: Literal["last", "auto"] = "auto"
     """what the probe's head reads. last: the network's last level. auto: the last one, the upper
     half, all, or all with a coarse grid of each, whichever has the least out-of-fold loss (the
     fewest of those that chance does not tell apart); for a little more time, more accuracy, most
