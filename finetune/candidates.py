@@ -69,6 +69,7 @@ def fit_probe(
         engine=engine,
         freeze="backbone",
         head=head,
+        last_head=head if levels is None else levels.last.head,
         logits=logits,
         features=features,
         metrics=_evaluate(splits, logits, labels, calibrated),
@@ -77,7 +78,9 @@ def fit_probe(
         seconds=timer.seconds,
         solved=solved,
         levels=levels,
-        last_metrics=None if levels is None else _evaluate_last(levels, splits, features, labels),
+        last_metrics=(
+            None if levels is None else _evaluate_on_val(levels.last.head, splits, features)
+        ),
     )
     logger.info(
         "probe: val %s %.4f, in %.1f s (L2 %.0e)",
@@ -106,15 +109,8 @@ def _solve(
     return levels.probe, levels
 
 
-def _evaluate_last(
-    levels: LevelProbes,
-    splits: Splits,
-    features: Mapping[SplitName, Features],
-    labels: Mapping[SplitName, Labels],
-) -> Metrics:
-    """On the validation images, of the head that timm reads."""
-    logits = levels.last.logits(features["val"]) / levels.last.temperature
-    return splits.task.evaluate(logits, labels["val"])
+def _evaluate_on_val(head: Head, splits: Splits, features: Mapping[SplitName, Features]) -> Metrics:
+    return splits.task.evaluate(head.logits(features["val"]), splits.labels(splits.val))
 
 
 def fine_tune(
@@ -161,10 +157,14 @@ def fine_tune(
         logger.info("converting the trained network to the engine's format …")
         network.model.cpu()
         head = _copy_head(network)
-        backbone = write_prepared(network, scratch / "trained")
+        backbone = write_prepared(network, scratch / "trained", all_levels=options.uses_all_levels)
         engine = open_engine(backbone, options.device, options.precision)
         features = _extract_again(splits, backbone, engine, options.workers, digests)
         engine.close()
+        trained_head = head
+        levels = _solve_anew(trained_head, features, labels, splits, backbone, options)
+        if levels is not None:
+            head = levels.probe.head
         logits = _compute_logits(head, features)
     calibration, calibrated = splits.task.calibrate_trained(
         logits, labels, options.coverage, options.seed
@@ -175,15 +175,64 @@ def fine_tune(
         engine=engine.info,
         freeze=options.freeze,
         head=head,
+        last_head=trained_head if _reads_levels(head, backbone) else head,
         logits=logits,
         features=features,
         metrics=_evaluate(splits, logits, labels, calibrated),
         calibration=calibration,
         calibrated=calibrated,
         seconds=timer.seconds,
+        levels=levels,
+        last_metrics=None if levels is None else _evaluate_on_val(trained_head, splits, features),
         best_epoch=trained.best_epoch,
         epochs=trained.epochs,
     )
+
+
+def _solve_anew(
+    trained: Head,
+    features: Mapping[SplitName, Features],
+    labels: Mapping[SplitName, Labels],
+    splits: Splits,
+    backbone: PreparedBackbone,
+    options: Options,
+) -> LevelProbes | None:
+    """Heads on the levels of the trained network, if the best of them is better than its own.
+
+    By more than chance on the validation images, as the candidates are compared. The network has
+    learnt from the training images, so what is left out of a fold is not new to it:
+    cross-validation says which levels and which L2 fit, but not how good the head is.
+    """
+    if len(backbone.level_sets) == 1:
+        return None
+    solve: dict[str, Any] = {
+        "task": splits.task,
+        "seed": options.seed,
+        "class_weights": _class_weights(labels["train"], splits, options.balance),
+    }
+    levels = solve_on_best_levels(
+        features["train"], labels["train"], len(splits.label_names), backbone.level_sets, **solve
+    )
+    scores = splits.task.compare(
+        trained.logits(features["val"]),
+        levels.probe.logits(features["val"]),
+        labels["val"],
+        _class_weights(labels["val"], splits, options.balance),
+    )
+    is_better = scores.interval.low > 0
+    logger.info(
+        "head solved anew on the trained network (%s): val %s %.4f, the trained one's %.4f: %s",
+        levels.chosen,
+        splits.task.metric_name,
+        scores.second,
+        scores.first,
+        "it answers" if is_better else "the trained one stays",
+    )
+    return levels if is_better else None
+
+
+def _reads_levels(head: Head, backbone: PreparedBackbone) -> bool:
+    return bool(head.weight.shape[1] > backbone.num_features)
 
 
 def compare(options: Options, splits: Splits, probe: Candidate, tuned: Candidate) -> Comparison:
@@ -234,14 +283,20 @@ def _extract_again(
     num_workers: int,
     digests: Mapping[str, bytes],
 ) -> dict[SplitName, Features]:
-    """Features of "val" and "test". Raises GraftError where an image is not what the probe saw."""
+    """Features of "val" and "test", of several levels those of "train" too.
+
+    Raises GraftError where an image is not what the probe saw.
+    """
+    only: tuple[SplitName, ...] = ("val", "test")
+    if len(backbone.level_sets) > 1:
+        only = ("train", *only)
     readable_splits, features = extract_splits(
         splits,
         backbone,
         engine,
         num_workers=num_workers,
         cache=None,
-        only=("val", "test"),
+        only=only,
         unreadable="ignored",
         digests=digests,
     )

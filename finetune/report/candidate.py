@@ -25,10 +25,12 @@ class Candidate:
 
     `logits` `[N,C]`, `metrics` and `calibrated` are of the splits that no candidate learnt from,
     "val" always among them; `features` `[N,F]` of those at least, of which the head reads the first
-    columns. `freeze` is the policy that holds for its backbone. `solved` is what cross-validation
-    said of a probe, `levels` among which levels it chose, `last_metrics` how good its head on the
-    last level alone is on "val". `best_epoch` and `epochs` are those of training, the best one 0
-    where none was better than the head that it began from.
+    columns. `last_head` is on the last level, as the network itself has it: `head` where that reads
+    no others. `freeze` is the policy that holds for its backbone. `solved` is what cross-validation
+    said of a probe, `levels` among which levels it chose, `last_metrics` how good the head on the
+    last level is on "val"; of a trained network both are None where its own head answers.
+    `best_epoch` and `epochs` are those of training, the best one 0 where none was better than the
+    head that it began from.
     """
 
     name: CandidateName
@@ -36,6 +38,7 @@ class Candidate:
     engine: EngineInfo
     freeze: str
     head: Head
+    last_head: Head
     logits: Mapping[SplitName, Floats]
     features: Mapping[SplitName, Features]
     metrics: Mapping[SplitName, Metrics]
@@ -64,11 +67,6 @@ class Candidate:
     def last(self) -> Probe:
         """The probe on the last level, which is `solved` where no other levels were tried."""
         return self.solution if self.levels is None else self.levels.last
-
-    @property
-    def last_head(self) -> Head:
-        """The head on the last level, which the network itself has."""
-        return self.head if self.levels is None else self.levels.last.head
 
     @property
     def has_level_head(self) -> bool:
