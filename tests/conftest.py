@@ -71,9 +71,13 @@ SMALL_SIZE = 96
 
 @pytest.fixture(autouse=True)
 def _levels_of_logging() -> None:
-    """A program that ran in this process, in a test before, has set levels."""
+    """A program that ran in this process, in a test before, has set levels or disabled loggers."""
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("graft").setLevel(logging.NOTSET)
+    # BentoML's server, started in this process, disables the loggers that are there already.
+    for name, known in logging.root.manager.loggerDict.items():
+        if name.startswith("graft") and isinstance(known, logging.Logger):
+            known.disabled = False
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -151,7 +155,9 @@ def cache_dir() -> Path:
     return Path(os.environ["XDG_CACHE_HOME"]) / "graft"
 
 
-def _prepare(image_size: int | None, cache_dir: Path, scratch_dir: Path) -> PreparedBackbone:
+def _prepare(
+    image_size: int | None, cache_dir: Path, scratch_dir: Path, *, all_levels: bool = False
+) -> PreparedBackbone:
     with locked("embedded backbone"):
         return prepare_backbone(
             "tf_efficientnet_lite0",
@@ -160,6 +166,7 @@ def _prepare(image_size: int | None, cache_dir: Path, scratch_dir: Path) -> Prep
             image_size=image_size,
             cache_dir=cache_dir,
             scratch_dir=scratch_dir,
+            all_levels=all_levels,
         )
 
 
@@ -173,6 +180,14 @@ def prepared(cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Prepa
 def small_prepared(cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> PreparedBackbone:
     """The same for images of `SMALL_SIZE`, a fifth of the work: where hundreds go through it."""
     return _prepare(SMALL_SIZE, cache_dir, tmp_path_factory.mktemp("scratch"))
+
+
+@pytest.fixture(scope="session")
+def small_levels_prepared(
+    cache_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> PreparedBackbone:
+    """The same with the features of all levels, as runs prepare it."""
+    return _prepare(SMALL_SIZE, cache_dir, tmp_path_factory.mktemp("scratch"), all_levels=True)
 
 
 @pytest.fixture(scope="session")

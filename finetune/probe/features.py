@@ -195,9 +195,8 @@ def prepare(
         backbone = backbone.stretched()
     logger.info("backbone %s, weights: %s", backbone.name, backbone.weights)
     if all_levels and len(backbone.level_sets) == 1:
-        logger.warning(
-            "--levels auto: %s does not show its stages (forward_intermediates), so its last "
-            "level is used",
+        logger.info(
+            "%s does not show its stages (forward_intermediates), so the head reads its last level",
             backbone.name,
         )
     if options.precision == "int8":

@@ -17,9 +17,9 @@ from models.scores import Floats, Labels
 
 logger = logging.getLogger("graft.probe")
 
-# Sets of levels are compared on at most so many images: on 2,000, the loss of a set is known to a
+# Sets of levels are compared on at most so many images: on 1,000, the loss of a set is known to a
 # few percent.
-_MAX_COMPARED = 2000
+_MAX_COMPARED = 1000
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def solve_on_best_levels(
             task=task,
             seed=seed,
             class_weights=class_weights,
-            l2_path=_path_near(probes[name].l2),
+            l2_path=_path_near(probes[name].l2, len(labels) / len(compared)),
         )
 
     probe = solve(chosen)
@@ -123,7 +123,10 @@ def choose_set(fold_losses: Floats) -> int:
     return best
 
 
-def _path_near(l2: float) -> tuple[float, ...]:
-    """The part of the path around a strength; more images want a weaker one."""
-    place = L2_PATH.index(l2)
-    return L2_PATH[max(0, place - 1) : place + 4]
+def _path_near(l2: float, times_more: float) -> tuple[float, ...]:
+    """The strengths around the best of a part of the images.
+
+    The penalty is on the mean loss: of twice as many images it is half as strong.
+    """
+    place = min(L2_PATH.index(l2) + round(2 * np.log10(times_more)), len(L2_PATH) - 1)
+    return L2_PATH[max(0, place - 1) : place + 2]

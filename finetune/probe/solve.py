@@ -31,6 +31,8 @@ logger = logging.getLogger("graft.probe")
 L2_PATH = tuple(10.0 ** (half / 2) for half in range(0, -11, -1))
 # Where strengths or sets of features are compared: it moves out-of-fold losses by a few percent.
 ROUGH_TOLERANCE = 1e-3
+# Where the best strength is looked for, before the folds are solved to the end at it alone.
+_SEARCH_TOLERANCE = 1e-4
 # Of at least twice as many images, so many find where on the path the best L2 lies.
 _MAX_SEARCHED = 2000
 # Of so many times as many features as images, the coordinates in the images' span save more time
@@ -95,8 +97,12 @@ def solve_probe(
         class_weights=class_weights,
     )
     folds = folds_of(features, labels)
-    if len(labels) < 2 * _MAX_SEARCHED or len(l2_path) == 1:
-        best = _search_from_the_strongest(folds, l2_path, tolerance)
+    if len(l2_path) == 1:
+        best = folds.solve(l2_path[0], folds.zero, tolerance)
+    elif len(labels) < 2 * _MAX_SEARCHED:
+        best = _search_from_the_strongest(folds, l2_path, max(tolerance, _SEARCH_TOLERANCE))
+        if tolerance < _SEARCH_TOLERANCE:
+            best = folds.solve(best.l2, best.solution, tolerance)
     else:
         part = np.sort(task.draw_order(labels, seed)[:_MAX_SEARCHED])
         rows = np.concatenate([part + view * len(labels) for view in range(num_views)])

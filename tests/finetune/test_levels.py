@@ -154,13 +154,14 @@ def test_a_damaged_head_is_refused(
         load_checkpoint(copy)
 
 
-def test_without_the_option_the_checkpoint_is_as_before(tmp_path: Path) -> None:
+def test_of_the_last_level_alone_the_checkpoint_is_as_before(tmp_path: Path) -> None:
     checkpoint = run(
         Options(
             data=str(write_noise_folders(tmp_path / "data", 6)),
             backbone="test_efficientnet",
             pretrained=False,
             image_size=64,
+            levels="last",
             output=tmp_path / "runs",
             repository=tmp_path / "checkpoints",
         )

@@ -178,6 +178,7 @@ def _make_candidate(
         engine=ENGINE,
         freeze=freeze,
         head=head,
+        last_head=head,
         logits={"val": logits},
         features={"train": drawn.train, "val": drawn.val},
         metrics={"val": metrics},

@@ -62,7 +62,7 @@ def test_the_levels_that_tell_classes_apart_are_read(informative: slice, chosen:
     assert (found.last is found.probe) == (chosen == "last")
     given = (features[:, : SETS[chosen]], labels, NUM_CLASSES)
     roughly = solve_probe(*given, seed=0, l2_path=L2_PATH[::2], tolerance=ROUGH_TOLERANCE)
-    expected = solve_probe(*given, seed=0, l2_path=levels._path_near(roughly.l2))
+    expected = solve_probe(*given, seed=0, l2_path=levels._path_near(roughly.l2, 1.0))
     np.testing.assert_allclose(found.probe.weight, expected.weight, atol=1e-4)
     assert found.to_dict()["chosen"] == chosen
     assert found.to_dict()["losses"].keys() == SETS.keys()

@@ -40,19 +40,23 @@ needs_bf16 = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def own_cache(small_prepared: PreparedBackbone, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def own_cache(
+    small_levels_prepared: PreparedBackbone, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A cache with the converted backbone for these tests alone.
 
     Whoever quantises first decides which images it is calibrated on.
     """
     own = tmp_path_factory.mktemp("cache")
-    shutil.copytree(small_prepared.folder, own / "backbones" / small_prepared.folder.name)
+    shutil.copytree(
+        small_levels_prepared.folder, own / "backbones" / small_levels_prepared.folder.name
+    )
     return own
 
 
 @pytest.fixture(scope="module")
-def backbone(small_prepared: PreparedBackbone, own_cache: Path) -> PreparedBackbone:
-    return read_prepared(own_cache / "backbones" / small_prepared.folder.name)
+def backbone(small_levels_prepared: PreparedBackbone, own_cache: Path) -> PreparedBackbone:
+    return read_prepared(own_cache / "backbones" / small_levels_prepared.folder.name)
 
 
 @pytest.fixture(scope="module")
