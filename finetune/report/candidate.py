@@ -83,7 +83,14 @@ class Candidate:
             for split, metrics in self.metrics.items()
         }
 
-    def to_dict(self, label_names: tuple[str, ...]) -> dict[str, Any]:
+    def levels_to_dict(self, metric: str) -> dict[str, Any] | None:
+        """Which levels were chosen, and how good the head on the last one is on "val"."""
+        if self.levels is None or self.last_metrics is None:
+            return None
+        last = {metric: self.last_metrics.score, "loss": self.last_metrics.loss}
+        return {**self.levels.to_dict(), "last": last}
+
+    def to_dict(self, label_names: tuple[str, ...], metric: str) -> dict[str, Any]:
         """As metrics.json holds each candidate where there are two."""
         return {
             **self.metrics_to_dict(label_names),
@@ -92,5 +99,6 @@ class Candidate:
             "freeze": self.freeze,
             "best_epoch": self.best_epoch,
             "epochs": [asdict(epoch) for epoch in self.epochs],
+            "levels": self.levels_to_dict(metric),
             "seconds": self.seconds,
         }

@@ -145,17 +145,12 @@ class Result:
             "published": self.chosen.name,
             "candidates": None
             if self.tuned is None
-            else {candidate.name: candidate.to_dict(names) for candidate in self.candidates},
-            "audit": self.audit.to_dict(),
-            "levels": None
-            if self.probe.levels is None or self.probe.last_metrics is None
             else {
-                **self.probe.levels.to_dict(),
-                "last": {
-                    self.metric: self.probe.last_metrics.score,
-                    "loss": self.probe.last_metrics.loss,
-                },
+                candidate.name: candidate.to_dict(names, self.metric)
+                for candidate in self.candidates
             },
+            "audit": self.audit.to_dict(),
+            "levels": self.probe.levels_to_dict(self.metric),
             "fit": {"chosen": self.probe.backbone.fit, "losses": {}}
             if self.fit is None
             else self.fit.to_dict(),

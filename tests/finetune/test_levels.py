@@ -169,3 +169,51 @@ def test_of_the_last_level_alone_the_checkpoint_is_as_before(tmp_path: Path) -> 
     assert json.loads((checkpoint / "config.json").read_text())["graft"]["format_version"] == 1
     assert not (checkpoint / LEVEL_HEAD_FILE).exists()
     assert metrics_of(checkpoint)["levels"] is None
+
+
+def train_tiny(folder: Path, **changes: Any) -> tuple[Path, dict[str, Any]]:
+    """A run that trains the last blocks; gives the tuned candidate's folder and its metrics."""
+    checkpoint = run(
+        Options(
+            **{
+                "data": str(write_noise_folders(folder / "data", 12, brighter=30)),
+                "backbone": "test_efficientnet",
+                "pretrained": False,
+                "image_size": 64,
+                "freeze": "until:blocks.3",
+                "epochs": 1,
+                "publish": "tuned",
+                "explain": "no",
+                "precision": "fp32",
+                "output": folder / "runs",
+                "repository": folder / "checkpoints",
+                **changes,
+            }
+        )
+    )
+    return checkpoint, metrics_of(checkpoint)["candidates"]["tuned"]
+
+
+def test_after_epochs_that_taught_nothing_the_head_is_solved_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(levels, "choose_set", lambda losses: list(range(len(losses)))[2])
+    checkpoint, tuned = train_tiny(tmp_path, head_init="zeros", lr=1e-6, backbone_lr=1e-8)
+    assert tuned["levels"]["chosen"] == CHOSEN
+    assert tuned["levels"]["last"]["accuracy"] < tuned["val"]["accuracy"]
+    assert load_checkpoint(checkpoint).head_weight.shape == (3, 808)
+    # The trained network's own head, which has hardly left zero, is the one that timm reads.
+    model = timm.create_model(f"local-dir:{checkpoint}", pretrained=True)
+    assert 0 < model.get_classifier().weight.abs().max() < 1e-3
+    snapshot = load_snapshot(Settings(CHECKPOINTS=checkpoint.parents[1]))
+    try:
+        assert not snapshot.refused
+    finally:
+        for backbone in snapshot.backbones:
+            backbone.engine.close()
+
+
+def test_a_trained_head_stays_where_one_solved_anew_is_no_better(tmp_path: Path) -> None:
+    checkpoint, tuned = train_tiny(tmp_path, head_init="probe", lr=1e-6, backbone_lr=1e-8)
+    assert tuned["levels"] is None
+    assert load_checkpoint(checkpoint).head_weight.shape == (3, 256)
