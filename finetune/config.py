@@ -29,6 +29,7 @@ from models.preprocess import Fit
 from models.sources import identify_source
 
 Augment = Literal["none", "light", "flip"]
+_GIVEN_TWICE = "given twice"
 _GRADIENT_OPTIONS = ("label_smoothing", "mix", "ema", "gradual", "layer_decay")
 
 
@@ -47,6 +48,46 @@ def _default_cache_dir() -> Path:
     if Path(xdg).is_absolute():
         return Path(xdg) / "graft"
     return find_home() / ".cache" / "graft"
+
+
+class _OneOfEach(yaml.SafeLoader):
+    """YAML without its surprises: a key that stands twice is an error, and 1:30 is text, not 90."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                line = key.start_mark.line + 1
+                raise yaml.YAMLError(f"{key.value} stands in it twice, again in line {line}")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_WHOLE_NUMBER = re.compile(r"[-+]?[0-9][0-9_]*$")
+_OneOfEach.yaml_implicit_resolvers = {
+    first: [
+        (tag, _WHOLE_NUMBER if tag == "tag:yaml.org,2002:int" else pattern)
+        for tag, pattern in resolvers
+        # A name may look like a date.
+        if tag != "tag:yaml.org,2002:timestamp"
+    ]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+class _StoreOnce(argparse.Action):
+    """Stores a value; a flag that is given twice is an error."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if hasattr(namespace, self.dest):
+            raise argparse.ArgumentError(self, _GIVEN_TWICE)
+        setattr(namespace, self.dest, values)
 
 
 class ProgramOptions(BaseModel):
@@ -217,7 +258,7 @@ class Options(BackboneOptions):
     """light: shifted and scaled crops. flip: also mirrored (not for digits or letters). none: the
     plain crop"""
 
-    views: int = Field(1, ge=1)
+    views: int = Field(1, ge=1, le=100)
     """augmented views of each training image that are computed once and trained on, also by the
     probe; 1: the plain crop (gradient epochs use as many as there are epochs, at most four)"""
 
@@ -227,7 +268,7 @@ class Options(BackboneOptions):
     fewest of those that chance does not tell apart); for a little more time, more accuracy, most
     of all where images are unlike those of the pretraining"""
 
-    fit: Literal["auto"] | Fit = "crop"
+    fit: Literal["auto", Fit] = "crop"
     """how a picture becomes the square that the network sees. crop: as it was pretrained, mostly
     the middle 87.5 % of the shorter side. whole: all of the shorter side. squash: all of both
     sides, each to its own scale. pad: all of both, with a grey margin. auto: the one with the least
@@ -435,9 +476,15 @@ def parse_options(kind: type[AnyOptions], arguments: list[str]) -> AnyOptions:
     Raises GraftError with one line for every wrong option; `--help` prints and exits.
     """
     given = _parse_flags(kind, arguments)
+    if given.get("config") == "":
+        raise GraftError("--config '': it must not be empty")
     from_file = _read_config(kind, Path(given["config"])) if "config" in given else {}
+    merged = {**from_file, **given}
+    empty = [name for name in kind.model_fields if merged.get(name) == ""]
+    if empty:
+        raise GraftError("\n".join(f"{flag_of(name)} '': it must not be empty" for name in empty))
     try:
-        return kind.model_validate({**from_file, **given})
+        return kind.model_validate(merged)
     except ValidationError as error:
         lines = [_describe_problem(kind, problem) for problem in error.errors()]
         raise GraftError("\n".join(lines)) from None
@@ -464,7 +511,12 @@ def _parse_flags(kind: type[ProgramOptions], arguments: list[str]) -> dict[str, 
     try:
         given, unknown = parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
-        _refuse_flag(kind, name_of_action[str(error.argument_name)])
+        if str(error.argument_name) not in name_of_action:
+            raise GraftError("--help: it takes no value") from None
+        refused = name_of_action[str(error.argument_name)]
+        if error.message == _GIVEN_TWICE:
+            raise GraftError(f"{flag_of(refused)}: it is given twice; say it once") from None
+        _refuse_flag(kind, refused)
     if unknown:
         _refuse_unknown(kind, unknown)
     return vars(given)
@@ -484,7 +536,9 @@ def _add_argument(parser: argparse.ArgumentParser, name: str, field: FieldInfo) 
         return parser.add_argument(
             flag_of(name), action=argparse.BooleanOptionalAction, help=text.replace("%", "%%")
         )
-    return parser.add_argument(flag_of(name), metavar=_metavar(field), help=text.replace("%", "%%"))
+    return parser.add_argument(
+        flag_of(name), action=_StoreOnce, metavar=_metavar(field), help=text.replace("%", "%%")
+    )
 
 
 def _metavar(field: FieldInfo) -> str:
@@ -531,13 +585,16 @@ def _did_you_mean(flag: str, known: list[str]) -> str:
 def _read_config(kind: type[ProgramOptions], path: Path) -> dict[str, Any]:
     allowed = "it takes a YAML file, such as the config.yaml of a run"
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loaded = yaml.load(path.read_text(encoding="utf-8"), _OneOfEach)
     except OSError as error:
         raise GraftError(f"--config {path}: {error.strerror}; {allowed}") from error
     except UnicodeDecodeError as error:
         raise GraftError(f"--config {path}: it is not text in UTF-8; {allowed}") from error
-    except yaml.YAMLError as error:
+    # A number of thousands of digits raises ValueError.
+    except (yaml.YAMLError, ValueError) as error:
         raise GraftError(f"--config {path}: it is not valid YAML: {error}") from error
+    except RecursionError:
+        raise GraftError(f"--config {path}: it is nested too deeply; {allowed}") from None
     if not isinstance(loaded, dict):
         raise GraftError(
             f"--config {path}: it must hold one `option: value` a line, as the config.yaml of a "
@@ -549,6 +606,16 @@ def _read_config(kind: type[ProgramOptions], path: Path) -> dict[str, Any]:
             f"--config {path}: unknown options {', '.join(unknown)}; "
             f"known are {', '.join(kind.model_fields)}"
         )
+    if "config" in loaded:
+        raise GraftError(f"--config {path}: config: a file cannot name another; leave it out")
+    for name, value in loaded.items():
+        field = kind.model_fields[name]
+        # Which pydantic would take for 1 and 0.
+        if isinstance(value, bool) and field.annotation is not bool:
+            raise GraftError(
+                f"--config {path}: {name}: {str(value).lower()}: it must be "
+                f"{describe_allowed(field)}"
+            )
     return loaded
 
 

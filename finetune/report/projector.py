@@ -79,14 +79,17 @@ def _principal_components(features: Floats) -> Floats:
 
     It takes milliseconds where an exact one takes seconds (Halko, Martinsson & Tropp 2011).
     """
-    centred = features - features.mean(axis=0)
+    # Products of products of large features would be infinite in float32.
+    scale = max(float(np.abs(features).max()), 1e-30)
+    centred = features / scale
+    centred -= centred.mean(axis=0)
     num_components = min(_NUM_COMPONENTS, *centred.shape)
     drawn = np.random.default_rng(0).standard_normal(
         (centred.shape[1], min(num_components + 8, *centred.shape)), np.float32
     )
     basis, _ = np.linalg.qr(centred @ (centred.T @ (centred @ drawn)))
     _, _, directions = np.linalg.svd(basis.T @ centred, full_matrices=False)
-    return np.asarray(centred @ directions[:num_components].T, np.float32)
+    return np.asarray(scale * (centred @ directions[:num_components].T), np.float32)
 
 
 def _describe(splits: Splits, candidate: Candidate, shown: npt.NDArray[np.int_]) -> list[str]:

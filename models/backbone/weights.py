@@ -46,6 +46,11 @@ _ENTRIES = (
 # Averages of the weights: timm's state_dict_ema, ConvNeXt's model_ema, ema, ema_state_dict …
 _EMA = re.compile(r"(^|[._])(ema|swa|averaged)([._]|$)")
 _AVERAGES_COUNTER = "n_averaged"  # of torch.optim.swa_utils.AveragedModel
+# As torch's zip files and safetensors complain.
+_CUT_SHORT = (
+    *("reading zip archive", "Invalid argument"),
+    *("header too small", "invalid header length", "not fully covered"),
+)
 _NOT_WEIGHTS = re.compile(r"optim|sched|scaler", re.IGNORECASE)
 _MAX_DEPTH = 4
 # DistributedDataParallel's, torch.compile's, FSDP's and activation checkpointing's names.
@@ -107,18 +112,44 @@ def load_strictly(
         if key in tensors and tensors[key].shape != own[key].shape and not is_head(key)
     ]
     if missing or extra or misshaped:
+        is_other = 2 * len(needed.intersection(missing)) > len(needed)
+        hint = "; they look like those of another architecture" if is_other else ""
         raise WeightsError(
-            f"{source}: the weights do not fit this network"
+            f"{source}: the weights do not fit this network{hint}"
             + "".join(
                 f"\n  {what} ({len(keys)}): {', '.join(keys[:5])}{' …' if len(keys) > 5 else ''}"
                 for what, keys in (("missing", missing), ("extra", extra), ("misshaped", misshaped))
                 if keys
             )
         )
+    unusable = [
+        f"{key} ({kind})"
+        for key in own
+        if key in tensors and not is_head(key)
+        if (kind := _describe_unusable(tensors[key], own[key])) is not None
+    ]
+    if unusable:
+        raise WeightsError(
+            f"{source}: {len(unusable)} tensors are no plain floating-point numbers: "
+            f"{join_first(unusable)}; where they were written, save model.float().state_dict()"
+        )
     fitting = {
         key: tensors[key] for key in own if key in tensors and tensors[key].shape == own[key].shape
     }
     model.load_state_dict({**own, **fitting})
+
+
+def _describe_unusable(tensor: torch.Tensor, own: torch.Tensor) -> str | None:
+    """Why `tensor` cannot take the place of `own`; None where it can."""
+    if tensor.is_meta:
+        return "without values, on the meta device"
+    if tensor.is_quantized:
+        return "quantized"
+    if tensor.layout != torch.strided:
+        return "sparse"
+    if own.is_floating_point() and not tensor.is_floating_point():
+        return str(tensor.dtype).removeprefix("torch.")
+    return None
 
 
 def check_finite(model: nn.Module, source: str, classifier: str) -> None:
@@ -168,6 +199,13 @@ def _read(path: Path) -> Any:
     # A file of another kind raises any of torch's, zipfile's or safetensors' errors.
     except Exception as error:
         kind_of_file = "safetensors" if isinstance(error, SafetensorError) else "state_dict"
+        if "TorchScript" in str(error):
+            raise WeightsError(
+                f"{path}: it is a TorchScript program, not weights; where it was written, save "
+                "model.state_dict()"
+            ) from error
+        if any(sign in str(error) for sign in _CUT_SHORT):
+            raise WeightsError(f"{path}: it is cut short; copy or download it again") from error
         raise WeightsError(
             f"{path}: not a {kind_of_file} file that can be read without running code from it "
             f"({first_line(error)})"
@@ -214,6 +252,14 @@ def _choose(names: Mapping[str, Any], source: str | Path, what: str) -> str:
     plain = [name for name in names if not _EMA.search(name)]
     averages = [name for name in names if name not in plain]
     known = [entry for entry in _ENTRIES if entry in plain]
+    if len(known) > 1:
+        logger.info(
+            "%s: taking %r; it holds %r too, which %s would take",
+            source,
+            known[0],
+            known[1],
+            with_entry(Path(str(source)), known[1]),
+        )
     candidates = known[:1] or plain or averages
     if len(candidates) > 1:
         raise WeightsError(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from models.errors import GraftError, describe_error
+
 _SEPARATOR = "::"
 _NUM_BYTES = 512
 # What lies where weights should, by the first bytes in lower case, and what to do about it.
@@ -49,6 +51,19 @@ def describe_foreign(path: Path) -> str | None:
         return "an empty file (0 bytes); copy or download it again"
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     return next((what for magic, what in _FOREIGN if text.startswith(magic)), None)
+
+
+def check_weights_file(weights: Path) -> None:
+    """Raise GraftError where `weights` cannot be weights: it is known before any work."""
+    path, _ = split_entry(weights)
+    try:
+        foreign = describe_foreign(path)
+    except FileNotFoundError:
+        raise GraftError(f"{path}: there is no such weights file") from None
+    except OSError as error:
+        raise GraftError(f"--weights {path}: {describe_error(error)}") from error
+    if foreign is not None:
+        raise GraftError(f"{path}: it is {foreign}")
 
 
 def is_safetensors(path: Path) -> bool:

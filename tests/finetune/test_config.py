@@ -121,6 +121,13 @@ def test_an_empty_config_is_refused(tmp_path: Path) -> None:
         ("freeze: [a]\n", "^--freeze .*: it must be text$"),
         ("strict: perhaps\n", "^--strict perhaps: it must be true or false$"),
         ("output: 3\n", "^--output 3: it must be a path$"),
+        ("epochs: 1\nlr: 0.1\nepochs: 2\n", "epochs stands in it twice, again in line 3$"),
+        ("config: other.yaml\n", "config: a file cannot name another; leave it out$"),
+        ("epochs: true\n", "epochs: true: it must be a whole number from 1 up$"),
+        ("epochs: 1:30\n", "^--epochs 1:30: it must be a whole number from 1 up$"),
+        (f"epochs: {5000 * '1'}\n", "it is not valid YAML: Exceeds the limit"),
+        (3000 * "[", "it is nested too deeply; it takes a YAML file"),
+        ("weights: ''\n", "^--weights '': it must not be empty$"),
     ],
 )
 def test_errors_in_a_file_name_the_option(tmp_path: Path, text: str, message: str) -> None:
@@ -162,6 +169,13 @@ def test_a_config_that_cannot_be_read_is_named_once(tmp_path: Path) -> None:
         ("--precision fp64", "--precision fp64: it must be auto, fp32, "),
         ("--augment heavy", "--augment heavy: it must be none, light or flip$"),
         ("--data=", "--data '': it must not be empty$"),
+        ("--output=", "--output '': it must not be empty$"),
+        ("--repository=", "--repository '': it must not be empty$"),
+        ("--cache-dir=", "--cache-dir '': it must not be empty$"),
+        ("--backbone=", "--backbone '': it must not be empty$"),
+        ("--config=", "--config '': it must not be empty$"),
+        ("--views 1000000000", "--views 1000000000: it must be a whole number from 1 to 100$"),
+        ("--fit middle", "--fit middle: it must be auto, crop, whole, squash or pad$"),
         ("--name Cats", "--name 'Cats': a model's name is"),
         ("--name ..", r"--name '\.\.': a model's name is"),
     ],
@@ -208,6 +222,8 @@ def test_all_bad_values_are_reported_together() -> None:
         ("--data --strict", "--data: it needs a value, text"),
         ("--config", "--config: it needs a value, a path"),
         ("--strict=perhaps", "--strict: it takes no value; say --strict or --no-strict"),
+        ("--help=1", "--help: it takes no value"),
+        ("--data a --data b", "--data: it is given twice; say it once"),
     ],
 )
 def test_a_flag_that_cannot_be_parsed_is_explained_in_one_line(

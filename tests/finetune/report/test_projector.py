@@ -21,7 +21,7 @@ from werkzeug.test import Client
 from finetune.data.splits import Sample, Splits
 from finetune.monitor import Monitor
 from finetune.report.candidate import Candidate
-from finetune.report.projector import write_projector
+from finetune.report.projector import _principal_components, write_projector
 from models.errors import GraftError
 from models.sources import EncodedImage
 from tests.support.images import draw_noise
@@ -171,3 +171,10 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "projector").write_text("a file where the folder should be")
     with pytest.raises(GraftError, match="projector: it cannot be written: File exists"):
         write(tmp_path, *make(5))
+
+
+def test_large_features_are_finite_points() -> None:
+    features = np.random.default_rng(0).normal(size=(20, 30)).astype(np.float32)
+    expected = _principal_components(features)
+    found = _principal_components(features * np.float32(1e25))
+    np.testing.assert_allclose(found, expected * np.float32(1e25), rtol=1e-3, atol=1e22)

@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import timm
 import torch
+from torch import nn
 
 from models.backbone.build import backbone_tensors, build_backbone
-from models.backbone.weights import WeightsError, read_state_dict
+from models.backbone.weights import WeightsError, load_strictly, read_state_dict
 from tests.support.weights import save_weights
 
 
@@ -227,7 +229,8 @@ def test_weights_of_another_network_are_refused(
     path = save_weights(resnet_weights, tmp_path / "resnet18.safetensors")
     with pytest.raises(
         WeightsError,
-        match=r"missing \(289\): conv_stem\.weight.*…\n  extra \(117\): layer1\..*…\n"
+        match=r"they look like those of another architecture\n"
+        r"  missing \(289\): conv_stem\.weight.*…\n  extra \(117\): layer1\..*…\n"
         r"  misshaped \(4\): bn1\.weight \[64\] instead",
     ):
         build_backbone("tf_efficientnet_lite0", num_classes=3, weights=path)
@@ -275,7 +278,12 @@ def test_a_pickle_with_code_in_it_is_refused_and_not_run(
         ("model.safetensors.index.json", b'{"weight_map": {}}', "it is JSON"),
         ("keras.h5", b"\x89HDF\r\n\x1a\n", "HDF5"),
         ("packed.pth", b"\x1f\x8b\x08\x00", "gunzip"),
-        ("cut.pth", b"PK\x03\x04" + bytes(40), "not a state_dict file that can be read"),
+        ("cut.pth", b"PK\x03\x04" + bytes(40), "it is cut short; copy or download it again"),
+        (
+            "cut.safetensors",
+            safetensors.torch.save({"a": torch.zeros(9)})[:-4],
+            "it is cut short; copy or download it again",
+        ),
     ],
 )
 def test_a_weights_file_that_cannot_be_read_is_named(
@@ -286,6 +294,51 @@ def test_a_weights_file_that_cannot_be_read_is_named(
         path.write_bytes(content)
     with pytest.raises(WeightsError, match=f"{name}: .*{message}"):
         build_backbone("test_resnet", num_classes=2, weights=path)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        (lambda tensor: tensor.to(torch.int8), "int8"),
+        (lambda tensor: tensor > 0, "bool"),
+        (lambda tensor: tensor + 1j, "complex64"),
+        (lambda tensor: tensor.to_sparse(), "sparse"),
+        (lambda tensor: tensor.to("meta"), "without values, on the meta device"),
+        (lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8), "quantized"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_tensors_that_are_no_plain_numbers_are_named(
+    change: Callable[[torch.Tensor], torch.Tensor], kind: str
+) -> None:
+    model = timm.create_model("test_resnet")
+    tensors = model.state_dict()
+    tensors["layer1.0.conv1.weight"] = change(tensors["layer1.0.conv1.weight"])
+    with pytest.raises(WeightsError) as caught:
+        load_strictly(model, tensors, "x.pth", "fc")
+    assert str(caught.value) == (
+        "x.pth: 1 tensors are no plain floating-point numbers: layer1.0.conv1.weight "
+        f"({kind}); where they were written, save model.float().state_dict()"
+    )
+
+
+def test_a_torchscript_program_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "scripted.pt"
+    traced = torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2))  # type: ignore[no-untyped-call]
+    torch.jit.save(traced, path)
+    with pytest.raises(WeightsError, match=r"it is a TorchScript program, not weights; .*save"):
+        read_state_dict(path)
+
+
+def test_of_several_entries_the_other_one_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tensors = {"a": torch.zeros(1)}
+    path = save_weights({"model": tensors, "state_dict": tensors}, tmp_path / "two.pth")
+    with caplog.at_level("INFO", "graft"):
+        read_state_dict(path)
+    expected = f"{path}: taking 'state_dict'; it holds 'model' too, which {path}::model would take"
+    assert expected in caplog.messages
 
 
 def test_a_pth_that_holds_no_tensors_is_refused(tmp_path: Path) -> None:
