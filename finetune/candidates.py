@@ -8,6 +8,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from finetune.config import Options
 from finetune.data.splits import Splits
 from finetune.evaluation.calibration import CalibrationQuality
@@ -46,6 +48,7 @@ def fit_probe(
     Of "train" they are `[V·N,F]`: all images in their first, plain view, then in their second, and
     so on.
     """
+    _refuse_constant(features["train"], backbone)
     labels = _labels_by_split(splits)
     # With --balance sampler, too: weighted sampling equals a weighted loss in expectation.
     class_weights = _class_weights(labels["train"], splits, options.balance)
@@ -90,6 +93,16 @@ def fit_probe(
         solved.l2,
     )
     return probe
+
+
+def _refuse_constant(features: Features, backbone: PreparedBackbone) -> None:
+    """Raise GraftError where all images have the same features, of which nothing can be learnt."""
+    if len(features) > 1 and float(np.ptp(features, axis=0).max()) == 0:
+        raise GraftError(
+            f"{backbone.name} gives the same features for all images, from which nothing can be "
+            f"learnt (weights: {backbone.weights}); are its weights all zero, or its output a "
+            "constant?"
+        )
 
 
 def _solve(

@@ -226,14 +226,21 @@ def _check_name(name: str) -> None:
     if name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) or timm.is_model(name):
         return
     known = timm.list_models()
+    # Hubs put the owner before the name.
+    owner, _, own = name.rpartition("/")
+    if owner and timm.is_model(own):
+        raise GraftError(
+            f"--backbone {name}: timm's name of it is {own}; of a model on the Hugging Face hub, "
+            f"say hf-hub:{name}"
+        )
     close = (
         difflib.get_close_matches(name, known, n=5, cutoff=0.6)
         or [model for model in known if name.lower() in model][:5]
     )
-    hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists the names"
+    hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists the names."
     raise GraftError(
         f"--backbone {name}: timm {timm.__version__} has no such model; {hint} "
-        "Your own is package.module:callable"
+        "A module of your own is package.module:callable"
     )
 
 

@@ -63,7 +63,8 @@ def build_custom(
     `weights` do not fit.
     """
     module = call_builder(name)
-    source = f"as built by {name}"
+    # Which may have read pretrained weights, or not.
+    source = f"as {name} gives them, pretrained or random"
     if weights is not None:
         load_strictly(module, read_state_dict(weights), f"--weights {weights}", "")
         source = f"file {weights.name}"
