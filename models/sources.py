@@ -33,6 +33,13 @@ logger = logging.getLogger("graft.sources")
 
 # Stands between the names in the column `labels` of a CSV.
 SEPARATOR = "|"
+# All that is read of a CSV.
+_COLUMNS = ("path", "label", "labels", "split")
+# Names, without case and punctuation, of columns that usually say which split an image is of.
+_SPLIT_COLUMNS = re.compile(
+    r"(sub|image)?sets?|(cv|k)?folds?|partitions?|phases?|splits?|usage"
+    r"|(is|in)?(train|val|valid|test)(ing|idation)?|(data|dataset|set)(split|type)"
+)
 # First bytes of files that are neither a folder nor a CSV, and what they are.
 _MAGIC = {
     b"7z\xbc\xaf\x27\x1c": "a 7z archive; unpack it, and name the folder",
@@ -208,6 +215,7 @@ def _load_csv(path: Path) -> Source:
         if "split" in columns:
             splits.append(_read_split(path, number, row["split"]))
     notes = (
+        *_check_unused_columns(path, columns, rows),
         *_check_paths(path, labelled),
         *_find_contradictions(labelled),
         *_find_joined_labels(labelled),
@@ -322,7 +330,8 @@ def _check_columns(path: Path, columns: Sequence[str]) -> None:
             f"--data {path}: it has both label and labels; keep label for one an image, "
             "or labels for any number of them"
         )
-    if "path" not in columns or not {"label", "labels"} & set(columns):
+    misspelt = {name.strip().lower() for name in columns} & set(_COLUMNS) - set(columns)
+    if misspelt or "path" not in columns or not {"label", "labels"} & set(columns):
         raise GraftError(
             f"--data {path}: it needs the columns path,label and perhaps split; "
             f"it has {_describe_columns(columns)} (where images have several labels, path,labels, "
@@ -330,6 +339,30 @@ def _check_columns(path: Path, columns: Sequence[str]) -> None:
         )
     if twice := sorted({name for name in columns if name and columns.count(name) > 1}):
         raise GraftError(f"--data {path}: it has the column {twice[0]} more than once; keep one")
+
+
+def _check_unused_columns(
+    path: Path, columns: Sequence[str], rows: Sequence[tuple[int, dict[Any, Any]]]
+) -> tuple[str, ...]:
+    """A note on columns that are not read. Raises GraftError where one may be the split."""
+    unused = [name for name in columns if name.strip() and name not in _COLUMNS]
+    for name in unused if "split" not in columns else ():
+        values = sorted({(row[name] or "").strip() for _, row in rows})
+        # A column with one value divides nothing.
+        if len(values) > 1 and _may_be_split(name, values):
+            raise GraftError(
+                f"--data {path}: the column {name!r} ({join_first(values, 3)}) may say which split "
+                "an image is of, and it is not read; if it does, call it split, with the values "
+                "train, val and test; otherwise remove it"
+            )
+    return (f"columns not used: {join_first(unused)}",) if unused else ()
+
+
+def _may_be_split(name: str, values: Sequence[str]) -> bool:
+    plain = re.sub(r"[\W_]+", "", name.casefold())
+    return _SPLIT_COLUMNS.fullmatch(plain) is not None or all(
+        read_split_name(value) for value in values
+    )
 
 
 def _check_row(path: Path, number: int, row: dict[Any, Any], columns: Sequence[str]) -> None:
@@ -368,7 +401,7 @@ def _describe_columns(columns: Sequence[str]) -> str:
             if separator in columns[0]:
                 return f"{columns[0]!r}, separated by {name}; save it separated by commas"
     lowered = {column.strip().lower() for column in columns}
-    if "path" in lowered and lowered & {"label", "labels"}:
+    if lowered & set(_COLUMNS) - set(columns):
         names = ", ".join(map(repr, columns))
         return f"{names}; write them in small letters, without spaces around them"
     return ", ".join(columns) or "none"

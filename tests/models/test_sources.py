@@ -166,3 +166,48 @@ def test_what_is_odd_in_a_csv_is_told(tmp_path: Path, text: str, note: str) -> N
 def test_a_semicolon_belongs_to_a_name_where_bars_separate(tmp_path: Path) -> None:
     source = read(write_csv(tmp_path, "path,labels\na.png,x;1|y\nb.png,x;1\n", "a.png", "b.png"))
     assert [labels for _, labels, _ in source.labelled] == [("x;1", "y"), ("x;1",)]
+
+
+@pytest.mark.parametrize("name", ["Split", "SPLIT", " split", "split ", "Labels"])
+def test_a_column_that_is_nearly_a_known_one_stops(tmp_path: Path, name: str) -> None:
+    path = write_csv(tmp_path, f"path,label,{name}\na.png,x,train\nb.png,y,test\n")
+    with pytest.raises(GraftError, match=f"{name!r}; write them in small letters, without spaces"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("subset", ("train", "test")),
+        ("Set", ("a", "b")),
+        ("fold", ("1", "2")),
+        ("partition", ("0", "2")),
+        ("is_valid", ("True", "False")),
+        ("is_train", ("1", "0")),
+        ("phase", ("train", "val")),
+        ("used for", ("training", "validation")),
+    ],
+)
+def test_a_column_that_may_be_the_split_stops(
+    tmp_path: Path, name: str, values: tuple[str, str]
+) -> None:
+    text = f"path,label,{name}\na.png,x,{values[0]}\nb.png,y,{values[1]}\n"
+    with pytest.raises(GraftError) as raised:
+        read(write_csv(tmp_path, text, "a.png", "b.png"))
+    assert f"the column {name!r} ({', '.join(sorted(values))})" in str(raised.value)
+    assert "call it split, with the values train, val and test; otherwise remove it" in str(
+        raised.value
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "note"),
+    [
+        ("path,label,split,fold,note\na.png,x,train,1,n\nb.png,y,val,2,m\n", "fold, note"),
+        ("path,label,subset\na.png,x,all\nb.png,y,all\n", "subset"),
+        ("path,label,author,\na.png,x,me,\nb.png,y,you,\n", "author"),
+        ("path,label,split,Split\na.png,x,train,a\nb.png,y,val,b\n", "Split"),
+    ],
+)
+def test_columns_that_are_not_used_are_named(tmp_path: Path, text: str, note: str) -> None:
+    assert read(write_csv(tmp_path, text, "a.png", "b.png")).notes == (f"columns not used: {note}",)
