@@ -6,6 +6,7 @@ with the way out of each.
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import unicodedata
@@ -221,10 +222,8 @@ def _check_depth(root: Path, folders: Sequence[Path]) -> None:
                 f"class; if the classes are {_list(inner)} in it, say --data {only[0]}"
             )
         only = inner
-    found = [
-        {read_split_name(path.name) for path in _visible_folders(folder)} - {None}
-        for folder in folders
-    ]
+    inside = {folder: _visible_folders(folder) for folder in folders}
+    found = [{read_split_name(path.name) for path in paths} - {None} for paths in inside.values()]
     with_splits = [folder for folder, names in zip(folders, found, strict=True) if names]
     if any(len(names) > 1 for names in found):
         raise GraftError(
@@ -239,6 +238,55 @@ def _check_depth(root: Path, folders: Sequence[Path]) -> None:
             "segmentation, not classes; put the images of each class in a folder named after the "
             "class, or list them in a CSV with path,label"
         )
+    _check_repeated_folders(root, inside)
+
+
+def _check_repeated_folders(root: Path, inside: dict[Path, list[Path]]) -> None:
+    """Raise GraftError where the folders have the same folders in them, as splits would have."""
+    nested = {folder: paths for folder, paths in inside.items() if paths}
+    found = [{path.name for path in paths} for paths in nested.values()]
+    if len(found) < 2 or not _share_folders(found):
+        return
+    # Only now are files looked for, which takes longer.
+    if any(_holds_image(folder) for folder in inside if folder not in nested) or any(
+        _is_image(path) for folder in nested for path in folder.iterdir()
+    ):
+        return
+    names_of = {
+        folder: {path.name for path in paths if _holds_image(path)}
+        for folder, paths in nested.items()
+    }
+    shared = _share_folders(list(names_of.values()))
+    if not shared:
+        return
+    outer, inner = _list(list(names_of)), join_first([f"{name}/" for name in sorted(shared)])
+    similar = [
+        f"{folder.name}/ looks like {split}/"
+        for folder in names_of
+        if (split := _guess_split(folder.name)) is not None
+    ]
+    hint = f" ({join_first(similar)})" if similar else ""
+    raise GraftError(
+        f"--data {root}: {outer} would be the classes, and each of them has {inner} in it. If "
+        f"{inner} are the classes and {outer} are splits{hint}, rename those to train/, val/ and "
+        "test/; if they are no splits, put the images of each class together in one folder; if "
+        f"{outer} are the classes, list the images in a CSV with path,label"
+    )
+
+
+def _share_folders(names: Sequence[set[str]]) -> set[str]:
+    """The names in all of the folders; none where they are a wrapper, or few of the names."""
+    shared = set.intersection(*names)
+    return shared if len(shared) > 1 and 2 * len(shared) >= len(set.union(*names)) else set()
+
+
+def _guess_split(name: str) -> str | None:
+    """The split that a misspelt name seems to mean."""
+    plain = re.sub(r"[\W\d_]+", "", name.casefold())
+    for split, words in _SPLIT_WORDS.items():
+        if difflib.get_close_matches(plain, words.split("|"), 1, 0.75):
+            return split
+    return None
 
 
 def _check_wrapped_splits(root: Path, classes_of: dict[Path, list[Path]]) -> None:
@@ -246,7 +294,8 @@ def _check_wrapped_splits(root: Path, classes_of: dict[Path, list[Path]]) -> Non
         elsewhere = {
             path.name for other, paths in classes_of.items() if other != folder for path in paths
         }
-        if len(classes) == 1 and classes[0].name not in elsewhere:
+        # The only folder of one split, or the same of all.
+        if len(classes) == 1 and (classes[0].name not in elsewhere or len(elsewhere) == 1):
             inner = _visible_folders(classes[0])
             if len(inner) > 1:
                 raise GraftError(
@@ -296,7 +345,7 @@ def _look_beside(root: Path, parent: Path, unread: Unread) -> None:
     for path in sorted(parent.iterdir()):
         if _is_hidden(path.name) or path.is_dir():
             continue
-        if path.suffix.lower() in _IMAGE_SUFFIXES:
+        if _is_image(path):
             unread.loose.append(path)
         elif path.is_symlink() and not path.exists() and not path.suffix:
             raise GraftError(
@@ -374,11 +423,11 @@ def _is_hidden(name: str) -> bool:
 
 
 def _holds_image(folder: Path) -> bool:
-    return any(
-        Path(name).suffix.lower() in _IMAGE_SUFFIXES
-        for _, _, names in os.walk(folder)
-        for name in names
-    )
+    return any(_is_image(Path(name)) for _, _, names in os.walk(folder) for name in names)
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in _IMAGE_SUFFIXES
 
 
 def _identify(path: Path) -> _Identity:

@@ -97,12 +97,26 @@ def test_splits_are_read_as_splits(tmp_path: Path, paths: list[str], expected: s
         (["valid", "invalid"], {"valid", "invalid"}),
         (["test", "control"], {"test", "control"}),
         (["dev/2023", "production/2022"], {"dev", "production"}),
+        (["cat/images", "dog/images"], {"cat", "dog"}),
     ],
 )
 def test_a_class_may_be_called_what_a_split_is_called(
     tmp_path: Path, paths: list[str], expected: set[str]
 ) -> None:
     assert count(read_image_folder(write(tmp_path, *paths))) == dict.fromkeys(expected, 2)
+
+
+@pytest.mark.parametrize(
+    "paths",
+    [
+        [*classes("cats", "dogs"), "cats/1.jpg"],
+        ["cats/left", "cats/right", "dogs/left", "dogs/front"],
+        [*(f"cats/{year}" for year in range(2010, 2020)), "dogs/2010", "dogs/2011"],
+        ["cats/left", "cats/right", "dogs"],
+    ],
+)
+def test_folders_within_classes_are_parts_of_them(tmp_path: Path, paths: list[str]) -> None:
+    assert set(count(read_image_folder(write(tmp_path, *paths)))) == {"cats", "dogs"}
 
 
 @pytest.mark.parametrize(
@@ -133,6 +147,33 @@ def test_a_class_may_be_called_what_a_split_is_called(
             ["move them up"],
         ),
         (["cat/train", "cat/test", "dog/train"], "have splits in them", ["above the classes"]),
+        (
+            classes("train/images", "val/images"),
+            "train/ has only the folder images/ in it, with cat/, dog/",
+            ["move them up into train/"],
+        ),
+        (
+            classes("fold1", "fold2"),
+            "fold1/, fold2/ would be the classes, and each of them has cat/, dog/ in it",
+            ["rename those to train/, val/", "put the images of each class together", "CSV with"],
+        ),
+        (
+            classes("Trainning", "vaildation"),
+            "would be the classes",
+            ["(Trainning/ looks like train/, vaildation/ looks like val/)", "rename those to"],
+        ),
+        (
+            [*classes("train2", "test2"), "train2/emu", "notes/readme.txt"],
+            "test2/, train2/ would be the classes",
+            ["test2/ looks like test/, train2/ looks like train/"],
+        ),
+        (classes("original", "augmented"), "would be the classes", ["CSV with path,label"]),
+        (classes("2023", "2024"), "would be the classes", ["CSV with path,label"]),
+        (
+            classes("train/2023", "train/2024", "val/2023", "val/2024"),
+            "2023/, 2024/ would be the classes",
+            ["CSV with path,label"],
+        ),
         (["images", "labels/1.txt"], "for detection or segmentation", ["path,label"]),
         (["train/images", "train/labels/1.txt"], "for detection or seg", ["path,label"]),
     ],
