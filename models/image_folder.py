@@ -141,16 +141,32 @@ def read_image_folder(root: Path) -> ImageFolder:
 
 
 def check_unicode_forms(data: str, names: Sequence[str]) -> None:
-    """Raise GraftError where two names look the same and differ by their Unicode form alone."""
+    """Raise GraftError where two names look the same and differ by Unicode form or outer spaces."""
     known: dict[str, str] = {}
     for name in names:
-        other = known.setdefault(unicodedata.normalize("NFC", name), name)
+        other = known.setdefault(unicodedata.normalize("NFC", name).strip(), name)
         if other != name:
+            is_spaced = name.strip() != name or other.strip() != other
+            by = "spaces around the name" if is_spaced else "Unicode form"
             raise GraftError(
-                f"--data {data}: two class names look the same, {name!r}: they differ by Unicode "
-                f"form alone, {other!a} and {name!a}; give both one spelling where they "
+                f"--data {data}: two class names look the same, {name!r}: they differ by {by} "
+                f"alone, {other!a} and {name!a}; give both one spelling where they "
                 "are one class, or other names where they are two"
             )
+
+
+def find_case_twins(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Pairs of names that differ by case alone; single letters, which may be read, are none.
+
+    They may be two classes, so they are no error.
+    """
+    known: dict[str, str] = {}
+    pairs = []
+    for name in names:
+        other = known.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+        if other != name and len(name) > 1:
+            pairs.append((other, name))
+    return pairs
 
 
 def _choose_splits(root: Path, folders: Sequence[Path]) -> dict[Path, SplitName]:

@@ -16,7 +16,7 @@ from finetune.tasks.single_label import SINGLE_LABEL
 from finetune.tasks.task import Label, Task
 from models.errors import GraftError, join_first
 from models.files import write_whole
-from models.image_folder import check_unicode_forms
+from models.image_folder import check_unicode_forms, find_case_twins
 from models.scores import Labels
 from models.sources import (
     EncodedImage,
@@ -145,10 +145,21 @@ def load_splits(
             "readable (--strict stops here; without it they are left out)"
         )
     splits = _to_splits(data, source.labelled, source.splits, val_fraction, seed, kept)
-    _log_seen(data, splits, source.notes)
+    _log_seen(data, splits, (*source.notes, *_describe_case_twins(splits.label_names)))
     if check:
         _check_classes(splits, f"--data {data}")
     return splits
+
+
+def _describe_case_twins(names: Sequence[str]) -> tuple[str, ...]:
+    """A note on class names that differ by case alone."""
+    twins = [f"{first} and {second}" for first, second in find_case_twins(names)]
+    if not twins:
+        return ()
+    return (
+        f"names that differ by case alone ({join_first(twins)}): give them one spelling where "
+        "they are one class",
+    )
 
 
 def _log_seen(data: str, splits: Splits, notes: Sequence[str]) -> None:
@@ -279,6 +290,7 @@ def _check_classes(splits: Splits, where: str) -> None:
             f"train/ and val/ together in one folder of class folders and Graft splits them{anew}"
         )
     if problems:
+        problems += _describe_case_twins(splits.label_names)
         raise GraftError(f"{where}: {'; '.join(problems)}")
 
 

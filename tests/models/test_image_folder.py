@@ -14,7 +14,13 @@ from pathlib import Path
 import pytest
 
 from models.errors import GraftError
-from models.image_folder import ImageFolder, check_unicode_forms, read_image_folder, read_split_name
+from models.image_folder import (
+    ImageFolder,
+    check_unicode_forms,
+    find_case_twins,
+    read_image_folder,
+    read_split_name,
+)
 
 
 def write(root: Path, *paths: str) -> Path:
@@ -315,3 +321,15 @@ def test_names_that_differ_by_unicode_form_alone_are_told_apart_in_words() -> No
     with pytest.raises(GraftError) as raised:
         check_unicode_forms("photos", [decomposed, composed])
     assert "differ by Unicode form alone, 'cafe\\u0301' and 'caf\\xe9'" in str(raised.value)
+
+
+@pytest.mark.parametrize("names", [("cat", "cat "), (" cat", "cat"), ("cat\xa0", "cat")])
+def test_names_that_differ_by_outer_spaces_alone_stop(names: tuple[str, str]) -> None:
+    with pytest.raises(GraftError, match="they differ by spaces around the name alone"):
+        check_unicode_forms("photos", names)
+    check_unicode_forms("photos", ["a cat", "acat"])
+
+
+def test_names_that_differ_by_case_alone_are_found() -> None:
+    names = ["A", "CAT", "a", "cat", "dog", "straße", "STRASSE"]
+    assert find_case_twins(names) == [("CAT", "cat"), ("straße", "STRASSE")]

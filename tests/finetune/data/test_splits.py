@@ -292,6 +292,24 @@ def test_class_folders_without_a_file_are_named(
     assert caplog.records[0].levelname == "WARNING"
 
 
+@pytest.mark.parametrize(
+    "counts", [{"Cat": 4, "cat": 4, "dog": 4}, {"train/cat": 2, "train/Cat": 2, "val/cat": 2}]
+)
+def test_names_that_differ_by_case_alone_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, counts: dict[str, int]
+) -> None:
+    load(write_images(tmp_path, counts), check=False)
+    assert "names that differ by case alone (Cat and cat): give them one spelling" in caplog.text
+
+
+def test_a_class_spelt_otherwise_in_val_is_named_in_the_error(tmp_path: Path) -> None:
+    write_images(tmp_path, {"train/cat": 2, "train/dog": 2, "val/Cat": 2, "val/dog": 2})
+    with pytest.raises(
+        GraftError, match=r"class 'Cat' has no image to train on.*case alone \(Cat and cat\)"
+    ):
+        load(tmp_path)
+
+
 # CSV files.
 
 
