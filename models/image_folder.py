@@ -49,6 +49,8 @@ _SYSTEM_FOLDERS = {
 # Only to decide what a folder is: what is read as an image depends on a file's content.
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".dib", ".webp"}
 _IMAGE_SUFFIXES |= {".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".heic", ".heif"}
+# Belong to the spelling of Persian and Indic words, and to emoji.
+_JOINERS = "\u200c\u200d"
 # Folders beside images/ that annotations of detection and segmentation are kept in.
 _ANNOTATIONS = {"labels", "annotations", "masks", "gt", "xml", "ground_truth"}
 
@@ -348,8 +350,16 @@ def _read_classes(
     return images
 
 
+def is_printable_name(name: str) -> bool:
+    """Whether a class may be called so: without control characters and bytes that are no text."""
+    return not any(
+        unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp") and char not in _JOINERS
+        for char in name
+    )
+
+
 def _check_class_name(parent: Path, name: str) -> None:
-    if not name.isprintable() or any("\ud800" <= char <= "\udfff" for char in name):
+    if not is_printable_name(name):
         raise GraftError(
             f"--data {parent}: the class folder {name!r} has a name that is no printable text; "
             "rename it"

@@ -27,7 +27,7 @@ from PIL import Image
 
 from models.errors import GraftError, describe_error, join_first
 from models.image_folder import SplitName as SplitName
-from models.image_folder import read_image_folder, read_split_name
+from models.image_folder import is_printable_name, read_image_folder, read_split_name
 
 logger = logging.getLogger("graft.sources")
 
@@ -376,8 +376,15 @@ def _check_row(path: Path, number: int, row: dict[Any, Any], columns: Sequence[s
         raise GraftError(f"{line} a path with a NUL in it, which no file has")
     if not (row["path"] or "").strip():
         raise GraftError(f"{line} no path")
-    if "label" in columns and not (row["label"] or "").strip():
+    column = "label" if "label" in columns else "labels"
+    label = (row[column] or "").strip()
+    if column == "label" and not label:
         raise GraftError(f"{line} no label")
+    if not is_printable_name(label):
+        raise GraftError(
+            f"{line} {label!r} in {column}, which is no printable text; take line breaks and "
+            "control characters out"
+        )
 
 
 def _read_split(path: Path, number: int, name: str | None) -> SplitName:

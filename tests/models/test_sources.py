@@ -211,3 +211,20 @@ def test_a_column_that_may_be_the_split_stops(
 )
 def test_columns_that_are_not_used_are_named(tmp_path: Path, text: str, note: str) -> None:
     assert read(write_csv(tmp_path, text, "a.png", "b.png")).notes == (f"columns not used: {note}",)
+
+
+@pytest.mark.parametrize("column", ["label", "labels"])
+@pytest.mark.parametrize(
+    "label", ["a\nb", "a\tb", "a\x1b[0m", "a\0", "a\u202eb", "a\u2028b", "\x7f"]
+)
+def test_a_label_is_printable_text(tmp_path: Path, column: str, label: str) -> None:
+    path = write_csv(tmp_path, f'path,{column}\na.png,y|x\nb.png,"{label}"\n', "a.png", "b.png")
+    with pytest.raises(GraftError, match=f"has .* in {column}, which is no printable text; take"):
+        read(path)
+
+
+def test_labels_of_any_script_are_read(tmp_path: Path) -> None:
+    names = ["New\xa0York", "全角\u3000空白", "می\u200cشود", "👩\u200d🚀", "naïve"]
+    text = "".join(f"a.png,{name}\n" for name in names)
+    source = read(write_csv(tmp_path, f"path,label\n{text}", "a.png"))
+    assert [label for _, label, _ in source.labelled] == names
