@@ -46,6 +46,8 @@ _SYSTEM_FOLDERS = {
     "lost+found",
     "_vti_cnf",
 }
+# Files and folders of programs that hold no images of their own: macOS, git, git-annex, DVC.
+_HIDDEN_BY_SYSTEM = {".DS_Store", ".git", ".dvc", ".Spotlight-V100", ".fseventsd"}
 # Only to decide what a folder is: what is read as an image depends on a file's content.
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".dib", ".webp"}
 _IMAGE_SUFFIXES |= {".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".heic", ".heif"}
@@ -68,6 +70,8 @@ class Unread:
     loops: list[Path] = field(default_factory=list)
     system: list[Path] = field(default_factory=list)
     dangling: list[Path] = field(default_factory=list)
+    no_files: list[Path] = field(default_factory=list)
+    hidden: list[Path] = field(default_factory=list)
 
     def describe(self, root: Path) -> tuple[str, ...]:
         """A clause for each kind, with names relative to `root`."""
@@ -89,6 +93,13 @@ class Unread:
             notes.append(f"links back to a folder above them: {names(self.loops)}")
         if self.system:
             notes.append(f"folders of the system, such as thumbnails: {names(self.system)}")
+        if self.hidden:
+            notes.append(
+                f"hidden images and folders with images: {len(self.hidden):,} "
+                f"({names(self.hidden)})"
+            )
+        if self.no_files:
+            notes.append(f"pipes, devices and sockets: {names(self.no_files)}")
         if self.dangling:
             notes.append(
                 f"links to nothing: {len(self.dangling):,} ({names(self.dangling)}); fetch their "
@@ -369,7 +380,10 @@ def _check_class_name(parent: Path, name: str) -> None:
 def _look_beside(root: Path, parent: Path, unread: Unread) -> None:
     """Note images beside class folders. Raises GraftError for a class that is a link to nothing."""
     for path in sorted(parent.iterdir()):
-        if _is_hidden(path.name) or path.is_dir():
+        if path.is_dir():
+            continue
+        if _is_hidden(path.name):
+            _note_hidden(path, False, unread)
             continue
         if _is_image(path):
             unread.loose.append(path)
@@ -411,8 +425,7 @@ def _find_images(folder: Path, unread: Unread) -> list[Path]:
             is_link = entry.is_symlink()
             is_folder = path.is_dir() if is_link else entry.is_dir()
             if _is_hidden(entry.name):
-                if is_folder and not entry.name.startswith("."):
-                    unread.system.append(path)
+                _note_hidden(path, is_folder, unread)
             elif is_folder:
                 (links if is_link else folders).append(path)
             elif path.is_file() if is_link else entry.is_file():
@@ -420,6 +433,8 @@ def _find_images(folder: Path, unread: Unread) -> list[Path]:
             elif is_link and not path.exists():
                 images.append(path)
                 unread.dangling.append(path)
+            else:
+                unread.no_files.append(path)
     return sorted(images)
 
 
@@ -432,10 +447,22 @@ def _visible_folders(folder: Path, unread: Unread | None = None) -> list[Path]:
             raise
         return []
     if unread is not None:
-        unread.system += [
-            path for path in folders if _is_hidden(path.name) and not path.name.startswith(".")
-        ]
+        for path in folders:
+            if _is_hidden(path.name):
+                _note_hidden(path, True, unread)
     return [path for path in folders if not _is_hidden(path.name)]
+
+
+def _note_hidden(path: Path, is_folder: bool, unread: Unread) -> None:
+    """Note a folder of the system, and what is hidden and is or has an image."""
+    if not path.name.startswith("."):
+        if is_folder:
+            unread.system.append(path)
+        return
+    if path.name in _HIDDEN_BY_SYSTEM or path.name.startswith("._"):
+        return
+    if _holds_image(path) if is_folder else _is_image(path):
+        unread.hidden.append(path)
 
 
 def _is_hidden(name: str) -> bool:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import codecs
 import csv
+import functools
 import gzip
 import importlib.util
 import inspect
 import io
 import logging
+import os
 import re
 import stat
 import tarfile
@@ -33,6 +35,7 @@ logger = logging.getLogger("graft.sources")
 
 # Stands between the names in the column `labels` of a CSV.
 SEPARATOR = "|"
+_FILE, _NOTHING = "a file", "nothing"
 # All that is read of a CSV.
 _COLUMNS = ("path", "label", "labels", "split")
 # Names, without case and punctuation, of columns that usually say which split an image is of.
@@ -136,10 +139,9 @@ def _load_path(data: str, path: Path) -> Source:
         _refuse_other_files(path)
         source = _load_csv(path)
     else:
-        kind = "a pipe" if stat.S_ISFIFO(path.stat().st_mode) else "a device or socket"
         raise GraftError(
-            f"--data {data}: it is {kind}, which can be read only once; write it to a CSV file, "
-            "and name that"
+            f"--data {data}: it is {_kind_of(path)}, which can be read only once; write it to a "
+            "CSV file, and name that"
         )
     if data != "digits":
         return source
@@ -217,7 +219,7 @@ def _load_csv(path: Path) -> Source:
     notes = (
         *_check_unused_columns(path, columns, rows),
         *_check_paths(path, labelled),
-        *_find_contradictions(labelled),
+        *_find_repeats(labelled),
         *_find_joined_labels(labelled),
     )
     return Source(labelled, splits if "split" in columns else None, notes)
@@ -245,8 +247,23 @@ def _check_separator(path: Path, rows: Sequence[tuple[int, dict[Any, Any]]]) -> 
 
 
 def _check_paths(path: Path, labelled: Labelled) -> tuple[str, ...]:
-    """A note on images that are not there. Raises GraftError where a label has no other."""
-    gone = [each for each in labelled if isinstance(each[2], Path) and not _is_there(each[2])]
+    """A note on images that are not there.
+
+    Raises GraftError where a label has no other, and for what is no regular file: it is named
+    without being opened, since reading a pipe or a device may never end.
+    """
+    kinds = [_kind_of(image) if isinstance(image, Path) else _FILE for _, _, image in labelled]
+    others = [
+        f"{each[0]} ({kind})"
+        for each, kind in zip(labelled, kinds, strict=True)
+        if kind not in (_FILE, _NOTHING)
+    ]
+    if others:
+        raise GraftError(
+            f"--data {path}: {len(others):,} of {len(labelled):,} paths are no image files: "
+            f"{join_first(others)}; list regular files"
+        )
+    gone = [each for each, kind in zip(labelled, kinds, strict=True) if kind == _NOTHING]
     if not gone:
         return ()
     names = join_first([key for key, _, _ in gone])
@@ -261,11 +278,17 @@ def _check_paths(path: Path, labelled: Labelled) -> tuple[str, ...]:
     return (found,)
 
 
-def _is_there(path: Path) -> bool:
+def _kind_of(path: Path) -> str:
+    """What stands at `path`."""
     try:
-        return path.exists()
+        mode = path.stat().st_mode
     except OSError:
-        return False
+        return _NOTHING
+    if stat.S_ISREG(mode):
+        return _FILE
+    if stat.S_ISDIR(mode):
+        return "a folder"
+    return "a pipe" if stat.S_ISFIFO(mode) else "a device or socket"
 
 
 def _count_labels(labelled: Labelled) -> Counter[str]:
@@ -274,23 +297,33 @@ def _count_labels(labelled: Labelled) -> Counter[str]:
     )
 
 
-def _find_contradictions(labelled: Labelled) -> tuple[str, ...]:
-    """A note on paths that are listed with different labels."""
+def _find_repeats(labelled: Labelled) -> tuple[str, ...]:
+    """A note on images that are listed again, with other labels or the same."""
+    resolve = functools.cache(os.path.realpath)
+    keys_of: dict[str, list[str]] = {}
     labels_of: dict[str, set[str]] = {}
-    for key, named, _ in labelled:
+    for key, named, image in labelled:
+        # Links to folders are followed; a link to a file is found as a duplicate.
+        place = f"{resolve(image.parent)}/{image.name}" if isinstance(image, Path) else key
+        keys_of.setdefault(place, []).append(key)
         label = named if isinstance(named, str) else SEPARATOR.join(named)
-        labels_of.setdefault(key, set()).add(label)
-    twice = [
-        f"{key} ({', '.join(sorted(labels))})"
-        for key, labels in labels_of.items()
-        if len(labels) > 1
+        labels_of.setdefault(place, set()).add(label)
+    again = [place for place, keys in keys_of.items() if len(keys) > 1]
+    differ = [
+        f"{', '.join(dict.fromkeys(keys_of[place]))} ({', '.join(sorted(labels_of[place]))})"
+        for place in again
+        if len(labels_of[place]) > 1
     ]
-    if not twice:
-        return ()
-    return (
-        f"paths with different labels: {len(twice):,}, {join_first(twice, 3)}; keep one line for "
-        f"each, or write labels with {SEPARATOR} between them in a column labels",
-    )
+    same = [keys_of[place][0] for place in again if len(labels_of[place]) == 1]
+    notes = []
+    if differ:
+        notes.append(
+            f"paths with different labels: {len(differ):,}, {join_first(differ, 3)}; keep one line "
+            f"for each, or write labels with {SEPARATOR} between them in a column labels"
+        )
+    if same:
+        notes.append(f"paths listed more than once: {len(same):,}, {join_first(same, 3)}")
+    return ("; ".join(notes),) if notes else ()
 
 
 def _find_joined_labels(labelled: Labelled) -> tuple[str, ...]:

@@ -205,7 +205,11 @@ def test_doubtful_folders_stop_with_the_ways_out(
         (["__MACOSX/cat/1.jpg"], "such as thumbnails: __MACOSX"),
         (["dog/#recycle/1.jpg"], "such as thumbnails: dog/#recycle"),
         (["$RECYCLE.BIN/1.jpg"], "such as thumbnails: $RECYCLE.BIN"),
-        (["emu/.hidden.jpg"], "no file in the class folders emu"),
+        (["emu/.DS_Store"], "no file in the class folders emu"),
+        (
+            ["cat/.3.jpg", "cat/.old/4.jpg", ".trash/5.PNG", ".6.jpg", "cat/._1.jpg", ".x/y.txt"],
+            "hidden images and folders with images: 4 (.trash, .6.jpg, cat/.3.jpg, cat/.old)",
+        ),
         (["cat/Thumbs.db", "cat/ehthumbs.db", "cat/SYNOFILE_THUMB_M.jpg"], None),
         (["notes.txt", ".DS_Store/x.jpg"], None),
     ],
@@ -215,6 +219,23 @@ def test_what_is_left_out_is_named(tmp_path: Path, paths: list[str], note: str |
     assert count(found) == {"cat": 2, "dog": 2}
     notes = found.unread.describe(tmp_path)
     assert ([note] if note else []) == [each[-len(note) :] if note else each for each in notes]
+
+
+def test_a_class_with_hidden_images_alone_is_named_with_them(tmp_path: Path) -> None:
+    found = read_image_folder(write(tmp_path, "cat", "dog", "emu/.hidden.jpg"))
+    assert found.unread.describe(tmp_path) == (
+        "no file in the class folders emu",
+        "hidden images and folders with images: 1 (emu/.hidden.jpg)",
+    )
+
+
+def test_pipes_in_class_folders_are_named_and_not_opened(tmp_path: Path) -> None:
+    write(tmp_path, "cat", "dog")
+    os.mkfifo(tmp_path / "cat" / "3.jpg")
+    (tmp_path / "dog" / "3.jpg").symlink_to("/dev/zero")
+    found = read_image_folder(tmp_path)
+    assert count(found) == {"cat": 2, "dog": 2}
+    assert found.unread.describe(tmp_path) == ("pipes, devices and sockets: cat/3.jpg, dog/3.jpg",)
 
 
 def test_folders_beside_splits_and_images_beside_their_classes_are_named(tmp_path: Path) -> None:

@@ -148,6 +148,12 @@ def test_what_is_doubtful_in_a_csv_stops(tmp_path: Path, text: str, message: str
         ),
         ("path,labels\na.png,x|y\na.png,x\n", "paths with different labels: 1, a.png (x, x|y)"),
         (
+            "path,label\na.png,x\n./a.png,y\n{folder}/../{folder.name}/a.png,x\nb.png,y\n",
+            "paths with different labels: 1, a.png, ./a.png, {folder}/../{folder.name}/a.png "
+            "(x, y); keep one line for each",
+        ),
+        ("path,label\na.png,x\nb.png,y\nb.png,y\n", "paths listed more than once: 1, b.png"),
+        (
             "path,label\na.png,x\nb.png,y\ngone.png,y\n",
             "1 of 3 images are not there, looked for in {folder}: gone.png",
         ),
@@ -159,6 +165,7 @@ def test_what_is_doubtful_in_a_csv_stops(tmp_path: Path, text: str, message: str
     ],
 )
 def test_what_is_odd_in_a_csv_is_told(tmp_path: Path, text: str, note: str) -> None:
+    text = text.format(folder=tmp_path)
     (found,) = read(write_csv(tmp_path, text, "a.png", "b.png")).notes
     assert found.startswith(note.format(folder=tmp_path))
 
@@ -228,3 +235,15 @@ def test_labels_of_any_script_are_read(tmp_path: Path) -> None:
     text = "".join(f"a.png,{name}\n" for name in names)
     source = read(write_csv(tmp_path, f"path,label\n{text}", "a.png"))
     assert [label for _, label, _ in source.labelled] == names
+
+
+def test_what_is_no_regular_file_in_a_csv_is_named_and_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "p")
+    (tmp_path / "folder").mkdir()
+    text = "path,label\na.png,dog\np,cat\n/dev/zero,cat\nfolder,dog\n"
+    with pytest.raises(GraftError) as raised:
+        read(write_csv(tmp_path, text, "a.png"))
+    assert (
+        "3 of 4 paths are no image files: p (a pipe), /dev/zero (a device or socket), folder (a "
+        "folder); list regular files"
+    ) in str(raised.value)
