@@ -209,7 +209,7 @@ def _load_csv(path: Path) -> Source:
     splits: list[SplitName] = []
     for number, row in rows:
         _check_row(path, number, row, columns)
-        name = row["path"].strip()
+        name = _choose_path(path.parent, row["path"])
         label = (
             _parse_label_names(row["labels"] or "") if "labels" in columns else row["label"].strip()
         )
@@ -223,6 +223,12 @@ def _load_csv(path: Path) -> Source:
         *_find_joined_labels(labelled),
     )
     return Source(labelled, splits if "split" in columns else None, notes)
+
+
+def _choose_path(folder: Path, text: str) -> str:
+    """A path without spaces around it, which belong to a name only where a file is called so."""
+    stripped = text.strip()
+    return text if text != stripped and _kind_of(folder / text) != _NOTHING else stripped
 
 
 def _check_separator(path: Path, rows: Sequence[tuple[int, dict[Any, Any]]]) -> None:
@@ -282,7 +288,8 @@ def _kind_of(path: Path) -> str:
     """What stands at `path`."""
     try:
         mode = path.stat().st_mode
-    except OSError:
+    # ValueError: a name with a NUL in it.
+    except (OSError, ValueError):
         return _NOTHING
     if stat.S_ISREG(mode):
         return _FILE
@@ -342,11 +349,14 @@ def _find_joined_labels(labelled: Labelled) -> tuple[str, ...]:
 def _read_rows(path: Path) -> tuple[Sequence[str], list[tuple[int, dict[Any, Any]]]]:
     """The columns, and the rows with their line numbers."""
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            # The reader counts blank lines, and line breaks in quotes.
-            rows = [(reader.line_num, row) for row in reader]
-            return reader.fieldnames or (), rows
+        try:
+            return _parse_rows(path, "strict")
+        except UnicodeDecodeError as error:
+            # The name of a file may hold bytes that are no text, and splits.csv has them.
+            columns, rows = _parse_rows(path, "surrogateescape")
+            if not _are_names_of_files(path.parent, columns, rows):
+                raise error
+            return columns, rows
     except csv.Error as error:
         raise GraftError(f"--data {path}: not a CSV that can be read: {error}") from error
     except UnicodeDecodeError as error:
@@ -355,6 +365,32 @@ def _read_rows(path: Path) -> tuple[Sequence[str], list[tuple[int, dict[Any, Any
         raise GraftError(
             f"--data {path}: it is {encoding}; save it as CSV in UTF-8, separated by commas"
         ) from error
+
+
+def _parse_rows(path: Path, errors: str) -> tuple[Sequence[str], list[tuple[int, dict[Any, Any]]]]:
+    with path.open(newline="", encoding="utf-8-sig", errors=errors) as file:
+        reader = csv.DictReader(file)
+        # The reader counts blank lines, and line breaks in quotes.
+        rows = [(reader.line_num, row) for row in reader]
+        return reader.fieldnames or (), rows
+
+
+def _are_names_of_files(
+    folder: Path, columns: Sequence[str], rows: Sequence[tuple[int, dict[Any, Any]]]
+) -> bool:
+    """Whether all bytes that are no text stand in paths of files that are there."""
+    if any(map(_is_undecoded, columns)):
+        return False
+    return all(
+        column == "path" and _kind_of(folder / value) != _NOTHING
+        for _, row in rows
+        for column, value in row.items()
+        if _is_undecoded(value)
+    )
+
+
+def _is_undecoded(value: object) -> bool:
+    return isinstance(value, str) and any("\ud800" <= char <= "\udfff" for char in value)
 
 
 def _check_columns(path: Path, columns: Sequence[str]) -> None:

@@ -462,6 +462,29 @@ def test_splits_csv_reads_back_as_the_same_splits(tmp_path: Path) -> None:
     assert [sample.read() for sample in again.val] == [sample.read() for sample in splits.val]
 
 
+@pytest.mark.parametrize("name", [b"\xff.png", b"1 ", b" 1.png", b"a\n1.png", b"00.png "])
+def test_splits_csv_reads_back_whatever_files_are_called(tmp_path: Path, name: bytes) -> None:
+    write_images(tmp_path / "photos", {"cat": 6, "dog": 6})
+    odd = Path(os.fsdecode(os.fsencode(tmp_path / "photos" / "cat") + b"/" + name))
+    odd.write_bytes(b"odd")
+    splits = load(tmp_path / "photos")
+    splits.write_csv(tmp_path / "splits.csv")
+    again = load(tmp_path / "splits.csv")
+    assert again == splits
+    assert b"odd" in {sample.read() for sample in (*again.train, *again.val)}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"path,label\n\xff.png,v\xf6gel\n", b"path,label,\xff\n\xff.png,x,\n", b"p\xffth,label\n"],
+)
+def test_bytes_that_are_no_text_are_read_in_paths_alone(tmp_path: Path, content: bytes) -> None:
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png")).touch()
+    (tmp_path / "list.csv").write_bytes(content)
+    with pytest.raises(GraftError, match="it is not text in UTF-8; save it as CSV in UTF-8"):
+        load(tmp_path / "list.csv")
+
+
 def test_splits_csv_has_names_that_are_no_text(tmp_path: Path) -> None:
     """And a later run finds its images by them."""
     write_images(tmp_path / "photos", {"cat": 6, "dog": 6})
