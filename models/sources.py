@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from models.errors import GraftError, describe_error, join_first
+from models.errors import GraftError, describe_error, first_line, join_first
 from models.image_folder import SplitName as SplitName
 from models.image_folder import is_printable_name, read_image_folder, read_split_name
 
@@ -43,6 +43,7 @@ _SPLIT_COLUMNS = re.compile(
     r"(sub|image)?sets?|(cv|k)?folds?|partitions?|phases?|splits?|usage"
     r"|(is|in)?(train|val|valid|test)(ing|idation)?|(data|dataset|set)(split|type)"
 )
+_EXPORT = "write its images to class folders, or list them in a CSV with path,label"
 # First bytes of files that are neither a folder nor a CSV, and what they are.
 _MAGIC = {
     b"7z\xbc\xaf\x27\x1c": "a 7z archive; unpack it, and name the folder",
@@ -487,12 +488,14 @@ def _load_torchvision(name: str, root: Path) -> Source:
     # Imported here: it imports torch, which other sources do not need.
     import torchvision
 
+    base = torchvision.datasets.VisionDataset
     factory = getattr(torchvision.datasets, name, None)
-    if not inspect.isclass(factory) or not issubclass(factory, torchvision.datasets.VisionDataset):
+    if not inspect.isclass(factory) or not issubclass(factory, base) or factory is base:
         raise GraftError(
             f"--data torchvision:{name}: torchvision has no such data set; "
             "for example FashionMNIST, OxfordIIITPet, Flowers102, Food101"
         )
+    _check_torchvision(factory, name)
     labelled: Labelled = []
     splits: list[SplitName] = []
     arguments_of = _torchvision_splits(factory)
@@ -501,12 +504,32 @@ def _load_torchvision(name: str, root: Path) -> Source:
         if dataset is None:
             continue
         names = getattr(dataset, "classes", None)
-        for index, label in enumerate(_torchvision_labels(dataset)):
+        for index, label in enumerate(_torchvision_labels(dataset, name)):
             label_name = str(names[label]) if names is not None else str(label)
             key = f"torchvision:{name}/{split}/{index}"
             labelled.append((key, label_name, TorchvisionImage(dataset, index)))
             splits.append(split)
     return Source(labelled, splits if len(arguments_of) > 1 else None)
+
+
+def _check_torchvision(factory: Any, name: str) -> None:
+    """Raise GraftError for a data set that needs more than a folder and a split."""
+    if name in ("ImageFolder", "DatasetFolder"):
+        raise GraftError(
+            f"--data torchvision:{name}: it is a reader of class folders; say --data FOLDER"
+        )
+    parameters = inspect.signature(factory).parameters
+    needed = [
+        each.name
+        for each in parameters.values()
+        if each.default is each.empty and each.kind is not each.VAR_KEYWORD and each.name != "root"
+    ]
+    if needed or "root" not in parameters:
+        reason = f"it needs {join_first(needed)} too" if needed else "it is made without files"
+        raise GraftError(
+            f"--data torchvision:{name}: {reason}, and Graft gives a data set the arguments root, "
+            f"train or split, and download; {_EXPORT}"
+        )
 
 
 def _torchvision_splits(factory: Any) -> dict[SplitName, dict[str, Any]]:
@@ -522,15 +545,27 @@ def _torchvision_splits(factory: Any) -> dict[SplitName, dict[str, Any]]:
 
 def _open_torchvision(factory: Any, name: str, root: Path, arguments: dict[str, Any]) -> Any | None:
     """The data set from disk, else downloaded; None where it has no such split."""
+    # A class may hand it on to the one that it is made of.
+    can_download = any(
+        "download" in inspect.signature(it).parameters for it in factory.__mro__[:-1]
+    )
     try:
-        return factory(root=str(root), download=False, **arguments)
+        return factory(root=str(root), **({"download": False} if can_download else {}), **arguments)
     except ValueError:
         return None
-    except (RuntimeError, FileNotFoundError):
+    except (RuntimeError, FileNotFoundError) as error:
+        if not can_download:
+            raise GraftError(
+                f"--data torchvision:{name}: it is not under --data-root {root} "
+                f"({first_line(error)}), and torchvision does not download it; put its files there"
+            ) from error
         logger.info("torchvision:%s is not under %s: downloading it", name, root)
+    except (TypeError, ImportError) as error:
+        raise GraftError(f"--data torchvision:{name}: {first_line(error)}; {_EXPORT}") from error
     try:
         return factory(root=str(root), download=True, **arguments)
-    except (OSError, RuntimeError) as error:
+    # ValueError: the address that torchvision knows is gone, and it says so.
+    except (OSError, RuntimeError, ValueError) as error:
         reason = " ".join(describe_error(error).split())
         raise GraftError(
             f"--data torchvision:{name}: it is not under --data-root {root} and could not be "
@@ -539,12 +574,18 @@ def _open_torchvision(factory: Any, name: str, root: Path, arguments: dict[str, 
         ) from error
 
 
-def _torchvision_labels(dataset: Any) -> list[int]:
-    for attribute in ("targets", "labels", "_labels"):
-        labels = getattr(dataset, attribute, None)
-        if labels is not None:
-            return [int(label) for label in labels]
-    return [int(dataset[index][1]) for index in range(len(dataset))]
+def _torchvision_labels(dataset: Any, name: str) -> list[int]:
+    try:
+        for attribute in ("targets", "labels", "_labels"):
+            labels = getattr(dataset, attribute, None)
+            if labels is not None:
+                return [int(label) for label in labels]
+        return [int(dataset[index][1]) for index in range(len(dataset))]
+    except (TypeError, ValueError, IndexError, ImportError) as error:
+        raise GraftError(
+            f"--data torchvision:{name}: its images have no class numbers ({first_line(error)}); "
+            f"{_EXPORT}"
+        ) from error
 
 
 def _encode(image: Image.Image) -> bytes:

@@ -619,3 +619,46 @@ def test_a_folder_that_cannot_be_read_stops_a_strict_run(
     else:
         assert len(load(tmp_path).train) == 6
         assert message in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("FakeData", "it is made without files, and Graft gives"),
+        ("VisionDataset", "torchvision has no such data set"),
+        ("ImageFolder", "it is a reader of class folders; say --data FOLDER"),
+        ("DatasetFolder", "it is a reader of class folders; say --data FOLDER"),
+        ("EMNIST", "it needs split too, and Graft gives"),
+        ("CocoDetection", "it needs annFile too"),
+        ("CocoCaptions", "it needs annFile too"),
+        ("Flickr8k", "it needs ann_file too"),
+        ("PhotoTour", "it needs name too"),
+        ("Kinetics", "it needs frames_per_clip too"),
+        ("UCF101", "it needs annotation_path, frames_per_clip too"),
+        ("HMDB51", "it needs annotation_path, frames_per_clip too"),
+        ("Cityscapes", "and torchvision does not download it; put its files there"),
+        ("FlyingChairs", "and torchvision does not download it; put its files there"),
+        ("CREStereo", "and torchvision does not download it; put its files there"),
+        ("FER2013", "and torchvision does not download it; put its files there"),
+        ("LFWPeople", "could not be downloaded"),
+        ("StanfordCars", "could not be downloaded"),
+    ],
+)
+def test_a_torchvision_data_set_that_cannot_be_read_is_an_error_in_words(
+    tmp_path: Path, name: str, message: str
+) -> None:
+    with pytest.raises(GraftError, match=f"^--data torchvision:{name}: .*{message}"):
+        load(f"torchvision:{name}", data_root=tmp_path)
+
+
+def test_a_torchvision_data_set_without_class_numbers_is_an_error_in_words(
+    tmp_path: Path,
+) -> None:
+    pairs = tmp_path / "FlyingChairs" / "data"
+    pairs.mkdir(parents=True)
+    for end in ("img1.ppm", "img2.ppm"):
+        Image.new("RGB", (8, 8)).save(pairs / f"00001_{end}")
+    (pairs / "00001_flow.flo").write_bytes(struct.pack("<fii", 202021.25, 8, 8) + bytes(512))
+    (tmp_path / "FlyingChairs" / "FlyingChairs_train_val.txt").write_text("1\n1\n")
+    with pytest.raises(GraftError, match=r"its images have no class numbers .*; write its images"):
+        load("torchvision:FlyingChairs", data_root=tmp_path)
