@@ -278,7 +278,7 @@ def _check_repeated_folders(root: Path, inside: dict[Path, list[Path]]) -> None:
         return
     # Only now are files looked for, which takes longer.
     if any(_holds_image(folder) for folder in inside if folder not in nested) or any(
-        _is_image(path) for folder in nested for path in folder.iterdir()
+        has_image_suffix(path) for folder in nested for path in folder.iterdir()
     ):
         return
     names_of = {
@@ -385,7 +385,7 @@ def _look_beside(root: Path, parent: Path, unread: Unread) -> None:
         if _is_hidden(path.name):
             _note_hidden(path, False, unread)
             continue
-        if _is_image(path):
+        if has_image_suffix(path):
             unread.loose.append(path)
         elif path.is_symlink() and not path.exists() and not path.suffix:
             raise GraftError(
@@ -461,7 +461,7 @@ def _note_hidden(path: Path, is_folder: bool, unread: Unread) -> None:
         return
     if path.name in _HIDDEN_BY_SYSTEM or path.name.startswith("._"):
         return
-    if _holds_image(path) if is_folder else _is_image(path):
+    if _holds_image(path) if is_folder else has_image_suffix(path):
         unread.hidden.append(path)
 
 
@@ -476,10 +476,10 @@ def _is_hidden(name: str) -> bool:
 
 
 def _holds_image(folder: Path) -> bool:
-    return any(_is_image(Path(name)) for _, _, names in os.walk(folder) for name in names)
+    return any(has_image_suffix(Path(name)) for _, _, names in os.walk(folder) for name in names)
 
 
-def _is_image(path: Path) -> bool:
+def has_image_suffix(path: Path) -> bool:
     return path.suffix.lower() in _IMAGE_SUFFIXES
 
 

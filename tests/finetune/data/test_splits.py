@@ -19,7 +19,7 @@ from PIL import Image
 
 from finetune.config import Options
 from finetune.data.lasting_split import find_kept_split
-from finetune.data.splits import Sample, Splits, load_splits
+from finetune.data.splits import KeptSplit, Sample, Splits, load_splits
 from models.errors import GraftError
 
 
@@ -208,6 +208,34 @@ def test_a_label_with_one_image_stays_in_train(tmp_path: Path, val_fraction: flo
     write_images(tmp_path / "folders", {"cat": 4, "dog": 1})
     splits = load(tmp_path / "folders", val_fraction=val_fraction, check=False)
     assert labels_of(splits, splits.train)["dog"] == 1
+
+
+def test_a_class_with_a_text_alone_has_no_image(tmp_path: Path) -> None:
+    write_images(tmp_path, {"cat": 3, "dog": 3, "emu": 1, "fox": 0, "bird": 0})
+    (tmp_path / "bird" / "readme.txt").write_text("birds")
+    Image.new("L", (9, 9)).save(tmp_path / "fox" / "picture", "PNG")
+    with pytest.raises(GraftError) as raised:
+        load(tmp_path)
+    assert str(raised.value) == (
+        f"--data {tmp_path}: class 'bird' has no image, only a file that is none "
+        f"({tmp_path}/bird/readme.txt); add images, or take the class out; each of the 2 classes "
+        "'emu', 'fox' has one image; it needs two or more, one of them to validate on: add images, "
+        "or take the class out"
+    )
+
+
+@pytest.mark.parametrize("has_earlier_run", [False, True])
+def test_a_new_split_is_offered_where_an_earlier_run_had_one(
+    tmp_path: Path, has_earlier_run: bool
+) -> None:
+    write_images(tmp_path, {"cat": 4, "dog": 4})
+    first = load(tmp_path)
+    split_of = {sample.place: name for name, samples in first.named() for sample in samples}
+    kept = KeptSplit(tmp_path / "splits.csv", split_of) if has_earlier_run else None
+    splits = load(tmp_path, kept=kept)
+    with pytest.raises(GraftError, match="class 'dog' has no image to validate on") as raised:
+        splits.without([sample.key for sample in splits.val if splits.describe(sample) == "dog"])
+    assert ("or say --new-split: an earlier run had it" in str(raised.value)) is has_earlier_run
 
 
 def test_what_is_seen_is_told_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
