@@ -6,9 +6,11 @@ with the way out of each.
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import os
 import re
+import sys
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -370,6 +372,12 @@ def is_printable_name(name: str) -> bool:
 
 
 def _check_class_name(parent: Path, name: str) -> None:
+    is_undecoded = any("\udc80" <= char <= "\udcff" for char in name)
+    if is_undecoded and codecs.lookup(sys.getfilesystemencoding()).name == "ascii":
+        raise GraftError(
+            f"--data {parent}: the name of the class folder {name!r} is not ASCII, and the locale "
+            "is; set LC_ALL=C.UTF-8, or another locale with UTF-8"
+        )
     if not is_printable_name(name):
         raise GraftError(
             f"--data {parent}: the class folder {name!r} has a name that is no printable text; "

@@ -6,6 +6,7 @@ In `models`, so that what reads images outside of a run can use them.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import csv
 import functools
 import gzip
@@ -111,6 +112,16 @@ class Source:
     closed: tuple[str, ...] = ()
 
 
+def check_source_exists(data: str) -> None:
+    """Raise GraftError where `--data` is neither a path that exists nor another source's name."""
+    if data == "digits" or data.startswith("torchvision:"):
+        return
+    # What the system refuses, such as a name that is too long, is said where it is read.
+    with contextlib.suppress(OSError):
+        if not Path(data).expanduser().exists():
+            raise _missing(data)
+
+
 def read_source(data: str, data_root: Path) -> Source:
     """Read the labels of what `--data` names; the images are read later.
 
@@ -130,7 +141,7 @@ def read_source(data: str, data_root: Path) -> Source:
         return Source(_load_digits())
     if data.startswith("torchvision:"):
         return _load_torchvision(data.partition(":")[2], data_root)
-    raise GraftError(f"--data {data}: {_explain_missing(data, path)}")
+    raise _missing(data)
 
 
 def _load_path(data: str, path: Path) -> Source:
@@ -165,6 +176,10 @@ def _refuse_other_files(path: Path) -> None:
         raise GraftError(f"--data {path}: it is {found}")
 
 
+def _missing(data: str) -> GraftError:
+    return GraftError(f"--data {data}: {_explain_missing(data, Path(data).expanduser())}")
+
+
 def _explain_missing(data: str, path: Path) -> str:
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", data):
         return (
@@ -175,6 +190,8 @@ def _explain_missing(data: str, path: Path) -> str:
         return "images are not read from standard input; name a folder or a CSV file"
     if path.is_symlink():
         return f"it is a link to {path.readlink()}, where nothing is; mend the link"
+    if re.search(r"[*?\[]", data):
+        return "there is no such file or folder, and * and ? are not expanded; name one folder"
     return "there is no such file or folder; or say digits, or torchvision:NAME"
 
 

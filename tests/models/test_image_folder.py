@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import unicodedata
 from collections import Counter
@@ -354,3 +356,31 @@ def test_names_that_differ_by_outer_spaces_alone_stop(names: tuple[str, str]) ->
 def test_names_that_differ_by_case_alone_are_found() -> None:
     names = ["A", "CAT", "a", "cat", "dog", "straße", "STRASSE"]
     assert find_case_twins(names) == [("CAT", "cat"), ("straße", "STRASSE")]
+
+
+@pytest.mark.parametrize(
+    ("locale", "message"),
+    [
+        ("C", "'caf\\udcc3\\udca9' is not ASCII, and the locale is; set LC_ALL=C.UTF-8"),
+        ("C.UTF-8", None),
+    ],
+)
+def test_a_locale_without_other_letters_is_named(
+    tmp_path: Path, locale: str, message: str | None
+) -> None:
+    write(tmp_path, "café", "dog")
+    code = "import sys, pathlib; from models.image_folder import read_image_folder as read; "
+    run = subprocess.run(
+        [sys.executable, "-c", code + "read(pathlib.Path(sys.argv[1]))", tmp_path],
+        env={
+            **os.environ,
+            "LC_ALL": locale,
+            "PYTHONUTF8": "0",
+            "PYTHONCOERCECLOCALE": "0",
+            "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == (0 if message is None else 1)
+    assert message is None or message in run.stderr
