@@ -70,6 +70,7 @@ _STAND_INS = (
         "it is a placeholder of iCloud or a property list, not the image; download the image first",
     ),
 )
+_HTML = (b"<!doctype html", b"<html", b"<head", b"<body")
 _ZEROS = (
     "it holds nothing but zero bytes: a placeholder of OneDrive or another cloud drive, or a "
     "broken copy; download the image first (Always keep on this device)"
@@ -177,7 +178,7 @@ def open_image(
         raise ImageTooLargeError(_describe_too_large(claim, limit)) from None
     # On hostile bytes Pillow's plugins raise nearly anything (struct.error, MemoryError …).
     except Exception as error:
-        raise ImageError(f"the image cannot be decoded: {error}") from error
+        raise ImageError(f"it cannot be decoded: {error}") from error
 
 
 def begins_as(data: bytes) -> str | None:
@@ -235,13 +236,16 @@ def _describe_unknown(data: bytes) -> str:
             return words
     if not data.strip(b"\x00"):
         return _ZEROS
-    return f"not an image (it starts with {data[:12]!r}); readable are {', '.join(FORMATS)}"
+    what = f"not an image (it starts with {data[:12]!r})"
+    if data[:NUM_MAGIC_BYTES].lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith(_HTML):
+        what = f"it is a web page (HTML), {what}; download the image file itself"
+    return f"{what}; readable are {', '.join(FORMATS)}"
 
 
 def _describe_too_large(size: str, limit: int) -> str:
     most = f"{limit:,}" if size.endswith(" pixels") else f"{limit / 1e6:.1f}"
     return (
-        f"the image is too large: {size}, the limit is {most}; make it smaller first, "
+        f"it is too large: {size}, the limit is {most}; make it smaller first, "
         f"or set {_LIMIT_VARIABLE}, for the service too"
     )
 
@@ -302,7 +306,7 @@ def _open_with_pillow(data: bytes, name: str, limit: int, stretch: bool) -> Open
     width, height = image.size
     _check_pixels(width, height, limit)
     if width < 1 or height < 1:
-        raise ImageError(f"the image has no pixels: {width}x{height}")
+        raise ImageError(f"it has no pixels: {width}x{height}")
     bits = _bits_per_channel(image)
     image.load()
     if name in ("GIF", "AVIF", _HEIC):

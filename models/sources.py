@@ -37,6 +37,7 @@ logger = logging.getLogger("graft.sources")
 # Stands between the names in the column `labels` of a CSV.
 SEPARATOR = "|"
 _FILE, _NOTHING = "a file", "nothing"
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 # All that is read of a CSV.
 _COLUMNS = ("path", "label", "labels", "split")
 # Names, without case and punctuation, of columns that usually say which split an image is of.
@@ -181,7 +182,7 @@ def _missing(data: str) -> GraftError:
 
 
 def _explain_missing(data: str, path: Path) -> str:
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", data):
+    if _URL.match(data):
         return (
             "it is a URL, and Graft downloads no images from it; download them, and name the "
             "folder or the CSV"
@@ -294,6 +295,8 @@ def _check_paths(path: Path, labelled: Labelled) -> tuple[str, ...]:
     relative = [key for key, _, _ in gone if not Path(key).is_absolute()]
     where = f", looked for in {path.parent.resolve()}" if relative else ""
     found = f"{len(gone):,} of {len(labelled):,} images are not there{where}: {names}"
+    if num_urls := sum(_URL.match(key) is not None for key, _, _ in gone):
+        found += f" ({num_urls:,} of them are URLs, which Graft does not download)"
     rest, lost = _count_labels(labelled), _count_labels(gone)
     if any(rest[name] == number for name, number in lost.items()):
         raise GraftError(
@@ -491,7 +494,7 @@ def _parse_label_names(text: str) -> tuple[str, ...]:
 def _describe_columns(columns: Sequence[str]) -> str:
     """The columns of a CSV that lacks some, with the way out where the cause can be seen."""
     if len(columns) == 1:
-        for separator, name in ((";", "semicolons"), ("\t", "tabs")):
+        for separator, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
             if separator in columns[0]:
                 return f"{columns[0]!r}, separated by {name}; save it separated by commas"
     lowered = {column.strip().lower() for column in columns}

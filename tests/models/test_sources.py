@@ -120,6 +120,11 @@ def test_spaces_around_paths_and_splits_are_stripped(tmp_path: Path) -> None:
             "2 of 3 images are not there, looked for in {folder}: gone/1.png, gone/2.png; paths "
             "are relative to the CSV's own folder",
         ),
+        (
+            "path,label\nhttps://x.org/1.png,x\nb.png,y\n",
+            "https://x.org/1.png (1 of them are URLs, which Graft does not download)",
+        ),
+        ("path|label\na.png|x\n", "it has 'path|label', separated by bars; save it separated by"),
         ("path,label\n/gone.png,x\na.png,y\n", "1 of 2 images are not there: /gone.png"),
         ("path,labels\na.png,x\ngone.png,x|y\n", "1 of 2 images are not there, looked for in"),
         ("path,labels\na.png,dog;sea\n", "line 2 has 'dog;sea' in labels, and no line has |"),
