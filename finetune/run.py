@@ -70,6 +70,7 @@ from models.checkpoint import check_repository
 from models.errors import GraftError, describe_error
 from models.files import check_writable, full_disk_in_words, scratch_folder, write_whole
 from models.named import import_named
+from models.sources import check_source_exists
 
 logger = logging.getLogger("graft.run")
 
@@ -97,6 +98,9 @@ def run(options: Options) -> Path:
         restore = None
         if options.resume is not None:
             restore = functools.partial(restore_splits, options.resume, data=options.data)
+        # Before a name is made from it.
+        with _moved_data_in_words(options):
+            check_source_exists(options.data)
         _check_folders(options)
         with (
             _moved_data_in_words(options),

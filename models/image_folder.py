@@ -6,8 +6,11 @@ with the way out of each.
 
 from __future__ import annotations
 
+import codecs
+import difflib
 import os
 import re
+import sys
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -45,9 +48,13 @@ _SYSTEM_FOLDERS = {
     "lost+found",
     "_vti_cnf",
 }
+# Files and folders of programs that hold no images of their own: macOS, git, git-annex, DVC.
+_HIDDEN_BY_SYSTEM = {".DS_Store", ".git", ".dvc", ".Spotlight-V100", ".fseventsd"}
 # Only to decide what a folder is: what is read as an image depends on a file's content.
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".dib", ".webp"}
 _IMAGE_SUFFIXES |= {".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".heic", ".heif"}
+# Belong to the spelling of Persian and Indic words, and to emoji.
+_JOINERS = "\u200c\u200d"
 # Folders beside images/ that annotations of detection and segmentation are kept in.
 _ANNOTATIONS = {"labels", "annotations", "masks", "gt", "xml", "ground_truth"}
 
@@ -65,6 +72,8 @@ class Unread:
     loops: list[Path] = field(default_factory=list)
     system: list[Path] = field(default_factory=list)
     dangling: list[Path] = field(default_factory=list)
+    no_files: list[Path] = field(default_factory=list)
+    hidden: list[Path] = field(default_factory=list)
 
     def describe(self, root: Path) -> tuple[str, ...]:
         """A clause for each kind, with names relative to `root`."""
@@ -86,6 +95,13 @@ class Unread:
             notes.append(f"links back to a folder above them: {names(self.loops)}")
         if self.system:
             notes.append(f"folders of the system, such as thumbnails: {names(self.system)}")
+        if self.hidden:
+            notes.append(
+                f"hidden images and folders with images: {len(self.hidden):,} "
+                f"({names(self.hidden)})"
+            )
+        if self.no_files:
+            notes.append(f"pipes, devices and sockets: {names(self.no_files)}")
         if self.dangling:
             notes.append(
                 f"links to nothing: {len(self.dangling):,} ({names(self.dangling)}); fetch their "
@@ -140,16 +156,32 @@ def read_image_folder(root: Path) -> ImageFolder:
 
 
 def check_unicode_forms(data: str, names: Sequence[str]) -> None:
-    """Raise GraftError where two names look the same and differ by their Unicode form alone."""
+    """Raise GraftError where two names look the same and differ by Unicode form or outer spaces."""
     known: dict[str, str] = {}
     for name in names:
-        other = known.setdefault(unicodedata.normalize("NFC", name), name)
+        other = known.setdefault(unicodedata.normalize("NFC", name).strip(), name)
         if other != name:
+            is_spaced = name.strip() != name or other.strip() != other
+            by = "spaces around the name" if is_spaced else "Unicode form"
             raise GraftError(
-                f"--data {data}: two class names look the same, {name!r}: they differ by Unicode "
-                f"form alone, {other!a} and {name!a}; give both one spelling where they "
+                f"--data {data}: two class names look the same, {name!r}: they differ by {by} "
+                f"alone, {other!a} and {name!a}; give both one spelling where they "
                 "are one class, or other names where they are two"
             )
+
+
+def find_case_twins(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Pairs of names that differ by case alone; single letters, which may be read, are none.
+
+    They may be two classes, so they are no error.
+    """
+    known: dict[str, str] = {}
+    pairs = []
+    for name in names:
+        other = known.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+        if other != name and len(name) > 1:
+            pairs.append((other, name))
+    return pairs
 
 
 def _choose_splits(root: Path, folders: Sequence[Path]) -> dict[Path, SplitName]:
@@ -221,10 +253,8 @@ def _check_depth(root: Path, folders: Sequence[Path]) -> None:
                 f"class; if the classes are {_list(inner)} in it, say --data {only[0]}"
             )
         only = inner
-    found = [
-        {read_split_name(path.name) for path in _visible_folders(folder)} - {None}
-        for folder in folders
-    ]
+    inside = {folder: _visible_folders(folder) for folder in folders}
+    found = [{read_split_name(path.name) for path in paths} - {None} for paths in inside.values()]
     with_splits = [folder for folder, names in zip(folders, found, strict=True) if names]
     if any(len(names) > 1 for names in found):
         raise GraftError(
@@ -239,6 +269,55 @@ def _check_depth(root: Path, folders: Sequence[Path]) -> None:
             "segmentation, not classes; put the images of each class in a folder named after the "
             "class, or list them in a CSV with path,label"
         )
+    _check_repeated_folders(root, inside)
+
+
+def _check_repeated_folders(root: Path, inside: dict[Path, list[Path]]) -> None:
+    """Raise GraftError where the folders have the same folders in them, as splits would have."""
+    nested = {folder: paths for folder, paths in inside.items() if paths}
+    found = [{path.name for path in paths} for paths in nested.values()]
+    if len(found) < 2 or not _share_folders(found):
+        return
+    # Only now are files looked for, which takes longer.
+    if any(_holds_image(folder) for folder in inside if folder not in nested) or any(
+        has_image_suffix(path) for folder in nested for path in folder.iterdir()
+    ):
+        return
+    names_of = {
+        folder: {path.name for path in paths if _holds_image(path)}
+        for folder, paths in nested.items()
+    }
+    shared = _share_folders(list(names_of.values()))
+    if not shared:
+        return
+    outer, inner = _list(list(names_of)), join_first([f"{name}/" for name in sorted(shared)])
+    similar = [
+        f"{folder.name}/ looks like {split}/"
+        for folder in names_of
+        if (split := _guess_split(folder.name)) is not None
+    ]
+    hint = f" ({join_first(similar)})" if similar else ""
+    raise GraftError(
+        f"--data {root}: {outer} would be the classes, and each of them has {inner} in it. If "
+        f"{inner} are the classes and {outer} are splits{hint}, rename those to train/, val/ and "
+        "test/; if they are no splits, put the images of each class together in one folder; if "
+        f"{outer} are the classes, list the images in a CSV with path,label"
+    )
+
+
+def _share_folders(names: Sequence[set[str]]) -> set[str]:
+    """The names in all of the folders; none where they are a wrapper, or few of the names."""
+    shared = set.intersection(*names)
+    return shared if len(shared) > 1 and 2 * len(shared) >= len(set.union(*names)) else set()
+
+
+def _guess_split(name: str) -> str | None:
+    """The split that a misspelt name seems to mean."""
+    plain = re.sub(r"[\W\d_]+", "", name.casefold())
+    for split, words in _SPLIT_WORDS.items():
+        if difflib.get_close_matches(plain, words.split("|"), 1, 0.75):
+            return split
+    return None
 
 
 def _check_wrapped_splits(root: Path, classes_of: dict[Path, list[Path]]) -> None:
@@ -246,7 +325,8 @@ def _check_wrapped_splits(root: Path, classes_of: dict[Path, list[Path]]) -> Non
         elsewhere = {
             path.name for other, paths in classes_of.items() if other != folder for path in paths
         }
-        if len(classes) == 1 and classes[0].name not in elsewhere:
+        # The only folder of one split, or the same of all.
+        if len(classes) == 1 and (classes[0].name not in elsewhere or len(elsewhere) == 1):
             inner = _visible_folders(classes[0])
             if len(inner) > 1:
                 raise GraftError(
@@ -283,8 +363,22 @@ def _read_classes(
     return images
 
 
+def is_printable_name(name: str) -> bool:
+    """Whether a class may be called so: without control characters and bytes that are no text."""
+    return not any(
+        unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp") and char not in _JOINERS
+        for char in name
+    )
+
+
 def _check_class_name(parent: Path, name: str) -> None:
-    if not name.isprintable() or any("\ud800" <= char <= "\udfff" for char in name):
+    is_undecoded = any("\udc80" <= char <= "\udcff" for char in name)
+    if is_undecoded and codecs.lookup(sys.getfilesystemencoding()).name == "ascii":
+        raise GraftError(
+            f"--data {parent}: the name of the class folder {name!r} is not ASCII, and the locale "
+            "is; set LC_ALL=C.UTF-8, or another locale with UTF-8"
+        )
+    if not is_printable_name(name):
         raise GraftError(
             f"--data {parent}: the class folder {name!r} has a name that is no printable text; "
             "rename it"
@@ -294,9 +388,12 @@ def _check_class_name(parent: Path, name: str) -> None:
 def _look_beside(root: Path, parent: Path, unread: Unread) -> None:
     """Note images beside class folders. Raises GraftError for a class that is a link to nothing."""
     for path in sorted(parent.iterdir()):
-        if _is_hidden(path.name) or path.is_dir():
+        if path.is_dir():
             continue
-        if path.suffix.lower() in _IMAGE_SUFFIXES:
+        if _is_hidden(path.name):
+            _note_hidden(path, False, unread)
+            continue
+        if has_image_suffix(path):
             unread.loose.append(path)
         elif path.is_symlink() and not path.exists() and not path.suffix:
             raise GraftError(
@@ -336,8 +433,7 @@ def _find_images(folder: Path, unread: Unread) -> list[Path]:
             is_link = entry.is_symlink()
             is_folder = path.is_dir() if is_link else entry.is_dir()
             if _is_hidden(entry.name):
-                if is_folder and not entry.name.startswith("."):
-                    unread.system.append(path)
+                _note_hidden(path, is_folder, unread)
             elif is_folder:
                 (links if is_link else folders).append(path)
             elif path.is_file() if is_link else entry.is_file():
@@ -345,6 +441,8 @@ def _find_images(folder: Path, unread: Unread) -> list[Path]:
             elif is_link and not path.exists():
                 images.append(path)
                 unread.dangling.append(path)
+            else:
+                unread.no_files.append(path)
     return sorted(images)
 
 
@@ -357,10 +455,22 @@ def _visible_folders(folder: Path, unread: Unread | None = None) -> list[Path]:
             raise
         return []
     if unread is not None:
-        unread.system += [
-            path for path in folders if _is_hidden(path.name) and not path.name.startswith(".")
-        ]
+        for path in folders:
+            if _is_hidden(path.name):
+                _note_hidden(path, True, unread)
     return [path for path in folders if not _is_hidden(path.name)]
+
+
+def _note_hidden(path: Path, is_folder: bool, unread: Unread) -> None:
+    """Note a folder of the system, and what is hidden and is or has an image."""
+    if not path.name.startswith("."):
+        if is_folder:
+            unread.system.append(path)
+        return
+    if path.name in _HIDDEN_BY_SYSTEM or path.name.startswith("._"):
+        return
+    if _holds_image(path) if is_folder else has_image_suffix(path):
+        unread.hidden.append(path)
 
 
 def _is_hidden(name: str) -> bool:
@@ -374,11 +484,11 @@ def _is_hidden(name: str) -> bool:
 
 
 def _holds_image(folder: Path) -> bool:
-    return any(
-        Path(name).suffix.lower() in _IMAGE_SUFFIXES
-        for _, _, names in os.walk(folder)
-        for name in names
-    )
+    return any(has_image_suffix(Path(name)) for _, _, names in os.walk(folder) for name in names)
+
+
+def has_image_suffix(path: Path) -> bool:
+    return path.suffix.lower() in _IMAGE_SUFFIXES
 
 
 def _identify(path: Path) -> _Identity:

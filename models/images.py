@@ -46,9 +46,9 @@ _MAGIC = {
     (b"MM\x00+", 0): "TIFF",
 }
 _PPM = re.compile(rb"P[1-6][\s#]")
-# Of a grey one: width, height, and the highest value.
+# Of a grey or colored one: width, height, and the highest value.
 _GAP = rb"(?:\s|#[^\r\n]*[\r\n])+"
-_PGM_HEADER = re.compile(rb"P[25]" + _GAP + rb"\d+" + _GAP + rb"\d+" + _GAP + rb"(\d{1,5})\b")
+_PPM_HEADER = re.compile(rb"P[2356]" + _GAP + rb"\d+" + _GAP + rb"\d+" + _GAP + rb"(\d{1,5})\b")
 _AVIF_BRANDS = {b"avif", b"avis"}
 _HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1"}
 # So many bytes of a file say its format.
@@ -70,6 +70,7 @@ _STAND_INS = (
         "it is a placeholder of iCloud or a property list, not the image; download the image first",
     ),
 )
+_HTML = (b"<!doctype html", b"<html", b"<head", b"<body")
 _ZEROS = (
     "it holds nothing but zero bytes: a placeholder of OneDrive or another cloud drive, or a "
     "broken copy; download the image first (Always keep on this device)"
@@ -97,6 +98,8 @@ _TIFF_BITS_TAG = 258
 _XMP_ORIENTATION = re.compile(rb"""tiff:Orientation(?:\s*=\s*["']|\s*>)\s*([1-8])\b""")
 # As much of a compressed text is read.
 _MAX_TEXT_BYTES = 2**20
+# So many rows of a transparent image are put over white at once.
+_STRIP_ROWS = 64
 _END_OF_JPEG = b"\xff\xd9"
 _END_OF_PNG = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 # Tags of TIFF that decide how its pixels are decoded.
@@ -175,7 +178,7 @@ def open_image(
         raise ImageTooLargeError(_describe_too_large(claim, limit)) from None
     # On hostile bytes Pillow's plugins raise nearly anything (struct.error, MemoryError …).
     except Exception as error:
-        raise ImageError(f"the image cannot be decoded: {error}") from error
+        raise ImageError(f"it cannot be decoded: {error}") from error
 
 
 def begins_as(data: bytes) -> str | None:
@@ -196,19 +199,20 @@ def begins_as(data: bytes) -> str | None:
 
 
 def is_wide(data: bytes) -> bool:
-    """Whether the header of a PNG, TIFF or PGM says more than 8 bits a channel."""
+    """Whether the header of a PNG, TIFF, PGM or PPM says more than 8 bits a channel."""
     name = begins_as(data)
     if name == "PNG":
         return data[24:25] == b"\x10"
-    if header := _PGM_HEADER.match(data):
+    if header := _PPM_HEADER.match(data):
         return int(header[1]) > 255
     if name != "TIFF" or len(data) < 8:
         return False
     order = "<" if data[:2] == b"II" else ">"
     for tag, _, count, value in _tiff_entries(data, order):
         if tag == _TIFF_BITS_TAG:
-            place = 0 if count <= 2 else struct.unpack(order + "I", value)[0]
-            bits = (value if count <= 2 else data)[place : place + 2]
+            is_inline = 2 * count <= len(value)
+            place = 0 if is_inline else _tiff_number(value, order)
+            bits = (value if is_inline else data)[place : place + 2]
             return bits == struct.pack(order + "H", 16)
     return False
 
@@ -232,19 +236,27 @@ def _describe_unknown(data: bytes) -> str:
             return words
     if not data.strip(b"\x00"):
         return _ZEROS
-    return f"not an image (it starts with {data[:12]!r}); readable are {', '.join(FORMATS)}"
+    what = f"not an image (it starts with {data[:12]!r})"
+    if data[:NUM_MAGIC_BYTES].lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith(_HTML):
+        what = f"it is a web page (HTML), {what}; download the image file itself"
+    return f"{what}; readable are {', '.join(FORMATS)}"
 
 
 def _describe_too_large(size: str, limit: int) -> str:
+    most = f"{limit:,}" if size.endswith(" pixels") else f"{limit / 1e6:.1f}"
     return (
-        f"the image is too large: {size}, the limit is {limit / 1e6:.1f}; make it smaller first, "
+        f"it is too large: {size}, the limit is {most}; make it smaller first, "
         f"or set {_LIMIT_VARIABLE}, for the service too"
     )
 
 
 def _check_pixels(width: int, height: int, limit: int) -> None:
-    if width * height > limit:
-        size = f"{width}x{height} is {width * height / 1e6:.1f} megapixels"
+    number = width * height
+    if number > limit:
+        size = f"{width}x{height} is {number / 1e6:.1f} megapixels"
+        # Rounded, both may look the same.
+        if limit < 100_000 or f"{number / 1e6:.1f}" == f"{limit / 1e6:.1f}":
+            size = f"{width}x{height} is {number:,} pixels"
         raise ImageTooLargeError(_describe_too_large(size, limit))
 
 
@@ -294,7 +306,7 @@ def _open_with_pillow(data: bytes, name: str, limit: int, stretch: bool) -> Open
     width, height = image.size
     _check_pixels(width, height, limit)
     if width < 1 or height < 1:
-        raise ImageError(f"the image has no pixels: {width}x{height}")
+        raise ImageError(f"it has no pixels: {width}x{height}")
     bits = _bits_per_channel(image)
     image.load()
     if name in ("GIF", "AVIF", _HEIC):
@@ -308,7 +320,11 @@ def _open_with_pillow(data: bytes, name: str, limit: int, stretch: bool) -> Open
 def _bits_per_channel(image: Image.Image) -> int:
     """8, 12 or 16, by how Pillow is about to decode the pixels."""
     tiles = getattr(image, "tile", ())
-    raw_modes = str(tiles[0].args) if tiles else ""
+    arguments = tiles[0].args if tiles else ""
+    if image.format == "PPM" and isinstance(arguments, tuple) and isinstance(arguments[-1], int):
+        # The highest value that the header names.
+        return 16 if arguments[-1] > 255 else 8
+    raw_modes = str(arguments)
     return next((bits for bits in (12, 16) if f";{bits}" in raw_modes), 8)
 
 
@@ -335,10 +351,19 @@ def _narrow_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, rgba).convert("RGB")
+        return _composite_over_white(image)
     return image.convert("RGB")
+
+
+def _composite_over_white(image: Image.Image) -> Image.Image:
+    """In strips: whole, its copies take 1.6 GB at 88 megapixels, four times the image."""
+    rgb = Image.new("RGB", image.size)
+    for top in range(0, image.height, _STRIP_ROWS):
+        box = (0, top, image.width, min(top + _STRIP_ROWS, image.height))
+        rgba = image.crop(box).convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        rgb.paste(Image.alpha_composite(white, rgba).convert("RGB"), box)
+    return rgb
 
 
 def _wide_grey_to_rgb(
@@ -395,15 +420,50 @@ def _exif_orientation(block: bytes) -> int | None:
     return None
 
 
+@dataclass(frozen=True)
+class _TiffFolder:
+    """Where the first folder of a TIFF begins, and the types of its counts and offsets."""
+
+    start: int
+    num_entries: str
+    offset: str
+
+    @property
+    def offset_bytes(self) -> int:
+        return struct.calcsize(self.offset)
+
+
+def _find_tiff_folder(data: bytes, order: str) -> _TiffFolder | None:
+    """In BigTIFF counts and offsets have 8 bytes; None where the header is cut short."""
+    if len(data) < 8:
+        return None
+    if struct.unpack_from(order + "H", data, 2)[0] != 43:
+        return _TiffFolder(struct.unpack_from(order + "I", data, 4)[0], order + "H", order + "I")
+    if len(data) < 16:
+        return None
+    return _TiffFolder(struct.unpack_from(order + "Q", data, 8)[0], order + "Q", order + "Q")
+
+
 def _tiff_entries(data: bytes, order: str) -> Iterator[tuple[int, int, int, bytes]]:
     """(tag, type, count, value or its offset) of the first folder, as far as it goes."""
-    (start,) = struct.unpack_from(order + "I", data, 4)
-    if start + 2 > len(data):
+    folder = _find_tiff_folder(data, order)
+    if folder is None:
         return
-    (count,) = struct.unpack_from(order + "H", data, start)
-    for place in range(start + 2, min(start + 2 + 12 * count, len(data) - 11), 12):
-        tag, kind, number = struct.unpack_from(order + "HHI", data, place)
-        yield tag, kind, number, data[place + 8 : place + 12]
+    place = folder.start + struct.calcsize(folder.num_entries)
+    if place > len(data):
+        return
+    (count,) = struct.unpack_from(folder.num_entries, data, folder.start)
+    width = folder.offset_bytes
+    size = 4 + 2 * width
+    for start in range(place, min(place + size * count, len(data) - size + 1), size):
+        tag, kind = struct.unpack_from(order + "HH", data, start)
+        (number,) = struct.unpack_from(folder.offset, data, start + 4)
+        yield tag, kind, number, data[start + 4 + width : start + size]
+
+
+def _tiff_number(value: bytes, order: str) -> int:
+    """The offset that stands in place of a value."""
+    return int.from_bytes(value, "little" if order == "<" else "big")
 
 
 def _no_metadata(data: bytes) -> tuple[bytes, int]:
@@ -573,27 +633,25 @@ def _separate_webp(data: bytes) -> tuple[bytes, int]:
 def _separate_tiff(data: bytes) -> tuple[bytes, int]:
     """With the tags alone that decide pixels; Pillow turns the pixels by the orientation's."""
     order = "<" if data[:2] == b"II" else ">"
-    # BigTIFF has another layout.
-    if len(data) < 8 or struct.unpack_from(order + "H", data, 2)[0] != 42:
-        return data, 1
+    layout = _find_tiff_folder(data, order)
     entries = list(_tiff_entries(data, order))
     kept = [entry for entry in entries if entry[0] in _TIFF_PIXEL_TAGS]
-    if not kept:
+    if layout is None or not kept:
         return data, 1
     orientation = 1
     if all(tag != _ORIENTATION_TAG for tag, *_ in kept):
         for tag, _, count, value in entries:
             if tag == _XMP_TAG:
-                (place,) = struct.unpack(order + "I", value)
+                place = _tiff_number(value, order)
                 orientation = _orientation(None, data[place : place + count])
-    (start,) = struct.unpack_from(order + "I", data, 4)
-    folder = struct.pack(order + "H", len(kept)) + b"".join(
-        struct.pack(order + "HHI", tag, kind, count) + value for tag, kind, count, value in kept
+    folder = struct.pack(layout.num_entries, len(kept)) + b"".join(
+        struct.pack(order + "HH", tag, kind) + struct.pack(layout.offset, count) + value
+        for tag, kind, count, value in kept
     )
     # The folders of other pages, of thumbnails and of EXIF are not reached.
-    folder += b"\x00\x00\x00\x00"
-    end = start + len(folder)
-    return data[:start] + folder + data[end:], orientation
+    folder += bytes(layout.offset_bytes)
+    end = layout.start + len(folder)
+    return data[: layout.start] + folder + data[end:], orientation
 
 
 def _separate_avif(data: bytes) -> tuple[bytes, int]:

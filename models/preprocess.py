@@ -126,7 +126,7 @@ class Preprocess:
                 size, _RESAMPLING[self.interpolation], box=inside, reducing_gap=REDUCING_GAP
             )
         except (ValueError, MemoryError) as error:
-            raise ImageError(f"the image cannot be resized: {error}") from error
+            raise ImageError(f"it cannot be resized: {error}") from error
         if size != target:
             canvas = Image.new("RGB", target, tuple(round(255 * share) for share in self.mean))
             canvas.paste(crop, margin)

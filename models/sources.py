@@ -6,12 +6,15 @@ In `models`, so that what reads images outside of a run can use them.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import csv
+import functools
 import gzip
 import importlib.util
 import inspect
 import io
 import logging
+import os
 import re
 import stat
 import tarfile
@@ -25,14 +28,24 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from models.errors import GraftError, describe_error, join_first
+from models.errors import GraftError, describe_error, first_line, join_first
 from models.image_folder import SplitName as SplitName
-from models.image_folder import read_image_folder, read_split_name
+from models.image_folder import is_printable_name, read_image_folder, read_split_name
 
 logger = logging.getLogger("graft.sources")
 
 # Stands between the names in the column `labels` of a CSV.
 SEPARATOR = "|"
+_FILE, _NOTHING = "a file", "nothing"
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+# All that is read of a CSV.
+_COLUMNS = ("path", "label", "labels", "split")
+# Names, without case and punctuation, of columns that usually say which split an image is of.
+_SPLIT_COLUMNS = re.compile(
+    r"(sub|image)?sets?|(cv|k)?folds?|partitions?|phases?|splits?|usage"
+    r"|(is|in)?(train|val|valid|test)(ing|idation)?|(data|dataset|set)(split|type)"
+)
+_EXPORT = "write its images to class folders, or list them in a CSV with path,label"
 # First bytes of files that are neither a folder nor a CSV, and what they are.
 _MAGIC = {
     b"7z\xbc\xaf\x27\x1c": "a 7z archive; unpack it, and name the folder",
@@ -100,6 +113,16 @@ class Source:
     closed: tuple[str, ...] = ()
 
 
+def check_source_exists(data: str) -> None:
+    """Raise GraftError where `--data` is neither a path that exists nor another source's name."""
+    if data == "digits" or data.startswith("torchvision:"):
+        return
+    # What the system refuses, such as a name that is too long, is said where it is read.
+    with contextlib.suppress(OSError):
+        if not Path(data).expanduser().exists():
+            raise _missing(data)
+
+
 def read_source(data: str, data_root: Path) -> Source:
     """Read the labels of what `--data` names; the images are read later.
 
@@ -119,7 +142,7 @@ def read_source(data: str, data_root: Path) -> Source:
         return Source(_load_digits())
     if data.startswith("torchvision:"):
         return _load_torchvision(data.partition(":")[2], data_root)
-    raise GraftError(f"--data {data}: {_explain_missing(data, path)}")
+    raise _missing(data)
 
 
 def _load_path(data: str, path: Path) -> Source:
@@ -129,10 +152,9 @@ def _load_path(data: str, path: Path) -> Source:
         _refuse_other_files(path)
         source = _load_csv(path)
     else:
-        kind = "a pipe" if stat.S_ISFIFO(path.stat().st_mode) else "a device or socket"
         raise GraftError(
-            f"--data {data}: it is {kind}, which can be read only once; write it to a CSV file, "
-            "and name that"
+            f"--data {data}: it is {_kind_of(path)}, which can be read only once; write it to a "
+            "CSV file, and name that"
         )
     if data != "digits":
         return source
@@ -155,8 +177,12 @@ def _refuse_other_files(path: Path) -> None:
         raise GraftError(f"--data {path}: it is {found}")
 
 
+def _missing(data: str) -> GraftError:
+    return GraftError(f"--data {data}: {_explain_missing(data, Path(data).expanduser())}")
+
+
 def _explain_missing(data: str, path: Path) -> str:
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", data):
+    if _URL.match(data):
         return (
             "it is a URL, and Graft downloads no images from it; download them, and name the "
             "folder or the CSV"
@@ -165,6 +191,8 @@ def _explain_missing(data: str, path: Path) -> str:
         return "images are not read from standard input; name a folder or a CSV file"
     if path.is_symlink():
         return f"it is a link to {path.readlink()}, where nothing is; mend the link"
+    if re.search(r"[*?\[]", data):
+        return "there is no such file or folder, and * and ? are not expanded; name one folder"
     return "there is no such file or folder; or say digits, or torchvision:NAME"
 
 
@@ -200,7 +228,7 @@ def _load_csv(path: Path) -> Source:
     splits: list[SplitName] = []
     for number, row in rows:
         _check_row(path, number, row, columns)
-        name = row["path"].strip()
+        name = _choose_path(path.parent, row["path"])
         label = (
             _parse_label_names(row["labels"] or "") if "labels" in columns else row["label"].strip()
         )
@@ -208,11 +236,18 @@ def _load_csv(path: Path) -> Source:
         if "split" in columns:
             splits.append(_read_split(path, number, row["split"]))
     notes = (
+        *_check_unused_columns(path, columns, rows),
         *_check_paths(path, labelled),
-        *_find_contradictions(labelled),
+        *_find_repeats(labelled),
         *_find_joined_labels(labelled),
     )
     return Source(labelled, splits if "split" in columns else None, notes)
+
+
+def _choose_path(folder: Path, text: str) -> str:
+    """A path without spaces around it, which belong to a name only where a file is called so."""
+    stripped = text.strip()
+    return text if text != stripped and _kind_of(folder / text) != _NOTHING else stripped
 
 
 def _check_separator(path: Path, rows: Sequence[tuple[int, dict[Any, Any]]]) -> None:
@@ -237,14 +272,31 @@ def _check_separator(path: Path, rows: Sequence[tuple[int, dict[Any, Any]]]) -> 
 
 
 def _check_paths(path: Path, labelled: Labelled) -> tuple[str, ...]:
-    """A note on images that are not there. Raises GraftError where a label has no other."""
-    gone = [each for each in labelled if isinstance(each[2], Path) and not _is_there(each[2])]
+    """A note on images that are not there.
+
+    Raises GraftError where a label has no other, and for what is no regular file: it is named
+    without being opened, since reading a pipe or a device may never end.
+    """
+    kinds = [_kind_of(image) if isinstance(image, Path) else _FILE for _, _, image in labelled]
+    others = [
+        f"{each[0]} ({kind})"
+        for each, kind in zip(labelled, kinds, strict=True)
+        if kind not in (_FILE, _NOTHING)
+    ]
+    if others:
+        raise GraftError(
+            f"--data {path}: {len(others):,} of {len(labelled):,} paths are no image files: "
+            f"{join_first(others)}; list regular files"
+        )
+    gone = [each for each, kind in zip(labelled, kinds, strict=True) if kind == _NOTHING]
     if not gone:
         return ()
     names = join_first([key for key, _, _ in gone])
     relative = [key for key, _, _ in gone if not Path(key).is_absolute()]
     where = f", looked for in {path.parent.resolve()}" if relative else ""
     found = f"{len(gone):,} of {len(labelled):,} images are not there{where}: {names}"
+    if num_urls := sum(_URL.match(key) is not None for key, _, _ in gone):
+        found += f" ({num_urls:,} of them are URLs, which Graft does not download)"
     rest, lost = _count_labels(labelled), _count_labels(gone)
     if any(rest[name] == number for name, number in lost.items()):
         raise GraftError(
@@ -253,11 +305,18 @@ def _check_paths(path: Path, labelled: Labelled) -> tuple[str, ...]:
     return (found,)
 
 
-def _is_there(path: Path) -> bool:
+def _kind_of(path: Path) -> str:
+    """What stands at `path`."""
     try:
-        return path.exists()
-    except OSError:
-        return False
+        mode = path.stat().st_mode
+    # ValueError: a name with a NUL in it.
+    except (OSError, ValueError):
+        return _NOTHING
+    if stat.S_ISREG(mode):
+        return _FILE
+    if stat.S_ISDIR(mode):
+        return "a folder"
+    return "a pipe" if stat.S_ISFIFO(mode) else "a device or socket"
 
 
 def _count_labels(labelled: Labelled) -> Counter[str]:
@@ -266,23 +325,33 @@ def _count_labels(labelled: Labelled) -> Counter[str]:
     )
 
 
-def _find_contradictions(labelled: Labelled) -> tuple[str, ...]:
-    """A note on paths that are listed with different labels."""
+def _find_repeats(labelled: Labelled) -> tuple[str, ...]:
+    """A note on images that are listed again, with other labels or the same."""
+    resolve = functools.cache(os.path.realpath)
+    keys_of: dict[str, list[str]] = {}
     labels_of: dict[str, set[str]] = {}
-    for key, named, _ in labelled:
+    for key, named, image in labelled:
+        # Links to folders are followed; a link to a file is found as a duplicate.
+        place = f"{resolve(image.parent)}/{image.name}" if isinstance(image, Path) else key
+        keys_of.setdefault(place, []).append(key)
         label = named if isinstance(named, str) else SEPARATOR.join(named)
-        labels_of.setdefault(key, set()).add(label)
-    twice = [
-        f"{key} ({', '.join(sorted(labels))})"
-        for key, labels in labels_of.items()
-        if len(labels) > 1
+        labels_of.setdefault(place, set()).add(label)
+    again = [place for place, keys in keys_of.items() if len(keys) > 1]
+    differ = [
+        f"{', '.join(dict.fromkeys(keys_of[place]))} ({', '.join(sorted(labels_of[place]))})"
+        for place in again
+        if len(labels_of[place]) > 1
     ]
-    if not twice:
-        return ()
-    return (
-        f"paths with different labels: {len(twice):,}, {join_first(twice, 3)}; keep one line for "
-        f"each, or write labels with {SEPARATOR} between them in a column labels",
-    )
+    same = [keys_of[place][0] for place in again if len(labels_of[place]) == 1]
+    notes = []
+    if differ:
+        notes.append(
+            f"paths with different labels: {len(differ):,}, {join_first(differ, 3)}; keep one line "
+            f"for each, or write labels with {SEPARATOR} between them in a column labels"
+        )
+    if same:
+        notes.append(f"paths listed more than once: {len(same):,}, {join_first(same, 3)}")
+    return ("; ".join(notes),) if notes else ()
 
 
 def _find_joined_labels(labelled: Labelled) -> tuple[str, ...]:
@@ -301,11 +370,14 @@ def _find_joined_labels(labelled: Labelled) -> tuple[str, ...]:
 def _read_rows(path: Path) -> tuple[Sequence[str], list[tuple[int, dict[Any, Any]]]]:
     """The columns, and the rows with their line numbers."""
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            # The reader counts blank lines, and line breaks in quotes.
-            rows = [(reader.line_num, row) for row in reader]
-            return reader.fieldnames or (), rows
+        try:
+            return _parse_rows(path, "strict")
+        except UnicodeDecodeError as error:
+            # The name of a file may hold bytes that are no text, and splits.csv has them.
+            columns, rows = _parse_rows(path, "surrogateescape")
+            if not _are_names_of_files(path.parent, columns, rows):
+                raise error
+            return columns, rows
     except csv.Error as error:
         raise GraftError(f"--data {path}: not a CSV that can be read: {error}") from error
     except UnicodeDecodeError as error:
@@ -316,13 +388,40 @@ def _read_rows(path: Path) -> tuple[Sequence[str], list[tuple[int, dict[Any, Any
         ) from error
 
 
+def _parse_rows(path: Path, errors: str) -> tuple[Sequence[str], list[tuple[int, dict[Any, Any]]]]:
+    with path.open(newline="", encoding="utf-8-sig", errors=errors) as file:
+        reader = csv.DictReader(file)
+        # The reader counts blank lines, and line breaks in quotes.
+        rows = [(reader.line_num, row) for row in reader]
+        return reader.fieldnames or (), rows
+
+
+def _are_names_of_files(
+    folder: Path, columns: Sequence[str], rows: Sequence[tuple[int, dict[Any, Any]]]
+) -> bool:
+    """Whether all bytes that are no text stand in paths of files that are there."""
+    if any(map(_is_undecoded, columns)):
+        return False
+    return all(
+        column == "path" and _kind_of(folder / value) != _NOTHING
+        for _, row in rows
+        for column, value in row.items()
+        if _is_undecoded(value)
+    )
+
+
+def _is_undecoded(value: object) -> bool:
+    return isinstance(value, str) and any("\ud800" <= char <= "\udfff" for char in value)
+
+
 def _check_columns(path: Path, columns: Sequence[str]) -> None:
     if {"label", "labels"} <= set(columns):
         raise GraftError(
             f"--data {path}: it has both label and labels; keep label for one an image, "
             "or labels for any number of them"
         )
-    if "path" not in columns or not {"label", "labels"} & set(columns):
+    misspelt = {name.strip().lower() for name in columns} & set(_COLUMNS) - set(columns)
+    if misspelt or "path" not in columns or not {"label", "labels"} & set(columns):
         raise GraftError(
             f"--data {path}: it needs the columns path,label and perhaps split; "
             f"it has {_describe_columns(columns)} (where images have several labels, path,labels, "
@@ -330,6 +429,30 @@ def _check_columns(path: Path, columns: Sequence[str]) -> None:
         )
     if twice := sorted({name for name in columns if name and columns.count(name) > 1}):
         raise GraftError(f"--data {path}: it has the column {twice[0]} more than once; keep one")
+
+
+def _check_unused_columns(
+    path: Path, columns: Sequence[str], rows: Sequence[tuple[int, dict[Any, Any]]]
+) -> tuple[str, ...]:
+    """A note on columns that are not read. Raises GraftError where one may be the split."""
+    unused = [name for name in columns if name.strip() and name not in _COLUMNS]
+    for name in unused if "split" not in columns else ():
+        values = sorted({(row[name] or "").strip() for _, row in rows})
+        # A column with one value divides nothing.
+        if len(values) > 1 and _may_be_split(name, values):
+            raise GraftError(
+                f"--data {path}: the column {name!r} ({join_first(values, 3)}) may say which split "
+                "an image is of, and it is not read; if it does, call it split, with the values "
+                "train, val and test; otherwise remove it"
+            )
+    return (f"columns not used: {join_first(unused)}",) if unused else ()
+
+
+def _may_be_split(name: str, values: Sequence[str]) -> bool:
+    plain = re.sub(r"[\W_]+", "", name.casefold())
+    return _SPLIT_COLUMNS.fullmatch(plain) is not None or all(
+        read_split_name(value) for value in values
+    )
 
 
 def _check_row(path: Path, number: int, row: dict[Any, Any], columns: Sequence[str]) -> None:
@@ -343,8 +466,15 @@ def _check_row(path: Path, number: int, row: dict[Any, Any], columns: Sequence[s
         raise GraftError(f"{line} a path with a NUL in it, which no file has")
     if not (row["path"] or "").strip():
         raise GraftError(f"{line} no path")
-    if "label" in columns and not (row["label"] or "").strip():
+    column = "label" if "label" in columns else "labels"
+    label = (row[column] or "").strip()
+    if column == "label" and not label:
         raise GraftError(f"{line} no label")
+    if not is_printable_name(label):
+        raise GraftError(
+            f"{line} {label!r} in {column}, which is no printable text; take line breaks and "
+            "control characters out"
+        )
 
 
 def _read_split(path: Path, number: int, name: str | None) -> SplitName:
@@ -364,11 +494,11 @@ def _parse_label_names(text: str) -> tuple[str, ...]:
 def _describe_columns(columns: Sequence[str]) -> str:
     """The columns of a CSV that lacks some, with the way out where the cause can be seen."""
     if len(columns) == 1:
-        for separator, name in ((";", "semicolons"), ("\t", "tabs")):
+        for separator, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
             if separator in columns[0]:
                 return f"{columns[0]!r}, separated by {name}; save it separated by commas"
     lowered = {column.strip().lower() for column in columns}
-    if "path" in lowered and lowered & {"label", "labels"}:
+    if lowered & set(_COLUMNS) - set(columns):
         names = ", ".join(map(repr, columns))
         return f"{names}; write them in small letters, without spaces around them"
     return ", ".join(columns) or "none"
@@ -378,12 +508,14 @@ def _load_torchvision(name: str, root: Path) -> Source:
     # Imported here: it imports torch, which other sources do not need.
     import torchvision
 
+    base = torchvision.datasets.VisionDataset
     factory = getattr(torchvision.datasets, name, None)
-    if not inspect.isclass(factory) or not issubclass(factory, torchvision.datasets.VisionDataset):
+    if not inspect.isclass(factory) or not issubclass(factory, base) or factory is base:
         raise GraftError(
             f"--data torchvision:{name}: torchvision has no such data set; "
             "for example FashionMNIST, OxfordIIITPet, Flowers102, Food101"
         )
+    _check_torchvision(factory, name)
     labelled: Labelled = []
     splits: list[SplitName] = []
     arguments_of = _torchvision_splits(factory)
@@ -392,12 +524,32 @@ def _load_torchvision(name: str, root: Path) -> Source:
         if dataset is None:
             continue
         names = getattr(dataset, "classes", None)
-        for index, label in enumerate(_torchvision_labels(dataset)):
+        for index, label in enumerate(_torchvision_labels(dataset, name)):
             label_name = str(names[label]) if names is not None else str(label)
             key = f"torchvision:{name}/{split}/{index}"
             labelled.append((key, label_name, TorchvisionImage(dataset, index)))
             splits.append(split)
     return Source(labelled, splits if len(arguments_of) > 1 else None)
+
+
+def _check_torchvision(factory: Any, name: str) -> None:
+    """Raise GraftError for a data set that needs more than a folder and a split."""
+    if name in ("ImageFolder", "DatasetFolder"):
+        raise GraftError(
+            f"--data torchvision:{name}: it is a reader of class folders; say --data FOLDER"
+        )
+    parameters = inspect.signature(factory).parameters
+    needed = [
+        each.name
+        for each in parameters.values()
+        if each.default is each.empty and each.kind is not each.VAR_KEYWORD and each.name != "root"
+    ]
+    if needed or "root" not in parameters:
+        reason = f"it needs {join_first(needed)} too" if needed else "it is made without files"
+        raise GraftError(
+            f"--data torchvision:{name}: {reason}, and Graft gives a data set the arguments root, "
+            f"train or split, and download; {_EXPORT}"
+        )
 
 
 def _torchvision_splits(factory: Any) -> dict[SplitName, dict[str, Any]]:
@@ -413,15 +565,27 @@ def _torchvision_splits(factory: Any) -> dict[SplitName, dict[str, Any]]:
 
 def _open_torchvision(factory: Any, name: str, root: Path, arguments: dict[str, Any]) -> Any | None:
     """The data set from disk, else downloaded; None where it has no such split."""
+    # A class may hand it on to the one that it is made of.
+    can_download = any(
+        "download" in inspect.signature(it).parameters for it in factory.__mro__[:-1]
+    )
     try:
-        return factory(root=str(root), download=False, **arguments)
+        return factory(root=str(root), **({"download": False} if can_download else {}), **arguments)
     except ValueError:
         return None
-    except (RuntimeError, FileNotFoundError):
+    except (RuntimeError, FileNotFoundError) as error:
+        if not can_download:
+            raise GraftError(
+                f"--data torchvision:{name}: it is not under --data-root {root} "
+                f"({first_line(error)}), and torchvision does not download it; put its files there"
+            ) from error
         logger.info("torchvision:%s is not under %s: downloading it", name, root)
+    except (TypeError, ImportError) as error:
+        raise GraftError(f"--data torchvision:{name}: {first_line(error)}; {_EXPORT}") from error
     try:
         return factory(root=str(root), download=True, **arguments)
-    except (OSError, RuntimeError) as error:
+    # ValueError: the address that torchvision knows is gone, and it says so.
+    except (OSError, RuntimeError, ValueError) as error:
         reason = " ".join(describe_error(error).split())
         raise GraftError(
             f"--data torchvision:{name}: it is not under --data-root {root} and could not be "
@@ -430,12 +594,18 @@ def _open_torchvision(factory: Any, name: str, root: Path, arguments: dict[str, 
         ) from error
 
 
-def _torchvision_labels(dataset: Any) -> list[int]:
-    for attribute in ("targets", "labels", "_labels"):
-        labels = getattr(dataset, attribute, None)
-        if labels is not None:
-            return [int(label) for label in labels]
-    return [int(dataset[index][1]) for index in range(len(dataset))]
+def _torchvision_labels(dataset: Any, name: str) -> list[int]:
+    try:
+        for attribute in ("targets", "labels", "_labels"):
+            labels = getattr(dataset, attribute, None)
+            if labels is not None:
+                return [int(label) for label in labels]
+        return [int(dataset[index][1]) for index in range(len(dataset))]
+    except (TypeError, ValueError, IndexError, ImportError) as error:
+        raise GraftError(
+            f"--data torchvision:{name}: its images have no class numbers ({first_line(error)}); "
+            f"{_EXPORT}"
+        ) from error
 
 
 def _encode(image: Image.Image) -> bytes:

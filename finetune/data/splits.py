@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +17,8 @@ from finetune.tasks.single_label import SINGLE_LABEL
 from finetune.tasks.task import Label, Task
 from models.errors import GraftError, join_first
 from models.files import write_whole
-from models.image_folder import check_unicode_forms
+from models.image_folder import check_unicode_forms, find_case_twins, has_image_suffix
+from models.images import NUM_MAGIC_BYTES, begins_as
 from models.scores import Labels
 from models.sources import (
     EncodedImage,
@@ -56,7 +58,8 @@ class Sample:
 class Splits:
     """The labelled images of a run; `test` may be empty.
 
-    `is_drawn` if Graft split train and val, and the source did not.
+    `is_drawn` if Graft split train and val, and the source did not; `is_kept` if images are where
+    an earlier run had them.
     """
 
     label_names: tuple[str, ...]
@@ -64,6 +67,7 @@ class Splits:
     val: tuple[Sample, ...]
     test: tuple[Sample, ...] = ()
     is_drawn: bool = field(default=False, compare=False)
+    is_kept: bool = field(default=False, compare=False)
     task: Task = SINGLE_LABEL
 
     def named(self) -> Iterable[tuple[SplitName, tuple[Sample, ...]]]:
@@ -145,10 +149,21 @@ def load_splits(
             "readable (--strict stops here; without it they are left out)"
         )
     splits = _to_splits(data, source.labelled, source.splits, val_fraction, seed, kept)
-    _log_seen(data, splits, source.notes)
+    _log_seen(data, splits, (*source.notes, *_describe_case_twins(splits.label_names)))
     if check:
         _check_classes(splits, f"--data {data}")
     return splits
+
+
+def _describe_case_twins(names: Sequence[str]) -> tuple[str, ...]:
+    """A note on class names that differ by case alone."""
+    twins = [f"{first} and {second}" for first, second in find_case_twins(names)]
+    if not twins:
+        return ()
+    return (
+        f"names that differ by case alone ({join_first(twins)}): give them one spelling where "
+        "they are one class",
+    )
 
 
 def _log_seen(data: str, splits: Splits, notes: Sequence[str]) -> None:
@@ -228,7 +243,7 @@ def _split_off_val(
         tuple(sample for sample, is_here in zip(splits.train, is_side, strict=True) if is_here)
         for is_side in (~is_val, is_val)
     )
-    return replace(splits, train=train, val=val)
+    return replace(splits, train=train, val=val, is_kept=bool((placed >= 0).any()))
 
 
 def _log_kept(path: Path, placed: npt.NDArray[np.int64], is_val: npt.NDArray[np.bool_]) -> None:
@@ -246,7 +261,7 @@ def _log_kept(path: Path, placed: npt.NDArray[np.int64], is_val: npt.NDArray[np.
 
 
 def _check_classes(splits: Splits, where: str) -> None:
-    anew = ", or say --new-split where an earlier run had it otherwise" if splits.is_drawn else ""
+    anew = ", or say --new-split: an earlier run had it otherwise" if splits.is_kept else ""
     labels = splits.labels(splits.train)
     if problem := splits.task.find_unlearnable(labels, splits.label_names):
         raise GraftError(f"{where}: {problem}{anew}")
@@ -259,14 +274,20 @@ def _check_classes(splits: Splits, where: str) -> None:
         )
     )
     single = [name for name, *nums in counts if splits.is_drawn and sum(nums) == 1]
+    no_image = _find_other_files(splits, single)
     rest = [each for each in counts if each[0] not in single]
     without_train = [name for name, num_train, _ in rest if not num_train]
     without_val = [name for name, num_train, num_val in rest if num_train and not num_val]
     problems = []
-    if single:
+    if no_image:
         problems.append(
-            f"{_name_classes(single)} one image; it needs two or more, one of them to validate on: "
-            "add images, or take the class out"
+            f"{_name_classes(list(no_image))} no image, only a file that is none "
+            f"({join_first(list(no_image.values()))}); add images, or take the class out"
+        )
+    if with_image := [name for name in single if name not in no_image]:
+        problems.append(
+            f"{_name_classes(with_image)} one image; it needs two or more, one of them to validate "
+            "on: add images, or take the class out"
         )
     if without_train:
         problems.append(
@@ -279,7 +300,21 @@ def _check_classes(splits: Splits, where: str) -> None:
             f"train/ and val/ together in one folder of class folders and Graft splits them{anew}"
         )
     if problems:
+        problems += _describe_case_twins(splits.label_names)
         raise GraftError(f"{where}: {'; '.join(problems)}")
+
+
+def _find_other_files(splits: Splits, names: Sequence[str]) -> dict[str, str]:
+    """Of classes with one file, those whose file is an image by neither name nor content."""
+    found = {}
+    for sample in (*splits.train, *splits.val) if names else ():
+        name = splits.describe(sample)
+        path = sample.image
+        if name in names and isinstance(path, Path) and not has_image_suffix(path):
+            with contextlib.suppress(OSError), path.open("rb") as file:
+                if begins_as(file.read(NUM_MAGIC_BYTES)) is None:
+                    found[name] = sample.key
+    return found
 
 
 def _name_classes(names: Sequence[str]) -> str:

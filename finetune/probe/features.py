@@ -313,7 +313,10 @@ def _report_unreadable(reasons: Mapping[str, str], *, is_error: bool) -> None:
     lines = [f"{len(items)} unreadable image{'' if len(items) == 1 else 's'}:"]
     lines += [f"  {key}: {reason}" for key, reason in items[:_NUM_UNREADABLE_SHOWN]]
     if len(items) > _NUM_UNREADABLE_SHOWN:
-        lines.append(f"  and {len(items) - _NUM_UNREADABLE_SHOWN} more")
+        num_more = len(items) - _NUM_UNREADABLE_SHOWN
+        lines.append(
+            f"  and {num_more} more; audit.html, of a run or of finetune/audit.py, has all"
+        )
     message = "\n".join(lines)
     if is_error:
         raise GraftError(f"{message}\n(--strict stops here; without it they are left out)")

@@ -336,6 +336,23 @@ def test_splits_of_a_run_are_read_back_from_anywhere(finetune: Finetune, tmp_pat
     assert "unreadable" not in again.stderr
 
 
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("-", "--data -: images are not read from standard input; name a folder or a CSV file"),
+        ("base/*", "--data base/*: there is no such file or folder, and * and ? are not expanded"),
+        ("Фото", "--data Фото: there is no such file or folder; or say digits"),
+    ],
+)
+def test_data_that_are_not_there_are_named_before_a_name_is_asked_for(
+    finetune: Finetune, data: str, message: str
+) -> None:
+    done = finetune("--data", data)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "--name" not in done.stderr
+
+
 def test_a_run_that_fails_leaves_no_folder(
     finetune: Finetune, tmp_path: Path, shapes: Path
 ) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import unicodedata
 from collections import Counter
@@ -14,7 +16,13 @@ from pathlib import Path
 import pytest
 
 from models.errors import GraftError
-from models.image_folder import ImageFolder, check_unicode_forms, read_image_folder, read_split_name
+from models.image_folder import (
+    ImageFolder,
+    check_unicode_forms,
+    find_case_twins,
+    read_image_folder,
+    read_split_name,
+)
 
 
 def write(root: Path, *paths: str) -> Path:
@@ -97,12 +105,26 @@ def test_splits_are_read_as_splits(tmp_path: Path, paths: list[str], expected: s
         (["valid", "invalid"], {"valid", "invalid"}),
         (["test", "control"], {"test", "control"}),
         (["dev/2023", "production/2022"], {"dev", "production"}),
+        (["cat/images", "dog/images"], {"cat", "dog"}),
     ],
 )
 def test_a_class_may_be_called_what_a_split_is_called(
     tmp_path: Path, paths: list[str], expected: set[str]
 ) -> None:
     assert count(read_image_folder(write(tmp_path, *paths))) == dict.fromkeys(expected, 2)
+
+
+@pytest.mark.parametrize(
+    "paths",
+    [
+        [*classes("cats", "dogs"), "cats/1.jpg"],
+        ["cats/left", "cats/right", "dogs/left", "dogs/front"],
+        [*(f"cats/{year}" for year in range(2010, 2020)), "dogs/2010", "dogs/2011"],
+        ["cats/left", "cats/right", "dogs"],
+    ],
+)
+def test_folders_within_classes_are_parts_of_them(tmp_path: Path, paths: list[str]) -> None:
+    assert set(count(read_image_folder(write(tmp_path, *paths)))) == {"cats", "dogs"}
 
 
 @pytest.mark.parametrize(
@@ -133,6 +155,33 @@ def test_a_class_may_be_called_what_a_split_is_called(
             ["move them up"],
         ),
         (["cat/train", "cat/test", "dog/train"], "have splits in them", ["above the classes"]),
+        (
+            classes("train/images", "val/images"),
+            "train/ has only the folder images/ in it, with cat/, dog/",
+            ["move them up into train/"],
+        ),
+        (
+            classes("fold1", "fold2"),
+            "fold1/, fold2/ would be the classes, and each of them has cat/, dog/ in it",
+            ["rename those to train/, val/", "put the images of each class together", "CSV with"],
+        ),
+        (
+            classes("Trainning", "vaildation"),
+            "would be the classes",
+            ["(Trainning/ looks like train/, vaildation/ looks like val/)", "rename those to"],
+        ),
+        (
+            [*classes("train2", "test2"), "train2/emu", "notes/readme.txt"],
+            "test2/, train2/ would be the classes",
+            ["test2/ looks like test/, train2/ looks like train/"],
+        ),
+        (classes("original", "augmented"), "would be the classes", ["CSV with path,label"]),
+        (classes("2023", "2024"), "would be the classes", ["CSV with path,label"]),
+        (
+            classes("train/2023", "train/2024", "val/2023", "val/2024"),
+            "2023/, 2024/ would be the classes",
+            ["CSV with path,label"],
+        ),
         (["images", "labels/1.txt"], "for detection or segmentation", ["path,label"]),
         (["train/images", "train/labels/1.txt"], "for detection or seg", ["path,label"]),
     ],
@@ -158,7 +207,11 @@ def test_doubtful_folders_stop_with_the_ways_out(
         (["__MACOSX/cat/1.jpg"], "such as thumbnails: __MACOSX"),
         (["dog/#recycle/1.jpg"], "such as thumbnails: dog/#recycle"),
         (["$RECYCLE.BIN/1.jpg"], "such as thumbnails: $RECYCLE.BIN"),
-        (["emu/.hidden.jpg"], "no file in the class folders emu"),
+        (["emu/.DS_Store"], "no file in the class folders emu"),
+        (
+            ["cat/.3.jpg", "cat/.old/4.jpg", ".trash/5.PNG", ".6.jpg", "cat/._1.jpg", ".x/y.txt"],
+            "hidden images and folders with images: 4 (.trash, .6.jpg, cat/.3.jpg, cat/.old)",
+        ),
         (["cat/Thumbs.db", "cat/ehthumbs.db", "cat/SYNOFILE_THUMB_M.jpg"], None),
         (["notes.txt", ".DS_Store/x.jpg"], None),
     ],
@@ -168,6 +221,23 @@ def test_what_is_left_out_is_named(tmp_path: Path, paths: list[str], note: str |
     assert count(found) == {"cat": 2, "dog": 2}
     notes = found.unread.describe(tmp_path)
     assert ([note] if note else []) == [each[-len(note) :] if note else each for each in notes]
+
+
+def test_a_class_with_hidden_images_alone_is_named_with_them(tmp_path: Path) -> None:
+    found = read_image_folder(write(tmp_path, "cat", "dog", "emu/.hidden.jpg"))
+    assert found.unread.describe(tmp_path) == (
+        "no file in the class folders emu",
+        "hidden images and folders with images: 1 (emu/.hidden.jpg)",
+    )
+
+
+def test_pipes_in_class_folders_are_named_and_not_opened(tmp_path: Path) -> None:
+    write(tmp_path, "cat", "dog")
+    os.mkfifo(tmp_path / "cat" / "3.jpg")
+    (tmp_path / "dog" / "3.jpg").symlink_to("/dev/zero")
+    found = read_image_folder(tmp_path)
+    assert count(found) == {"cat": 2, "dog": 2}
+    assert found.unread.describe(tmp_path) == ("pipes, devices and sockets: cat/3.jpg, dog/3.jpg",)
 
 
 def test_folders_beside_splits_and_images_beside_their_classes_are_named(tmp_path: Path) -> None:
@@ -274,3 +344,43 @@ def test_names_that_differ_by_unicode_form_alone_are_told_apart_in_words() -> No
     with pytest.raises(GraftError) as raised:
         check_unicode_forms("photos", [decomposed, composed])
     assert "differ by Unicode form alone, 'cafe\\u0301' and 'caf\\xe9'" in str(raised.value)
+
+
+@pytest.mark.parametrize("names", [("cat", "cat "), (" cat", "cat"), ("cat\xa0", "cat")])
+def test_names_that_differ_by_outer_spaces_alone_stop(names: tuple[str, str]) -> None:
+    with pytest.raises(GraftError, match="they differ by spaces around the name alone"):
+        check_unicode_forms("photos", names)
+    check_unicode_forms("photos", ["a cat", "acat"])
+
+
+def test_names_that_differ_by_case_alone_are_found() -> None:
+    names = ["A", "CAT", "a", "cat", "dog", "straße", "STRASSE"]
+    assert find_case_twins(names) == [("CAT", "cat"), ("straße", "STRASSE")]
+
+
+@pytest.mark.parametrize(
+    ("locale", "message"),
+    [
+        ("C", "'caf\\udcc3\\udca9' is not ASCII, and the locale is; set LC_ALL=C.UTF-8"),
+        ("C.UTF-8", None),
+    ],
+)
+def test_a_locale_without_other_letters_is_named(
+    tmp_path: Path, locale: str, message: str | None
+) -> None:
+    write(tmp_path, "café", "dog")
+    code = "import sys, pathlib; from models.image_folder import read_image_folder as read; "
+    run = subprocess.run(
+        [sys.executable, "-c", code + "read(pathlib.Path(sys.argv[1]))", tmp_path],
+        env={
+            **os.environ,
+            "LC_ALL": locale,
+            "PYTHONUTF8": "0",
+            "PYTHONCOERCECLOCALE": "0",
+            "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == (0 if message is None else 1)
+    assert message is None or message in run.stderr

@@ -9,6 +9,8 @@ import ast
 import io
 import os
 import struct
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +30,7 @@ from models.images import (
     ImageTooLargeError,
     OpenedImage,
     begins_as,
+    is_wide,
     open_image,
     read_max_pixels,
 )
@@ -183,8 +186,8 @@ def with_xmp(kind: str, orientation: int, form: str) -> bytes:
         return in_jpeg(segment(0xE1, b"http://ns.adobe.com/xap/1.0/\x00" + xmp))
     if kind == "PNG":
         return in_png(chunk(b"iTXt", b"XML:com.adobe.xmp\x00\x00\x00\x00\x00" + xmp))
-    if kind == "TIFF":
-        return encode(picture(), kind, tiffinfo={700: xmp})
+    if kind in ("TIFF", "BigTIFF"):
+        return encode(picture(), "TIFF", tiffinfo={700: xmp}, big_tiff=kind == "BigTIFF")
     return encode(picture(), kind, xmp=xmp)
 
 
@@ -197,6 +200,15 @@ def test_exif_and_xmp_orient_every_format_alike(kind: str, orientation: int) -> 
     for form in ('tiff:Orientation="{}"', "tiff:Orientation = '{}'", "><tiff:Orientation>{}</x"):
         by_xmp = PREPROCESS(with_xmp(kind, orientation, form))
         assert np.abs(by_exif.astype(int) - by_xmp).mean() < 1, form
+
+
+@pytest.mark.parametrize("orientation", [2, 3, 6, 8])
+def test_xmp_orients_big_tiff_as_tiff(orientation: int) -> None:
+    small, big = (
+        PREPROCESS(with_xmp(kind, orientation, 'tiff:Orientation="{}"'))
+        for kind in ("TIFF", "BigTIFF")
+    )
+    assert np.array_equal(small, big)
 
 
 def test_exif_comes_before_xmp() -> None:
@@ -270,7 +282,9 @@ def test_heic_is_read_where_pillow_heif_is_installed() -> None:
         (HEIC[:40] + b"\x01", "HEIC|cut short or damaged|decoded"),
         (b"%PDF-1.7", "readable are JPEG, PNG, WEBP, GIF, BMP, TIFF, PPM, AVIF"),
         (b"<html>", "it starts with b'<html>'"),
-        (b"P6 ", "cannot be decoded: Reached EOF"),
+        (b"<html>", r"it is a web page \(HTML\), not an image .*; download the image file itself"),
+        (b"\xef\xbb\xbf\r\n <!DOCTYPE HTML><html>", "it is a web page"),
+        (b"P6 ", "^it cannot be decoded: Reached EOF"),
         (b"P5 1 1 0 ", "PPM|decoded"),
         (encode(picture(), "PNG")[:20], "cannot be decoded: Truncated File"),
     ],
@@ -308,6 +322,65 @@ def test_stretch_spreads_the_values_of_sixteen_bits(highest: int, kind: str) -> 
     assert np.asarray(opened.pixels).max() == highest >> 8
     assert np.asarray(stretched.pixels).max() == 255
     assert np.asarray(stretched.pixels).min() == 0
+
+
+def wide_ppm(kind: str, highest: int, brightest: int) -> bytes:
+    """Of two pixels, black and (brightest, half of it, 0)."""
+    values = [0, 0, 0, brightest, brightest // 2, 0]
+    if kind == "P3":
+        return f"P3 2 1 {highest}\n{' '.join(map(str, values))}\n".encode()
+    return f"P6 2 1 {highest}\n".encode() + struct.pack(">6H", *values)
+
+
+@pytest.mark.parametrize("kind", ["P3", "P6"])
+@pytest.mark.parametrize("highest", [1023, 65535])
+def test_stretch_spreads_the_values_of_a_wide_ppm(kind: str, highest: int) -> None:
+    data = wide_ppm(kind, highest, highest // 4)
+    opened, stretched = open_image(data), open_image(data, stretch=True)
+    assert opened.values == (0, 64 * 257)
+    assert np.asarray(opened.pixels)[0].tolist() == [[0, 0, 0], [64, 32, 0]]
+    assert np.asarray(stretched.pixels)[0].tolist() == [[0, 0, 0], [255, 128, 0]]
+
+
+def wide_tiff(num_channels: int, is_big: bool) -> bytes:
+    """16 bits a channel, one pixel."""
+    tags = [(256, 3, 1, 1), (257, 3, 1, 1), (262, 3, 1, 2 if num_channels == 3 else 1)]
+    head, count, offset = (b"II+\0\x08\0\0\0", "<Q", "Q") if is_big else (b"II*\0", "<H", "I")
+    width = struct.calcsize("<" + offset)
+    bits_end = 500 if 2 * num_channels > width else struct.unpack("<Q", b"\x10\0" * 4)[0]
+    tags += [(258, 3, num_channels, bits_end & (1 << 8 * width) - 1), (273, 4, 1, 600)]
+    tags += [(277, 3, 1, num_channels), (278, 3, 1, 1), (279, 4, 1, 2 * num_channels)]
+    entries = b"".join(struct.pack("<HH" + 2 * offset, *tag) for tag in sorted(tags))
+    start = len(head) + width
+    folder = struct.pack("<" + offset, start) + struct.pack(count, len(tags)) + entries
+    folder += bytes(width)
+    data = (head + folder).ljust(500, b"\0") + struct.pack("<3H", 16, 16, 16)
+    return data.ljust(600, b"\0") + struct.pack("<3H", 40_000, 20_000, 10_000)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (wide_ppm("P3", 65535, 9), True),
+        (wide_ppm("P6", 1023, 9), True),
+        (b"P6 1 1 255\n\1\2\3", False),
+        (b"P5 1 1 300\n\0\1", True),
+        *((wide_tiff(num, is_big), True) for num in (1, 3) for is_big in (True, False)),
+        (encode(picture(), "TIFF", big_tiff=True), False),
+        (encode(picture(), "TIFF"), False),
+    ],
+)
+def test_wide_images_are_known_by_their_header(data: bytes, expected: bool) -> None:
+    assert is_wide(data) is expected
+    assert (open_image(data).values is not None) is expected
+
+
+@pytest.mark.parametrize("end", range(16))
+def test_the_header_of_a_big_tiff_may_be_cut_anywhere(end: int) -> None:
+    data = wide_tiff(3, True)
+    assert is_wide(data[:end]) is False
+    with pytest.raises(ImageError):
+        open_image(data[:end])
 
 
 def test_stretch_leaves_eight_bits_alone_and_the_record_as_it_was() -> None:
@@ -461,3 +534,82 @@ def test_mutated_images_have_equal_pixels_in_training_and_service(
         assert signature.shorter_side == min(opened.width, opened.height)
     assert num_read > 0
     capfd.readouterr()  # libtiff writes about damaged files to stderr
+
+
+# Transparency.
+
+
+def transparent_images(width: int, height: int) -> dict[str, Image.Image]:
+    rgba = picture(width, height).convert("RGBA")
+    rgba.putalpha(picture(width, height).convert("L").rotate(180))
+    palette = rgba.convert("RGB").quantize(16)
+    palette.info["transparency"] = bytes([0, 90, 255, 7])
+    found = {"RGBA": rgba, "LA": rgba.convert("LA"), "RGBa": rgba.convert("RGBa"), "P": palette}
+    for mode, key in (("RGB", rgba.convert("RGB").getpixel((3, 3))), ("L", 100)):
+        found[mode] = rgba.convert("RGB").convert(mode)
+        found[mode].info["transparency"] = key
+    return found
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "RGBa", "P", "RGB", "L"])
+@pytest.mark.parametrize("size", [(60, 40), (7, 64), (5, 65), (30, 300)])
+def test_strips_over_white_are_the_pixels_of_the_whole(mode: str, size: tuple[int, int]) -> None:
+    image = transparent_images(*size)[mode]
+    rgba = image.convert("RGBA")
+    whole = Image.alpha_composite(Image.new("RGBA", size, "white"), rgba).convert("RGB")
+    found = images._narrow_to_rgb(image)
+    assert found.mode == "RGB"
+    assert np.array_equal(np.asarray(found), np.asarray(whole))
+
+
+MEASURE = """
+import sys
+from models.images import open_image
+def read_peak_bytes():
+    lines = open("/proc/self/status")
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+data = sys.stdin.buffer.read()
+before = read_peak_bytes()
+open_image(data)
+print(read_peak_bytes() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
+@pytest.mark.parametrize("kind", ["RGBA", "P", "TIFF"])
+def test_a_transparent_image_takes_twice_its_pixels_at_most(kind: str) -> None:
+    """At 9,400 x 9,400: 434 MB (P) to 695 MB; with whole copies 1.5 to 1.8 GB."""
+    size, options = (3000, 3000), dict[str, Any]()
+    image = Image.new("RGBA", size, (10, 20, 30, 99))
+    if kind == "P":
+        image = Image.new("P", size, 3)
+        image.putpalette(list(range(256)) * 3)
+        options["transparency"] = bytes([0, 128, 255, 7])
+    if kind == "TIFF":
+        options["compression"] = "tiff_lzw"
+    data = encode(image, "TIFF" if kind == "TIFF" else "PNG", **options)
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURE],
+        input=data,
+        capture_output=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOMS)},
+    )
+    # Pillow keeps 4 bytes a pixel; 16 MB are for its strips and libraries.
+    assert int(run.stdout) < 2 * 4 * size[0] * size[1] + 16e6
+
+
+@pytest.mark.parametrize(
+    ("limit", "size", "message"),
+    [
+        (1000, (60, 40), "60x40 is 2,400 pixels, the limit is 1,000;"),
+        (2399, (60, 40), "60x40 is 2,400 pixels, the limit is 2,399;"),
+        (1_000_000, (1001, 1000), "1001x1000 is 1,001,000 pixels, the limit is 1,000,000;"),
+        (1_000_000, (2000, 1000), "2000x1000 is 2.0 megapixels, the limit is 1.0;"),
+    ],
+)
+def test_a_limit_and_what_is_over_it_differ_in_the_message(
+    limit: int, size: tuple[int, int], message: str
+) -> None:
+    with pytest.raises(ImageTooLargeError, match=message):
+        open_image(encode(Image.new("L", size), "PNG"), max_pixels=limit)

@@ -120,6 +120,11 @@ def test_spaces_around_paths_and_splits_are_stripped(tmp_path: Path) -> None:
             "2 of 3 images are not there, looked for in {folder}: gone/1.png, gone/2.png; paths "
             "are relative to the CSV's own folder",
         ),
+        (
+            "path,label\nhttps://x.org/1.png,x\nb.png,y\n",
+            "https://x.org/1.png (1 of them are URLs, which Graft does not download)",
+        ),
+        ("path|label\na.png|x\n", "it has 'path|label', separated by bars; save it separated by"),
         ("path,label\n/gone.png,x\na.png,y\n", "1 of 2 images are not there: /gone.png"),
         ("path,labels\na.png,x\ngone.png,x|y\n", "1 of 2 images are not there, looked for in"),
         ("path,labels\na.png,dog;sea\n", "line 2 has 'dog;sea' in labels, and no line has |"),
@@ -148,6 +153,12 @@ def test_what_is_doubtful_in_a_csv_stops(tmp_path: Path, text: str, message: str
         ),
         ("path,labels\na.png,x|y\na.png,x\n", "paths with different labels: 1, a.png (x, x|y)"),
         (
+            "path,label\na.png,x\n./a.png,y\n{folder}/../{folder.name}/a.png,x\nb.png,y\n",
+            "paths with different labels: 1, a.png, ./a.png, {folder}/../{folder.name}/a.png "
+            "(x, y); keep one line for each",
+        ),
+        ("path,label\na.png,x\nb.png,y\nb.png,y\n", "paths listed more than once: 1, b.png"),
+        (
             "path,label\na.png,x\nb.png,y\ngone.png,y\n",
             "1 of 3 images are not there, looked for in {folder}: gone.png",
         ),
@@ -159,6 +170,7 @@ def test_what_is_doubtful_in_a_csv_stops(tmp_path: Path, text: str, message: str
     ],
 )
 def test_what_is_odd_in_a_csv_is_told(tmp_path: Path, text: str, note: str) -> None:
+    text = text.format(folder=tmp_path)
     (found,) = read(write_csv(tmp_path, text, "a.png", "b.png")).notes
     assert found.startswith(note.format(folder=tmp_path))
 
@@ -166,3 +178,77 @@ def test_what_is_odd_in_a_csv_is_told(tmp_path: Path, text: str, note: str) -> N
 def test_a_semicolon_belongs_to_a_name_where_bars_separate(tmp_path: Path) -> None:
     source = read(write_csv(tmp_path, "path,labels\na.png,x;1|y\nb.png,x;1\n", "a.png", "b.png"))
     assert [labels for _, labels, _ in source.labelled] == [("x;1", "y"), ("x;1",)]
+
+
+@pytest.mark.parametrize("name", ["Split", "SPLIT", " split", "split ", "Labels"])
+def test_a_column_that_is_nearly_a_known_one_stops(tmp_path: Path, name: str) -> None:
+    path = write_csv(tmp_path, f"path,label,{name}\na.png,x,train\nb.png,y,test\n")
+    with pytest.raises(GraftError, match=f"{name!r}; write them in small letters, without spaces"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("subset", ("train", "test")),
+        ("Set", ("a", "b")),
+        ("fold", ("1", "2")),
+        ("partition", ("0", "2")),
+        ("is_valid", ("True", "False")),
+        ("is_train", ("1", "0")),
+        ("phase", ("train", "val")),
+        ("used for", ("training", "validation")),
+    ],
+)
+def test_a_column_that_may_be_the_split_stops(
+    tmp_path: Path, name: str, values: tuple[str, str]
+) -> None:
+    text = f"path,label,{name}\na.png,x,{values[0]}\nb.png,y,{values[1]}\n"
+    with pytest.raises(GraftError) as raised:
+        read(write_csv(tmp_path, text, "a.png", "b.png"))
+    assert f"the column {name!r} ({', '.join(sorted(values))})" in str(raised.value)
+    assert "call it split, with the values train, val and test; otherwise remove it" in str(
+        raised.value
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "note"),
+    [
+        ("path,label,split,fold,note\na.png,x,train,1,n\nb.png,y,val,2,m\n", "fold, note"),
+        ("path,label,subset\na.png,x,all\nb.png,y,all\n", "subset"),
+        ("path,label,author,\na.png,x,me,\nb.png,y,you,\n", "author"),
+        ("path,label,split,Split\na.png,x,train,a\nb.png,y,val,b\n", "Split"),
+    ],
+)
+def test_columns_that_are_not_used_are_named(tmp_path: Path, text: str, note: str) -> None:
+    assert read(write_csv(tmp_path, text, "a.png", "b.png")).notes == (f"columns not used: {note}",)
+
+
+@pytest.mark.parametrize("column", ["label", "labels"])
+@pytest.mark.parametrize(
+    "label", ["a\nb", "a\tb", "a\x1b[0m", "a\0", "a\u202eb", "a\u2028b", "\x7f"]
+)
+def test_a_label_is_printable_text(tmp_path: Path, column: str, label: str) -> None:
+    path = write_csv(tmp_path, f'path,{column}\na.png,y|x\nb.png,"{label}"\n', "a.png", "b.png")
+    with pytest.raises(GraftError, match=f"has .* in {column}, which is no printable text; take"):
+        read(path)
+
+
+def test_labels_of_any_script_are_read(tmp_path: Path) -> None:
+    names = ["New\xa0York", "全角\u3000空白", "می\u200cشود", "👩\u200d🚀", "naïve"]
+    text = "".join(f"a.png,{name}\n" for name in names)
+    source = read(write_csv(tmp_path, f"path,label\n{text}", "a.png"))
+    assert [label for _, label, _ in source.labelled] == names
+
+
+def test_what_is_no_regular_file_in_a_csv_is_named_and_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "p")
+    (tmp_path / "folder").mkdir()
+    text = "path,label\na.png,dog\np,cat\n/dev/zero,cat\nfolder,dog\n"
+    with pytest.raises(GraftError) as raised:
+        read(write_csv(tmp_path, text, "a.png"))
+    assert (
+        "3 of 4 paths are no image files: p (a pipe), /dev/zero (a device or socket), folder (a "
+        "folder); list regular files"
+    ) in str(raised.value)

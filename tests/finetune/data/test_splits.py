@@ -19,7 +19,7 @@ from PIL import Image
 
 from finetune.config import Options
 from finetune.data.lasting_split import find_kept_split
-from finetune.data.splits import Sample, Splits, load_splits
+from finetune.data.splits import KeptSplit, Sample, Splits, load_splits
 from models.errors import GraftError
 
 
@@ -210,6 +210,34 @@ def test_a_label_with_one_image_stays_in_train(tmp_path: Path, val_fraction: flo
     assert labels_of(splits, splits.train)["dog"] == 1
 
 
+def test_a_class_with_a_text_alone_has_no_image(tmp_path: Path) -> None:
+    write_images(tmp_path, {"cat": 3, "dog": 3, "emu": 1, "fox": 0, "bird": 0})
+    (tmp_path / "bird" / "readme.txt").write_text("birds")
+    Image.new("L", (9, 9)).save(tmp_path / "fox" / "picture", "PNG")
+    with pytest.raises(GraftError) as raised:
+        load(tmp_path)
+    assert str(raised.value) == (
+        f"--data {tmp_path}: class 'bird' has no image, only a file that is none "
+        f"({tmp_path}/bird/readme.txt); add images, or take the class out; each of the 2 classes "
+        "'emu', 'fox' has one image; it needs two or more, one of them to validate on: add images, "
+        "or take the class out"
+    )
+
+
+@pytest.mark.parametrize("has_earlier_run", [False, True])
+def test_a_new_split_is_offered_where_an_earlier_run_had_one(
+    tmp_path: Path, has_earlier_run: bool
+) -> None:
+    write_images(tmp_path, {"cat": 4, "dog": 4})
+    first = load(tmp_path)
+    split_of = {sample.place: name for name, samples in first.named() for sample in samples}
+    kept = KeptSplit(tmp_path / "splits.csv", split_of) if has_earlier_run else None
+    splits = load(tmp_path, kept=kept)
+    with pytest.raises(GraftError, match="class 'dog' has no image to validate on") as raised:
+        splits.without([sample.key for sample in splits.val if splits.describe(sample) == "dog"])
+    assert ("or say --new-split: an earlier run had it" in str(raised.value)) is has_earlier_run
+
+
 def test_what_is_seen_is_told_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     for split in ("Training_Set", "dev"):
@@ -290,6 +318,24 @@ def test_class_folders_without_a_file_are_named(
         "looked at: no file in the class folders emu, fox"
     ]
     assert caplog.records[0].levelname == "WARNING"
+
+
+@pytest.mark.parametrize(
+    "counts", [{"Cat": 4, "cat": 4, "dog": 4}, {"train/cat": 2, "train/Cat": 2, "val/cat": 2}]
+)
+def test_names_that_differ_by_case_alone_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, counts: dict[str, int]
+) -> None:
+    load(write_images(tmp_path, counts), check=False)
+    assert "names that differ by case alone (Cat and cat): give them one spelling" in caplog.text
+
+
+def test_a_class_spelt_otherwise_in_val_is_named_in_the_error(tmp_path: Path) -> None:
+    write_images(tmp_path, {"train/cat": 2, "train/dog": 2, "val/Cat": 2, "val/dog": 2})
+    with pytest.raises(
+        GraftError, match=r"class 'Cat' has no image to train on.*case alone \(Cat and cat\)"
+    ):
+        load(tmp_path)
 
 
 # CSV files.
@@ -444,6 +490,29 @@ def test_splits_csv_reads_back_as_the_same_splits(tmp_path: Path) -> None:
     assert [sample.read() for sample in again.val] == [sample.read() for sample in splits.val]
 
 
+@pytest.mark.parametrize("name", [b"\xff.png", b"1 ", b" 1.png", b"a\n1.png", b"00.png "])
+def test_splits_csv_reads_back_whatever_files_are_called(tmp_path: Path, name: bytes) -> None:
+    write_images(tmp_path / "photos", {"cat": 6, "dog": 6})
+    odd = Path(os.fsdecode(os.fsencode(tmp_path / "photos" / "cat") + b"/" + name))
+    odd.write_bytes(b"odd")
+    splits = load(tmp_path / "photos")
+    splits.write_csv(tmp_path / "splits.csv")
+    again = load(tmp_path / "splits.csv")
+    assert again == splits
+    assert b"odd" in {sample.read() for sample in (*again.train, *again.val)}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"path,label\n\xff.png,v\xf6gel\n", b"path,label,\xff\n\xff.png,x,\n", b"p\xffth,label\n"],
+)
+def test_bytes_that_are_no_text_are_read_in_paths_alone(tmp_path: Path, content: bytes) -> None:
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png")).touch()
+    (tmp_path / "list.csv").write_bytes(content)
+    with pytest.raises(GraftError, match="it is not text in UTF-8; save it as CSV in UTF-8"):
+        load(tmp_path / "list.csv")
+
+
 def test_splits_csv_has_names_that_are_no_text(tmp_path: Path) -> None:
     """And a later run finds its images by them."""
     write_images(tmp_path / "photos", {"cat": 6, "dog": 6})
@@ -578,3 +647,46 @@ def test_a_folder_that_cannot_be_read_stops_a_strict_run(
     else:
         assert len(load(tmp_path).train) == 6
         assert message in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("FakeData", "it is made without files, and Graft gives"),
+        ("VisionDataset", "torchvision has no such data set"),
+        ("ImageFolder", "it is a reader of class folders; say --data FOLDER"),
+        ("DatasetFolder", "it is a reader of class folders; say --data FOLDER"),
+        ("EMNIST", "it needs split too, and Graft gives"),
+        ("CocoDetection", "it needs annFile too"),
+        ("CocoCaptions", "it needs annFile too"),
+        ("Flickr8k", "it needs ann_file too"),
+        ("PhotoTour", "it needs name too"),
+        ("Kinetics", "it needs frames_per_clip too"),
+        ("UCF101", "it needs annotation_path, frames_per_clip too"),
+        ("HMDB51", "it needs annotation_path, frames_per_clip too"),
+        ("Cityscapes", "and torchvision does not download it; put its files there"),
+        ("FlyingChairs", "and torchvision does not download it; put its files there"),
+        ("CREStereo", "and torchvision does not download it; put its files there"),
+        ("FER2013", "and torchvision does not download it; put its files there"),
+        ("LFWPeople", "could not be downloaded"),
+        ("StanfordCars", "could not be downloaded"),
+    ],
+)
+def test_a_torchvision_data_set_that_cannot_be_read_is_an_error_in_words(
+    tmp_path: Path, name: str, message: str
+) -> None:
+    with pytest.raises(GraftError, match=f"^--data torchvision:{name}: .*{message}"):
+        load(f"torchvision:{name}", data_root=tmp_path)
+
+
+def test_a_torchvision_data_set_without_class_numbers_is_an_error_in_words(
+    tmp_path: Path,
+) -> None:
+    pairs = tmp_path / "FlyingChairs" / "data"
+    pairs.mkdir(parents=True)
+    for end in ("img1.ppm", "img2.ppm"):
+        Image.new("RGB", (8, 8)).save(pairs / f"00001_{end}")
+    (pairs / "00001_flow.flo").write_bytes(struct.pack("<fii", 202021.25, 8, 8) + bytes(512))
+    (tmp_path / "FlyingChairs" / "FlyingChairs_train_val.txt").write_text("1\n1\n")
+    with pytest.raises(GraftError, match=r"its images have no class numbers .*; write its images"):
+        load("torchvision:FlyingChairs", data_root=tmp_path)

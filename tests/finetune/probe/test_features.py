@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from finetune.data.splits import Sample
-from finetune.probe.features import extract_features
+from finetune.probe.features import _report_unreadable, extract_features
 from models.engine.engine import Crops, Features, run
 from models.engine.openvino_engine import OpenVINOEngine
+from models.errors import GraftError
 from models.prepared import PreparedBackbone
 from models.sources import EncodedImage
 from tests.support.images import draw_shape
@@ -62,6 +63,12 @@ def test_unreadable_samples_are_named_and_left_out(
     kept = [index for index in range(9) if index not in (0, 4, 8)]
     expected = run(engine, np.stack([prepared.preprocess(samples[index].read()) for index in kept]))
     assert np.array_equal(extracted.features, expected)
+
+
+def test_unreadable_images_that_are_not_shown_are_in_the_audit() -> None:
+    reasons = {f"{number}.jpg": "the file is empty" for number in range(12)}
+    with pytest.raises(GraftError, match=r"  and 2 more; audit.html, of a run or of finetune/aud"):
+        _report_unreadable(reasons, is_error=True)
 
 
 def test_nothing_readable_gives_no_features(
