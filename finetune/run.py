@@ -64,6 +64,7 @@ from finetune.unused import (
     warn_if_nothing_is_stretched,
     warn_if_service_takes_less,
     warn_if_split_is_given,
+    warn_if_split_is_kept,
     warn_if_unused,
 )
 from models.checkpoint import check_repository
@@ -121,6 +122,8 @@ def run(options: Options) -> Path:
         if options.resume is None:
             if not splits.is_drawn:
                 warn_if_split_is_given(options)
+            elif splits.is_kept:
+                warn_if_split_is_kept(options)
             warn_if_nothing_is_stretched(options, splits)
         run_dir = options.resume or _make_run_dir(options)
         with (

@@ -86,6 +86,12 @@ def warn_if_split_is_given(options: SharedOptions) -> None:
     _warn(options, dict.fromkeys(sorted(SPLIT_OPTIONS), reason))
 
 
+def warn_if_split_is_kept(options: SharedOptions) -> None:
+    """Log a warning for options that draw a split, for images that an earlier run has split."""
+    reason = "images stay where an earlier run had them; --new-split draws anew"
+    _warn(options, {"val_fraction": reason})
+
+
 def warn_if_nothing_is_stretched(options: SharedOptions, splits: Splits) -> None:
     """Log a warning for `--stretch` where no image has more than 8 bits a channel."""
     if options.stretch and not holds_wide_images(splits):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 
 from finetune.config import AuditOptions, CompareOptions, Options, flag_of, parse_options
 from finetune.data.splits import load_splits
+from finetune.run import run
 from finetune.unused import (
     EPOCH_OPTIONS,
     SPLIT_OPTIONS,
@@ -23,6 +25,7 @@ from finetune.unused import (
 )
 from models.errors import GraftError
 from models.images import MAX_PIXELS
+from tests.support.images import write_noise_folders
 
 # A value of every option that is not its default.
 OTHER = {
@@ -194,6 +197,24 @@ def test_options_of_a_drawn_split_are_named_where_the_data_has_its_own(
         "--val-fraction 0.3 has no effect: photos has a val split of its own; leave it out"
     ]
     assert Options.model_fields.keys() >= SPLIT_OPTIONS
+
+
+def test_a_fraction_is_named_where_an_earlier_run_has_split_the_images(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    given: dict[str, Any] = {
+        "data": str(write_noise_folders(tmp_path / "data", 6)),
+        "backbone": "test_efficientnet",
+        "pretrained": False,
+        "image_size": 64,
+        "output": tmp_path / "runs",
+        "repository": tmp_path / "checkpoints",
+    }
+    reason = "images stay where an earlier run had them; --new-split draws anew"
+    for changes, is_said in (({}, False), ({"new_split": True}, False), ({}, True)):
+        caplog.clear()
+        run(Options(**given, val_fraction=0.3, **changes))
+        assert (f"--val-fraction 0.3 has no effect: {reason}" in caplog.messages) == is_said
 
 
 @pytest.mark.parametrize(
