@@ -129,26 +129,44 @@ def fingerprint(
 
 
 def list_names(repository: Path) -> list[str]:
-    """The names of a repository's models that have at least one version."""
+    """The names of a repository's models that have at least one version, or cannot be read.
+
+    Raises OSError where the repository itself cannot be read.
+    """
     if not repository.is_dir():
         return []
-    return sorted(
-        path.name
-        for path in repository.iterdir()
-        if path.is_dir() and list_versions(repository, path.name)
-    )
+    # Others are not looked into: lost+found of an ext4 volume is root's alone.
+    names = (path.name for path in repository.iterdir() if NAME_PATTERN.fullmatch(path.name))
+    return sorted(name for name in names if _may_have_versions(repository, name))
 
 
 def list_versions(repository: Path, name: str) -> list[int]:
-    """A model's published versions, in order."""
+    """A model's published versions, in order; a version's folder that cannot be read is one.
+
+    Raises OSError where the model's folder cannot be read.
+    """
     folder = repository / name
     if not folder.is_dir():
         return []
     return sorted(
         int(path.name)
         for path in folder.iterdir()
-        if _VERSION_PATTERN.fullmatch(path.name) and (path / CONFIG_FILE).is_file()
+        if _VERSION_PATTERN.fullmatch(path.name) and _may_be_version(path)
     )
+
+
+def _may_have_versions(repository: Path, name: str) -> bool:
+    try:
+        return bool(list_versions(repository, name))
+    except OSError:
+        return True
+
+
+def _may_be_version(folder: Path) -> bool:
+    try:
+        return (folder / CONFIG_FILE).is_file()
+    except OSError:
+        return True
 
 
 def check_name(name: str) -> str:

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,7 @@ from models import checkpoint as checkpoints
 from models.checkpoint import Checkpoint, Golden
 from models.engine.engine import EngineInfo, Precision
 from models.engine.processor import cpu_name
-from models.errors import GraftError, join_first
+from models.errors import GraftError, describe_error, join_first
 from models.prepared import resolve_device
 from models.preprocess import Preprocess
 from service import metrics
@@ -72,7 +72,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A version that is not served, or a rollout (no version) that is not followed, and why."""
+    """A version that is not served, or (without one) a model's folder or rollout, and why."""
 
     name: str
     version: int | None
@@ -269,9 +269,7 @@ def load_snapshot(
     loader = _Loader(settings, before or Snapshot(), on_engine_death)
     models: dict[str, Served] = {}
     for name in checkpoints.list_names(settings.checkpoints):
-        if checkpoints.NAME_PATTERN.fullmatch(name) and (
-            served := loader.load(name, (rollouts or {}).get(name))
-        ):
+        if served := loader.load(name, (rollouts or {}).get(name)):
             models[name] = served
     return Snapshot(models, tuple(loader.refused))
 
@@ -294,29 +292,38 @@ class _Loader:
     def load(self, name: str, rollout: Rollout | None) -> Served | None:
         """The model with every version its rollout asks for; None where no version can be served.
 
-        `rollout` goes before the file's. Raises GraftError where it cannot be served.
+        `rollout` goes before the file's. Raises GraftError where it cannot be served. A model whose
+        folder cannot be read is served as before.
         """
         before = self._before.models.get(name)
+        try:
+            listed = checkpoints.list_versions(self._root, name)
+        except OSError as error:
+            reason = f"its folder cannot be read: {describe_error(error)}"
+            self._refuse(name, "the model", reason.replace(f"{self._root}/", ""))
+            return before
         stamp = _stamp(self._root / name / ROLLOUT_FILE)
         if rollout is not None:
-            return self._load_versions(name, rollout, stamp)
+            return self._load_versions(name, listed, rollout, stamp)
         try:
             # A rollout set over HTTP that could not be written holds until the file changes.
             if before is not None and before.rollout_stamp == stamp:
-                return self._load_versions(name, before.rollout, stamp)
-            return self._load_versions(name, read_rollout(self._root / name), stamp)
+                return self._load_versions(name, listed, before.rollout, stamp)
+            return self._load_versions(name, listed, read_rollout(self._root / name), stamp)
         except GraftError as error:
-            self._refuse_rollout(name, str(error))
+            self._refuse(name, "the rollout of", str(error))
         for fallback in (before.rollout if before is not None else Rollout(), Rollout()):
             # The file is read again every time: the version that is missing may come.
             with contextlib.suppress(GraftError):
-                return self._load_versions(name, fallback, _NEVER_CURRENT)
+                return self._load_versions(name, listed, fallback, _NEVER_CURRENT)
         return None
 
-    def _load_versions(self, name: str, rollout: Rollout, stamp: Stamp) -> Served | None:
+    def _load_versions(
+        self, name: str, listed: Sequence[int], rollout: Rollout, stamp: Stamp
+    ) -> Served | None:
         versions: dict[int, Model] = {}
         latest = 0
-        for version in reversed(checkpoints.list_versions(self._root, name)):
+        for version in reversed(listed):
             is_named = version in rollout.named_versions
             if (
                 version not in rollout.unloaded
@@ -447,10 +454,10 @@ class _Loader:
         logger.exception("refused %s version %d", name, version, exc_info=error)
         return f"it cannot be loaded ({type(error).__name__}); the server's log says more"
 
-    def _refuse_rollout(self, name: str, reason: str) -> None:
+    def _refuse(self, name: str, what: str, reason: str) -> None:
         refusal = Refusal(name, None, reason)
         if refusal not in self._before.refused:
-            logger.error("refused the rollout of %s: %s", name, reason)
+            logger.error("refused %s %s: %s", what, name, reason)
         self.refused.append(refusal)
 
 

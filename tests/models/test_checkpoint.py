@@ -35,6 +35,7 @@ from models.errors import GraftError
 from models.prepared import PreparedBackbone
 from models.preprocess import Preprocess
 from tests.support.images import SHAPES, draw_shape
+from tests.support.permissions import as_nobody, make_open_folder
 from tests.support.shared import HANG_SECONDS
 
 PROJECT_DIR = Path(__file__).resolve().parents[2]
@@ -481,6 +482,21 @@ def test_an_empty_or_missing_repository_has_no_models(tmp_path: Path) -> None:
     (tmp_path / "litter").mkdir()
     (tmp_path / "file").touch()
     assert list_names(tmp_path) == []
+
+
+def test_what_may_not_be_read_hides_nothing_else() -> None:
+    with make_open_folder() as root:
+        for version in ("good/1", "good/2", "private/1", "lost+found"):
+            (root / version).mkdir(parents=True)
+            (root / version / "config.json").write_text("{}")
+        for closed in ("good/2", "private", "lost+found"):
+            (root / closed).chmod(0)
+        with as_nobody():
+            # The closed ones are there, for their reader to say that they are.
+            assert list_names(root) == ["good", "private"]
+            assert list_versions(root, "good") == [1, 2]
+            with pytest.raises(PermissionError):
+                list_versions(root, "private")
 
 
 def test_a_whole_network_with_batch_norm_survives_timm(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,13 @@ from safetensors.numpy import load_file, save
 from models.checkpoint import CONFIG_FILE, OPENVINO_FILE, WEIGHTS_FILE
 from models.errors import GraftError
 from models.prepared import resolve_device
+from service.errors import RequestError
 from service.inference.repository import load_snapshot
+from service.inference.server import Server
 from service.settings import Settings, load_settings
+from tests.support.permissions import as_nobody, make_open_folder
 from tests.support.servers import change_config, change_file, copy_checkpoint
+from tests.support.shared import HANG_SECONDS
 
 
 def settings(root: Path, **more: Any) -> Settings:
@@ -128,6 +133,62 @@ def test_a_repository_without_checkpoints_is_empty(tmp_path: Path, folder: str) 
     repository = load_snapshot(settings(tmp_path / folder))
     assert repository.models == {}
     assert repository.refused == ()
+
+
+def test_a_model_that_may_not_be_read_is_refused_alone_and_served_on(
+    colors: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with make_open_folder() as root:
+        for name in ("good", "served"):
+            copy_checkpoint(colors, root, name, 1)
+        start = load_snapshot(settings(root))
+        for name, version in (("good", 2), ("private", 1), ("lost+found", 1)):
+            copy_checkpoint(colors, root, name, version)
+        closed = ("good/2", "private", "served", "lost+found")
+        for name in closed:
+            (root / name).chmod(0)
+        with as_nobody():
+            refused = load_snapshot(settings(root), start)
+            load_snapshot(settings(root), refused)
+        assert refused.models == start.models
+        assert [(one.name, one.version) for one in refused.refused] == [
+            ("good", 2),
+            ("private", None),
+            ("served", None),
+        ]
+        for refusal in refused.refused:
+            assert "Permission denied" in refusal.reason
+            assert str(root) not in refusal.reason
+        # Once, not at every look.
+        assert caplog.text.count("refused the model private: its folder cannot be read") == 1
+        for name in closed:
+            (root / name).chmod(0o755)
+        latest = {
+            name: served.latest
+            for name, served in load_snapshot(settings(root), refused).models.items()
+        }
+        assert latest == {"good": 2, "private": 1, "served": 1}
+
+
+def test_a_start_that_fails_is_tried_again(colors: Path) -> None:
+    async def scenario(root: Path) -> None:
+        server = Server(settings(root, poll_seconds=0.1))
+        with as_nobody():
+            await server.start()
+            await asyncio.sleep(1)
+        with pytest.raises(RequestError, match="the server's log says why"):
+            server.check_ready()
+        root.chmod(0o755)
+        async with asyncio.timeout(HANG_SECONDS):
+            while not server.is_loaded:
+                await asyncio.sleep(0.05)
+        assert set(server.check_ready().models) == {"good"}
+        await server.stop()
+
+    with make_open_folder() as root:
+        copy_checkpoint(colors, root, "good", 1)
+        root.chmod(0)
+        asyncio.run(scenario(root))
 
 
 def test_cuda_is_an_error_only_where_it_is_asked_for_and_missing() -> None:
