@@ -53,6 +53,10 @@ class CheckpointError(GraftError):
     """A checkpoint that cannot be read, is incomplete, or gives other logits than at save time."""
 
 
+class UnreadableError(CheckpointError):
+    """Files that the system does not give now (EMFILE, ESTALE, EACCES): later it may."""
+
+
 @dataclass(frozen=True)
 class Golden:
     """Encoded images, and the logits `float32 [N,C]` (before temperature) of them at save time."""
@@ -247,15 +251,17 @@ def publish(
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read and verify a version folder `<repository>/<name>/<version>`: format, hashes, head.
 
-    Raises CheckpointError. The golden images are for `check_golden`, which needs an engine's
-    logits.
+    Raises CheckpointError, and its UnreadableError where that is not the files' fault. The golden
+    images are for `check_golden`, which needs an engine's logits.
     """
     try:
         checkpoint = _read(path)
     except CheckpointError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise CheckpointError(
+        is_missing = isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError))
+        may_pass = isinstance(error, OSError) and not is_missing
+        raise (UnreadableError if may_pass else CheckpointError)(
             f"{path}: not a checkpoint that can be read: {type(error).__name__}: {error}"
         ) from error
     _check_shapes(checkpoint)

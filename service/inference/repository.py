@@ -3,6 +3,7 @@
 Checkpoints with one fingerprint share an engine and a queue. Before a checkpoint serves, its golden
 images are replayed through the engine that will serve it. One that drifts or cannot be read is
 refused, with the reason, and the version before goes on serving. The folder is read every second.
+What is not the fault of a version's files is tried again.
 A request keeps the models that it started with, and an engine closes after its last request.
 """
 
@@ -21,7 +22,7 @@ from typing import Literal, cast
 import numpy as np
 
 from models import checkpoint as checkpoints
-from models.checkpoint import Checkpoint, Golden
+from models.checkpoint import Checkpoint, Golden, UnreadableError
 from models.engine.engine import EngineInfo, Precision
 from models.engine.processor import cpu_name
 from models.errors import GraftError, describe_error, join_first
@@ -29,7 +30,7 @@ from models.prepared import resolve_device
 from models.preprocess import Preprocess
 from service import metrics
 from service.engine.batcher import Batcher
-from service.engine.process import EngineProcess
+from service.engine.process import EngineDiedError, EngineProcess
 from service.errors import RequestError
 from service.inference.rollout import ROLLOUT_FILE, Rollout, read_rollout, write_rollout
 from service.settings import Settings
@@ -43,6 +44,9 @@ Device = Literal["cpu", "cuda"]
 Stamp = tuple[int, int, int] | None
 # The stamp of no file: a rollout with it is read again every time.
 _NEVER_CURRENT: Stamp = (-1, -1, -1)
+# What is not the files' fault, so that they may be loaded later, and the least pause until then.
+_PASSING = (EngineDiedError, UnreadableError, OSError, MemoryError)
+_RETRY_SECONDS = 10.0
 _NO_GOLDEN = Golden((), np.empty((0, 0), np.float32))
 
 
@@ -78,6 +82,8 @@ class Refusal:
     version: int | None
     reason: str
     stamp: Stamp = None
+    # On time.monotonic(), for what may pass by itself; None: once the files have changed.
+    retry_at: float | None = None
 
 
 @dataclass(frozen=True)
@@ -351,19 +357,27 @@ class _Loader:
             return loaded
         # A folder that is still being copied is refused, and tried again once it has changed.
         stamp_of_files = _stamp_of_files(path)
-        if known := self._known.get((name, version, stamp_of_files)):
+        known = self._known.get((name, version, stamp_of_files))
+        if known is not None and (known.retry_at is None or time.monotonic() < known.retry_at):
             if known not in self.refused:
                 self.refused.append(known)
-            return None
+            return None if known.retry_at is None else loaded
         start = time.perf_counter()
         try:
             model = replace(self._start_model(path), stamp=stamp)
         # Whatever its files make the libraries raise, the other checkpoints must be served.
         except Exception as error:
-            refusal = Refusal(name, version, self._describe(name, version, error), stamp_of_files)
+            may_pass = isinstance(error, _PASSING)
+            refusal = Refusal(
+                name,
+                version,
+                self._describe(name, version, error),
+                stamp_of_files,
+                time.monotonic() + _RETRY_SECONDS if may_pass else None,
+            )
             self.refused.append(refusal)
             self._known[name, version, stamp_of_files] = refusal
-            return None
+            return loaded if may_pass else None
         logger.info(
             "loaded %s version %d in %.1f s: %s",
             name,
@@ -403,6 +417,8 @@ class _Loader:
         recorded = cast(Precision, checkpoint.engine.get("precision", "auto"))
         try:
             return self._start_engine(checkpoint, recorded)
+        except EngineDiedError:
+            raise
         except GraftError as error:
             # The head was solved on the features of this precision: int8's differ from float's.
             if recorded in ("auto", "int8"):

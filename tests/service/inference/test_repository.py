@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import resource
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from safetensors.numpy import load_file, save
 
@@ -168,6 +174,83 @@ def test_a_model_that_may_not_be_read_is_refused_alone_and_served_on(
             for name, served in load_snapshot(settings(root), refused).models.items()
         }
         assert latest == {"good": 2, "private": 1, "served": 1}
+
+
+@contextmanager
+def killed_engines() -> Iterator[None]:
+    """Every engine's process is killed while it loads, as by the system when memory runs out."""
+    is_over = threading.Event()
+
+    def kill() -> None:
+        while not is_over.wait(0.01):
+            for child in psutil.Process().children():
+                with suppress(psutil.Error):
+                    if "service.engine.worker" in child.cmdline():
+                        child.kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    yield
+    is_over.set()
+    killer.join()
+
+
+@contextmanager
+def few_descriptors() -> Iterator[None]:
+    """A file can be opened, the connections of an engine's process cannot."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 1, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@pytest.mark.parametrize(
+    ("trouble", "reason"),
+    [
+        (killed_engines, "the engine's process ended with -9 while it loaded"),
+        (few_descriptors, "it cannot be loaded (OSError)"),
+        (as_nobody, "Permission denied"),
+    ],
+)
+def test_what_is_not_the_files_fault_is_tried_again_in_the_same_precision(
+    colors: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    trouble: Callable[[], AbstractContextManager[None]],
+    reason: str,
+) -> None:
+    with make_open_folder() as root:
+        copied = copy_checkpoint(colors, root, "colors", 1)
+        change_config(copied, lambda config: config["graft"]["engine"].update(precision="fp32"))
+        (copied / CONFIG_FILE).chmod(0o600)
+        with trouble():
+            refused = load_snapshot(settings(root))
+        assert refused.models == {}
+        assert [reason in one.reason for one in refused.refused] == [True]
+        # Not at once.
+        assert load_snapshot(settings(root), refused).models == {}
+        assert "which this device lacks" not in caplog.text
+        monkeypatch.setattr("service.inference.repository._RETRY_SECONDS", 0)
+        with trouble():
+            refused = load_snapshot(settings(root))
+        after = load_snapshot(settings(root), refused)
+        assert after.models["colors"].default.info.precision == "fp32"
+        assert after.refused == ()
+
+
+def test_a_version_that_cannot_be_read_again_is_served_on(colors: Path) -> None:
+    with make_open_folder() as root:
+        copied = copy_checkpoint(colors, root, "colors", 1)
+        start = load_snapshot(settings(root))
+        change_config(copied, lambda config: config["graft"].update(temperature=2.0))
+        (copied / CONFIG_FILE).chmod(0o600)
+        with as_nobody():
+            after = load_snapshot(settings(root), start)
+            after = load_snapshot(settings(root), after)
+        assert after.models["colors"].default is start.models["colors"].default
+        assert len(after.refused) == 1
 
 
 def test_a_start_that_fails_is_tried_again(colors: Path) -> None:
