@@ -283,8 +283,17 @@ def _read_classes(
     return images
 
 
+def is_printable(name: str) -> bool:
+    """Whether a name has something to show, and no control characters or lone surrogates.
+
+    Stricter, `str.isprintable` refuses emoji of several parts and spaces that do not break.
+    """
+    kinds = {unicodedata.category(character) for character in name}
+    return bool(name.strip()) and not kinds & {"Cc", "Cs", "Zl", "Zp"}
+
+
 def _check_class_name(parent: Path, name: str) -> None:
-    if not name.isprintable() or any("\ud800" <= char <= "\udfff" for char in name):
+    if not is_printable(name):
         raise GraftError(
             f"--data {parent}: the class folder {name!r} has a name that is no printable text; "
             "rename it"

@@ -27,7 +27,7 @@ from PIL import Image
 
 from models.errors import GraftError, describe_error, join_first
 from models.image_folder import SplitName as SplitName
-from models.image_folder import read_image_folder, read_split_name
+from models.image_folder import is_printable, read_image_folder, read_split_name
 
 logger = logging.getLogger("graft.sources")
 
@@ -204,6 +204,12 @@ def _load_csv(path: Path) -> Source:
         label = (
             _parse_label_names(row["labels"] or "") if "labels" in columns else row["label"].strip()
         )
+        for one in (label,) if isinstance(label, str) else label:
+            if not is_printable(one):
+                raise GraftError(
+                    f"--data {path}: line {number} has the label {one!r}, which is no printable "
+                    "text; rename it"
+                )
         labelled.append((name, label, path.parent / name))
         if "split" in columns:
             splits.append(_read_split(path, number, row["split"]))

@@ -81,7 +81,7 @@ def test_a_backbone_that_openvino_cannot_read_is_refused(colors: Path, tmp_path:
     copy_checkpoint(colors, tmp_path, "good", 1)
     broken = copy_checkpoint(colors, tmp_path, "broken", 1)
     change_file(broken / OPENVINO_FILE, lambda data: data[: len(data) // 2], rehash=True)
-    change_config(broken, lambda config: config["graft"].update(fingerprint="another"))
+    change_config(broken, lambda config: config["graft"].update(fingerprint="0" * 64))
     repository = load_snapshot(settings(tmp_path))
     assert set(repository.models) == {"good"}
     assert [refusal.name for refusal in repository.refused] == ["broken"]
