@@ -11,7 +11,6 @@ import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from email.message import Message
-from email.utils import collapse_rfc2231_value
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
@@ -235,8 +234,18 @@ def _read_parameter(disposition: bytes, parameters: dict[bytes, bytes], name: st
         return None
     message = Message()
     message["Content-Disposition"] = disposition.decode("latin-1")
-    value = message.get_param(name, header="Content-Disposition")
-    return None if value is None else collapse_rfc2231_value(value)
+    try:
+        value = message.get_param(name, header="Content-Disposition")
+    # Its pieces are numbered wrongly (`name*=…; name*0=…`): a file is read without its name.
+    except (TypeError, ValueError):
+        return ""
+    if not isinstance(value, tuple):
+        return value
+    charset, _, text = value
+    # RFC 8187 has UTF-8 alone, and older clients ISO-8859-1. Python's codecs are not for names that
+    # strangers choose: some fail, and some give lone surrogates.
+    encoding = "latin-1" if (charset or "").lower() == "iso-8859-1" else "utf-8"
+    return text.encode("latin-1", "replace").decode(encoding, "replace")
 
 
 async def _read_chunks(
