@@ -45,6 +45,9 @@ CARD_FILE = "README.md"
 # A write takes seconds: a temporary folder of this age is what a killed one left.
 _ABANDONED_SECONDS = 3600
 _VERSION_PATTERN = re.compile(r"[1-9][0-9]{0,8}")
+# What asks every model, in the place of a name.
+ALL_MODELS = "all"
+ALL_IS_RESERVED = "model=all asks every model of a service; give this one another name"
 _FINGERPRINT_PATTERN = re.compile(r"[0-9a-f]{64}")
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}")
 
@@ -184,6 +187,8 @@ def check_name(name: str) -> str:
             f"--name {name!r}: a model's name is 1 to 63 of a-z 0-9 _ . -, "
             "the first a letter or a digit"
         )
+    if name == ALL_MODELS:
+        raise GraftError(f"--name {name!r}: {ALL_IS_RESERVED}")
     return name
 
 

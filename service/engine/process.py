@@ -219,6 +219,9 @@ class EngineProcess:
 
     def _close_slots(self) -> None:
         for slot in self._slots:
+            # Closed already, if the process died before it was closed.
+            if slot.channel.fileno() < 0:
+                continue
             if self._loop is not None and not self._loop.is_closed():
                 self._loop.remove_reader(slot.channel.fileno())
                 self._loop.remove_writer(slot.channel.fileno())

@@ -206,8 +206,10 @@ class Repository:
         Raises RequestError where there is no such model or the rollout cannot be served; nothing
         has changed then.
         """
-        if not checkpoints.NAME_PATTERN.fullmatch(name) or not checkpoints.list_versions(
-            self.root, name
+        if (
+            name == checkpoints.ALL_MODELS
+            or not checkpoints.NAME_PATTERN.fullmatch(name)
+            or not checkpoints.list_versions(self.root, name)
         ):
             raise RequestError("no_such_model", f"no model {name[:100]!r} is in the repository")
         async with self._changing:
@@ -230,7 +232,9 @@ class Repository:
         """Finish what is in the queues, then close the engines."""
         async with self._loading:
             self._close_unused(self.current, Snapshot())
-            await asyncio.gather(*self._closing)
+            for ended in await asyncio.gather(*self._closing, return_exceptions=True):
+                if isinstance(ended, Exception):
+                    logger.error("an engine could not be closed", exc_info=ended)
 
     def _close_unused(self, before: Snapshot, after: Snapshot) -> None:
         kept = [backbone.engine for backbone in after.backbones]
@@ -301,6 +305,9 @@ class _Loader:
         `rollout` goes before the file's. Raises GraftError where it cannot be served. A model whose
         folder cannot be read is served as before.
         """
+        if name == checkpoints.ALL_MODELS:
+            self._refuse(name, "the model", checkpoints.ALL_IS_RESERVED)
+            return None
         before = self._before.models.get(name)
         try:
             listed = checkpoints.list_versions(self._root, name)

@@ -544,6 +544,11 @@ def test_other_names_are_refused_with_the_rule(name: str) -> None:
         check_name(name)
 
 
+def test_the_name_that_asks_every_model_is_reserved() -> None:
+    with pytest.raises(GraftError, match="--name 'all': model=all asks every model"):
+        check_name("all")
+
+
 def test_an_empty_or_missing_repository_has_no_models(tmp_path: Path) -> None:
     assert list_names(tmp_path / "nowhere") == []
     assert list_versions(tmp_path, "nothing") == []

@@ -274,6 +274,15 @@ def test_a_start_that_fails_is_tried_again(colors: Path) -> None:
         asyncio.run(scenario(root))
 
 
+def test_a_folder_called_all_is_refused(colors: Path, tmp_path: Path) -> None:
+    for name in ("all", "colors"):
+        copy_checkpoint(colors, tmp_path, name, 1)
+    found = load_snapshot(settings(tmp_path))
+    assert set(found.models) == {"colors"}
+    assert [(one.name, one.version) for one in found.refused] == [("all", None)]
+    assert "give this one another name" in found.refused[0].reason
+
+
 def test_cuda_is_an_error_only_where_it_is_asked_for_and_missing() -> None:
     assert resolve_device("cpu") == "cpu"
     if resolve_device("auto") == "cuda":
