@@ -17,6 +17,7 @@ from typing import TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
+from models.checkpoint import ALL_MODELS
 from models.errors import GraftError
 from models.images import ImageError, Pixels
 from service import metrics
@@ -31,7 +32,6 @@ logger = logging.getLogger("bentoml.graft")
 
 # A batch takes milliseconds: one that is in the engine for so long will not end.
 _STALLED_SECONDS = 60.0
-ALL_MODELS = "all"
 # Between two attempts to load, where GRAFT_POLL_SECONDS=0 has the repository read only once.
 _RETRY_SECONDS = 1.0
 # How long the event loop may keep Python's lock from other threads; under overload Python's default
@@ -132,7 +132,7 @@ class Server:
         several and none is named.
         """
         models = self.check_ready().models
-        if name == ALL_MODELS and name not in models:
+        if name == ALL_MODELS:
             if version:
                 raise RequestError(
                     "bad_parameter",

@@ -20,6 +20,7 @@ from service.errors import RequestError
 from service.inference.memory_budget import Reservation
 from service.settings import Settings
 from service.web.content_encoding import decode_content
+from service.web.numbers import parse_whole_number
 
 IMAGES_FIELD = "images"
 OPTION_FIELDS = ("model", "version", "top_k")
@@ -257,7 +258,7 @@ async def _read_chunks(
     size where there is none, or where it is compressed.
     """
     announced = request.headers.get("content-length", "")
-    if announced.isascii() and announced.isdigit() and int(announced) > max_bytes:
+    if announced.isdigit() and parse_whole_number(announced, max_bytes) is None:
         raise _body_too_large(max_bytes)
     encoding = ", ".join(request.headers.getlist("content-encoding"))
     received = 0

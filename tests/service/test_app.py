@@ -271,6 +271,7 @@ def test_text_in_the_place_of_a_file_is_not_fetched(client: httpx.Client) -> Non
         ({"top_k": "1.5"}, 400, "bad_parameter"),
         ({"top_k": "\N{FULLWIDTH DIGIT NINE}"}, 400, "bad_parameter"),
         ({"top_k": "9" * 500}, 400, "bad_parameter"),
+        ({"top_k": "0000000001" + "0" * 990}, 400, "bad_parameter"),
         ({"mdoel": "colors"}, 400, "unknown_field"),
     ],
 )
@@ -338,6 +339,18 @@ def test_a_body_that_is_too_large_by_its_header_and_by_its_size(client: httpx.Cl
     check_error(client.post("/predict", content=body, headers=headers), 413, "body_too_large")
     chunks = (body[start : start + 50_000] for start in range(0, len(body), 50_000))
     check_error(client.post("/predict", content=chunks, headers=headers), 413, "body_too_large")
+
+
+@pytest.mark.parametrize(("num_zeros", "status"), [(5000, 200), (60_000, 200)])
+def test_a_length_with_thousands_of_zeros_in_front(
+    client: httpx.Client, num_zeros: int, status: int
+) -> None:
+    image = draw_image("red")
+    headers = {"content-type": "image/jpeg", "content-length": "0" * num_zeros + str(len(image))}
+    assert client.post("/predict", content=image, headers=headers).status_code == status
+    long_number = {"model": "colors", "top_k": "0000000001" + "0" * 5000}
+    response = client.post("/predict", params=long_number, content=image, headers=headers)
+    check_error(response, 400, "bad_parameter")
 
 
 def test_a_body_that_does_not_come(server: RunningServer) -> None:
