@@ -257,6 +257,7 @@ async def _read_chunks(
     A body that is too large is refused by its Content-Length before a byte is read, and by its true
     size where there is none, or where it is compressed.
     """
+    _check_transfer_coding(", ".join(request.headers.getlist("transfer-encoding")))
     announced = request.headers.get("content-length", "")
     if announced.isdigit() and parse_whole_number(announced, max_bytes) is None:
         raise _body_too_large(max_bytes)
@@ -268,6 +269,16 @@ async def _read_chunks(
             raise _body_too_large(max_bytes, "the decompressed body" if encoding else "the body")
         reservation.add(len(chunk))
         yield chunk
+
+
+def _check_transfer_coding(codings: str) -> None:
+    """Raises RequestError for a coding below `chunked`, which uvicorn leaves in the body."""
+    if codings and codings.strip().lower() != "chunked":
+        raise RequestError(
+            "unsupported_transfer_encoding",
+            f"Transfer-Encoding: {codings[:100]} is not undone here, only chunked is; to send a "
+            "compressed body, say Content-Encoding: gzip or deflate instead",
+        )
 
 
 async def _join(chunks: AsyncIterator[bytes]) -> bytes:
