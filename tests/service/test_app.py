@@ -341,18 +341,6 @@ def test_a_body_that_is_too_large_by_its_header_and_by_its_size(client: httpx.Cl
     check_error(client.post("/predict", content=chunks, headers=headers), 413, "body_too_large")
 
 
-@pytest.mark.parametrize(("num_zeros", "status"), [(5000, 200), (60_000, 200)])
-def test_a_length_with_thousands_of_zeros_in_front(
-    client: httpx.Client, num_zeros: int, status: int
-) -> None:
-    image = draw_image("red")
-    headers = {"content-type": "image/jpeg", "content-length": "0" * num_zeros + str(len(image))}
-    assert client.post("/predict", content=image, headers=headers).status_code == status
-    long_number = {"model": "colors", "top_k": "0000000001" + "0" * 5000}
-    response = client.post("/predict", params=long_number, content=image, headers=headers)
-    check_error(response, 400, "bad_parameter")
-
-
 def test_a_body_that_does_not_come(server: RunningServer) -> None:
     address = urlsplit(server.url)
     with socket.create_connection((address.hostname, address.port), timeout=10) as connection:

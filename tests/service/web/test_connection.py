@@ -187,6 +187,15 @@ def test_thousands_of_offers_in_one_write(server: RunningServer) -> None:
         assert b'"red"' in line
 
 
+@pytest.mark.parametrize("num_zeros", [5000, 60_000])
+def test_a_length_with_thousands_of_zeros_in_front(server: RunningServer, num_zeros: int) -> None:
+    length = b"Content-Length: %s%d\r\n" % (b"0" * num_zeros, len(IMAGE))
+    with connect(server) as connection:
+        connection.sendall(request(IMAGE, JPEG, length))
+        (answer,) = read_answers(connection, 1)
+    assert is_red(answer)
+
+
 CHUNKED = b"Transfer-Encoding: chunked\r\n"
 CLOSE = b"Connection: close\r\n"
 
