@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from email.message import Message
@@ -30,6 +31,9 @@ _HOW_TO_SEND = (
     "send multipart/form-data with one or more files in the field 'images' "
     "(curl -F images=@photo.jpg), or one image as the body "
     "(curl --data-binary @photo.jpg -H 'Content-Type: image/jpeg')"
+)
+_HOW_TO_SEND_JSON = (
+    'send images in base64 to POST /v1/models/NAME:predict, as {"instances": [{"b64": "…"}]}'
 )
 # It logs every broken form, which the client is told of and the access log has anyway.
 logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
@@ -66,19 +70,37 @@ async def read_upload(request: Request, settings: Settings, reservation: Reserva
             elif content_type.startswith(b"image/") or content_type == b"application/octet-stream":
                 data = await _join(chunks)
                 upload = Upload([NamedImage("the image", data)] if data else [])
+            elif not content_type and _may_be_image(data := await _join(chunks)):
+                upload = Upload([NamedImage("the image", data)])
             else:
-                shown = content_type.decode("latin-1") or "missing"
-                raise RequestError(
-                    "unsupported_content_type", f"the content type is {shown}: {_HOW_TO_SEND}"
-                )
+                raise _unsupported_content_type(content_type.decode("latin-1"))
     except TimeoutError:
         raise _body_timeout(settings.body_seconds) from None
     for name in OPTION_FIELDS:
-        if name in request.query_params:
-            upload.options.setdefault(name, request.query_params[name])
+        _add_from_query(upload.options, name, request.query_params.get(name, ""))
     if not upload.images:
         raise RequestError("no_image", f"the request has no image: {_HOW_TO_SEND}")
     return upload
+
+
+def _add_from_query(options: dict[str, str], name: str, asked: str) -> None:
+    """Raises RequestError where form and query ask for different values."""
+    in_form = options.get(name, "")
+    if asked and in_form and asked != in_form:
+        raise RequestError(
+            "bad_parameter",
+            f"{name!r} is {asked[:100]!r} in the query and {in_form[:100]!r} in the form; send it "
+            "once",
+        )
+    if asked:
+        options[name] = asked
+
+
+def _may_be_image(data: bytes) -> bool:
+    """Whether a body is something else than text; of images, only PNM can begin like one."""
+    start = data[:64]
+    is_text = all(byte >= 32 or byte in b"\t\r\n" for byte in start)
+    return not is_text or re.match(rb"P[1-7]\s", start) is not None
 
 
 async def read_body(request: Request, settings: Settings, reservation: Reservation) -> bytes:
@@ -100,6 +122,11 @@ async def read_form(chunks: AsyncIterator[bytes], boundary: bytes, max_images: i
     0.04 ms for a photo of 60 KB, 0.5 % of a request (docs/serve-benchmark.md).
     """
     if not 1 <= len(boundary) <= _MAX_BOUNDARY_BYTES:
+        if not boundary:
+            raise _broken_multipart(
+                "the Content-Type header has no boundary: do not set this header, the client "
+                "library does, with the boundary that it puts between the parts"
+            )
         raise _broken_multipart(
             f"the Content-Type header has a boundary of {len(boundary)} bytes, "
             f"1 to {_MAX_BOUNDARY_BYTES} are allowed"
@@ -295,6 +322,13 @@ def _body_too_large(max_bytes: int, what: str = "the body") -> RequestError:
         f"{what} is larger than {max_bytes} bytes (GRAFT_MAX_BODY_BYTES); "
         "send fewer or smaller images",
     )
+
+
+def _unsupported_content_type(content_type: str) -> RequestError:
+    is_json = content_type.endswith(("/json", "+json"))
+    way_out = f"{_HOW_TO_SEND_JSON}; or {_HOW_TO_SEND}" if is_json else _HOW_TO_SEND
+    shown = content_type[:100] or "missing, and the body is no image"
+    return RequestError("unsupported_content_type", f"the content type is {shown}: {way_out}")
 
 
 def _broken_multipart(reason: str) -> RequestError:

@@ -9,7 +9,8 @@ from collections.abc import AsyncIterator
 import pytest
 
 from service.errors import RequestError
-from service.web.uploads import NamedImage, Upload, read_form
+from service.web.uploads import NamedImage, Upload, _may_be_image, read_form
+from tests.support.images import draw_image
 
 MAX_IMAGES = 3
 HEAD = b'Content-Disposition: form-data; name="images"; filename="a.jpg"\r\n'
@@ -218,3 +219,16 @@ def test_a_text_without_a_file_name_is_no_file() -> None:
     head = b"Content-Disposition: form-data; name=\"images\"; other*=UTF-8''a.jpg\r\n"
     with pytest.raises(RequestError, match="holds text, not a file"):
         parse(b"--b\r\n" + head + b"\r\nx\r\n--b--")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF"])
+def test_images_of_all_formats_are_told_from_text(kind: str) -> None:
+    data = draw_image("red", kind=kind)
+    assert _may_be_image(data)
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"{}", b'{"images": []}', b"model=colors", b"--b\r\n\r\n", "größer".encode()]
+)
+def test_text_is_no_image(data: bytes) -> None:
+    assert not _may_be_image(data)
