@@ -331,7 +331,17 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _check_files(path: Path) -> None:
+    """Raise CheckpointError for what is no file: to read a pipe would wait without end."""
+    for one in path.iterdir():
+        if one.exists() and not one.is_file() and not one.is_dir():
+            raise CheckpointError(
+                f"{path}: {one.name} is a pipe, socket or device; put the file itself there"
+            )
+
+
 def _read(path: Path) -> Checkpoint:
+    _check_files(path)
     config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
     graft = config["graft"]
     _check_format(path, graft)

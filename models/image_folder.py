@@ -283,6 +283,15 @@ def _read_classes(
     return images
 
 
+def has_images(folder: Path) -> bool:
+    """Whether images, by their suffixes, are in a folder or in one of its folders."""
+    return any(
+        path.suffix.lower() in _IMAGE_SUFFIXES
+        for pattern in ("*", "*/*")
+        for path in folder.glob(pattern)
+    )
+
+
 def is_printable(name: str) -> bool:
     """Whether a name has something to show, and no control characters or lone surrogates.
 

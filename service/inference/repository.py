@@ -26,6 +26,7 @@ from models.checkpoint import Checkpoint, Golden, UnreadableError
 from models.engine.engine import EngineInfo, Precision
 from models.engine.processor import cpu_name
 from models.errors import GraftError, describe_error, join_first
+from models.image_folder import has_images
 from models.prepared import resolve_device
 from models.preprocess import Preprocess
 from service import metrics
@@ -282,6 +283,31 @@ def load_snapshot(
         if served := loader.load(name, (rollouts or {}).get(name)):
             models[name] = served
     return Snapshot(models, tuple(loader.refused))
+
+
+def explain_empty(root: Path) -> str:
+    """What a folder without models is instead of a repository, and the way out; "" if unknown."""
+    if not root.exists():
+        return f"{root} does not exist"
+    if not root.is_dir():
+        return f"{root} is not a folder"
+    try:
+        if (root / checkpoints.CONFIG_FILE).is_file():
+            return f"{root} is a version of a model; say CHECKPOINTS={root.parent.parent}"
+        if checkpoints.list_versions(root.parent, root.name):
+            return f"{root} is a model; say CHECKPOINTS={root.parent}"
+        for inner in sorted(root.iterdir()):
+            if checkpoints.list_names(inner):
+                return f"{root} has the models in {inner.name}/; say CHECKPOINTS={inner}"
+        if has_images(root):
+            return (
+                f"{root} is a folder of images; for a model of them say "
+                f'make run ARGS="--data {root}"'
+            )
+    # The start of the service does not depend on it.
+    except OSError:
+        pass
+    return ""
 
 
 class _Loader:

@@ -24,7 +24,7 @@ from service import metrics
 from service.errors import RequestError
 from service.inference.memory_budget import MemoryBudget
 from service.inference.predictor import Answer, Predictor
-from service.inference.repository import Model, Repository, Snapshot
+from service.inference.repository import Model, Repository, Snapshot, explain_empty
 from service.inference.shadows import Shadows, shadows_on_same_backbone
 from service.settings import Settings
 
@@ -186,9 +186,9 @@ class Server:
             await asyncio.sleep(self.settings.poll_seconds or _RETRY_SECONDS)
         _spare_garbage_collection()
         if not self.repository.current.models:
-            logger.warning(
-                "%s (CHECKPOINTS is %s)", self._no_model_message(), self.settings.checkpoints
-            )
+            root = self.settings.checkpoints.absolute()
+            found = await asyncio.to_thread(explain_empty, root)
+            logger.warning("%s (%s)", self._no_model_message(), found or f"CHECKPOINTS is {root}")
         if self.settings.poll_seconds:
             await self.repository.watch()
 

@@ -20,7 +20,7 @@ from models.checkpoint import CONFIG_FILE, OPENVINO_FILE, WEIGHTS_FILE
 from models.errors import GraftError
 from models.prepared import resolve_device
 from service.errors import RequestError
-from service.inference.repository import load_snapshot
+from service.inference.repository import explain_empty, load_snapshot
 from service.inference.server import Server
 from service.settings import Settings, load_settings
 from tests.support.permissions import as_nobody, make_open_folder
@@ -272,6 +272,45 @@ def test_a_start_that_fails_is_tried_again(colors: Path) -> None:
         copy_checkpoint(colors, root, "good", 1)
         root.chmod(0)
         asyncio.run(scenario(root))
+
+
+def test_a_pipe_in_the_place_of_a_file_is_named(colors: Path, tmp_path: Path) -> None:
+    for name in ("rollout", "golden", "good"):
+        copy_checkpoint(colors, tmp_path, name, 1)
+    os.mkfifo(tmp_path / "rollout" / "rollout.json")
+    (tmp_path / "golden" / "1" / "golden.npz").unlink()
+    os.mkfifo(tmp_path / "golden" / "1" / "golden.npz")
+    found = load_snapshot(settings(tmp_path))
+    assert set(found.models) == {"rollout", "good"}
+    reasons = {(one.name, one.version): one.reason for one in found.refused}
+    assert reasons == {
+        ("rollout", None): "rollout.json is no file; put a JSON file there, or remove it",
+        ("golden", 1): "golden.npz is a pipe, socket or device; put the file itself there",
+    }
+
+
+@pytest.mark.parametrize(
+    ("below", "message"),
+    [
+        ("nowhere", "{root}/nowhere does not exist"),
+        ("photos/cat/1.jpg", "{root}/photos/cat/1.jpg is not a folder"),
+        ("models/odd", "{root}/models/odd is a model; say CHECKPOINTS={root}/models"),
+        ("models/odd/1", "{root}/models/odd/1 is a version of a model; say CHECKPOINTS={root}/mod"),
+        (".", "{root} has the models in models/; say CHECKPOINTS={root}/models"),
+        ("photos", "{root}/photos is a folder of images; for a model of them say make run ARGS="),
+        ("photos/cat", "{root}/photos/cat is a folder of images"),
+        ("empty", ""),
+    ],
+)
+def test_a_folder_that_is_no_repository_is_called_what_it_is(
+    tmp_path: Path, below: str, message: str
+) -> None:
+    for file in ("models/odd/1/config.json", "photos/cat/1.jpg", "empty/notes.txt"):
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).touch()
+    found = explain_empty(tmp_path / below)
+    assert found.startswith(message.format(root=tmp_path))
+    assert bool(found) == bool(message)
 
 
 def test_a_folder_called_all_is_refused(colors: Path, tmp_path: Path) -> None:
