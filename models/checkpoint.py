@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,7 @@ from models.files import (
     remove_temporary,
     temporary_folder,
 )
+from models.image_folder import is_printable
 from models.preprocess import Preprocess
 
 # Of a head on the last level, and of one on all levels, which stands in a file of its own.
@@ -42,6 +45,10 @@ CARD_FILE = "README.md"
 # A write takes seconds: a temporary folder of this age is what a killed one left.
 _ABANDONED_SECONDS = 3600
 _VERSION_PATTERN = re.compile(r"[1-9][0-9]{0,8}")
+# What asks every model, in the place of a name.
+ALL_MODELS = "all"
+ALL_IS_RESERVED = "model=all asks every model of a service; give this one another name"
+_FINGERPRINT_PATTERN = re.compile(r"[0-9a-f]{64}")
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}")
 
 Array = np.ndarray[Any, Any]
@@ -51,6 +58,10 @@ Task = Literal["single-label", "multi-label"]
 
 class CheckpointError(GraftError):
     """A checkpoint that cannot be read, is incomplete, or gives other logits than at save time."""
+
+
+class UnreadableError(CheckpointError):
+    """Files that the system does not give now (EMFILE, ESTALE, EACCES): later it may."""
 
 
 @dataclass(frozen=True)
@@ -129,26 +140,44 @@ def fingerprint(
 
 
 def list_names(repository: Path) -> list[str]:
-    """The names of a repository's models that have at least one version."""
+    """The names of a repository's models that have at least one version, or cannot be read.
+
+    Raises OSError where the repository itself cannot be read.
+    """
     if not repository.is_dir():
         return []
-    return sorted(
-        path.name
-        for path in repository.iterdir()
-        if path.is_dir() and list_versions(repository, path.name)
-    )
+    # Others are not looked into: lost+found of an ext4 volume is root's alone.
+    names = (path.name for path in repository.iterdir() if NAME_PATTERN.fullmatch(path.name))
+    return sorted(name for name in names if _may_have_versions(repository, name))
 
 
 def list_versions(repository: Path, name: str) -> list[int]:
-    """A model's published versions, in order."""
+    """A model's published versions, in order; a version's folder that cannot be read is one.
+
+    Raises OSError where the model's folder cannot be read.
+    """
     folder = repository / name
     if not folder.is_dir():
         return []
     return sorted(
         int(path.name)
         for path in folder.iterdir()
-        if _VERSION_PATTERN.fullmatch(path.name) and (path / CONFIG_FILE).is_file()
+        if _VERSION_PATTERN.fullmatch(path.name) and _may_be_version(path)
     )
+
+
+def _may_have_versions(repository: Path, name: str) -> bool:
+    try:
+        return bool(list_versions(repository, name))
+    except OSError:
+        return True
+
+
+def _may_be_version(folder: Path) -> bool:
+    try:
+        return (folder / CONFIG_FILE).is_file()
+    except OSError:
+        return True
 
 
 def check_name(name: str) -> str:
@@ -158,6 +187,8 @@ def check_name(name: str) -> str:
             f"--name {name!r}: a model's name is 1 to 63 of a-z 0-9 _ . -, "
             "the first a letter or a digit"
         )
+    if name == ALL_MODELS:
+        raise GraftError(f"--name {name!r}: {ALL_IS_RESERVED}")
     return name
 
 
@@ -229,18 +260,29 @@ def publish(
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read and verify a version folder `<repository>/<name>/<version>`: format, hashes, head.
 
-    Raises CheckpointError. The golden images are for `check_golden`, which needs an engine's
-    logits.
+    Raises CheckpointError, and its UnreadableError where that is not the files' fault. The golden
+    images are for `check_golden`, which needs an engine's logits.
     """
     try:
         checkpoint = _read(path)
+        _check_shapes(checkpoint)
     except CheckpointError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise CheckpointError(
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+        SafetensorError,
+    ) as error:
+        is_missing = isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError))
+        may_pass = isinstance(error, OSError) and not is_missing
+        raise (UnreadableError if may_pass else CheckpointError)(
             f"{path}: not a checkpoint that can be read: {type(error).__name__}: {error}"
         ) from error
-    _check_shapes(checkpoint)
     return checkpoint
 
 
@@ -263,9 +305,10 @@ def check_golden(checkpoint: Checkpoint, computed: npt.NDArray[np.float32]) -> N
     """Raise CheckpointError unless `computed`, the golden images' logits now, are those of save
     time.
 
-    Another CPU or precision moves logits a little (bf16 rounds at 2^-8); other labels, weights or
-    preprocessing move them a lot. The largest difference may be 5 % of the logits' spread. Of
-    single-label logits each image's mean is left out, which softmax ignores.
+    Another CPU or precision moves logits a little (bf16 rounds at 2^-8); other weights or another
+    preprocessing move them a lot. Names of labels that were swapped are not seen. The largest
+    difference may be 5 % of the logits' spread. Of single-label logits each image's mean is left
+    out, which softmax ignores.
     """
     expected, found = checkpoint.golden.logits, computed
     if checkpoint.task == "single-label":
@@ -277,7 +320,7 @@ def check_golden(checkpoint: Checkpoint, computed: npt.NDArray[np.float32]) -> N
     if not drift <= 0.05:
         raise CheckpointError(
             f"{checkpoint.path}: its golden images give other logits here than when it was saved "
-            f"({drift:.0%} of their spread, 5% is allowed): its files, its labels or this "
+            f"({drift:.0%} of their spread, 5% is allowed): its files or this "
             "machine's libraries do not fit; publish it again from the training run"
         )
 
@@ -288,7 +331,17 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _check_files(path: Path) -> None:
+    """Raise CheckpointError for what is no file: to read a pipe would wait without end."""
+    for one in path.iterdir():
+        if one.exists() and not one.is_file() and not one.is_dir():
+            raise CheckpointError(
+                f"{path}: {one.name} is a pipe, socket or device; put the file itself there"
+            )
+
+
 def _read(path: Path) -> Checkpoint:
+    _check_files(path)
     config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
     graft = config["graft"]
     _check_format(path, graft)
@@ -306,19 +359,19 @@ def _read(path: Path) -> Checkpoint:
         name=path.parent.name,
         version=int(path.name),
         task=task,
-        architecture=config["architecture"],
-        label_names=tuple(config["label_names"]),
+        architecture=_read_text(config, "architecture"),
+        label_names=_read_label_names(config),
         preprocess=Preprocess.from_dict(graft["preprocess"]),
-        fingerprint=graft["fingerprint"],
-        temperature=float(graft["temperature"]),
+        fingerprint=_read_fingerprint(graft),
+        temperature=_read_temperature(graft),
         coverage=coverage,
         threshold=threshold,
         thresholds=_read_thresholds(graft) if task == "multi-label" else None,
         head_weight=head.weight,
         head_bias=head.bias,
         golden=_read_golden(path / GOLDEN_FILE),
-        metrics=graft["metrics"],
-        engine=graft["engine"],
+        metrics=_read_section(graft, "metrics"),
+        engine=_read_section(graft, "engine"),
         config=config,
     )
 
@@ -350,6 +403,55 @@ def _check_shapes(checkpoint: Checkpoint) -> None:
             f"{path}: there are {len(checkpoint.thresholds)} thresholds, "
             f"its labels are {num_classes}"
         )
+
+
+def _read_text(section: Mapping[str, Any], name: str) -> str:
+    value = section[name]
+    if not isinstance(value, str) or not is_printable(value):
+        raise ValueError(f"{name} is {_shown(value)}; it must be printable text")
+    return value
+
+
+def _read_label_names(config: Mapping[str, Any]) -> tuple[str, ...]:
+    names = config["label_names"]
+    if not isinstance(names, list):
+        raise ValueError(f"label_names is {_shown(names)}; it must be a list of names")
+    for name in names:
+        if not isinstance(name, str) or not is_printable(name):
+            raise ValueError(f"label_names has {_shown(name)}; a name must be printable text")
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"label_names has {_shown(twice[0])} more than once; each must be unique")
+    return tuple(names)
+
+
+def _read_fingerprint(graft: Mapping[str, Any]) -> str:
+    value = graft["fingerprint"]
+    if not isinstance(value, str) or not _FINGERPRINT_PATTERN.fullmatch(value):
+        raise ValueError(f"fingerprint is {_shown(value)}; it must be 64 of 0-9 a-f")
+    return value
+
+
+def _read_temperature(graft: Mapping[str, Any]) -> float:
+    temperature = float(graft["temperature"])
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}; it must be a number above 0")
+    return temperature
+
+
+def _read_section(graft: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A part that is shown over HTTP."""
+    section = graft[name]
+    if not isinstance(section, dict):
+        raise ValueError(f"{name} is {_shown(section)}; it must be a JSON object")
+    try:
+        json.dumps(section, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} has half of a surrogate pair, which is no text") from error
+    return section
+
+
+def _shown(value: object) -> str:
+    return ascii(value)[:100]
 
 
 def _read_conformal(graft: Mapping[str, Any]) -> tuple[float | None, float | None]:

@@ -363,9 +363,21 @@ def _read_classes(
     return images
 
 
-def is_printable_name(name: str) -> bool:
-    """Whether a class may be called so: without control characters and bytes that are no text."""
-    return not any(
+def has_images(folder: Path) -> bool:
+    """Whether images, by their suffixes, are in a folder or in one of its folders."""
+    return any(
+        path.suffix.lower() in _IMAGE_SUFFIXES
+        for pattern in ("*", "*/*")
+        for path in folder.glob(pattern)
+    )
+
+
+def is_printable(name: str) -> bool:
+    """Whether a class may be called so: something to show, no control characters, all text.
+
+    Stricter, `str.isprintable` refuses emoji of several parts and spaces that do not break.
+    """
+    return bool(name.strip()) and not any(
         unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp") and char not in _JOINERS
         for char in name
     )
@@ -378,7 +390,7 @@ def _check_class_name(parent: Path, name: str) -> None:
             f"--data {parent}: the name of the class folder {name!r} is not ASCII, and the locale "
             "is; set LC_ALL=C.UTF-8, or another locale with UTF-8"
         )
-    if not is_printable_name(name):
+    if not is_printable(name):
         raise GraftError(
             f"--data {parent}: the class folder {name!r} has a name that is no printable text; "
             "rename it"

@@ -6,6 +6,7 @@ without it. `models/images.py` decodes; here is what is made of the pixels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Self, get_args
@@ -33,6 +34,10 @@ _RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
+
+
+# No network takes larger crops; one of this size is 805 MB.
+_MAX_SIZE = 16_384
 
 
 @dataclass(frozen=True)
@@ -147,7 +152,31 @@ class Preprocess:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
-        return cls(**{**fields, "mean": tuple(fields["mean"]), "std": tuple(fields["std"])})
+        """As `to_dict` gave it. Raises ValueError, TypeError or KeyError where it is not that."""
+        read = cls(**{**fields, "mean": tuple(fields["mean"]), "std": tuple(fields["std"])})
+        read._check()
+        return read
+
+    def _check(self) -> None:
+        """Raise ValueError with the first field that no crop can be made by."""
+        is_allowed = {
+            "height": _is_size(self.height),
+            "width": _is_size(self.width),
+            "crop_fraction": 0 < self.crop_fraction < math.inf,
+            "crop_mode": self.crop_mode in get_args(CropMode),
+            "interpolation": self.interpolation in _RESAMPLING,
+            "mean": len(self.mean) == 3 and all(map(math.isfinite, self.mean)),
+            "std": len(self.std) == 3 and all(0 < value < math.inf for value in self.std),
+            "stretch": isinstance(self.stretch, bool),
+        }
+        for name, is_good in is_allowed.items():
+            if not is_good:
+                raise ValueError(
+                    f"preprocess: {name} is {getattr(self, name)!r}; height and width are whole "
+                    f"numbers from 1 to {_MAX_SIZE}, crop_fraction and std above 0, mean and std "
+                    f"of three numbers, crop_mode one of {', '.join(get_args(CropMode))}, "
+                    f"interpolation one of {', '.join(_RESAMPLING)}, stretch true or false"
+                )
 
     def _min_scale(self, width: int, height: int, orientation: int) -> float:
         crop_width, crop_height = self._crop_size(width, height, orientation)
@@ -167,6 +196,10 @@ class Preprocess:
             width / target_width, height / target_height
         )
         return target_width * pixels_per_target, target_height * pixels_per_target
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _MAX_SIZE
 
 
 def _place(

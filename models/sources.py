@@ -30,7 +30,7 @@ from PIL import Image
 
 from models.errors import GraftError, describe_error, first_line, join_first
 from models.image_folder import SplitName as SplitName
-from models.image_folder import is_printable_name, read_image_folder, read_split_name
+from models.image_folder import is_printable, read_image_folder, read_split_name
 
 logger = logging.getLogger("graft.sources")
 
@@ -232,6 +232,12 @@ def _load_csv(path: Path) -> Source:
         label = (
             _parse_label_names(row["labels"] or "") if "labels" in columns else row["label"].strip()
         )
+        for one in (label,) if isinstance(label, str) else label:
+            if not is_printable(one):
+                raise GraftError(
+                    f"--data {path}: line {number} has the label {one!r}, which is no printable "
+                    "text; rename it"
+                )
         labelled.append((name, label, path.parent / name))
         if "split" in columns:
             splits.append(_read_split(path, number, row["split"]))
@@ -470,7 +476,7 @@ def _check_row(path: Path, number: int, row: dict[Any, Any], columns: Sequence[s
     label = (row[column] or "").strip()
     if column == "label" and not label:
         raise GraftError(f"{line} no label")
-    if not is_printable_name(label):
+    if not is_printable(label):
         raise GraftError(
             f"{line} {label!r} in {column}, which is no printable text; take line breaks and "
             "control characters out"

@@ -58,6 +58,7 @@ STATUS_BY_CODE = {
     "headers_too_large": 431,
     "internal": 500,
     "engine_failed": 500,
+    "unsupported_transfer_encoding": 501,
     "no_model": 503,
     "not_ready": 503,
     "shutting_down": 503,

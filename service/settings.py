@@ -28,6 +28,35 @@ _OF_KUBERNETES = re.compile(r"GRAFT_(\w+_)?(SERVICE_(HOST|PORT)|PORT(_\d+_(TCP|U
 _PROJECT_DIR = Path(__file__).resolve().parent.parent
 _MIN_TOKEN_CHARACTERS = 8
 _KEEP_ALIVE_VARIABLE = "GRAFT_KEEP_ALIVE_SECONDS"
+# Variables of Graft that are no settings and may be there too: what the service tells its own
+# processes, what deploy/compose.yaml reads, what tests and benchmarks read.
+OTHER_VARIABLES = frozenset(
+    {
+        "GRAFT_PARENT_PID",
+        "GRAFT_IMAGE",
+        "GRAFT_CLIENT_VENV",
+        "GRAFT_FUZZ_REQUESTS",
+        "GRAFT_IMAGE_DIR",
+        "GRAFT_IMAGE_FLAVOUR",
+        "GRAFT_IMAGE_MUTATIONS",
+        "GRAFT_KILLS",
+        "GRAFT_PEER_CHECKPOINT",
+        "GRAFT_PEER_ENGINE",
+        "GRAFT_PEER_WORKERS",
+    }
+)
+# Words for what other servers call otherwise, where no setting's name is near.
+_MEANT_BY_WORD = {
+    "TOKEN": "GRAFT_API_TOKEN or GRAFT_ADMIN_TOKEN",
+    "AUTH": "GRAFT_API_TOKEN or GRAFT_ADMIN_TOKEN",
+    "KEY": "GRAFT_API_TOKEN or GRAFT_ADMIN_TOKEN",
+    "SECRET": "GRAFT_API_TOKEN or GRAFT_ADMIN_TOKEN",
+    "PASSWORD": "GRAFT_API_TOKEN or GRAFT_ADMIN_TOKEN",
+    "HOST": "BENTOML_HOST",
+    "PORT": "BENTOML_PORT",
+    "MODEL": "CHECKPOINTS",
+    "REPOSITORY": "CHECKPOINTS",
+}
 
 
 def _default_checkpoints_dir() -> Path:
@@ -135,13 +164,19 @@ class Settings(BaseSettings):
 def load_settings() -> Settings:
     """The settings from the environment.
 
-    Raises GraftError with the variable, its value and what is allowed, and for a variable whose
-    name is nearly a setting's.
+    Raises GraftError with the variable, its value and what is allowed, and for a variable that
+    begins as settings do and is none.
     """
     wrong = [
         f"{name}: there is no such setting; did you mean {meant}? Rename it, or unset it"
-        for name, meant in find_misspelt(os.environ).items()
+        for name, meant in find_unknown(os.environ).items()
     ]
+    # That of Kubernetes is an address, tcp://10.0.0.1:3000.
+    if (port := os.environ.get("GRAFT_PORT", "")).isdigit():
+        wrong.append(
+            f"GRAFT_PORT={port}: there is no such setting; did you mean BENTOML_PORT? Rename it, "
+            "or unset it"
+        )
     if _KEEP_ALIVE_VARIABLE in os.environ:
         raise GraftError(
             f"{_KEEP_ALIVE_VARIABLE}={os.environ[_KEEP_ALIVE_VARIABLE]} is no setting any more; "
@@ -156,21 +191,24 @@ def load_settings() -> Settings:
     return settings
 
 
-def find_misspelt(names: Iterable[str]) -> dict[str, str]:
-    """Variables of the environment nearly called as a setting: name → the setting's variable."""
-    variables = {name.upper(): _variable(name) for name in Settings.model_fields}
-    misspelt: dict[str, str] = {}
+def find_unknown(names: Iterable[str]) -> dict[str, str]:
+    """Variables called as if they were settings: name → the nearest setting's variable."""
+    settings = {name.upper(): _variable(name) for name in Settings.model_fields}
+    known = {*settings.values(), *OTHER_VARIABLES, _KEEP_ALIVE_VARIABLE}
+    unknown: dict[str, str] = {}
     for name in sorted(names):
         upper = name.upper()
-        if (
-            upper.startswith("GRAFT")
-            and upper not in variables.values()
-            and not _OF_KUBERNETES.fullmatch(upper)
-        ):
-            rest = upper.removeprefix("GRAFT").lstrip("_-")
-            close = difflib.get_close_matches(rest, variables, n=1, cutoff=0.8)
-            misspelt |= {name: variables[close[0]]} if close else {}
-    return misspelt
+        if upper in known or not upper.startswith("GRAFT") or _OF_KUBERNETES.fullmatch(upper):
+            continue
+        rest = upper.removeprefix("GRAFT").lstrip("_-")
+        if close := difflib.get_close_matches(rest, settings, n=1, cutoff=0.8):
+            unknown[name] = settings[close[0]]
+        # GRAFTON=… may be another program's.
+        elif upper.startswith("GRAFT_"):
+            by_word = (meant for word, meant in _MEANT_BY_WORD.items() if word in rest)
+            (nearest,) = difflib.get_close_matches(rest, settings, n=1, cutoff=0)
+            unknown[name] = next(by_word, settings[nearest])
+    return unknown
 
 
 def _variable(field: str) -> str:

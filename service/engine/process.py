@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import logging
 import os
@@ -35,6 +36,10 @@ _ENDED = "the engine's process has ended"
 Done = Callable[[Outcome | Exception], None]
 
 
+class EngineDiedError(GraftError):
+    """The engine's process ended unasked: killed, or out of memory."""
+
+
 @dataclass
 class _Slot:
     """A channel that carries one batch at a time."""
@@ -63,7 +68,7 @@ class EngineProcess:
         """`options` are those of `models.prepared.build_engine`.
 
         `on_death` is called on the event loop when the process ends unasked. Raises GraftError as
-        `build_engine` does, and where the process ends meanwhile.
+        `build_engine` does, EngineDiedError where the process ends meanwhile, and OSError.
         """
         self._on_death = on_death
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -90,12 +95,15 @@ class EngineProcess:
         return self._process.pid
 
     def run(self, crops: Pixels) -> Features:
-        """`uint8 [B,H,W,3]` → `float32 [B,F]`, blocking. Raises GraftError where that fails."""
+        """`uint8 [B,H,W,3]` → `float32 [B,F]`, blocking.
+
+        Raises GraftError where that fails, EngineDiedError where the process has ended.
+        """
         try:
             self._for_loading.send(pack_job(list(crops)))
             results = unpack_outcome(self._for_loading.receive()).results
         except (OSError, EOFError) as error:
-            raise GraftError(f"{_ENDED}; the server's log says why") from error
+            raise EngineDiedError(f"{_ENDED}; the server's log says why") from error
         features = []
         for result in results:
             if isinstance(result, Exception):
@@ -141,7 +149,8 @@ class EngineProcess:
         except OSError:
             answer, fds = b"", []
         if not answer:
-            raise GraftError(
+            self._control.close()
+            raise EngineDiedError(
                 f"the engine's process ended with {self._process.wait()} while it loaded; "
                 "the server's log says why"
             )
@@ -150,6 +159,13 @@ class EngineProcess:
             self._control.close()
             self._process.wait()
             raise GraftError(loaded["error"])
+        # Linux leaves out those for which this process has no room.
+        if len(fds) <= loaded["num_slots"]:
+            for fd in fds:
+                os.close(fd)
+            self._control.close()
+            self._process.wait()
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         return loaded, fds
 
     def _write(self, slot: _Slot) -> None:
@@ -203,6 +219,9 @@ class EngineProcess:
 
     def _close_slots(self) -> None:
         for slot in self._slots:
+            # Closed already, if the process died before it was closed.
+            if slot.channel.fileno() < 0:
+                continue
             if self._loop is not None and not self._loop.is_closed():
                 self._loop.remove_reader(slot.channel.fileno())
                 self._loop.remove_writer(slot.channel.fileno())

@@ -3,6 +3,7 @@
 Checkpoints with one fingerprint share an engine and a queue. Before a checkpoint serves, its golden
 images are replayed through the engine that will serve it. One that drifts or cannot be read is
 refused, with the reason, and the version before goes on serving. The folder is read every second.
+What is not the fault of a version's files is tried again.
 A request keeps the models that it started with, and an engine closes after its last request.
 """
 
@@ -12,7 +13,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,15 +22,16 @@ from typing import Literal, cast
 import numpy as np
 
 from models import checkpoint as checkpoints
-from models.checkpoint import Checkpoint, Golden
+from models.checkpoint import Checkpoint, Golden, UnreadableError
 from models.engine.engine import EngineInfo, Precision
 from models.engine.processor import cpu_name
-from models.errors import GraftError, join_first
+from models.errors import GraftError, describe_error, join_first
+from models.image_folder import has_images
 from models.prepared import resolve_device
 from models.preprocess import Preprocess
 from service import metrics
 from service.engine.batcher import Batcher
-from service.engine.process import EngineProcess
+from service.engine.process import EngineDiedError, EngineProcess
 from service.errors import RequestError
 from service.inference.rollout import ROLLOUT_FILE, Rollout, read_rollout, write_rollout
 from service.settings import Settings
@@ -43,6 +45,9 @@ Device = Literal["cpu", "cuda"]
 Stamp = tuple[int, int, int] | None
 # The stamp of no file: a rollout with it is read again every time.
 _NEVER_CURRENT: Stamp = (-1, -1, -1)
+# What is not the files' fault, so that they may be loaded later, and the least pause until then.
+_PASSING = (EngineDiedError, UnreadableError, OSError, MemoryError)
+_RETRY_SECONDS = 10.0
 _NO_GOLDEN = Golden((), np.empty((0, 0), np.float32))
 
 
@@ -72,12 +77,14 @@ class Model:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A version that is not served, or a rollout (no version) that is not followed, and why."""
+    """A version that is not served, or (without one) a model's folder or rollout, and why."""
 
     name: str
     version: int | None
     reason: str
     stamp: Stamp = None
+    # On time.monotonic(), for what may pass by itself; None: once the files have changed.
+    retry_at: float | None = None
 
 
 @dataclass(frozen=True)
@@ -200,8 +207,10 @@ class Repository:
         Raises RequestError where there is no such model or the rollout cannot be served; nothing
         has changed then.
         """
-        if not checkpoints.NAME_PATTERN.fullmatch(name) or not checkpoints.list_versions(
-            self.root, name
+        if (
+            name == checkpoints.ALL_MODELS
+            or not checkpoints.NAME_PATTERN.fullmatch(name)
+            or not checkpoints.list_versions(self.root, name)
         ):
             raise RequestError("no_such_model", f"no model {name[:100]!r} is in the repository")
         async with self._changing:
@@ -224,7 +233,9 @@ class Repository:
         """Finish what is in the queues, then close the engines."""
         async with self._loading:
             self._close_unused(self.current, Snapshot())
-            await asyncio.gather(*self._closing)
+            for ended in await asyncio.gather(*self._closing, return_exceptions=True):
+                if isinstance(ended, Exception):
+                    logger.error("an engine could not be closed", exc_info=ended)
 
     def _close_unused(self, before: Snapshot, after: Snapshot) -> None:
         kept = [backbone.engine for backbone in after.backbones]
@@ -269,11 +280,34 @@ def load_snapshot(
     loader = _Loader(settings, before or Snapshot(), on_engine_death)
     models: dict[str, Served] = {}
     for name in checkpoints.list_names(settings.checkpoints):
-        if checkpoints.NAME_PATTERN.fullmatch(name) and (
-            served := loader.load(name, (rollouts or {}).get(name))
-        ):
+        if served := loader.load(name, (rollouts or {}).get(name)):
             models[name] = served
     return Snapshot(models, tuple(loader.refused))
+
+
+def explain_empty(root: Path) -> str:
+    """What a folder without models is instead of a repository, and the way out; "" if unknown."""
+    if not root.exists():
+        return f"{root} does not exist"
+    if not root.is_dir():
+        return f"{root} is not a folder"
+    try:
+        if (root / checkpoints.CONFIG_FILE).is_file():
+            return f"{root} is a version of a model; say CHECKPOINTS={root.parent.parent}"
+        if checkpoints.list_versions(root.parent, root.name):
+            return f"{root} is a model; say CHECKPOINTS={root.parent}"
+        for inner in sorted(root.iterdir()):
+            if checkpoints.list_names(inner):
+                return f"{root} has the models in {inner.name}/; say CHECKPOINTS={inner}"
+        if has_images(root):
+            return (
+                f"{root} is a folder of images; for a model of them say "
+                f'make run ARGS="--data {root}"'
+            )
+    # The start of the service does not depend on it.
+    except OSError:
+        pass
+    return ""
 
 
 class _Loader:
@@ -294,29 +328,41 @@ class _Loader:
     def load(self, name: str, rollout: Rollout | None) -> Served | None:
         """The model with every version its rollout asks for; None where no version can be served.
 
-        `rollout` goes before the file's. Raises GraftError where it cannot be served.
+        `rollout` goes before the file's. Raises GraftError where it cannot be served. A model whose
+        folder cannot be read is served as before.
         """
+        if name == checkpoints.ALL_MODELS:
+            self._refuse(name, "the model", checkpoints.ALL_IS_RESERVED)
+            return None
         before = self._before.models.get(name)
+        try:
+            listed = checkpoints.list_versions(self._root, name)
+        except OSError as error:
+            reason = f"its folder cannot be read: {describe_error(error)}"
+            self._refuse(name, "the model", reason.replace(f"{self._root}/", ""))
+            return before
         stamp = _stamp(self._root / name / ROLLOUT_FILE)
         if rollout is not None:
-            return self._load_versions(name, rollout, stamp)
+            return self._load_versions(name, listed, rollout, stamp)
         try:
             # A rollout set over HTTP that could not be written holds until the file changes.
             if before is not None and before.rollout_stamp == stamp:
-                return self._load_versions(name, before.rollout, stamp)
-            return self._load_versions(name, read_rollout(self._root / name), stamp)
+                return self._load_versions(name, listed, before.rollout, stamp)
+            return self._load_versions(name, listed, read_rollout(self._root / name), stamp)
         except GraftError as error:
-            self._refuse_rollout(name, str(error))
+            self._refuse(name, "the rollout of", str(error))
         for fallback in (before.rollout if before is not None else Rollout(), Rollout()):
             # The file is read again every time: the version that is missing may come.
             with contextlib.suppress(GraftError):
-                return self._load_versions(name, fallback, _NEVER_CURRENT)
+                return self._load_versions(name, listed, fallback, _NEVER_CURRENT)
         return None
 
-    def _load_versions(self, name: str, rollout: Rollout, stamp: Stamp) -> Served | None:
+    def _load_versions(
+        self, name: str, listed: Sequence[int], rollout: Rollout, stamp: Stamp
+    ) -> Served | None:
         versions: dict[int, Model] = {}
         latest = 0
-        for version in reversed(checkpoints.list_versions(self._root, name)):
+        for version in reversed(listed):
             is_named = version in rollout.named_versions
             if (
                 version not in rollout.unloaded
@@ -344,19 +390,27 @@ class _Loader:
             return loaded
         # A folder that is still being copied is refused, and tried again once it has changed.
         stamp_of_files = _stamp_of_files(path)
-        if known := self._known.get((name, version, stamp_of_files)):
+        known = self._known.get((name, version, stamp_of_files))
+        if known is not None and (known.retry_at is None or time.monotonic() < known.retry_at):
             if known not in self.refused:
                 self.refused.append(known)
-            return None
+            return None if known.retry_at is None else loaded
         start = time.perf_counter()
         try:
             model = replace(self._start_model(path), stamp=stamp)
         # Whatever its files make the libraries raise, the other checkpoints must be served.
         except Exception as error:
-            refusal = Refusal(name, version, self._describe(name, version, error), stamp_of_files)
+            may_pass = isinstance(error, _PASSING)
+            refusal = Refusal(
+                name,
+                version,
+                self._describe(name, version, error),
+                stamp_of_files,
+                time.monotonic() + _RETRY_SECONDS if may_pass else None,
+            )
             self.refused.append(refusal)
             self._known[name, version, stamp_of_files] = refusal
-            return None
+            return loaded if may_pass else None
         logger.info(
             "loaded %s version %d in %.1f s: %s",
             name,
@@ -396,6 +450,8 @@ class _Loader:
         recorded = cast(Precision, checkpoint.engine.get("precision", "auto"))
         try:
             return self._start_engine(checkpoint, recorded)
+        except EngineDiedError:
+            raise
         except GraftError as error:
             # The head was solved on the features of this precision: int8's differ from float's.
             if recorded in ("auto", "int8"):
@@ -447,10 +503,10 @@ class _Loader:
         logger.exception("refused %s version %d", name, version, exc_info=error)
         return f"it cannot be loaded ({type(error).__name__}); the server's log says more"
 
-    def _refuse_rollout(self, name: str, reason: str) -> None:
+    def _refuse(self, name: str, what: str, reason: str) -> None:
         refusal = Refusal(name, None, reason)
         if refusal not in self._before.refused:
-            logger.error("refused the rollout of %s: %s", name, reason)
+            logger.error("refused %s %s: %s", what, name, reason)
         self.refused.append(refusal)
 
 

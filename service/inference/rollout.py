@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import random
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -119,10 +120,13 @@ class Rollout(BaseModel):
 def read_rollout(folder: Path) -> Rollout:
     """The rollout of the model in `folder`, the default one where there is no file.
 
-    Raises GraftError where the file is invalid.
+    Raises GraftError where the file is invalid, or no file.
     """
     path = folder / ROLLOUT_FILE
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            # To read a pipe would wait without end.
+            raise GraftError(f"{ROLLOUT_FILE} is no file; put a JSON file there, or remove it")
         with path.open("rb") as file:
             text = file.read(_MAX_BYTES + 1)
     except FileNotFoundError:

@@ -17,13 +17,14 @@ from typing import TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
+from models.checkpoint import ALL_MODELS
 from models.errors import GraftError
 from models.images import ImageError, Pixels
 from service import metrics
 from service.errors import RequestError
 from service.inference.memory_budget import MemoryBudget
 from service.inference.predictor import Answer, Predictor
-from service.inference.repository import Model, Repository, Snapshot
+from service.inference.repository import Model, Repository, Snapshot, explain_empty
 from service.inference.shadows import Shadows, shadows_on_same_backbone
 from service.settings import Settings
 
@@ -31,7 +32,8 @@ logger = logging.getLogger("bentoml.graft")
 
 # A batch takes milliseconds: one that is in the engine for so long will not end.
 _STALLED_SECONDS = 60.0
-ALL_MODELS = "all"
+# Between two attempts to load, where GRAFT_POLL_SECONDS=0 has the repository read only once.
+_RETRY_SECONDS = 1.0
 # How long the event loop may keep Python's lock from other threads; under overload Python's default
 # of 5 ms starved the engine.
 _SWITCH_SECONDS = 0.0005
@@ -58,6 +60,7 @@ class Server:
         self.started = time.time()
         self.is_loaded = False
         self._load_error = ""
+        self._last_error = ""
         self._watching: asyncio.Task[None] | None = None
         self._shadows = Shadows(self.predictor, settings.deadline_seconds)
 
@@ -129,7 +132,7 @@ class Server:
         several and none is named.
         """
         models = self.check_ready().models
-        if name == ALL_MODELS and name not in models:
+        if name == ALL_MODELS:
             if version:
                 raise RequestError(
                     "bad_parameter",
@@ -153,7 +156,7 @@ class Server:
     async def classify(
         self, request: Request, models: Sequence[Model], images: Sequence[bytes | Pixels]
     ) -> list[Answer]:
-        """One answer per model, before the deadline; cancelled as soon as the client hangs up.
+        """One answer per model, before the deadline; cancelled where the connection breaks.
 
         Raises RequestError for the whole request, and ClientDisconnect. Images that cannot be read
         are in the answers.
@@ -179,25 +182,36 @@ class Server:
         return sent
 
     async def _load_and_watch(self) -> None:
-        try:
-            current = await self.repository.refresh()
-        except GraftError as error:
-            self._load_error = str(error)
-            logger.error("%s", error)
-            return
-        # The process stays up and says that it is not ready.
-        except Exception:
-            self._load_error = "the models could not be loaded; the server's log says why"
-            logger.exception("the models could not be loaded from %s", self.settings.checkpoints)
-            return
-        self.is_loaded = True
+        while not await self._load():
+            await asyncio.sleep(self.settings.poll_seconds or _RETRY_SECONDS)
         _spare_garbage_collection()
-        if not current.models:
-            logger.warning(
-                "%s (CHECKPOINTS is %s)", self._no_model_message(), self.settings.checkpoints
-            )
+        if not self.repository.current.models:
+            root = self.settings.checkpoints.absolute()
+            found = await asyncio.to_thread(explain_empty, root)
+            logger.warning("%s (%s)", self._no_model_message(), found or f"CHECKPOINTS is {root}")
         if self.settings.poll_seconds:
             await self.repository.watch()
+
+    async def _load(self) -> bool:
+        """Whether the repository could be read; the process stays up and says where it could not.
+
+        What is in the way may go: a volume is mounted, rights are given. An error is logged once.
+        """
+        try:
+            await self.repository.refresh()
+        except Exception as error:
+            is_told = isinstance(error, GraftError)
+            self._load_error = (
+                str(error)
+                if is_told
+                else "the models could not be loaded; the server's log says why"
+            )
+            if repr(error) != self._last_error:
+                logger.error("%s", self._load_error, exc_info=None if is_told else error)
+            self._last_error = repr(error)
+            return False
+        self._load_error, self.is_loaded = "", True
+        return True
 
     def _no_model_message(self) -> str:
         what = "there is no checkpoint yet"
@@ -254,7 +268,7 @@ def _terminate() -> None:
 
 
 async def _unless_disconnected(request: Request, work: Awaitable[T]) -> T:
-    """Await `work`, which is cancelled when the client hangs up; raises ClientDisconnect then."""
+    """Await `work`, which is cancelled when the connection breaks; raises ClientDisconnect then."""
     working = asyncio.current_task()
     assert working is not None
     watching: asyncio.Task[None] | None = None

@@ -18,6 +18,7 @@ from service.errors import RequestError
 from service.inference.rollout import Rollout
 from service.inference.server import Server
 from service.protocols.schemas import RolloutResponse
+from service.web.numbers import parse_whole_number
 from service.web.responses import json_response
 from service.web.uploads import read_body
 
@@ -83,8 +84,9 @@ async def _change(
 
 def _version(request: Request) -> int:
     text = request.path_params["version"]
-    if not (text.isascii() and text.isdigit() and 1 <= int(text[:10]) < 10**9):
+    number = parse_whole_number(text, 10**9 - 1)
+    if not number:
         raise RequestError(
             "bad_parameter", f"{text[:20]!r} is not a version: they are whole numbers from 1 up"
         )
-    return int(text)
+    return number

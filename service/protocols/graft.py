@@ -6,11 +6,12 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
+from models.checkpoint import ALL_MODELS
 from models.images import ImageError
 from service.errors import RequestError, image_error_code
 from service.inference.predictor import Answer
 from service.inference.repository import Served
-from service.inference.server import ALL_MODELS, Server
+from service.inference.server import Server
 from service.protocols.schemas import (
     AllResponse,
     ErrorDetail,
@@ -21,6 +22,7 @@ from service.protocols.schemas import (
     RefusedModel,
 )
 from service.tasks.task import Scores, Task
+from service.web.numbers import parse_whole_number
 from service.web.responses import json_response
 from service.web.uploads import NamedImage, read_upload
 
@@ -57,9 +59,10 @@ async def list_models(request: Request, server: Server) -> Response:
 def parse_top_k(text: str) -> int | None:
     if not text:
         return None
-    if not (text.isascii() and text.isdigit() and 1 <= int(text[:10]) <= 1_000_000):
+    number = parse_whole_number(text, 1_000_000)
+    if not number:
         raise RequestError("bad_parameter", f"top_k={text[:20]!r} is not a whole number from 1 up")
-    return int(text)
+    return number
 
 
 def check_readable(answer: Answer, names: list[str]) -> None:

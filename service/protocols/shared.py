@@ -14,11 +14,12 @@ from urllib.parse import unquote
 import numpy as np
 from pydantic import BaseModel, ValidationError
 
+from models.checkpoint import ALL_MODELS
 from models.images import ImageError
 from service.errors import RequestError, image_error_code
 from service.inference.predictor import Answer
 from service.inference.repository import Model
-from service.inference.server import ALL_MODELS, Server
+from service.inference.server import Server
 from service.tasks.task import Scores
 from service.web.uploads import too_many_images
 
@@ -31,7 +32,8 @@ def choose_one(server: Server, name: str, version: str = "") -> Model:
 
     `all`, which /predict takes, names no model here.
     """
-    if name == ALL_MODELS and name not in server.check_ready().models:
+    if name == ALL_MODELS:
+        server.check_ready()
         raise RequestError(
             "no_such_model",
             f"no model {ALL_MODELS!r} has this route; POST /predict?model=all asks every model",

@@ -8,10 +8,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from email.message import Message
-from email.utils import collapse_rfc2231_value
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
@@ -21,6 +21,7 @@ from service.errors import RequestError
 from service.inference.memory_budget import Reservation
 from service.settings import Settings
 from service.web.content_encoding import decode_content
+from service.web.numbers import parse_whole_number
 
 IMAGES_FIELD = "images"
 OPTION_FIELDS = ("model", "version", "top_k")
@@ -30,6 +31,9 @@ _HOW_TO_SEND = (
     "send multipart/form-data with one or more files in the field 'images' "
     "(curl -F images=@photo.jpg), or one image as the body "
     "(curl --data-binary @photo.jpg -H 'Content-Type: image/jpeg')"
+)
+_HOW_TO_SEND_JSON = (
+    'send images in base64 to POST /v1/models/NAME:predict, as {"instances": [{"b64": "…"}]}'
 )
 # It logs every broken form, which the client is told of and the access log has anyway.
 logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
@@ -66,19 +70,37 @@ async def read_upload(request: Request, settings: Settings, reservation: Reserva
             elif content_type.startswith(b"image/") or content_type == b"application/octet-stream":
                 data = await _join(chunks)
                 upload = Upload([NamedImage("the image", data)] if data else [])
+            elif not content_type and _may_be_image(data := await _join(chunks)):
+                upload = Upload([NamedImage("the image", data)])
             else:
-                shown = content_type.decode("latin-1") or "missing"
-                raise RequestError(
-                    "unsupported_content_type", f"the content type is {shown}: {_HOW_TO_SEND}"
-                )
+                raise _unsupported_content_type(content_type.decode("latin-1"))
     except TimeoutError:
         raise _body_timeout(settings.body_seconds) from None
     for name in OPTION_FIELDS:
-        if name in request.query_params:
-            upload.options.setdefault(name, request.query_params[name])
+        _add_from_query(upload.options, name, request.query_params.get(name, ""))
     if not upload.images:
         raise RequestError("no_image", f"the request has no image: {_HOW_TO_SEND}")
     return upload
+
+
+def _add_from_query(options: dict[str, str], name: str, asked: str) -> None:
+    """Raises RequestError where form and query ask for different values."""
+    in_form = options.get(name, "")
+    if asked and in_form and asked != in_form:
+        raise RequestError(
+            "bad_parameter",
+            f"{name!r} is {asked[:100]!r} in the query and {in_form[:100]!r} in the form; send it "
+            "once",
+        )
+    if asked:
+        options[name] = asked
+
+
+def _may_be_image(data: bytes) -> bool:
+    """Whether a body is something else than text; of images, only PNM can begin like one."""
+    start = data[:64]
+    is_text = all(byte >= 32 or byte in b"\t\r\n" for byte in start)
+    return not is_text or re.match(rb"P[1-7]\s", start) is not None
 
 
 async def read_body(request: Request, settings: Settings, reservation: Reservation) -> bytes:
@@ -100,6 +122,11 @@ async def read_form(chunks: AsyncIterator[bytes], boundary: bytes, max_images: i
     0.04 ms for a photo of 60 KB, 0.5 % of a request (docs/serve-benchmark.md).
     """
     if not 1 <= len(boundary) <= _MAX_BOUNDARY_BYTES:
+        if not boundary:
+            raise _broken_multipart(
+                "the Content-Type header has no boundary: do not set this header, the client "
+                "library does, with the boundary that it puts between the parts"
+            )
         raise _broken_multipart(
             f"the Content-Type header has a boundary of {len(boundary)} bytes, "
             f"1 to {_MAX_BOUNDARY_BYTES} are allowed"
@@ -235,8 +262,18 @@ def _read_parameter(disposition: bytes, parameters: dict[bytes, bytes], name: st
         return None
     message = Message()
     message["Content-Disposition"] = disposition.decode("latin-1")
-    value = message.get_param(name, header="Content-Disposition")
-    return None if value is None else collapse_rfc2231_value(value)
+    try:
+        value = message.get_param(name, header="Content-Disposition")
+    # Its pieces are numbered wrongly (`name*=…; name*0=…`): a file is read without its name.
+    except (TypeError, ValueError):
+        return ""
+    if not isinstance(value, tuple):
+        return value
+    charset, _, text = value
+    # RFC 8187 has UTF-8 alone, and older clients ISO-8859-1. Python's codecs are not for names that
+    # strangers choose: some fail, and some give lone surrogates.
+    encoding = "latin-1" if (charset or "").lower() == "iso-8859-1" else "utf-8"
+    return text.encode("latin-1", "replace").decode(encoding, "replace")
 
 
 async def _read_chunks(
@@ -247,8 +284,9 @@ async def _read_chunks(
     A body that is too large is refused by its Content-Length before a byte is read, and by its true
     size where there is none, or where it is compressed.
     """
+    _check_transfer_coding(", ".join(request.headers.getlist("transfer-encoding")))
     announced = request.headers.get("content-length", "")
-    if announced.isascii() and announced.isdigit() and int(announced) > max_bytes:
+    if announced.isdigit() and parse_whole_number(announced, max_bytes) is None:
         raise _body_too_large(max_bytes)
     encoding = ", ".join(request.headers.getlist("content-encoding"))
     received = 0
@@ -258,6 +296,16 @@ async def _read_chunks(
             raise _body_too_large(max_bytes, "the decompressed body" if encoding else "the body")
         reservation.add(len(chunk))
         yield chunk
+
+
+def _check_transfer_coding(codings: str) -> None:
+    """Raises RequestError for a coding below `chunked`, which uvicorn leaves in the body."""
+    if codings and codings.strip().lower() != "chunked":
+        raise RequestError(
+            "unsupported_transfer_encoding",
+            f"Transfer-Encoding: {codings[:100]} is not undone here, only chunked is; to send a "
+            "compressed body, say Content-Encoding: gzip or deflate instead",
+        )
 
 
 async def _join(chunks: AsyncIterator[bytes]) -> bytes:
@@ -274,6 +322,13 @@ def _body_too_large(max_bytes: int, what: str = "the body") -> RequestError:
         f"{what} is larger than {max_bytes} bytes (GRAFT_MAX_BODY_BYTES); "
         "send fewer or smaller images",
     )
+
+
+def _unsupported_content_type(content_type: str) -> RequestError:
+    is_json = content_type.endswith(("/json", "+json"))
+    way_out = f"{_HOW_TO_SEND_JSON}; or {_HOW_TO_SEND}" if is_json else _HOW_TO_SEND
+    shown = content_type[:100] or "missing, and the body is no image"
+    return RequestError("unsupported_content_type", f"the content type is {shown}: {way_out}")
 
 
 def _broken_multipart(reason: str) -> RequestError:

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from deploy.image import BENTOFILES, BUILDERS, find_builder
+from service import settings
 from service.app import ROUTES
 from service.metrics import REGISTRY
 from service.settings import Settings
@@ -23,15 +24,8 @@ from tests.support.servers import PROJECT_DIR
 DEPLOY_DIR = PROJECT_DIR / "deploy"
 KUBERNETES_DIR = DEPLOY_DIR / "kubernetes"
 DASHBOARD_PATH = DEPLOY_DIR / "grafana" / "dashboards" / "graft.json"
-# Not settings of the service: of the image's build, of tests, set by the service itself, of 0.1.0.
-OTHER_VARIABLES = {
-    "GRAFT_CLIENT_VENV",
-    "GRAFT_IMAGE",
-    "GRAFT_IMAGE_DIR",
-    "GRAFT_KILLS",
-    "GRAFT_PARENT_PID",
-    "GRAFT_KEEP_ALIVE_SECONDS",
-}
+# Not settings of the service; the last is of 0.1.0.
+OTHER_VARIABLES = settings.OTHER_VARIABLES | {"GRAFT_KEEP_ALIVE_SECONDS"}
 # From the scrape itself, and from the adapter's rule.
 OTHER_METRICS = {"up", "graft_queue_seconds_mean"}
 

@@ -35,6 +35,7 @@ from models.errors import GraftError
 from models.prepared import PreparedBackbone
 from models.preprocess import Preprocess
 from tests.support.images import SHAPES, draw_shape
+from tests.support.permissions import as_nobody, make_open_folder
 from tests.support.shared import HANG_SECONDS
 
 PROJECT_DIR = Path(__file__).resolve().parents[2]
@@ -56,7 +57,7 @@ def write_engine(path):
 
 def run(repository, num_weights=100):
     graft = {
-        "format_version": 1, "fingerprint": "f", "head": "head", "temperature": 1.0,
+        "format_version": 1, "fingerprint": "f" * 64, "head": "head", "temperature": 1.0,
         "metrics": {}, "engine": {}, "preprocess": Preprocess().to_dict(),
     }
     config = {
@@ -362,6 +363,74 @@ def test_a_config_that_lacks_something_is_refused(copied: Path, edit: Any) -> No
         load_checkpoint(copied)
 
 
+def in_graft(**fields: Any) -> Any:
+    return lambda config: config["graft"].update(fields)
+
+
+def in_preprocess(**fields: Any) -> Any:
+    return lambda config: config["graft"]["preprocess"].update(fields)
+
+
+def with_labels(*names: Any) -> Any:
+    return lambda config: config.update(label_names=list(names))
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (with_labels("cat", 5, None), "label_names has 5; a name must be printable text"),
+        (with_labels("cat", None, "dog"), "label_names has None; a name must be printable"),
+        (with_labels("cat", "\ud800", "dog"), r"label_names has '\\ud800'; a name must be"),
+        (with_labels("cat", "a\nb", "dog"), r"label_names has 'a\\nb'; a name must be"),
+        (with_labels("cat", "  ", "dog"), "label_names has '  '; a name must be printable"),
+        (with_labels("cat", "dog", "cat"), "label_names has 'cat' more than once"),
+        (lambda config: config.update(label_names="abc"), "label_names is 'abc'; it must be a li"),
+        (lambda config: config.update(architecture=7), "architecture is 7; it must be printable"),
+        (lambda config: config.update(architecture="\udfff"), r"architecture is '\\udfff'"),
+        (lambda config: config.pop("num_features"), "num_features"),
+        (lambda config: config.update(levels=[1]), "values"),
+        (in_graft(metrics=[1]), r"metrics is \[1\]; it must be a JSON object"),
+        (in_graft(metrics={"val": "\ud800"}), "metrics has half of a surrogate pair"),
+        (in_graft(engine="fast"), "engine is 'fast'; it must be a JSON object"),
+        (in_graft(temperature=0), "temperature is 0.0; it must be a number above 0"),
+        (in_graft(temperature=-1), "temperature is -1.0"),
+        (in_graft(temperature=float("nan")), "temperature is nan"),
+        (in_graft(temperature=float("inf")), "temperature is inf"),
+        (in_graft(temperature=10**400), "OverflowError"),
+        (in_graft(fingerprint=None), "fingerprint is None; it must be 64 of 0-9 a-f"),
+        (in_graft(fingerprint="A" * 64), "fingerprint is 'AAA"),
+        (in_graft(fingerprint="../" * 20), "fingerprint is '../"),
+        (in_preprocess(height=0), "height is 0; height and width are whole numbers from 1"),
+        (in_preprocess(width=-224), "width is -224"),
+        (in_preprocess(width=224.0), "width is 224.0"),
+        (in_preprocess(width=True), "width is True"),
+        (in_preprocess(crop_fraction=0), "crop_fraction is 0"),
+        (in_preprocess(crop_mode="middle"), "crop_mode is 'middle'"),
+        (in_preprocess(interpolation="best"), "interpolation is 'best'"),
+        (in_preprocess(mean=[0.5]), r"mean is \(0.5,\)"),
+        (in_preprocess(std=[0.5, 0.5, 0]), r"std is \(0.5, 0.5, 0\)"),
+    ],
+)
+def test_a_value_in_the_config_that_cannot_be_is_refused(
+    copied: Path, edit: Any, message: str
+) -> None:
+    edit_config(copied, edit)
+    with pytest.raises(CheckpointError, match=f"not a checkpoint that can be read: .*{message}"):
+        load_checkpoint(copied)
+
+
+def test_a_config_nested_too_deep_is_refused(copied: Path) -> None:
+    (copied / "config.json").write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match="RecursionError"):
+        load_checkpoint(copied)
+
+
+def test_names_of_all_scripts_and_emoji_of_several_parts_are_labels(copied: Path) -> None:
+    names = ("\u5927\u3000\u72ac", "\U0001f468\u200d\U0001f33e", "non\u00a0breaking")
+    edit_config(copied, with_labels(*names))
+    assert load_checkpoint(copied).label_names == names
+
+
 def test_a_conformal_threshold_is_read_where_there_is_one(copied: Path, published: Path) -> None:
     assert (load_checkpoint(published).coverage, load_checkpoint(published).threshold) == (
         None,
@@ -475,12 +544,32 @@ def test_other_names_are_refused_with_the_rule(name: str) -> None:
         check_name(name)
 
 
+def test_the_name_that_asks_every_model_is_reserved() -> None:
+    with pytest.raises(GraftError, match="--name 'all': model=all asks every model"):
+        check_name("all")
+
+
 def test_an_empty_or_missing_repository_has_no_models(tmp_path: Path) -> None:
     assert list_names(tmp_path / "nowhere") == []
     assert list_versions(tmp_path, "nothing") == []
     (tmp_path / "litter").mkdir()
     (tmp_path / "file").touch()
     assert list_names(tmp_path) == []
+
+
+def test_what_may_not_be_read_hides_nothing_else() -> None:
+    with make_open_folder() as root:
+        for version in ("good/1", "good/2", "private/1", "lost+found"):
+            (root / version).mkdir(parents=True)
+            (root / version / "config.json").write_text("{}")
+        for closed in ("good/2", "private", "lost+found"):
+            (root / closed).chmod(0)
+        with as_nobody():
+            # The closed ones are there, for their reader to say that they are.
+            assert list_names(root) == ["good", "private"]
+            assert list_versions(root, "good") == [1, 2]
+            with pytest.raises(PermissionError):
+                list_versions(root, "private")
 
 
 def test_a_whole_network_with_batch_norm_survives_timm(tmp_path: Path) -> None:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -23,6 +20,7 @@ from models.image_folder import (
     read_image_folder,
     read_split_name,
 )
+from tests.support.permissions import as_nobody, make_open_folder
 
 
 def write(root: Path, *paths: str) -> Path:
@@ -291,35 +289,16 @@ def test_a_class_that_is_a_link_to_nothing_stops(tmp_path: Path) -> None:
         read_image_folder(root)
 
 
-@contextmanager
-def _as_nobody() -> Iterator[None]:
-    """Without root's right to read everything."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-
-
 @pytest.fixture
 def open_folder() -> Iterator[Path]:
-    """A folder that every user can reach, unlike pytest's."""
-    folder = Path(tempfile.mkdtemp())
-    folder.chmod(0o755)
-    yield folder
-    for path in folder.rglob("*"):
-        if path.is_dir():
-            path.chmod(0o755)
-    shutil.rmtree(folder)
+    with make_open_folder() as folder:
+        yield folder
 
 
 def test_a_folder_that_may_not_be_read_is_named(open_folder: Path) -> None:
     write(open_folder, "cat", "cat/private", "dog")
     (open_folder / "cat" / "private").chmod(0)
-    with _as_nobody():
+    with as_nobody():
         found = read_image_folder(open_folder)
     assert count(found) == {"cat": 2, "dog": 2}
     assert found.unread.describe(open_folder) == (
@@ -332,7 +311,7 @@ def test_a_class_that_may_not_be_read_stops(open_folder: Path) -> None:
     write(open_folder, "cat", "dog", "emu")
     (open_folder / "dog").chmod(0)
     with (
-        _as_nobody(),
+        as_nobody(),
         pytest.raises(GraftError, match="the class folder dog cannot be read: Permission denied"),
     ):
         read_image_folder(open_folder)

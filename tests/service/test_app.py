@@ -159,12 +159,11 @@ def test_many_files_in_order_with_options(client: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize(
-    "content_type", ["image/jpeg", "image/png", "image/whatever", "application/octet-stream"]
+    "content_type", ["image/jpeg", "image/png", "image/whatever", "application/octet-stream", None]
 )
-def test_a_raw_body(client: httpx.Client, content_type: str) -> None:
-    response = client.post(
-        "/predict?top_k=1", content=draw_image("red"), headers={"content-type": content_type}
-    )
+def test_a_raw_body(client: httpx.Client, content_type: str | None) -> None:
+    headers = {"content-type": content_type} if content_type else {}
+    response = client.post("/predict?top_k=1", content=draw_image("red"), headers=headers)
     assert labels_of(response) == ["red"]
     assert len(response.json()["predictions"][0]["top"]) == 1
 
@@ -271,6 +270,7 @@ def test_text_in_the_place_of_a_file_is_not_fetched(client: httpx.Client) -> Non
         ({"top_k": "1.5"}, 400, "bad_parameter"),
         ({"top_k": "\N{FULLWIDTH DIGIT NINE}"}, 400, "bad_parameter"),
         ({"top_k": "9" * 500}, 400, "bad_parameter"),
+        ({"top_k": "0000000001" + "0" * 990}, 400, "bad_parameter"),
         ({"mdoel": "colors"}, 400, "unknown_field"),
     ],
 )
@@ -294,6 +294,39 @@ def test_another_content_type(client: httpx.Client, content_type: str | None) ->
         client.post("/predict", content=b"{}", headers=headers), 415, "unsupported_content_type"
     )
     assert "curl -F images=@" in message
+    assert ("POST /v1/models/NAME:predict" in message) == (content_type == "application/json")
+
+
+def test_a_header_without_its_boundary_is_told(client: httpx.Client) -> None:
+    response = client.post(
+        "/predict",
+        files=files(draw_image("red")),
+        headers={"content-type": "multipart/form-data"},
+    )
+    message = check_error(response, 400, "broken_multipart")
+    assert "do not set this header, the client library does" in message
+
+
+@pytest.mark.parametrize(
+    ("query", "form", "status"),
+    [
+        ({"model": "colors"}, {"model": "colors"}, 200),
+        ({"model": "colors"}, {"model": ""}, 200),
+        ({"model": ""}, {"model": "colors"}, 200),
+        ({"model": "colors"}, {"model": "cats"}, 400),
+        ({"model": "cats"}, {"model": "colors"}, 400),
+        ({"top_k": "1"}, {"top_k": "2"}, 400),
+        ({"version": "1"}, {"version": "latest"}, 400),
+    ],
+)
+def test_query_and_form_do_not_contradict(
+    client: httpx.Client, query: dict[str, str], form: dict[str, str], status: int
+) -> None:
+    response = client.post("/predict", params=query, files=files(draw_image("red")), data=form)
+    if status == 200:
+        assert labels_of(response) == ["red"]
+    else:
+        assert "send it once" in check_error(response, status, "bad_parameter")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from models.errors import GraftError
-from service.settings import Settings, find_misspelt, load_settings
+from service.settings import OTHER_VARIABLES, Settings, find_unknown, load_settings
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,6 +32,12 @@ def test_every_setting_says_what_it_is_for() -> None:
         ("GRAFT_DEVICE", "tpu", "GRAFT_DEVICE=tpu: it must be auto, cpu or cuda"),
         ("GRAFT_TRACING", "perhaps", "GRAFT_TRACING=perhaps: it must be true or false"),
         ("GRAFT_API_TOKEN", "secret", "GRAFT_API_TOKEN=…: a token is at least 8 printable"),
+        (
+            "GRAFT_PORT",
+            "3410",
+            "GRAFT_PORT=3410: there is no such setting; did you mean BENTOML_PORT",
+        ),
+        ("GRAFT_FAST_MODE", "1", "GRAFT_FAST_MODE: there is no such setting; did you mean GRAFT_"),
         ("GRAFT_KEEP_ALIVE_SECONDS", "75", "bentoml serve --timeout-keep-alive SECONDS"),
     ],
 )
@@ -60,10 +67,16 @@ def test_what_is_refused(
         ("GRAFT_BODY_BYTES", "GRAFT_MAX_BODY_BYTES"),
         ("GRAFT_CHECKPOINTS", "CHECKPOINTS"),
         ("GRAFT_CHECKPOINT", "CHECKPOINTS"),
+        ("GRAFT_API_KEY", "GRAFT_API_TOKEN or GRAFT_ADMIN_TOKEN"),
+        ("GRAFT_AUTH_TOKEN", "GRAFT_API_TOKEN or GRAFT_ADMIN_TOKEN"),
+        ("GRAFT_TOKENS", "GRAFT_API_TOKEN or GRAFT_ADMIN_TOKEN"),
+        ("GRAFT_HOST", "BENTOML_HOST"),
+        ("GRAFT_MODEL_DIR", "CHECKPOINTS"),
+        ("GRAFT_SHUTDOWN_TIMEOUT", "GRAFT_SHUTDOWN_SECONDS"),
     ],
 )
-def test_a_name_that_is_nearly_a_settings_is_told(name: str, meant: str) -> None:
-    assert find_misspelt([name, "PATH"]) == {name: meant}
+def test_a_name_that_is_no_settings_is_told_with_the_nearest(name: str, meant: str) -> None:
+    assert find_unknown([name, "PATH"]) == {name: meant}
 
 
 def test_settings_and_other_peoples_variables_are_let_through() -> None:
@@ -73,7 +86,19 @@ def test_settings_and_other_peoples_variables_are_let_through() -> None:
     of_kubernetes = ["GRAFT_PORT", "GRAFT_SERVICE_HOST", "GRAFT_PORT_3000_TCP_ADDR"]
     of_kubernetes += ["GRAFT_ADMIN_TOKEN_SERVICE_HOST", "GRAFT_DEVICE_PORT"]
     others = ["CHECKPOINTS", "CHECKPOINT", "DEVICE", "MAX_IMAGES", "API_TOKEN", "HOME"]
-    assert find_misspelt([*settings, *own, *of_kubernetes, *others]) == {}
+    assert find_unknown([*settings, *own, *of_kubernetes, *others]) == {}
+    assert find_unknown(OTHER_VARIABLES) == {}
+
+
+def test_variables_that_something_here_reads_are_known() -> None:
+    read = set()
+    for folder in ("benchmarks", "deploy", "finetune", "models", "service", "tests"):
+        for path in (ROOT / folder).rglob("*.py"):
+            text = path.read_text()
+            read |= set(re.findall(r'environ(?:\.get\(|\[)\s*"(GRAFT_[A-Z_]+)"', text))
+            read |= set(re.findall(r'_VARIABLE = "(GRAFT_[A-Z_]+)"', text))
+    assert len(read) > 8
+    assert find_unknown(read) == {}
 
 
 def test_a_wrong_setting_is_one_line_without_a_traceback(tmp_path: Path) -> None:

@@ -205,6 +205,20 @@ def test_its_death_fails_the_batches_in_flight_and_is_reported(engine: EnginePro
     wait_for_end_of(engine.pid)
 
 
+def test_one_that_was_killed_can_be_closed(engine: EngineProcess) -> None:
+    async def scenario() -> None:
+        engine.attach()
+        os.kill(engine.pid, signal.SIGKILL)
+        async with asyncio.timeout(HANG_SECONDS):
+            while not engine.is_dead:
+                await asyncio.sleep(0.01)
+        for _ in range(2):
+            engine.close()
+
+    asyncio.run(scenario())
+    wait_for_end_of(engine.pid)
+
+
 def test_the_death_of_an_idle_process_is_noticed(engine: EngineProcess) -> None:
     async def scenario() -> None:
         engine.attach()

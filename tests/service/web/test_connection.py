@@ -187,6 +187,80 @@ def test_thousands_of_offers_in_one_write(server: RunningServer) -> None:
         assert b'"red"' in line
 
 
+@pytest.mark.parametrize("num_zeros", [5000, 60_000])
+def test_a_length_with_thousands_of_zeros_in_front(server: RunningServer, num_zeros: int) -> None:
+    length = b"Content-Length: %s%d\r\n" % (b"0" * num_zeros, len(IMAGE))
+    with connect(server) as connection:
+        connection.sendall(request(IMAGE, JPEG, length))
+        (answer,) = read_answers(connection, 1)
+    assert is_red(answer)
+
+
+CHUNKED = b"Transfer-Encoding: chunked\r\n"
+CLOSE = b"Connection: close\r\n"
+
+
+@pytest.mark.parametrize(
+    ("data", "num_answers"),
+    [
+        (request(IMAGE, JPEG, sized(IMAGE)), 1),
+        (request(IMAGE, JPEG, sized(IMAGE), CLOSE), 1),
+        (request(chunked(IMAGE), JPEG, CHUNKED), 1),
+        (request(IMAGE, JPEG, sized(IMAGE), first=b"POST /predict HTTP/1.0"), 1),
+        (2 * request(IMAGE, JPEG, sized(IMAGE)), 2),
+        # The second one does not come to its end.
+        (request(IMAGE, JPEG, sized(IMAGE)) + b"GET /livez HTTP/1.1\r\nHost", 1),
+        (request(IMAGE[:-1], JPEG, sized(IMAGE)), 0),
+        (b"GET /livez HTTP/1.1\r\nHost", 0),
+        (b"", 0),
+    ],
+    ids=[
+        "sized",
+        "close",
+        "chunked",
+        "HTTP/1.0",
+        "two",
+        "one and a half",
+        "half a body",
+        "half of headers",
+        "nothing",
+    ],
+)
+def test_a_client_that_only_stops_sending_is_answered(
+    server: RunningServer, data: bytes, num_answers: int
+) -> None:
+    with connect(server) as connection:
+        connection.sendall(data)
+        connection.shutdown(socket.SHUT_WR)
+        answers = read_rest(connection)
+    assert answers.count(b"HTTP/1.1 200 OK") == num_answers
+    assert answers.count(b'"predictions":') == num_answers
+    assert answers.count(b"HTTP/1.1 ") == num_answers
+
+
+@pytest.mark.parametrize(
+    ("coding", "status"),
+    [
+        (b"gzip, chunked", 501),
+        (b"gzip\r\nTransfer-Encoding: chunked", 501),
+        (b"deflate,chunked", 501),
+        (b"Chunked", 200),
+    ],
+)
+def test_a_transfer_coding_that_is_not_undone_is_told(
+    server: RunningServer, coding: bytes, status: int
+) -> None:
+    with connect(server) as connection:
+        connection.sendall(
+            request(chunked(IMAGE), JPEG, b"Transfer-Encoding: " + coding + b"\r\n")
+            + request(b"", first=b"GET /v1/status HTTP/1.1")
+        )
+        (answer, after) = read_answers(connection, 2)
+    assert (answer[0], after[0]) == (status, 200)
+    if status == 501:
+        assert "Content-Encoding" in json.dumps(answer[1])
+
+
 def test_an_upgrade_without_a_body(server: RunningServer) -> None:
     with closing(connect(server)) as connection:
         connection.sendall(2 * request(b"", H2C, first=b"GET /v1/models HTTP/1.1"))

@@ -9,7 +9,8 @@ from collections.abc import AsyncIterator
 import pytest
 
 from service.errors import RequestError
-from service.web.uploads import NamedImage, Upload, read_form
+from service.web.uploads import NamedImage, Upload, _may_be_image, read_form
+from tests.support.images import draw_image
 
 MAX_IMAGES = 3
 HEAD = b'Content-Disposition: form-data; name="images"; filename="a.jpg"\r\n'
@@ -164,6 +165,14 @@ def test_one_chunk_of_what_is_nearly_a_boundary_does_not_hold_the_event_loop(dat
         (b'form-data; name="images"; filename="a\\\\b.jpg"', "a\\b.jpg"),
         (b'form-data; name="images"; filename="\xff.jpg"', "\ufffd.jpg"),
         (b'form-data; name="images"; filename="/home/me/a.jpg"', "/home/me/a.jpg"),
+        (b"form-data; name=\"images\"; filename*=undefined''a.jpg", "a.jpg"),
+        (b"form-data; name=\"images\"; filename*=idna''%F6.jpg", "\ufffd.jpg"),
+        (b"form-data; name=\"images\"; filename*=punycode''%F6.jpg", "\ufffd.jpg"),
+        (b"form-data; name=\"images\"; filename*=unicode_escape''%5Cud800.jpg", "\\ud800.jpg"),
+        (b"form-data; name=\"images\"; filename*=utf-16''%00%D8.jpg", "\x00\ufffd.jpg"),
+        (b"form-data; name=\"images\"; filename*=utf-8''%ED%A0%80.jpg", "\ufffd\ufffd\ufffd.jpg"),
+        (b"form-data; name=\"images\"; filename*=\x00''a.jpg", "a.jpg"),
+        (b'form-data; name="images"; filename*=a.jpg; filename*0=b.jpg', "image 1"),
     ],
     ids=[
         "quoted",
@@ -191,6 +200,14 @@ def test_one_chunk_of_what_is_nearly_a_boundary_does_not_hold_the_event_loop(dat
         "backslash",
         "not utf-8",
         "path",
+        "undefined",
+        "idna",
+        "punycode",
+        "escapes",
+        "utf-16",
+        "half a pair",
+        "NUL as charset",
+        "numbered and not",
     ],
 )
 def test_names_as_clients_write_them(disposition: bytes, name: str) -> None:
@@ -202,3 +219,16 @@ def test_a_text_without_a_file_name_is_no_file() -> None:
     head = b"Content-Disposition: form-data; name=\"images\"; other*=UTF-8''a.jpg\r\n"
     with pytest.raises(RequestError, match="holds text, not a file"):
         parse(b"--b\r\n" + head + b"\r\nx\r\n--b--")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF"])
+def test_images_of_all_formats_are_told_from_text(kind: str) -> None:
+    data = draw_image("red", kind=kind)
+    assert _may_be_image(data)
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"{}", b'{"images": []}', b"model=colors", b"--b\r\n\r\n", "größer".encode()]
+)
+def test_text_is_no_image(data: bytes) -> None:
+    assert not _may_be_image(data)
