@@ -190,9 +190,11 @@ def killed_engines() -> Iterator[None]:
 
     killer = threading.Thread(target=kill)
     killer.start()
-    yield
-    is_over.set()
-    killer.join()
+    try:
+        yield
+    finally:
+        is_over.set()
+        killer.join()
 
 
 @contextmanager
@@ -202,8 +204,10 @@ def few_descriptors() -> Iterator[None]:
     lowest = os.dup(0)
     os.close(lowest)
     resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 1, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 @pytest.mark.parametrize(
