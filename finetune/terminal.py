@@ -92,6 +92,7 @@ def run_program(work: Callable[[], object]) -> int:
     gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS)
     atexit.register(gc.freeze)
     sys.unraisablehook = _raise_again
+    threading.excepthook = _report_thread
     # OpenVINO fails for a user without a home, and others would write to a folder named "~".
     os.environ.setdefault("HOME", str(find_home()))
     try:
@@ -153,6 +154,12 @@ def _handling(
 
 def _raise_terminated(*_: object) -> None:
     raise Terminated
+
+
+def _report_thread(raised: threading.ExceptHookArgs) -> None:
+    """Leave out errors of the system: TensorBoard's writer raises its thread's in the next call."""
+    if not isinstance(raised.exc_value, OSError):
+        threading.__excepthook__(raised)
 
 
 def _raise_again(unraisable: sys.UnraisableHookArgs) -> None:

@@ -7,14 +7,16 @@ that is not the service's.
 
 from __future__ import annotations
 
+import difflib
 import logging
+import os
 from dataclasses import fields
 
 from finetune.auditing.inspection import holds_wide_images
 from finetune.config import BackboneOptions, Options, SharedOptions, flag_of
 from finetune.data.splits import Splits
 from finetune.training.settings import TrainingSettings
-from models.images import MAX_PIXELS, read_max_pixels
+from models.images import MAX_PIXELS, MAX_PIXELS_VARIABLE, read_max_pixels
 from models.named import is_custom
 
 logger = logging.getLogger("graft.options")
@@ -77,6 +79,9 @@ def _find_unused_in_training(options: Options) -> dict[str, str]:
 
 def warn_if_unused(options: SharedOptions) -> None:
     """Log a warning for every option that was given and has no effect."""
+    for name in difflib.get_close_matches(MAX_PIXELS_VARIABLE, os.environ, cutoff=0.85):
+        if name != MAX_PIXELS_VARIABLE:
+            logger.warning("%s has no effect: did you mean %s?", name, MAX_PIXELS_VARIABLE)
     _warn(options, find_unused(options))
 
 

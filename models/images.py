@@ -79,7 +79,7 @@ _ZEROS = (
 # The limit of training and of the service, checked in the header, before a pixel is decoded:
 # Pillow's own, about 256 MiB of RGB.
 MAX_PIXELS = 89_478_485
-_LIMIT_VARIABLE = "GRAFT_MAX_PIXELS"
+MAX_PIXELS_VARIABLE = "GRAFT_MAX_PIXELS"
 
 # What makes raw pixels upright, by EXIF orientation (CIPA DC-008, 4.6.5.1.6); 5 to 8 swap height
 # and width.
@@ -222,11 +222,11 @@ def read_max_pixels() -> int:
 
     Raises GraftError where that is not a whole number above 0.
     """
-    text = os.environ.get(_LIMIT_VARIABLE, "")
+    text = os.environ.get(MAX_PIXELS_VARIABLE, "")
     if not text:
         return MAX_PIXELS
     if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise GraftError(f"{_LIMIT_VARIABLE}={text}: it must be a whole number of at least 1")
+        raise GraftError(f"{MAX_PIXELS_VARIABLE}={text}: it must be a whole number of at least 1")
     return int(text)
 
 
@@ -246,7 +246,7 @@ def _describe_too_large(size: str, limit: int) -> str:
     most = f"{limit:,}" if size.endswith(" pixels") else f"{limit / 1e6:.1f}"
     return (
         f"it is too large: {size}, the limit is {most}; make it smaller first, "
-        f"or set {_LIMIT_VARIABLE}, for the service too"
+        f"or set {MAX_PIXELS_VARIABLE}, for the service too"
     )
 
 

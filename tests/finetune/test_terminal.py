@@ -44,3 +44,38 @@ def test_a_signal_in_a_destructor_is_not_lost(number: signal.Signals) -> None:
         check=False,
     )
     assert (ended.returncode, ended.stderr) == (128 + number, "stopped; nothing was published\n")
+
+
+# A thread of TensorBoard's writes the events; no file may be longer than 5,000 bytes.
+WRITER = """
+import resource, sys
+from pathlib import Path
+from finetune.monitor import Monitor
+from finetune.terminal import run_program
+from models.errors import GraftError, describe_error
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+
+def work():
+    monitor = Monitor(Path(sys.argv[1]))
+    try:
+        for step in range(1000):
+            monitor.scalar("loss", 1.0, step)
+            monitor.flush()
+    except OSError as error:
+        raise GraftError(describe_error(error)) from error
+
+sys.exit(run_program(work))
+"""
+
+
+def test_events_that_cannot_be_written_are_one_line(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", WRITER, str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=HANG_SECONDS,
+        check=False,
+    )
+    assert (ended.returncode, ended.stderr) == (2, "error: File too large\n")

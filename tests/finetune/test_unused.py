@@ -265,3 +265,12 @@ def test_a_run_that_takes_larger_images_than_the_service_says_so(
     assert [f"GRAFT_MAX_PIXELS={limit}: " in one for one in caplog.messages] == num_warnings * [
         True
     ]
+
+
+def test_a_variable_that_is_nearly_a_setting_is_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("GRAFT_MAX_PIXEL", "5")
+    monkeypatch.setenv("GRAFT_DEVICE", "cpu")
+    warn_if_unused(Options())
+    assert caplog.messages == ["GRAFT_MAX_PIXEL has no effect: did you mean GRAFT_MAX_PIXELS?"]
