@@ -101,6 +101,11 @@ def read_options(given: Options) -> Options:
     """
     assert given.resume is not None
     run_dir = given.resume
+    if not run_dir.is_dir():
+        raise GraftError(
+            f"--resume {run_dir}: there is no such folder; it takes that of a run, such as "
+            "runs/digits-20261123-045110"
+        )
     if not (run_dir / "config.yaml").is_file():
         raise GraftError(
             f"--resume {run_dir}: no config.yaml in it; it takes the folder of a run, such as "

@@ -335,7 +335,7 @@ def _moved_data_in_words(options: Options) -> Iterator[None]:
     try:
         yield
     except GraftError as error:
-        if options.resume is not None:
+        if options.resume is not None and "--data NEW" not in str(error):
             error.add_note("where the images have moved, add --data NEW to --resume")
         raise
 

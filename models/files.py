@@ -117,8 +117,13 @@ def check_writable(folder: Path, num_bytes: int = 0) -> None:
     no room for `num_bytes`.
     """
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    with temporary_folder(existing) as temporary:
-        write_whole(temporary / "written", bytes(4096))
+    try:
+        with temporary_folder(existing) as temporary:
+            write_whole(temporary / "written", bytes(4096))
+    except OSError as error:
+        # Its user chose the folder, not the names in it.
+        error.filename, error.filename2 = str(existing), None
+        raise
     free = shutil.disk_usage(existing).free
     if free < num_bytes:
         wanted = f"{free / 1e6:.0f} MB free, {num_bytes / 1e6:.0f} MB needed"

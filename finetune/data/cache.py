@@ -165,13 +165,17 @@ class FeatureCache:
         indexed: set[Path] = set()
         while new := sorted(set(self.folder.glob("*.keys")) - indexed):
             for keys_path in new:
-                # Merged by another run meanwhile: the merged segment is found in the next round.
-                with contextlib.suppress(FileNotFoundError):
+                # Merged by another run meanwhile: the merged segment is found in the next round. A
+                # folder in a file's place holds no features.
+                with contextlib.suppress(FileNotFoundError, IsADirectoryError):
                     self._index(keys_path)
             indexed.update(new)
 
     def _index(self, keys_path: Path) -> None:
-        reader = os.open(keys_path.with_suffix(".rows"), os.O_RDONLY)
+        rows_path = keys_path.with_suffix(".rows")
+        if rows_path.is_dir():
+            return
+        reader = os.open(rows_path, os.O_RDONLY)
         segment = len(self._readers)
         self._readers.append(reader)
         for row, digest in enumerate(_read_keys(keys_path, reader, self._record_size)):

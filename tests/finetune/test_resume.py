@@ -37,7 +37,7 @@ from finetune.resume import (
     seconds_trained,
     trim_events,
 )
-from finetune.run import main
+from finetune.run import _moved_data_in_words, main
 from finetune.terminal import Terminated
 from finetune.training.state import draw_batches
 from models.backbone.build import Backbone
@@ -59,7 +59,7 @@ import torch
 torch.set_num_threads(1)
 import finetune.run
 from finetune.monitor import Monitor
-from finetune.run import main
+from finetune.run import _moved_data_in_words, main
 finetune.run.remove_state = lambda run_dir: None
 num_points, write = 0, Monitor.scalar
 def kill():
@@ -591,6 +591,8 @@ def test_an_option_edited_before_anything_was_trained_is_refused(
 def test_a_folder_that_is_no_run_or_is_done_is_refused(
     left: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    assert main(["--resume", str(tmp_path / "nope")]) == 2
+    assert f"--resume {tmp_path}/nope: there is no such folder; it" in capsys.readouterr().err
     assert main(["--resume", str(tmp_path)]) == 2
     assert (
         f"--resume {tmp_path}: no config.yaml in it; it takes the folder of a run"
@@ -656,6 +658,17 @@ def test_relative_paths_are_those_of_the_folder_in_which_the_run_was_started(
     monkeypatch.chdir(PROJECT_DIR)
     assert read_options(Options(resume=Path(os.path.relpath(left)))).resume == left
     assert Path.cwd() == left.parent
+
+
+@pytest.mark.parametrize(
+    ("message", "num_notes"), [("--data x: no images", 1), ("gone; say --data NEW", 0)]
+)
+def test_the_way_out_for_moved_images_is_said_once(
+    left: Path, message: str, num_notes: int
+) -> None:
+    with pytest.raises(GraftError) as caught, _moved_data_in_words(Options(resume=left)):
+        raise GraftError(message)
+    assert len(getattr(caught.value, "__notes__", ())) == num_notes
 
 
 def test_images_that_are_gone_are_named(left: Path) -> None:

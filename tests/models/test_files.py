@@ -182,8 +182,9 @@ def test_a_folder_that_could_not_be_written_is_known_before_it_is_made(tmp_path:
         check_writable(tmp_path / "file" / "folder")
     with pytest.raises(OSError, match="1000000000000 MB needed"):
         check_writable(tmp_path / "new", 10**18)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError) as caught:
         check_writable(Path("/proc/sys/graft"))
+    assert caught.value.filename == "/proc/sys"
 
 
 def test_a_full_disk_is_named_by_the_option_that_chose_it(

@@ -246,6 +246,16 @@ def test_keys_whose_row_is_cut_off_find_nothing(tmp_path: Path, size: int) -> No
     assert readable(tmp_path) == list(range(size // RECORD_SIZE))
 
 
+@pytest.mark.parametrize("pattern", ["*.keys", "*.rows"])
+def test_a_folder_in_the_place_of_a_file_finds_nothing(tmp_path: Path, pattern: str) -> None:
+    path = only(fill(tmp_path, range(4)), pattern)
+    path.unlink()
+    path.mkdir()
+    assert readable(tmp_path) == []
+    fill(tmp_path, range(2))
+    assert readable(tmp_path) == [0, 1]
+
+
 def test_keys_without_a_file_of_rows_find_nothing(tmp_path: Path) -> None:
     only(fill(tmp_path, range(4)), "*.rows").unlink()
     assert readable(tmp_path) == []
