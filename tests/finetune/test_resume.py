@@ -59,7 +59,7 @@ import torch
 torch.set_num_threads(1)
 import finetune.run
 from finetune.monitor import Monitor
-from finetune.run import _moved_data_in_words, main
+from finetune.run import main
 finetune.run.remove_state = lambda run_dir: None
 num_points, write = 0, Monitor.scalar
 def kill():
