@@ -357,11 +357,24 @@ def _create(name: str, image_size: int | None, *, pretrained: bool) -> Any:
         if not pretrained or (model_args and not _can_be_built(name, model_args)):
             raise _cannot_take(name, image_size, error) from error
         raise
+    if image_size is not None and (reason := _describe_unused_pixels(model, image_size)):
+        raise _cannot_take(name, image_size, ValueError(reason))
     model.graft_model_args = model_args
     if getattr(model, "num_classes", None) == 0 and hasattr(model, "reset_classifier"):
         # Their number is set later; timm's reset gives the layer that create_model would.
         model.reset_classifier(2)
     return model
+
+
+def _describe_unused_pixels(model: Any, image_size: int) -> str | None:
+    """What timm's patches leave out of an image whose size is no multiple of theirs."""
+    patches = getattr(model, "patch_embed", None)
+    if not isinstance(patches, timm.layers.PatchEmbed) or patches.dynamic_img_pad:
+        return None
+    num_unused = max(image_size % side for side in patches.patch_size)
+    if num_unused == 0:
+        return None
+    return f"its patches of {patches.patch_size[0]} pixels leave {num_unused} of each side unused"
 
 
 def _can_be_built(name: str, model_args: Mapping[str, Any]) -> bool:
@@ -498,6 +511,8 @@ def _cannot_take(name: str, image_size: int | None, error: Exception) -> GraftEr
 
     def build(size: int) -> nn.Module:
         model: nn.Module = timm.create_model(name, pretrained=False, **_model_args(name, size))
+        if reason := _describe_unused_pixels(model, size):
+            raise ValueError(reason)
         return model
 
     near = find_sizes_near(image_size, build, is_fixed=bool(_model_args(name, image_size)))

@@ -121,8 +121,33 @@ def test_an_unknown_name_offers_close_matches(name: str, offer: str) -> None:
         build_backbone(name, num_classes=2)
 
 
+def test_a_name_of_the_hub_is_told_timms() -> None:
+    with pytest.raises(
+        GraftError,
+        match=r"^--backbone timm/resnet18\.a1_in1k: timm's name of it is resnet18\.a1_in1k; .* say "
+        r"hf-hub:timm/resnet18\.a1_in1k$",
+    ):
+        build_backbone("timm/resnet18.a1_in1k", num_classes=2)
+
+
+@pytest.mark.parametrize(
+    ("size", "num_unused", "near"), [(33, 5, "42"), (48, 6, "42 or 56"), (100, 2, "98 or 112")]
+)
+def test_a_size_that_patches_leave_a_margin_of_is_refused(
+    size: int, num_unused: int, near: str
+) -> None:
+    with pytest.raises(
+        GraftError,
+        match=rf"^--image-size {size}: .* leave {num_unused} of each side unused\); "
+        rf"sizes near it that it takes: {near}$",
+    ):
+        build_backbone("vit_small_patch14_dinov2", num_classes=2, pretrained=False, image_size=size)
+
+
 def test_a_name_like_no_other_is_refused() -> None:
-    with pytest.raises(GraftError, match=r"timm\.list_models\(\) lists the names"):
+    with pytest.raises(
+        GraftError, match=r"timm\.list_models\(\) lists the names\. A module of your own is"
+    ):
         build_backbone("§§§", num_classes=2)
 
 
