@@ -48,7 +48,7 @@ def fit_probe(
     Of "train" they are `[V·N,F]`: all images in their first, plain view, then in their second, and
     so on.
     """
-    _refuse_constant(features["train"], backbone)
+    _warn_if_constant(features["train"], backbone)
     labels = _labels_by_split(splits)
     # With --balance sampler, too: weighted sampling equals a weighted loss in expectation.
     class_weights = _class_weights(labels["train"], splits, options.balance)
@@ -95,13 +95,14 @@ def fit_probe(
     return probe
 
 
-def _refuse_constant(features: Features, backbone: PreparedBackbone) -> None:
-    """Raise GraftError where all images have the same features, of which nothing can be learnt."""
+def _warn_if_constant(features: Features, backbone: PreparedBackbone) -> None:
+    """Log a warning where all images have the same features, from which nothing can be learnt."""
     if len(features) > 1 and float(np.ptp(features, axis=0).max()) == 0:
-        raise GraftError(
-            f"{backbone.name} gives the same features for all images, from which nothing can be "
-            f"learnt (weights: {backbone.weights}); are its weights all zero, or its output a "
-            "constant?"
+        logger.warning(
+            "%s gives the same features for all images, from which nothing can be learnt (weights: "
+            "%s); are its weights all zero, or its output a constant?",
+            backbone.name,
+            backbone.weights,
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import inspect
+import logging
 import os
 import re
 from dataclasses import dataclass
@@ -28,8 +29,9 @@ from models.files import find_home
 from models.preprocess import Fit
 from models.sources import identify_source
 
+logger = logging.getLogger("graft.options")
+
 Augment = Literal["none", "light", "flip"]
-_GIVEN_TWICE = "given twice"
 _GRADIENT_OPTIONS = ("label_smoothing", "mix", "ema", "gradual", "layer_decay")
 
 
@@ -75,8 +77,8 @@ _OneOfEach.yaml_implicit_resolvers = {
 }
 
 
-class _StoreOnce(argparse.Action):
-    """Stores a value; a flag that is given twice is an error."""
+class _StoreLast(argparse.Action):
+    """Stores a value; of a flag that is given twice, as scripts do, the first one is named."""
 
     def __call__(
         self,
@@ -85,8 +87,15 @@ class _StoreOnce(argparse.Action):
         values: Any,
         option_string: str | None = None,
     ) -> None:
-        if hasattr(namespace, self.dest):
-            raise argparse.ArgumentError(self, _GIVEN_TWICE)
+        before = getattr(namespace, self.dest, values)
+        if before != values:
+            logger.warning(
+                "%s %s has no effect: %s %s comes after it",
+                option_string,
+                before,
+                option_string,
+                values,
+            )
         setattr(namespace, self.dest, values)
 
 
@@ -513,10 +522,7 @@ def _parse_flags(kind: type[ProgramOptions], arguments: list[str]) -> dict[str, 
     except argparse.ArgumentError as error:
         if str(error.argument_name) not in name_of_action:
             raise GraftError("--help: it takes no value") from None
-        refused = name_of_action[str(error.argument_name)]
-        if error.message == _GIVEN_TWICE:
-            raise GraftError(f"{flag_of(refused)}: it is given twice; say it once") from None
-        _refuse_flag(kind, refused)
+        _refuse_flag(kind, name_of_action[str(error.argument_name)])
     if unknown:
         _refuse_unknown(kind, unknown)
     return vars(given)
@@ -537,7 +543,7 @@ def _add_argument(parser: argparse.ArgumentParser, name: str, field: FieldInfo) 
             flag_of(name), action=argparse.BooleanOptionalAction, help=text.replace("%", "%%")
         )
     return parser.add_argument(
-        flag_of(name), action=_StoreOnce, metavar=_metavar(field), help=text.replace("%", "%%")
+        flag_of(name), action=_StoreLast, metavar=_metavar(field), help=text.replace("%", "%%")
     )
 
 

@@ -232,12 +232,6 @@ def _load_csv(path: Path) -> Source:
         label = (
             _parse_label_names(row["labels"] or "") if "labels" in columns else row["label"].strip()
         )
-        for one in (label,) if isinstance(label, str) else label:
-            if not is_printable(one):
-                raise GraftError(
-                    f"--data {path}: line {number} has the label {one!r}, which is no printable "
-                    "text; rename it"
-                )
         labelled.append((name, label, path.parent / name))
         if "split" in columns:
             splits.append(_read_split(path, number, row["split"]))
@@ -476,7 +470,7 @@ def _check_row(path: Path, number: int, row: dict[Any, Any], columns: Sequence[s
     label = (row[column] or "").strip()
     if column == "label" and not label:
         raise GraftError(f"{line} no label")
-    if not is_printable(label):
+    if label and not is_printable(label):
         raise GraftError(
             f"{line} {label!r} in {column}, which is no printable text; take line breaks and "
             "control characters out"

@@ -223,7 +223,6 @@ def test_all_bad_values_are_reported_together() -> None:
         ("--config", "--config: it needs a value, a path"),
         ("--strict=perhaps", "--strict: it takes no value; say --strict or --no-strict"),
         ("--help=1", "--help: it takes no value"),
-        ("--data a --data b", "--data: it is given twice; say it once"),
     ],
 )
 def test_a_flag_that_cannot_be_parsed_is_explained_in_one_line(
@@ -323,3 +322,10 @@ def test_the_cache_is_where_the_system_keeps_caches(
 def test_data_that_no_name_can_be_made_from_asks_for_one() -> None:
     with pytest.raises(GraftError, match="say --name"):
         _ = Options(data="Фото").model_name
+
+
+def test_of_a_flag_that_is_given_twice_the_first_is_named(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert parse("--data a --lr 0.1 --data b --lr 0.1").data == "b"
+    assert caplog.messages == ["--data a has no effect: --data b comes after it"]
