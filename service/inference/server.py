@@ -156,7 +156,7 @@ class Server:
     async def classify(
         self, request: Request, models: Sequence[Model], images: Sequence[bytes | Pixels]
     ) -> list[Answer]:
-        """One answer per model, before the deadline; cancelled where the connection breaks.
+        """One answer per model, before the deadline; cancelled as soon as the client hangs up.
 
         Raises RequestError for the whole request, and ClientDisconnect. Images that cannot be read
         are in the answers.
@@ -268,7 +268,7 @@ def _terminate() -> None:
 
 
 async def _unless_disconnected(request: Request, work: Awaitable[T]) -> T:
-    """Await `work`, which is cancelled when the connection breaks; raises ClientDisconnect then."""
+    """Await `work`, which is cancelled when the client hangs up; raises ClientDisconnect then."""
     working = asyncio.current_task()
     assert working is not None
     watching: asyncio.Task[None] | None = None

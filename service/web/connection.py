@@ -3,7 +3,6 @@
 - A request that offers an upgrade (`Upgrade: h2c`, as Java's HttpClient, Spring, Ktor and
   `curl --http2` do) is answered as HTTP/1.1, as RFC 9110, 7.8, lets a server choose. In uvicorn it
   loses its body (encode/uvicorn#2722): the parser stops after the headers of such a request.
-- A client that closes its sending side after a request gets its answer. uvicorn closes at once.
 - Headers have a limit of time and one of size. uvicorn waits for them without end.
 - What is no request gets its error in JSON.
 
@@ -105,17 +104,6 @@ class Connection(HttpToolsProtocol):
             )
         if self._is_idle() and self.timeout_keep_alive_task is None and self._timer is None:
             self._start_timer()
-
-    def eof_received(self) -> bool:  # type: ignore[override]
-        """Answer a client that has sent all it will and still reads (`nc -N`), then close.
-
-        Without a whole request there is nothing to answer, and the transport closes at once. A
-        client that has left altogether looks the same until something is sent to it.
-        """
-        if self._is_idle() or self.cycle.more_body:
-            return False
-        self.cycle.keep_alive = False
-        return True
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
