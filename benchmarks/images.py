@@ -168,7 +168,9 @@ def _make_from_folders(
 
     def write(target: Path) -> None:
         if not source.is_dir():
-            raise RuntimeError(f"{source} is not there; {__doc__} says which package has it")
+            raise RuntimeError(
+                f"{source} is not there; benchmarks/images.py says which package has it"
+            )
         members: dict[str, list[Path]] = {}
         seen: set[bytes] = set()
         for path in sorted(source.rglob("*.png")):

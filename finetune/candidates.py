@@ -97,7 +97,9 @@ def fit_probe(
 
 def _warn_if_constant(features: Features, backbone: PreparedBackbone) -> None:
     """Log a warning where all images have the same features, from which nothing can be learnt."""
-    if len(features) > 1 and float(np.ptp(features, axis=0).max()) == 0:
+    if len(features) < 2 or not np.array_equal(features[0], features[-1]):
+        return
+    if (features == features[0]).all():
         logger.warning(
             "%s gives the same features for all images, from which nothing can be learnt (weights: "
             "%s); are its weights all zero, or its output a constant?",
@@ -170,15 +172,15 @@ def fine_tune(
         )
         logger.info("converting the trained network to the engine's format …")
         network.model.cpu()
-        head = _copy_head(network)
+        own_head = _copy_head(network)
         backbone = write_prepared(network, scratch / "trained", all_levels=options.uses_all_levels)
         engine = open_engine(backbone, options.device, options.precision)
         features = _extract_again(splits, backbone, engine, options.workers, digests)
         engine.close()
-        trained_head = head
-        levels = _solve_anew(trained_head, features, labels, splits, backbone, options)
-        if levels is not None:
-            head = levels.probe.head
+        levels = _solve_anew(own_head, features, labels, splits, backbone, options)
+        head = own_head if levels is None else levels.probe.head
+        # Solved anew on the last level alone, it takes the place of the network's own.
+        last_head = own_head if levels is None or levels.chosen != "last" else head
         logits = _compute_logits(head, features)
     calibration, calibrated = splits.task.calibrate_trained(
         logits, labels, options.coverage, options.seed
@@ -189,7 +191,7 @@ def fine_tune(
         engine=engine.info,
         freeze=options.freeze,
         head=head,
-        last_head=trained_head if _reads_levels(head, backbone) else head,
+        last_head=last_head,
         logits=logits,
         features=features,
         metrics=_evaluate(splits, logits, labels, calibrated),
@@ -197,7 +199,7 @@ def fine_tune(
         calibrated=calibrated,
         seconds=timer.seconds,
         levels=levels,
-        last_metrics=None if levels is None else _evaluate_on_val(trained_head, splits, features),
+        last_metrics=None if levels is None else _evaluate_on_val(last_head, splits, features),
         best_epoch=trained.best_epoch,
         epochs=trained.epochs,
     )
@@ -243,10 +245,6 @@ def _solve_anew(
         "it answers" if is_better else "the trained one stays",
     )
     return levels if is_better else None
-
-
-def _reads_levels(head: Head, backbone: PreparedBackbone) -> bool:
-    return bool(head.weight.shape[1] > backbone.num_features)
 
 
 def compare(options: Options, splits: Splits, probe: Candidate, tuned: Candidate) -> Comparison:

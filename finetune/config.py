@@ -52,7 +52,7 @@ def _default_cache_dir() -> Path:
     return find_home() / ".cache" / "graft"
 
 
-class _OneOfEach(yaml.SafeLoader):
+class _StrictLoader(yaml.SafeLoader):
     """YAML without its surprises: a key that stands twice is an error, and 1:30 is text, not 90."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -66,7 +66,7 @@ class _OneOfEach(yaml.SafeLoader):
 
 
 _WHOLE_NUMBER = re.compile(r"[-+]?[0-9][0-9_]*$")
-_OneOfEach.yaml_implicit_resolvers = {
+_StrictLoader.yaml_implicit_resolvers = {
     first: [
         (tag, _WHOLE_NUMBER if tag == "tag:yaml.org,2002:int" else pattern)
         for tag, pattern in resolvers
@@ -591,7 +591,7 @@ def _did_you_mean(flag: str, known: list[str]) -> str:
 def _read_config(kind: type[ProgramOptions], path: Path) -> dict[str, Any]:
     allowed = "it takes a YAML file, such as the config.yaml of a run"
     try:
-        loaded = yaml.load(path.read_text(encoding="utf-8"), _OneOfEach)
+        loaded = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
     except OSError as error:
         raise GraftError(f"--config {path}: {error.strerror}; {allowed}") from error
     except UnicodeDecodeError as error:

@@ -76,6 +76,10 @@ _FREE_OPTIONS = _CHANGEABLE_OPTIONS | {
 }
 
 
+class ImagesGoneError(GraftError):
+    """Images of the run are not where they were; the message has the ways out."""
+
+
 @dataclass(frozen=True)
 class Choices:
     """What a run chose before it trained: images, readable ones, precision and its reason.
@@ -175,7 +179,7 @@ def restore_splits(run_dir: Path, splits: Splits, data: str | None = None) -> Sp
     }
     gone = [key for split in kept["splits"].values() for key, *_ in split if key not in images]
     if gone:
-        raise GraftError(
+        raise ImagesGoneError(
             f"--resume {run_dir}: images of the run are gone: {join_first(gone)}; bring them "
             "back, say --data NEW where they have moved, or begin another run"
         )

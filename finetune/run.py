@@ -44,6 +44,7 @@ from finetune.report.result import Result
 from finetune.report.tensorboard import show_in_tensorboard
 from finetune.resume import (
     Choices,
+    ImagesGoneError,
     find_published,
     fix_options,
     is_resumable,
@@ -335,7 +336,7 @@ def _moved_data_in_words(options: Options) -> Iterator[None]:
     try:
         yield
     except GraftError as error:
-        if options.resume is not None and "--data NEW" not in str(error):
+        if options.resume is not None and not isinstance(error, ImagesGoneError):
             error.add_note("where the images have moved, add --data NEW to --resume")
         raise
 

@@ -21,7 +21,7 @@ from finetune.data.cache import FeatureCache, digest_image, trim
 from finetune.data.splits import Sample, Splits
 from finetune.data.views import Views
 from finetune.terminal import progress_bar
-from models.backbone.weights_file import check_weights_file
+from models.backbone.weights_file import check_weights_file, split_entry
 from models.engine.engine import Engine, Features, Precision
 from models.errors import GraftError, join_first
 from models.images import MAX_PIXELS, ImageError, Pixels, read_max_pixels
@@ -159,10 +159,11 @@ def prepare_meanwhile(
 ) -> contextlib.AbstractContextManager[None]:
     """A context in which another process prepares the backbone that `prepare` will ask for.
 
-    Raises GraftError where `--weights` names no file of weights.
+    Raises GraftError where `--weights` names no file of weights, before any work.
     """
     if options.weights is not None:
-        check_weights_file(options.weights)
+        path, _ = split_entry(options.weights)
+        check_weights_file(path)
     return prepare_ahead(
         options.backbone,
         weights=options.weights,

@@ -18,13 +18,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from models.backbone.weights_file import WeightsError as WeightsError
 from models.backbone.weights_file import (
-    describe_foreign,
+    check_weights_file,
     is_safetensors,
     split_entry,
     with_entry,
 )
-from models.errors import GraftError, first_line, join_first
+from models.errors import first_line, join_first
 
 logger = logging.getLogger("graft.weights")
 
@@ -64,10 +65,6 @@ _HARMLESS = [
     *(getattr(np.dtypes, name) for name in np.dtypes.__all__),
     *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
 ]
-
-
-class WeightsError(GraftError):
-    """Pretrained weights that cannot be had, or that do not fit the network."""
 
 
 def read_state_dict(weights: Path) -> Tensors:
@@ -175,19 +172,13 @@ def check_finite(model: nn.Module, source: str, classifier: str) -> None:
 
 def _read(path: Path) -> Any:
     """What the file holds. Raises WeightsError."""
+    check_weights_file(path)
     try:
-        foreign = describe_foreign(path)
-        if foreign is not None:
-            raise WeightsError(f"{path}: it is {foreign}")
         if is_safetensors(path):
             return load_file(path)
         with warnings.catch_warnings(), torch.serialization.safe_globals(_HARMLESS):
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
-    except WeightsError:
-        raise
-    except FileNotFoundError:
-        raise WeightsError(f"{path}: there is no such weights file") from None
     except pickle.UnpicklingError as error:
         # torch's own message recommends to switch the check off.
         kind = re.search(r"GLOBAL ([\w.]+)", str(error))

@@ -22,6 +22,10 @@ _FOREIGN = (
 )
 
 
+class WeightsError(GraftError):
+    """Pretrained weights that cannot be had, or that do not fit the network."""
+
+
 def split_entry(weights: Path) -> tuple[Path, str]:
     """The file and the entry in it of `FILE` or `FILE::ENTRY`; the entry is "" where none is named.
 
@@ -38,7 +42,7 @@ def with_entry(path: Path, entry: str) -> str:
     return f"{path}{_SEPARATOR}{entry}"
 
 
-def describe_foreign(path: Path) -> str | None:
+def _describe_foreign(path: Path) -> str | None:
     """What `path` is instead of weights, and the way out; None where it may be weights.
 
     Raises OSError.
@@ -53,17 +57,16 @@ def describe_foreign(path: Path) -> str | None:
     return next((what for magic, what in _FOREIGN if text.startswith(magic)), None)
 
 
-def check_weights_file(weights: Path) -> None:
-    """Raise GraftError where `weights` cannot be weights: it is known before any work."""
-    path, _ = split_entry(weights)
+def check_weights_file(path: Path) -> None:
+    """Raise WeightsError where `path`, by its first bytes, holds no weights."""
     try:
-        foreign = describe_foreign(path)
+        foreign = _describe_foreign(path)
     except FileNotFoundError:
-        raise GraftError(f"{path}: there is no such weights file") from None
+        raise WeightsError(f"{path}: there is no such weights file") from None
     except OSError as error:
-        raise GraftError(f"--weights {path}: {describe_error(error)}") from error
+        raise WeightsError(f"{path}: it cannot be read: {describe_error(error)}") from error
     if foreign is not None:
-        raise GraftError(f"{path}: it is {foreign}")
+        raise WeightsError(f"{path}: it is {foreign}")
 
 
 def is_safetensors(path: Path) -> bool:

@@ -217,3 +217,17 @@ def test_a_trained_head_stays_where_one_solved_anew_is_no_better(tmp_path: Path)
     checkpoint, tuned = train_tiny(tmp_path, head_init="probe", lr=1e-6, backbone_lr=1e-8)
     assert tuned["levels"] is None
     assert load_checkpoint(checkpoint).head_weight.shape == (3, 256)
+
+
+def test_a_head_solved_anew_on_the_last_level_is_the_one_that_timm_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(levels, "choose_set", lambda _: 0)
+    data = str(write_noise_folders(tmp_path / "bright", 40, brighter=120))
+    checkpoint, tuned = train_tiny(tmp_path, data=data, head_init="zeros", lr=1e-6, epochs=1)
+    assert tuned["levels"]["chosen"] == "last"
+    assert tuned["levels"]["last"]["accuracy"] == tuned["val"]["accuracy"]
+    head = load_checkpoint(checkpoint).head_weight
+    model = timm.create_model(f"local-dir:{checkpoint}", pretrained=True)
+    assert np.array_equal(model.get_classifier().weight.detach().numpy(), head)
+    assert np.abs(head).max() > 1e-2

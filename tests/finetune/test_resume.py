@@ -26,6 +26,7 @@ from finetune.resume import (
     STATE_DIR,
     TRAINING_FILE,
     Choices,
+    ImagesGoneError,
     event_sizes,
     find_published,
     fix_options,
@@ -661,13 +662,14 @@ def test_relative_paths_are_those_of_the_folder_in_which_the_run_was_started(
 
 
 @pytest.mark.parametrize(
-    ("message", "num_notes"), [("--data x: no images", 1), ("gone; say --data NEW", 0)]
+    ("error", "num_notes"),
+    [(GraftError("--data x: no images"), 1), (ImagesGoneError("gone; say --data NEW"), 0)],
 )
 def test_the_way_out_for_moved_images_is_said_once(
-    left: Path, message: str, num_notes: int
+    left: Path, error: GraftError, num_notes: int
 ) -> None:
     with pytest.raises(GraftError) as caught, _moved_data_in_words(Options(resume=left)):
-        raise GraftError(message)
+        raise error
     assert len(getattr(caught.value, "__notes__", ())) == num_notes
 
 
