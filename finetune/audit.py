@@ -50,7 +50,8 @@ def audit(options: AuditOptions) -> Audit:
     image leaks or cannot be read.
     """
     warn_if_unused(options)
-    with prepare_meanwhile(options):
+    # A run's features of all levels are in the cache; the last one's are what is audited by.
+    with prepare_meanwhile(options, all_levels=True):
         loaded, duplicates = load_lasting_splits(
             options.data,
             data_root=options.data_root,
@@ -71,6 +72,7 @@ def audit(options: AuditOptions) -> Audit:
             scratch,
             weights=options.weights,
             pretrained=options.pretrained,
+            all_levels=True,
         )
         engine = open_engine(backbone, options.device, options.precision)
         splits, features = extract_splits(
@@ -82,6 +84,7 @@ def audit(options: AuditOptions) -> Audit:
             unreadable="ignored",
         )
         engine.close()
+    features = {split: rows[:, : backbone.num_features] for split, rows in features.items()}
     labels = splits.labels(splits.train)
     if np.count_nonzero(splits.count_labels(splits.train)) < splits.task.min_labels:
         raise GraftError(

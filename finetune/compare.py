@@ -126,7 +126,8 @@ def _names(options: CompareOptions) -> list[str]:
 
 def _measure(name: str, splits: Splits, options: CompareOptions) -> MeasuredBackbone:
     with scratch_folder() as scratch:
-        backbone = prepare(name, splits.train, options, scratch)
+        # What is computed here, a run on the chosen one finds in the cache.
+        backbone = prepare(name, splits.train, options, scratch, all_levels=True)
         engine = open_engine(backbone, options.device, options.precision)
         splits, features = extract_splits(
             splits,
@@ -140,7 +141,7 @@ def _measure(name: str, splits: Splits, options: CompareOptions) -> MeasuredBack
         engine.close()
     labels = splits.labels(splits.train)
     probe = solve_probe(
-        features["train"],
+        features["train"][:, : backbone.num_features],
         labels,
         len(splits.label_names),
         task=splits.task,

@@ -365,11 +365,7 @@ def _read_classes(
 
 def has_images(folder: Path) -> bool:
     """Whether images, by their suffixes, are in a folder or in one of its folders."""
-    return any(
-        path.suffix.lower() in _IMAGE_SUFFIXES
-        for pattern in ("*", "*/*")
-        for path in folder.glob(pattern)
-    )
+    return any(has_image_suffix(path) for pattern in ("*", "*/*") for path in folder.glob(pattern))
 
 
 def is_printable(name: str) -> bool:

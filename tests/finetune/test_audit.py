@@ -416,3 +416,21 @@ def test_a_stretched_run_is_served_as_it_was_trained(
     data = (dark / "right" / "0.png").read_bytes()
     assert np.asarray(plain.open(data).pixels).max() == 15
     assert np.asarray(stretched.open(data).pixels).max() == 255
+
+
+def test_an_audit_after_a_run_computes_no_image_anew(
+    tmp_path: Path, cache_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = write_class_folders(tmp_path / "shapes", 8)
+    options: dict[str, Any] = {
+        "data": str(data),
+        "image_size": SMALL_SIZE,
+        "output": tmp_path / "runs",
+        "cache_dir": cache_dir,
+        "precision": "fp32",
+    }
+    run(Options(**options, repository=tmp_path / "checkpoints"))
+    caplog.clear()
+    with caplog.at_level("INFO", "graft"):
+        audit(AuditOptions(**options))
+    assert "features: 24 from the cache, 0 computed" in caplog.messages
