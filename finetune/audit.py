@@ -19,7 +19,8 @@ import numpy as np
 from finetune.auditing.findings import WORDING, Audit
 from finetune.auditing.inspection import inspect
 from finetune.auditing.output import write_audit
-from finetune.config import AuditOptions, name_of_data, parse_options
+from finetune.command_line import parse_options
+from finetune.config import AuditOptions, name_of_data
 from finetune.data.lasting_split import load_lasting_splits
 from finetune.probe.features import extract_splits, open_engine, prepare, prepare_meanwhile
 from finetune.probe.solve import solve_probe

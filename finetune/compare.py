@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.config import CompareOptions, name_of_data, parse_options
+from finetune.command_line import parse_options
+from finetune.config import CompareOptions, name_of_data
 from finetune.data.lasting_split import load_lasting_splits
 from finetune.data.splits import Splits
 from finetune.probe.features import extract_splits, open_engine, prepare

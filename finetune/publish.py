@@ -11,7 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from finetune.config import Options, PublishOptions, parse_options
+from finetune.command_line import parse_options
+from finetune.config import Options, PublishOptions
 from finetune.report.publishing import CANDIDATES_DIR, publish_again
 from finetune.resume import find_published, resume_command
 from finetune.terminal import run_program

@@ -26,7 +26,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from finetune.config import Options, parse_options
+from finetune.command_line import parse_options
+from finetune.config import Options
 from finetune.data.splits import Sample, Splits
 from models.checkpoint import CONFIG_FILE, list_versions
 from models.errors import GraftError, describe_error, join_first

@@ -26,7 +26,8 @@ from finetune.auditing.findings import Audit
 from finetune.auditing.inspection import inspect
 from finetune.auditing.output import write_audit
 from finetune.candidates import choose, compare, fine_tune, fit_probe
-from finetune.config import Options, parse_options
+from finetune.command_line import parse_options
+from finetune.config import Options
 from finetune.data.duplicates import Duplicates
 from finetune.data.lasting_split import load_lasting_splits
 from finetune.data.splits import Splits

@@ -39,7 +39,7 @@ LAYERS: dict[str, list[set[str]]] = {
         {"resume", "probe"},
         {"data"},
         {"tasks"},
-        {"evaluation"},
+        {"evaluation", "command_line"},
         {"config", "monitor", "terminal", "templates", "timer"},
     ],
     "service": [

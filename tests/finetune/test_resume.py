@@ -20,7 +20,8 @@ import torch
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from finetune.config import Options, parse_options
+from finetune.command_line import parse_options
+from finetune.config import Options
 from finetune.data.splits import Splits
 from finetune.resume import (
     STATE_DIR,

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from finetune.config import AuditOptions, CompareOptions, Options, flag_of, parse_options
+from finetune.command_line import parse_options
+from finetune.config import AuditOptions, CompareOptions, Options, flag_of
 from finetune.data.splits import load_splits
 from finetune.run import run
 from finetune.unused import (

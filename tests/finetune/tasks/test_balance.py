@@ -17,7 +17,8 @@ from sklearn.metrics import log_loss as sklearn_log_loss
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.class_weight import compute_class_weight, compute_sample_weight
 
-from finetune.config import Options, parse_options
+from finetune.command_line import parse_options
+from finetune.config import Options
 from finetune.data.splits import Splits
 from finetune.evaluation.class_metrics import class_log_loss, evaluate_classes
 from finetune.evaluation.conformal import fit_temperature

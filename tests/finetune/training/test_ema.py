@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from finetune.config import Options, parse_options
+from finetune.command_line import parse_options
+from finetune.config import Options
 from finetune.evaluation.class_metrics import evaluate_classes
 from finetune.resume import STATE_DIR
 from finetune.terminal import Terminated

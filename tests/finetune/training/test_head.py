@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from finetune.config import Options, parse_options
+from finetune.command_line import parse_options
+from finetune.config import Options
 from finetune.probe.solve import Probe, soften
 from finetune.run import run
 from finetune.training.head import start_head

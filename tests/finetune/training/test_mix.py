@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import finetune.training.loop
-from finetune.config import Options, parse_options
+from finetune.command_line import parse_options
+from finetune.config import Options
 from finetune.tasks.single_label import SINGLE_LABEL
 from finetune.training.mix import build_mix
 from models.errors import GraftError

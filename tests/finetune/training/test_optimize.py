@@ -11,7 +11,8 @@ import timm
 import torch
 from torch import nn
 
-from finetune.config import Options, parse_options
+from finetune.command_line import parse_options
+from finetune.config import Options
 from finetune.training.optimize import open_stages
 from models.backbone.build import Backbone
 from models.backbone.custom import CustomNetwork
