@@ -126,6 +126,7 @@ def parse_arguments() -> argparse.Namespace:
         "--limit", type=int, help="about this many images a set, to try the benchmark itself"
     )
     parser.add_argument("--precision", help="of Graft's engine; else its own choice")
+    parser.add_argument("--levels", help="as run.py takes it; else its default")
     parser.add_argument(
         "--resume",
         action="store_true",
@@ -148,7 +149,7 @@ def shown_arguments(args: argparse.Namespace) -> list[str]:
         ]
         shown += ["--peer-python", ".venv-bench/bin/python"]
         shown += [] if args.methods == list(METHODS) else ["--methods", *args.methods]
-    for name in ("limit", "precision"):
+    for name in ("limit", "precision", "levels"):
         value = getattr(args, name)
         shown += [] if value is None else [f"--{name}", str(value)]
     return shown
@@ -240,7 +241,7 @@ def measure_method(
     """One process, or Graft's two: the first with an empty cache, the second with the first's."""
     if method == "graft":
         with tempfile.TemporaryDirectory() as scratch:
-            run = GraftRun(data, Path(scratch), precision_option(args))
+            run = GraftRun(data, Path(scratch), run_options(args))
             # The second first in the journal would let a resumed run miss the first.
             first, second = (run.measure(dataset, name, repeat) for name in (GRAFT, GRAFT_AGAIN))
         yield from (second, first)
@@ -278,8 +279,12 @@ def measure_method(
     )
 
 
-def precision_option(args: argparse.Namespace) -> tuple[str, ...]:
-    return () if args.precision is None else ("--precision", args.precision)
+def run_options(args: argparse.Namespace) -> tuple[str, ...]:
+    """Those of run.py that were given here."""
+    given = {name: getattr(args, name) for name in ("precision", "levels")}
+    return tuple(
+        part for name, value in given.items() if value is not None for part in (f"--{name}", value)
+    )
 
 
 def measure_engine(args: argparse.Namespace, journal: Journal[Measurement]) -> None:
@@ -290,7 +295,7 @@ def measure_engine(args: argparse.Namespace, journal: Journal[Measurement]) -> N
         if ("photos", "extraction", repeat) in journal:
             continue
         with tempfile.TemporaryDirectory() as scratch:
-            run = GraftRun(photos, Path(scratch), ("--device", "cpu", *precision_option(args)))
+            run = GraftRun(photos, Path(scratch), ("--device", "cpu", *run_options(args)))
             extraction = run.measure("photos", "extraction", repeat)
             engine_ms = core_ms_to_run(run.checkpoint, sorted(photos.rglob("*.jpg")))
             decode_ms = core_ms_to_decode(run.checkpoint, sorted(photos.rglob("*.jpg")))
@@ -323,7 +328,7 @@ def measure_growth(args: argparse.Namespace, journal: Journal[Measurement]) -> N
                 continue
             with tempfile.TemporaryDirectory() as scratch:
                 journal.add(
-                    GraftRun(path, Path(scratch), precision_option(args)).measure(
+                    GraftRun(path, Path(scratch), run_options(args)).measure(
                         str(size), GRAFT, repeat
                     )
                 )
@@ -340,7 +345,7 @@ def measure_boundary(args: argparse.Namespace, journal: Journal[Measurement]) ->
                     run = GraftRun(
                         Path("digits"),
                         Path(scratch),
-                        ("--freeze", freeze, "--epochs", "1", option, *precision_option(args)),
+                        ("--freeze", freeze, "--epochs", "1", option, *run_options(args)),
                     )
                     measured = run.measure(freeze, method, repeat)
                     journal.add(
